@@ -1,0 +1,19 @@
+"""tokengate decides which tokens a fine-tuning method may touch."""
+
+from tokengate.errors import TokenGateError as TokenGateError
+from tokengate.gate import TokenGate as TokenGate
+from tokengate.gate import token_gate as token_gate
+from tokengate.gated_linear import GatedLinear as GatedLinear
+from tokengate.gated_linear import layers as layers
+from tokengate.modifications import LoRA as LoRA
+from tokengate.modifications import Modification as Modification
+from tokengate.modifications import register as register
+from tokengate.param_groups import param_groups as param_groups
+from tokengate.patching import disabled as disabled
+from tokengate.patching import patch as patch
+from tokengate.patching import unpatch as unpatch
+from tokengate.recording import record as record
+from tokengate.report import SparsityReport as SparsityReport
+from tokengate.tau_adam import TauAdam as TauAdam
+
+__version__ = "0.1.0"

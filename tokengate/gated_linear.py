@@ -1,0 +1,105 @@
+"""The patched layer: a frozen linear layer with a modification and a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError
+from tokengate.gate import TokenGate
+from tokengate.modifications import Modification
+
+# What a recorder is told after each call: S, of shape (...), or None where there is no gate,
+# and the output, of shape (..., out_features).
+Observer = Callable[[Tensor | None, Tensor], None]
+
+
+class GatedLinear(nn.Linear):
+    """h = W0 x + S M(x) + b (eq. 2), `(..., in_features) -> (..., out_features)`.
+
+    Never constructed: `patch` gives an existing linear layer this class and two children, so
+    the object, its `weight` and its `bias` stay what and where they were.
+
+    Attributes:
+        modification: M.
+        gate: the gate S, or None where every position is modified (`gate=False`).
+    """
+
+    modification: Modification
+    gate: TokenGate | None
+
+    # Set on the instance only while `disabled` or `record` is active: a class attribute leaves
+    # nothing to restore, copy or pickle.
+    _enabled: bool = True
+    _observers: tuple[Observer, ...] = ()
+
+    _own_class: type[nn.Linear] = nn.Linear
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(..., in_features) -> (..., out_features)`."""
+        out: Tensor = super().forward(input, *args, **kwargs)
+        if not self._enabled:
+            return out
+        w = out if self.bias is None else out - self.bias.to(out.dtype)
+        m = self.modification(input, w)
+        if self.gate is None:
+            is_open, h = None, out + m.to(out.dtype)
+        else:
+            is_open = self.gate.open_positions(w, m)
+            h = self.gate(out, m, is_open)
+        for observe in self._observers:
+            observe(is_open, h)
+        return h
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A generated class cannot be found by its name: it is made again when unpickling.
+        return _blank, (self._own_class,), self.__dict__.copy()
+
+
+def layers(model: nn.Module) -> dict[str, GatedLinear]:
+    """The patched layers of `model` by name, in the model's order; a shared layer once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
+
+
+def require_layers(model: nn.Module, asked: str) -> dict[str, GatedLinear]:
+    """`layers(model)`; an error that names the function `asked` if there is none."""
+    patched = layers(model)
+    if not patched:
+        raise TokenGateError(
+            f"{asked} was asked of a {type(model).__name__} without a patched layer: call "
+            "tokengate.patch(model, targets=...) first, and pass that model."
+        )
+    return patched
+
+
+def attach(layer: nn.Linear, modification: Modification, gate: TokenGate | None) -> None:
+    """Turn `layer` itself into a gated one."""
+    layer.__class__ = gated_class(type(layer))
+    layer.register_module("modification", modification.train(layer.training))
+    layer.register_module("gate", None if gate is None else gate.train(layer.training))
+
+
+def detach(layer: GatedLinear) -> None:
+    """Turn `layer` back into what it was."""
+    del layer._modules["modification"], layer._modules["gate"]
+    for name in ("_enabled", "_observers"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = layer._own_class  # type: ignore[assignment]
+
+
+_GATED: dict[type[nn.Linear], type[GatedLinear]] = {nn.Linear: GatedLinear}
+
+
+def gated_class(own_class: type[nn.Linear]) -> type[GatedLinear]:
+    """`GatedLinear`, or for a subclass of `nn.Linear` one that calls that subclass's forward."""
+    if own_class not in _GATED:
+        name = f"Gated{own_class.__name__}"
+        _GATED[own_class] = type(name, (GatedLinear, own_class), {"_own_class": own_class})
+    return _GATED[own_class]
+
+
+def _blank(own_class: type[nn.Linear]) -> GatedLinear:
+    cls = gated_class(own_class)
+    return cls.__new__(cls)

@@ -1,0 +1,222 @@
+"""Patch a model in place, and give it back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tokengate.arguments import finite, non_negative
+from tokengate.errors import TokenGateError
+from tokengate.gate import TokenGate
+from tokengate.gated_linear import GatedLinear, attach, detach, layers, require_layers
+from tokengate.modifications import Modification
+from tokengate.modifications.registry import build, find_method
+from tokengate.patterns import as_patterns, matches, nearest, show
+from tokengate.precision import trainable_dtype
+from tokengate.targets import ALL_LINEAR, Targets, find_targets
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+# On the model that was patched: {parameter name: requires_grad before}, for what was changed.
+_BEFORE = "_tokengate_requires_grad"
+
+
+def patch(
+    model: _Model,
+    targets: Targets,
+    method: str | type[Modification] = "lora",
+    *,
+    tau: float = 0.0,
+    penalty: float = 1e-5,
+    gate: bool = True,
+    exclude: Targets | None = None,
+    train: Any = (),
+    **options: Any,
+) -> _Model:
+    """Give the targeted linear layers of `model` a gated modification, in place.
+
+    Everything is checked first: an error leaves the model untouched. Afterwards the modifications,
+    the taus and what `train` names are trainable, everything else is frozen. Patched layers
+    compute `(..., in_features) -> (..., out_features)` as before, and at first exactly what they
+    did before. A model may be patched again, on other layers and with another method.
+
+    Args:
+        model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
+        targets: which layers. A list of names or dotted suffixes on whole components (`"q_proj"`,
+            `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
+            regular expressions (full match); or one callable `(name, module) -> bool`; or
+            `"all-linear"`, which is every linear layer but a language model's output head and
+            what `train` names. Of what a pattern matches, the linear layers are patched; there
+            must be at least one.
+        method: the name of a method, or a `Modification` subclass.
+        tau: initial threshold of every layer; at 0 or below every position is open.
+        penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in
+            [1e-8, 1e-3].
+        gate: False for the plain method, which modifies every position.
+        exclude: layers to leave out, as `targets`.
+        train: other parameters to keep trainable: patterns over names of parameters, or of
+            modules, whose parameters are then all meant (`train=["classifier"]`).
+        **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TokenGateError: what is asked cannot be done, in one sentence.
+    """
+    finite("tau", tau)
+    non_negative("penalty", penalty)
+    _check_can_patch(model)
+    kind = find_method(method)
+    trained = _named_by_train(model, train)
+    chosen = find_targets(model, targets, exclude)
+    for name, layer in list(chosen.items()):
+        if any(p is layer.weight or p is layer.bias for p in trained.values()):
+            if targets != ALL_LINEAR:
+                raise TokenGateError(
+                    f"{name!r} is both a target and named by train=: a target's own weight stays "
+                    "frozen, so drop one of the two."
+                )
+            del chosen[name]
+    if not chosen:
+        raise TokenGateError(
+            "targets matches only layers that train= names: name other layers, or drop train=."
+        )
+
+    planned = [
+        (
+            layer,
+            build(kind, layer, options),
+            TokenGate(
+                tau,
+                penalty,
+                dtype=trainable_dtype(layer.weight),
+                device=layer.weight.device,
+            )
+            if gate
+            else None,
+        )
+        for layer in chosen.values()
+    ]
+    _freeze_all_but(model, trained)
+    for layer, modification, layer_gate in planned:
+        attach(layer, modification, layer_gate)
+    return model
+
+
+def unpatch(model: _Model) -> _Model:
+    """Take all modifications out: the same module and parameter objects, trainable as before.
+
+    Raises:
+        TokenGateError: no layer of the model is patched.
+    """
+    for layer in require_layers(model, "unpatch").values():
+        detach(layer)
+    for module in model.modules():
+        before = module.__dict__.pop(_BEFORE, None)
+        if before:
+            parameters = dict(module.named_parameters())
+            for name, requires_grad in before.items():
+                parameters[name].requires_grad_(requires_grad)
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` is the base model, exactly. May be nested.
+
+    Raises:
+        TokenGateError: no layer of the model is patched.
+    """
+    patched = require_layers(model, "disabled").values()
+    before = {layer: layer.__dict__.get("_enabled") for layer in patched}
+    try:
+        for layer in before:
+            layer._enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            if enabled is not None:
+                layer._enabled = enabled
+            else:
+                layer.__dict__.pop("_enabled", None)
+
+
+# Wrappers that took hold of the model's parameters or code, by class name, because importing
+# them would cost what most users do not use.
+_WRAPPERS = {
+    "DataParallel": "DataParallel",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
+}
+
+
+def _check_can_patch(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"patch was given a {type(model).__name__}: pass a torch.nn.Module.")
+    if torch.is_inference_mode_enabled():
+        raise TokenGateError(
+            "patch was called under torch.inference_mode, where new parameters can never be "
+            "trained: patch outside of it."
+        )
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                raise TokenGateError(
+                    f"{name or 'the model'!r} is wrapped by {_WRAPPERS[base.__name__]} already, "
+                    "which would not see new parameters: patch first, then wrap."
+                )
+
+
+def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    named: dict[str, nn.Parameter] = {}
+    for pattern in as_patterns("train", train):
+        hits = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if any(matches(pattern, prefix) for prefix in _prefixes(name))
+        }
+        if not hits:
+            raise TokenGateError(
+                f"train {show(pattern)} matches no parameter of this {type(model).__name__}; "
+                f"{nearest(pattern, {p: None for n in parameters for p in _prefixes(n)})}."
+            )
+        named |= hits
+    for name, parameter in named.items():
+        if not parameter.is_floating_point():
+            raise TokenGateError(
+                f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
+            )
+    return named
+
+
+def _prefixes(name: str) -> list[str]:
+    """A parameter's name and those of the modules that hold it: a, a.b, a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
+    patched_before = layers(model)
+    ours = {id(p) for layer in patched_before.values() for p in _own_parameters(layer)}
+    keep = {id(p) for p in trained.values()}
+    for name, parameter in model.named_parameters():
+        # What an earlier patch left trainable stays so: only its own call froze the rest.
+        wanted = id(parameter) in keep or (bool(patched_before) and parameter.requires_grad)
+        if id(parameter) not in ours and parameter.requires_grad != wanted:
+            before.setdefault(name, parameter.requires_grad)
+            parameter.requires_grad_(wanted)
+
+
+def _own_parameters(layer: GatedLinear) -> Iterator[nn.Parameter]:
+    yield from layer.modification.parameters()
+    if layer.gate is not None:
+        yield from layer.gate.parameters()

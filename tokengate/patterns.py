@@ -1,0 +1,60 @@
+"""Patterns over dotted names: what `targets=`, `exclude=` and `train=` are made of."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from tokengate.errors import TokenGateError
+
+Pattern: TypeAlias = str | re.Pattern[str]
+
+
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether the dotted `name` is meant by `pattern`.
+
+    A compiled regular expression matches the full name; a string with `*`, `?` or `[` is a glob
+    over the full name; any other string is the name or a suffix of whole components:
+    `"q_proj"` means `"layers.0.q_proj"`, not `"layers.0.seq_proj"`.
+    """
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def as_patterns(argument: str, value: Any) -> list[Pattern]:
+    """`value` as a list of patterns; one pattern stands for a list of one."""
+    if isinstance(value, (str, re.Pattern)):
+        value = [value]
+    try:
+        patterns = list(value)
+    except TypeError:
+        patterns = [None]
+    for pattern in patterns:
+        if not isinstance(pattern, (str, re.Pattern)) or pattern == "":
+            raise TokenGateError(
+                f"{argument}={value!r} is not a list of names: pass names, globs or compiled "
+                'regular expressions, e.g. ["q_proj", "*.v_proj"].'
+            )
+    return patterns
+
+
+def show(pattern: Pattern) -> str:
+    """The pattern as the user wrote it."""
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+
+
+def nearest(pattern: Pattern, names: Iterable[str]) -> str:
+    """The names that come closest to a pattern that matched nothing, as the end of a sentence."""
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    # Layers of a model repeat: compare with names and with their last components.
+    candidates: dict[str, None] = {}
+    for name in names:
+        candidates.update({name.rpartition(".")[2]: None, name: None})
+    near = difflib.get_close_matches(text, candidates, n=4, cutoff=0.5) or list(candidates)[:4]
+    return f"the nearest names are {', '.join(near)}" if near else "it has none"

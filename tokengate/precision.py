@@ -1,0 +1,36 @@
+"""Trainable parameters keep float32 when their model goes to 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def trainable_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of what is trained beside `weight`: float32, or float64 for a float64 base."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 through `.half()` and `.to(torch.bfloat16)`.
+
+    At s = 4e-5 a step, a bfloat16 tau near 0.1 would not move at all: its grid there is
+    2^-11 wide. Devices and wider dtypes are followed as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+        kept = {id(p) for p in self.parameters(recurse=False)}
+        kept |= {id(p.grad) for p in self.parameters(recurse=False) if p.grad is not None}
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in kept and moved.dtype in _SIXTEEN_BIT:
+                return tensor.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,116 @@
+"""Count, while a model runs, which positions its gates leave unmodified."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError
+from tokengate.gated_linear import require_layers
+from tokengate.report import ModuleSparsity, SparsityReport
+
+
+class Recorder:
+    """What `record` collects. Read it with `report()`, during the recording or after it.
+
+    Attributes:
+        positions: with `record(positions=True)`, for every module the list of its S, one boolean
+            tensor of shape `(...)` on the CPU for each call; otherwise empty.
+    """
+
+    def __init__(self, model: nn.Module, positions: bool = False) -> None:
+        self._layers = require_layers(model, "record")
+        # Per module, on its device: samples, their summed sparsity, positions, closed positions.
+        self._counts: dict[str, Tensor] = {}
+        self._keep_positions = positions
+        self.positions: dict[str, list[Tensor]] = {}
+
+    def report(self) -> SparsityReport:
+        """Sparsity (eq. 23) of what was run so far.
+
+        Raises:
+            TokenGateError: nothing was run.
+        """
+        if not self._counts:
+            raise TokenGateError(
+                "nothing was recorded: run the model inside `with tokengate.record(model):`."
+            )
+        modules = {}
+        for name, layer in self._layers.items():
+            samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
+            if name in self._counts:
+                samples, summed, positions, closed = self._counts[name].tolist()
+            modules[name] = ModuleSparsity(
+                sparsity=summed / samples if samples else float("nan"),
+                samples=int(samples),
+                positions=int(positions),
+                modified=int(positions - closed),
+                tau=None if layer.gate is None else layer.gate.tau.item(),
+            )
+        return SparsityReport(modules)
+
+    def _observe(self, name: str, is_open: Tensor | None, h: Tensor) -> None:
+        with torch.no_grad():
+            if is_open is None:
+                is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
+            if self._keep_positions:
+                self.positions.setdefault(name, []).append(is_open.cpu())
+            if is_open.numel() == 0:
+                return
+            # (B, ...) is B samples; (N, C) is N samples of one position, which gives the same
+            # mean as samples of equal length; (C,) is one.
+            closed = ~(is_open.flatten(1) if is_open.dim() > 1 else is_open.reshape(-1, 1))
+            # MPS has no float64; its counts are exact up to 2^24.
+            dtype = torch.float32 if h.device.type == "mps" else torch.float64
+            share = closed.to(dtype).mean(1)
+            now = torch.stack(
+                [
+                    torch.full_like(share, 1.0).sum(),
+                    share.sum(),
+                    torch.full_like(share, closed.shape[1]).sum(),
+                    closed.sum().to(dtype),
+                ]
+            )
+            self._counts[name] = self._counts[name] + now if name in self._counts else now
+
+
+@contextlib.contextmanager
+def record(model: nn.Module, positions: bool = False) -> Iterator[Recorder]:
+    """Measure sparsity (eq. 23) of a patched model while it runs:
+
+        with tokengate.record(model) as rec:
+            model(**batch)
+        print(rec.report())
+
+    Per module: for each sample, the share of its positions that were left unmodified, averaged
+    over samples. Layers without a gate modify every position: their sparsity is 0. May be nested.
+
+    Args:
+        model: a patched model.
+        positions: also keep S itself, in `rec.positions`; one byte for each position and module.
+
+    Raises:
+        TokenGateError: no layer of the model is patched.
+    """
+    recorder = Recorder(model, positions)
+    added = {}
+    try:
+        for name, layer in recorder._layers.items():
+            added[layer] = partial(recorder._observe, name)
+            layer._observers = (*layer._observers, added[layer])
+        yield recorder
+    finally:
+        for layer, observer in added.items():
+            left = (
+                tuple(o for o in layer._observers if o is not observer)
+                if "_observers" in layer.__dict__
+                else ()
+            )
+            if left:
+                layer._observers = left
+            else:
+                layer.__dict__.pop("_observers", None)

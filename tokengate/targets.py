@@ -1,0 +1,132 @@
+"""From `targets=` to the linear layers that will be patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tokengate.errors import TokenGateError
+from tokengate.gated_linear import GatedLinear
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+
+Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[str, nn.Linear]:
+    """The layers that `targets` means, without those that `exclude` means, by name.
+
+    A layer that is shared is listed once, under its first name.
+
+    Raises:
+        TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
+            patched already.
+    """
+    names = _Names(model)
+    excluded = set().union(*names.matches("exclude", exclude).values()) if exclude else set()
+    chosen: set[nn.Module] = set()
+    for label, found in names.matches("targets", targets).items():
+        wanted = sorted(found - excluded, key=lambda module: names.first[module])
+        if not wanted:
+            raise TokenGateError(
+                f"target {label} matches only what exclude= leaves out: drop one of the two."
+            )
+        refusals = {module: names.refusal(module) for module in wanted}
+        patched = next((m for m in wanted if isinstance(m, GatedLinear)), None)
+        if patched is not None or all(refusals.values()):
+            module = patched if patched is not None else wanted[0]
+            raise TokenGateError(
+                f"target {label} matches {names.first[module]!r}, {refusals[module]}."
+            )
+        chosen |= {module for module in wanted if refusals[module] is None}
+    # In the model's order, so that a seed gives the same initial values however one asks.
+    return {n: m for m, n in names.first.items() if m in chosen and isinstance(m, nn.Linear)}
+
+
+class _Names:
+    """The modules of a model by name, and what is known of each as a target."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # All names of a shared module count for matching; the first one is its name.
+        self.named = list(model.named_modules(remove_duplicate=False))
+        self.first: dict[nn.Module, str] = {}
+        for name, module in self.named:
+            self.first.setdefault(module, name)
+        # nn.MultiheadAttention reads this layer's weight itself and never calls the layer.
+        self.bypassed = {
+            module.out_proj: name
+            for module, name in self.first.items()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+
+    def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
+        """What each pattern matches, linear or not; an error where that is nothing."""
+        kind = type(self.model).__name__
+        if isinstance(patterns, str) and patterns == ALL_LINEAR:
+            return {f'"{ALL_LINEAR}"': self._all_linear()}
+        if callable(patterns):
+            chosen = {module for name, module in self.named if patterns(name, module)}
+            if not chosen:
+                raise TokenGateError(
+                    f"the callable given as {argument}= chose none of the {len(self.first)} modules "
+                    f"of this {kind}: return True for at least one."
+                )
+            return {"<callable>": chosen}
+        found = {}
+        for pattern in as_patterns(argument, patterns):
+            hits = {module for name, module in self.named if matches(pattern, name)}
+            if not hits:
+                linear = [name for name, module in self.named if isinstance(module, nn.Linear)]
+                raise TokenGateError(
+                    f"{argument.removesuffix('s')} {show(pattern)} matches no module of this {kind}: "
+                    f"use the name of a linear layer; {nearest(pattern, linear)}."
+                )
+            found[show(pattern)] = hits
+        if not found:
+            raise TokenGateError(
+                f'{argument}={patterns!r} names no layer: pass names, e.g. ["q_proj", "v_proj"].'
+            )
+        return found
+
+    def _all_linear(self) -> set[nn.Module]:
+        # A language model's output head is a linear layer that one seldom means to adapt.
+        get_head = getattr(self.model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        linear = {m for m in self.first if isinstance(m, nn.Linear) and m is not head}
+        if not linear:
+            raise TokenGateError(
+                f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__} without a linear '
+                "layer to patch: pass a model that has one."
+            )
+        return linear
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why `module` cannot be patched, as the end of a sentence; None if it can."""
+        kind = type(module).__name__
+        if not isinstance(module, nn.Linear):
+            inside = (name for name, m in module.named_modules() if isinstance(m, nn.Linear))
+            example = next(inside, None)
+            remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
+            return f"which is a {kind}, not a linear layer: {remedy}"
+        if isinstance(module, GatedLinear):
+            return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
+        if is_lazy(module.weight):
+            return "which has no weight yet: run the model once, then patch"
+        if "forward" in module.__dict__:
+            return (
+                f"a {kind} whose forward was replaced on the instance, so that a patch would never "
+                "run: patch first, then dispatch or hook the model"
+            )
+        if hasattr(module, "modification") or hasattr(module, "gate"):
+            return f"a {kind} with its own attribute `modification` or `gate`: drop it"
+        if module in self.bypassed:
+            return (
+                f"whose owner {self.bypassed[module]!r} is an nn.MultiheadAttention, which reads the "
+                "weight and never calls the layer, so that a patch would do nothing: drop it"
+            )
+        return None
