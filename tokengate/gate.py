@@ -171,7 +171,7 @@ def _threshold_direction(
     if mask is not None:
         real = mask != 0
         moves, is_open = moves & real, is_open & real
-    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum()
+    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum(dtype=dtype)
 
 
 def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:

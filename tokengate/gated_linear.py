@@ -44,6 +44,8 @@ class GatedLinear(nn.Linear):
             return out
         w = out if self.bias is None else out - self.bias.to(out.dtype)
         m = self.modification(input, w)
+        is_open: Tensor | None
+        h: Tensor
         if self.gate is None:
             is_open, h = None, out + m.to(out.dtype)
         else:

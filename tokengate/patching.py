@@ -12,7 +12,7 @@ from torch import nn
 from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import GatedLinear, attach, detach, layers, require_layers
+from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, find_method
 from tokengate.patterns import as_patterns, matches, nearest, show
@@ -114,14 +114,15 @@ def unpatch(model: _Model) -> _Model:
     Raises:
         TokenGateError: no layer of the model is patched.
     """
-    for layer in require_layers(model, "unpatch").values():
+    frozen = _patched_roots(model)
+    # With a subtree unpatched on its own before, a root may have no patched layer left.
+    for layer in (layers(model) if frozen else require_layers(model, "unpatch")).values():
         detach(layer)
-    for module in model.modules():
-        before = module.__dict__.pop(_BEFORE, None)
-        if before:
-            parameters = dict(module.named_parameters())
-            for name, requires_grad in before.items():
-                parameters[name].requires_grad_(requires_grad)
+    for root in frozen:
+        before = root.__dict__.pop(_BEFORE)
+        for name, parameter in root.named_parameters():
+            if name in before:
+                parameter.requires_grad_(before[name])
     return model
 
 
@@ -204,19 +205,18 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
-    before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
-    patched_before = layers(model)
-    ours = {id(p) for layer in patched_before.values() for p in _own_parameters(layer)}
+    # What an earlier patch left trainable stays so: its taus and modifications, its `train`.
+    settled = {id(p) for root in _patched_roots(model) for p in root.parameters()}
     keep = {id(p) for p in trained.values()}
+    before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
     for name, parameter in model.named_parameters():
-        # What an earlier patch left trainable stays so: only its own call froze the rest.
-        wanted = id(parameter) in keep or (bool(patched_before) and parameter.requires_grad)
-        if id(parameter) not in ours and parameter.requires_grad != wanted:
+        stays = id(parameter) in settled and parameter.requires_grad
+        wanted = stays or id(parameter) in keep
+        if parameter.requires_grad != wanted:
             before.setdefault(name, parameter.requires_grad)
             parameter.requires_grad_(wanted)
 
 
-def _own_parameters(layer: GatedLinear) -> Iterator[nn.Parameter]:
-    yield from layer.modification.parameters()
-    if layer.gate is not None:
-        yield from layer.gate.parameters()
+def _patched_roots(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model` that were given to `patch`, the model itself included."""
+    return [module for module in model.modules() if _BEFORE in module.__dict__]

@@ -73,8 +73,8 @@ class _Names:
             chosen = {module for name, module in self.named if patterns(name, module)}
             if not chosen:
                 raise TokenGateError(
-                    f"the callable given as {argument}= chose none of the {len(self.first)} modules "
-                    f"of this {kind}: return True for at least one."
+                    f"the callable given as {argument}= chose no module of this {kind}: "
+                    "return True for at least one."
                 )
             return {"<callable>": chosen}
         found = {}
@@ -83,8 +83,8 @@ class _Names:
             if not hits:
                 linear = [name for name, module in self.named if isinstance(module, nn.Linear)]
                 raise TokenGateError(
-                    f"{argument.removesuffix('s')} {show(pattern)} matches no module of this {kind}: "
-                    f"use the name of a linear layer; {nearest(pattern, linear)}."
+                    f"{argument.removesuffix('s')} {show(pattern)} matches no module of this "
+                    f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}."
                 )
             found[show(pattern)] = hits
         if not found:
@@ -97,11 +97,12 @@ class _Names:
         # A language model's output head is a linear layer that one seldom means to adapt.
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        linear = {m for m in self.first if isinstance(m, nn.Linear) and m is not head}
+        linear: set[nn.Module] = {m for m in self.first if isinstance(m, nn.Linear)}
+        linear.discard(head)
         if not linear:
             raise TokenGateError(
-                f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__} without a linear '
-                "layer to patch: pass a model that has one."
+                f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
+                "which has no linear layer: pass a model that has one."
             )
         return linear
 
@@ -126,7 +127,7 @@ class _Names:
             return f"a {kind} with its own attribute `modification` or `gate`: drop it"
         if module in self.bypassed:
             return (
-                f"whose owner {self.bypassed[module]!r} is an nn.MultiheadAttention, which reads the "
-                "weight and never calls the layer, so that a patch would do nothing: drop it"
+                f"whose owner {self.bypassed[module]!r} is an nn.MultiheadAttention, which reads "
+                "the weight and never calls the layer, so that a patch would do nothing: drop it"
             )
         return None
