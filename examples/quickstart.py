@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 
 CANVAS, PATCH = 24, 4
 GRID = CANVAS // PATCH
+LEARNING_RATE = 3e-3
 TARGETS = ["attn.qkv", "attn.proj", "fc1", "fc2"]
 
 Split = tuple[Tensor, Tensor]  # images (N, 1, CANVAS, CANVAS) and labels (N,)
@@ -97,7 +98,7 @@ def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: boo
         gate=gate,
         train=["head"],
     )
-    groups = tokengate.param_groups(model, lr=3e-3, s=arguments.s)
+    groups = tokengate.param_groups(model, lr=LEARNING_RATE, s=arguments.s)
     name = f"{'gated' if gate else 'ungated'} {arguments.method}"
     train(model, groups, data, arguments.epochs, name)
     return model.eval()

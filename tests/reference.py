@@ -66,9 +66,9 @@ def lora_layer(x, W, b, A, B, scale, tau, penalty, grad):
     """
     n = len(x)
     w = np.array([[sum(W[j][c] * x[i][c] for c in range(len(x[i]))) for j in range(len(W))]
-                  for i in range(n)])  # fmt: skip
+                  for i in range(n)]).reshape(n, len(W))  # fmt: skip
     z = np.array([A @ x[i] for i in range(n)])
-    m = np.array([scale * (B @ z[i]) for i in range(n)])
+    m = np.array([scale * (B @ z[i]) for i in range(n)]).reshape(n, len(W))
     if tau is None:
         h, opened = w + m, [True] * n
     else:

@@ -91,7 +91,7 @@ class SparsityReport:
         several = len({stem for stem, number, _ in split.values() if number}) > 1
         cells: dict[str, dict[str, float]] = {}
         for name, (stem, number, column) in split.items():
-            row = ".".join(filter(None, (stem, number))) if several or not number else number
+            row = number if number and not several else ".".join(filter(None, (stem, number)))
             cells.setdefault(row, {})[columns[column]] = self.modules[name].sparsity
         heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
         values = [[_value(row.get(head)) for head in heads] for row in cells.values()]
@@ -160,7 +160,7 @@ def _split(name: str) -> tuple[str, str, str]:
     for i, part in enumerate(parts[:-1]):
         if part.isdecimal():
             return ".".join(parts[:i]), part, ".".join(parts[i + 1 :])
-    return "", "", name
+    return name, "", name
 
 
 def _short(names: set[str]) -> dict[str, str]:

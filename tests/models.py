@@ -1,0 +1,55 @@
+"""Small models, and what a model looked like."""
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    """Attention-like names, with and without bias, around a nonlinearity."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.fc2 = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.q_proj(x)) * self.v_proj(x)
+        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
+
+
+class Net(nn.Module):
+    """(B, T, 8) -> (B, T, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def snapshot(model):
+    """Everything by which a model could differ: objects, classes, values and flags."""
+    return {
+        "modules": {n: (id(m), type(m), m.training) for n, m in model.named_modules()},
+        "attributes": {n: sorted(m.__dict__) for n, m in model.named_modules()},
+        "parameters": {n: (id(p), p.requires_grad, p.dtype) for n, p in model.named_parameters()},
+        "values": {n: v.tolist() for n, v in model.state_dict().items()},
+    }
+
+
+def away_from_initialisation(model, scale=0.5):
+    """Fill every adapter parameter, so that nothing is zero any more."""
+    import tokengate
+
+    with torch.no_grad():
+        for layer in tokengate.layers(model).values():
+            for parameter in layer.modification.parameters():
+                parameter.normal_(std=scale)
+    return model

@@ -1,0 +1,141 @@
+"""The package itself: what importing it loads, and what it ships."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tokengate
+
+ROOT = pathlib.Path(__file__).parents[1]
+HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"]
+
+
+def loaded_by(code):
+    """The host libraries that a fresh interpreter has loaded after `code`."""
+    code += f"\nimport sys\nprint([h for h in {HOSTS} if h in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(run.stdout.splitlines()[-1])
+
+
+def test_importing_tokengate_imports_no_host():
+    assert loaded_by("import tokengate, tokengate.integrations") == []
+
+
+def test_the_import_test_can_fail():
+    pytest.importorskip("matplotlib", reason="the viz extra is not installed")
+    assert "matplotlib" in loaded_by("import tokengate, matplotlib")
+
+
+def test_public_names():
+    public = {name for name in vars(tokengate) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(vars(tokengate)[name], type(sys))}
+    assert public - modules == {
+        "GatedLinear",
+        "LoRA",
+        "Modification",
+        "SparsityReport",
+        "TauAdam",
+        "TokenGate",
+        "TokenGateError",
+        "disabled",
+        "layers",
+        "param_groups",
+        "patch",
+        "record",
+        "register",
+        "token_gate",
+        "unpatch",
+    }
+
+
+def test_imports_point_one_way():
+    """A file may import only files above it in this list."""
+    order = [
+        "errors",
+        "arguments",
+        "precision",
+        "patterns",
+        "gate",
+        "modifications",
+        "gated_linear",
+        "targets",
+        "patching",
+        "tau_adam",
+        "param_groups",
+        "report",
+        "recording",
+    ]
+    found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
+    assert found - {"__init__"} == set(order)
+    for name in order:
+        path = ROOT / "tokengate" / name
+        files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        for file in files:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokengate"):
+                    imported = node.module.split(".")[1]
+                    assert order.index(imported) <= order.index(name), (file, imported)
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module]
+                roots = {n.split(".")[0] for n in names} - {"tokengate", "torch", "safetensors"}
+                assert roots <= set(sys.stdlib_module_names), (file, roots)
+
+
+def test_packages_on_disk_are_the_packages_listed():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = ast.literal_eval(text.split("packages = ")[1].split("\n")[0])
+    on_disk = {
+        ".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("tokengate/**/__init__.py")
+    }
+    on_disk |= {"tokengate.integrations"}
+    assert set(listed) == on_disk
+    assert (ROOT / "integrations" / "__init__.py").exists()
+    assert f'version = "{tokengate.__version__}"' in text
+
+
+def test_a_method_of_ones_own(monkeypatch):
+    """The documented protocol: a registered class is gated, trained and checked like LoRA."""
+    import torch
+    from models import Net
+
+    from tokengate.modifications import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @tokengate.register("diagonal")
+    class Diagonal(tokengate.Modification):
+        def __init__(self, linear, *, scale=1.0):
+            super().__init__(linear)
+            self.scale = scale
+            self.gain = self.new_parameter(self.out_features)
+
+        def reset_parameters(self):
+            torch.nn.init.zeros_(self.gain)
+
+        def forward(self, x, w):
+            return self.scale * self.gain.to(w.dtype) * w
+
+    model, x = Net(), torch.randn(2, 3, 8)
+    base = model(x)
+    tokengate.patch(model, ["v_proj"], "diagonal", scale=2.0)
+    assert torch.equal(model(x), base)
+    layer = model.blocks[0].v_proj
+    with torch.no_grad():
+        layer.modification.gain.fill_(0.5)
+        layer.gate.tau.fill_(0.1)
+    out = layer(x)
+    torch.testing.assert_close(out, 2 * torch.nn.functional.linear(x, layer.weight) + layer.bias)
+    out.sum().backward()
+    assert layer.modification.gain.grad.shape == (8,)
+    with pytest.raises(
+        tokengate.TokenGateError, match=r"unknown option 'rank' .* options are scale"
+    ):
+        tokengate.patch(Net(), ["v_proj"], Diagonal, rank=3)
+    with pytest.raises(tokengate.TokenGateError, match="method 'lora' is taken by LoRA"):
+        tokengate.register("lora")(Diagonal)
+    with pytest.raises(tokengate.TokenGateError, match="decorate a subclass"):
+        tokengate.register("linear")(torch.nn.Linear)

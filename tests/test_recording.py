@@ -1,0 +1,185 @@
+"""record and SparsityReport: eq. 23."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import reference
+import torch
+from models import Net, away_from_initialisation
+from torch import nn
+
+import tokengate
+from tokengate.report import ModuleSparsity
+
+
+def patched(**options):
+    return away_from_initialisation(tokengate.patch(Net(), ["q_proj", "v_proj"], **options))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (3, 2, 5, 8), (7, 8), (8,)])
+def test_equals_eq_23(shape):
+    model = patched(tau=1.0)
+    with tokengate.record(model, positions=True) as rec:
+        model(torch.randn(shape))
+        model(torch.randn(shape))
+    report = rec.report()
+    for name, calls in rec.positions.items():
+        assert [tuple(s.shape) for s in calls] == [shape[:-1]] * 2
+        samples = [row.flatten().tolist() for s in calls for row in (s if s.dim() else s[None])]
+        assert report.by_module[name] == pytest.approx(reference.sparsity(samples))
+        module = report.modules[name]
+        assert module.samples == len(samples)
+        assert module.positions == sum(map(len, samples))
+        assert module.modified == sum(map(sum, samples))
+    assert report.sparsity == pytest.approx(sum(report.by_module.values()) / 4)
+    if shape == (4, 6, 8):
+        assert 0 < report.sparsity < 1
+
+
+def test_samples_weigh_the_same_whatever_their_length():
+    layer = nn.Linear(2, 2, bias=False)
+    tokengate.patch(layer, "all-linear", rank=1, scale=1.0, tau=0.5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2))
+        layer.modification.A.copy_(torch.tensor([[1.0, 0.0]]))
+        layer.modification.B.copy_(torch.tensor([[1.0], [0.0]]))
+    opened, closed = [1.0, 0.0], [0.0, 1.0]
+    with tokengate.record(layer) as rec:
+        layer(torch.tensor([[opened, closed, closed, closed]]))
+        layer(torch.tensor([[opened]]))
+    report = rec.report()
+    assert report.sparsity == pytest.approx((3 / 4 + 0) / 2)
+    assert report.token_sparsity == pytest.approx(3 / 5)
+
+
+def test_open_and_closed_and_ungated():
+    for options, wanted in [({"tau": -1.0}, 0.0), ({"tau": 1e6}, 1.0), ({"gate": False}, 0.0)]:
+        model = patched(**options)
+        with tokengate.record(model) as rec:
+            model(torch.randn(2, 3, 8))
+        assert set(rec.report().by_module.values()) == {wanted}
+
+
+def test_nothing_is_counted_outside_or_disabled_and_nothing_is_left():
+    model = patched()
+    keys = sorted(model.blocks[0].q_proj.__dict__)
+    x = torch.randn(2, 3, 8)
+    with tokengate.record(model) as outer:
+        with tokengate.record(model) as inner, tokengate.disabled(model):
+            model(x)
+        model(x)
+    model(x)
+    assert outer.report().modules["blocks.0.q_proj"].positions == 6
+    with pytest.raises(
+        tokengate.TokenGateError, match="nothing was recorded: run the model inside"
+    ):
+        inner.report()
+    assert sorted(model.blocks[0].q_proj.__dict__) == keys
+
+
+def test_recording_changes_no_number():
+    model = patched(tau=0.5)
+    x = torch.randn(2, 3, 8)
+    plain = model(x)
+    plain.sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with tokengate.record(model, positions=True):
+        recorded = model(x)
+    recorded.sum().backward()
+    assert torch.equal(plain, recorded)
+    assert grads
+    for name, grad in grads.items():
+        assert torch.equal(model.get_parameter(name).grad, grad)
+
+
+def test_an_empty_call_counts_nothing():
+    model = patched()
+    with tokengate.record(model) as rec:
+        model(torch.randn(0, 5, 8))
+        model(torch.randn(2, 5, 8))
+    assert rec.report().modules["blocks.0.q_proj"].samples == 2
+
+
+def module(sparsity, tau=0.1):
+    if math.isnan(sparsity):
+        return ModuleSparsity(sparsity, 0, 0, 0, tau)
+    return ModuleSparsity(sparsity, 2, 100, round(100 * (1 - sparsity)), tau)
+
+
+def example():
+    return tokengate.SparsityReport(
+        {
+            "model.layers.0.self_attn.q_proj": module(0.5),
+            "model.layers.0.self_attn.v_proj": module(0.1),
+            "model.layers.1.self_attn.q_proj": module(0.9),
+            "model.layers.1.self_attn.v_proj": module(math.nan, tau=None),
+        }
+    )
+
+
+def test_table():
+    table = example().table
+    assert table.rows == ["0", "1"]
+    assert table.columns == ["q_proj", "v_proj"]
+    assert table.values == [[0.5, 0.1], [0.9, None]]
+    assert table.row_averages == pytest.approx([0.3, 0.9])
+    assert table.column_averages == pytest.approx([0.7, 0.1])
+    assert example().sparsity == pytest.approx(0.5)
+    assert example().std == pytest.approx(math.sqrt((0 + 0.16 + 0.16) / 3))
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "columns"),
+    [
+        (["blocks.0.attn.proj", "blocks.0.mlp.proj"], ["0"], ["attn.proj", "mlp.proj"]),
+        (["vision.layers.0.q", "text.layers.0.q"], ["vision.layers.0", "text.layers.0"], ["q"]),
+        (["layers.0.q", "head"], ["0", "head"], ["q", "head"]),
+        (["layers.0.experts.3.up"], ["0"], ["up"]),
+        ([""], [""], [""]),
+    ],
+)
+def test_names_become_rows_and_columns(names, rows, columns):
+    table = tokengate.SparsityReport({name: module(0.5) for name in names}).table
+    assert (table.rows, table.columns) == (rows, columns)
+
+
+def test_text():
+    assert str(example()).splitlines() == [
+        "sparsity (%)",
+        "layer  q_proj  v_proj   avg",
+        "0        50.0    10.0  30.0",
+        "1        90.0       -  90.0",
+        "avg      70.0    10.0  50.0",
+        "sparsity 50.0 % (std 32.7) over 3 modules; 50.0 % of all positions left unmodified; "
+        "1 modules were never called",
+    ]
+
+
+def test_markdown():
+    assert example().to_markdown().splitlines() == [
+        "| layer | q_proj | v_proj | avg |",
+        "| :-- | --: | --: | --: |",
+        "| 0 | 50.0 | 10.0 | 30.0 |",
+        "| 1 | 90.0 | - | 90.0 |",
+        "| avg | 70.0 | 10.0 | 50.0 |",
+    ]
+
+
+def test_csv_and_dict_hold_the_numbers():
+    rows = list(csv.DictReader(io.StringIO(example().to_csv())))
+    assert rows[0] == {
+        "module": "model.layers.0.self_attn.q_proj",
+        "sparsity": "0.5",
+        "samples": "2",
+        "positions": "100",
+        "modified": "50",
+        "tau": "0.1",
+    }
+    assert (rows[3]["sparsity"], rows[3]["tau"]) == ("", "")
+    read = json.loads(json.dumps(example().to_dict(), allow_nan=False))
+    assert read["sparsity"] == pytest.approx(0.5)
+    assert read["modules"]["model.layers.1.self_attn.v_proj"]["sparsity"] is None

@@ -1,0 +1,100 @@
+"""What each kind of target means."""
+
+import re
+
+import pytest
+import torch
+from models import Net
+from torch import nn
+
+import tokengate
+
+ALL = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "fc1", "fc2")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "wanted"),
+    [
+        (["q_proj"], {}, ["blocks.0.q_proj", "blocks.1.q_proj"]),
+        ("q_proj", {}, ["blocks.0.q_proj", "blocks.1.q_proj"]),
+        (["1.fc1", "head"], {}, ["blocks.1.fc1", "head"]),
+        (["blocks.0.fc2"], {}, ["blocks.0.fc2"]),
+        (["blocks.0.*"], {}, ALL[:4]),
+        (["*_proj"], {}, [n for n in ALL if n.endswith("_proj")]),
+        (["*.fc[12]"], {"exclude": ["0.fc1"]}, ["blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"]),
+        ([re.compile(r"blocks\.\d\.fc1")], {}, ["blocks.0.fc1", "blocks.1.fc1"]),
+        (re.compile(r".*1\.fc1"), {}, ["blocks.1.fc1"]),
+        (("fc1", "q_proj"), {"exclude": ["blocks.1.*"]}, ["blocks.0.q_proj", "blocks.0.fc1"]),
+        ({"head"}, {}, ["head"]),
+        ("all-linear", {}, [*ALL, "head"]),
+        ("all-linear", {"train": ["head"]}, ALL),
+        ("all-linear", {"exclude": lambda n, m: n.startswith("blocks")}, ["head"]),
+        (lambda n, m: isinstance(m, nn.Linear) and m.out_features == 3, {}, ["head"]),
+        (["0.fc1", "*"], {}, [*ALL, "head"]),
+    ],
+)
+def test_targets(targets, options, wanted):
+    model = tokengate.patch(Net(), targets, **options)
+    assert list(tokengate.layers(model)) == wanted
+
+
+def test_a_suffix_is_made_of_whole_components():
+    model = nn.ModuleDict({"seq_proj": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)})
+    assert list(tokengate.layers(tokengate.patch(model, ["q_proj"]))) == ["q_proj"]
+
+
+def test_a_regular_expression_must_match_in_full():
+    with pytest.raises(tokengate.TokenGateError, match="matches no module"):
+        tokengate.patch(Net(), [re.compile("q_proj")])
+
+
+def test_of_mixed_matches_the_linear_layers_are_patched():
+    model = nn.ModuleDict(
+        {
+            "a": nn.ModuleDict({"proj": nn.Conv2d(1, 1, 1)}),
+            "b": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
+        }
+    )
+    assert list(tokengate.layers(tokengate.patch(model, ["proj"]))) == ["b.proj"]
+
+
+def test_all_linear_leaves_a_language_models_head_out():
+    model = Net()
+    model.get_output_embeddings = lambda: model.head
+    assert list(tokengate.layers(tokengate.patch(model, "all-linear"))) == ALL
+    assert list(tokengate.layers(tokengate.patch(model, ["head"]))) == [*ALL, "head"]
+
+
+def test_initial_values_do_not_depend_on_the_order_of_targets():
+    def values(targets):
+        torch.manual_seed(0)
+        model = tokengate.patch(Net(), targets)
+        return [layer.modification.A for layer in tokengate.layers(model).values()]
+
+    first, second = values(["q_proj", "fc1"]), values(["fc1", "q_proj"])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        (["head"], ["head.weight", "head.bias"]),
+        ("head.bias", ["head.bias"]),
+        (["norm"], [f"blocks.{i}.norm.{n}" for i in (0, 1) for n in ("weight", "bias")]),
+        (["*.1.norm.bias"], ["blocks.1.norm.bias"]),
+        ([re.compile(r".*\.0\.norm")], ["blocks.0.norm.weight", "blocks.0.norm.bias"]),
+    ],
+)
+def test_train(train, wanted):
+    model = tokengate.patch(Net(), ["q_proj"], train=train)
+    own = {n for n, _ in Net().named_parameters()}
+    assert [n for n, p in model.named_parameters() if p.requires_grad and n in own] == wanted
+
+
+def test_what_cannot_be_trained():
+    model = Net()
+    model.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(tokengate.TokenGateError, match=r"'codes', whose dtype torch.int8 cannot"):
+        tokengate.patch(model, ["q_proj"], train=["codes"])
+    assert list(tokengate.layers(tokengate.patch(model, ["q_proj"])))
