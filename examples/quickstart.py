@@ -152,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lambda", dest="penalty", type=float, default=1e-5, help="pull to close (default: 1e-5)"
     )
-    parser.add_argument("--s", type=float, default=1e-3, help="step size of tau (default: 1e-3)")
+    parser.add_argument("--s", type=float, default=7e-4, help="step size of tau (default: 7e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--epochs", type=int, default=20, help="of each adaptation (default: 20)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="a folder")

@@ -183,3 +183,13 @@ def test_csv_and_dict_hold_the_numbers():
     read = json.loads(json.dumps(example().to_dict(), allow_nan=False))
     assert read["sparsity"] == pytest.approx(0.5)
     assert read["modules"]["model.layers.1.self_attn.v_proj"]["sparsity"] is None
+
+
+def test_unpatching_within_a_recording_leaves_nothing():
+    model = Net()
+    keys = sorted(model.blocks[0].q_proj.__dict__)
+    tokengate.patch(model, ["q_proj"])
+    with tokengate.record(model) as rec, tokengate.disabled(model):
+        tokengate.unpatch(model)
+    assert sorted(model.blocks[0].q_proj.__dict__) == keys
+    assert not rec.positions

@@ -178,7 +178,7 @@ def _check_can_patch(model: nn.Module) -> None:
 def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters())
     named: dict[str, nn.Parameter] = {}
-    for pattern in as_patterns("train", train):
+    for pattern in as_patterns("train", () if train is None else train):
         hits = {
             name: parameter
             for name, parameter in parameters.items()

@@ -105,12 +105,7 @@ def record(model: nn.Module, positions: bool = False) -> Iterator[Recorder]:
         yield recorder
     finally:
         for layer, observer in added.items():
-            left = (
-                tuple(o for o in layer._observers if o is not observer)
-                if "_observers" in layer.__dict__
-                else ()
-            )
+            # From the instance: the layer may have been unpatched in the meantime.
+            left = tuple(o for o in layer.__dict__.pop("_observers", ()) if o is not observer)
             if left:
                 layer._observers = left
-            else:
-                layer.__dict__.pop("_observers", None)

@@ -27,7 +27,9 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
             patched already.
     """
     names = _Names(model)
-    excluded = set().union(*names.matches("exclude", exclude).values()) if exclude else set()
+    excluded: set[nn.Module] = set()
+    if exclude is not None:
+        excluded = excluded.union(*names.matches("exclude", exclude).values())
     chosen: set[nn.Module] = set()
     for label, found in names.matches("targets", targets).items():
         wanted = sorted(found - excluded, key=lambda module: names.first[module])
@@ -87,7 +89,7 @@ class _Names:
                     f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}."
                 )
             found[show(pattern)] = hits
-        if not found:
+        if not found and argument == "targets":
             raise TokenGateError(
                 f'{argument}={patterns!r} names no layer: pass names, e.g. ["q_proj", "v_proj"].'
             )
