@@ -123,21 +123,22 @@ def draw_heatmap(report: tokengate.SparsityReport, file: Path) -> None:
 
 
 def draw_patches(images: Tensor, positions: dict[str, list[Tensor]], file: Path) -> None:
-    """Above the images, below the share of layers that modified each of their patches."""
+    """Above the images, below the share of modules that modified each of their patches."""
     modified = torch.stack([torch.cat(calls) for calls in positions.values()]).float().mean(0)
     patches = modified[:, -GRID * GRID :].reshape(-1, GRID, GRID)  # without the class token
-    figure, axes = plt.subplots(
-        2, len(images), figsize=(1.5 * len(images), 3.5), layout="constrained"
-    )
-    for column, (image, share) in enumerate(zip(images, patches, strict=True)):
-        axes[0, column].imshow(image[0], cmap="gray", vmin=0, vmax=1)
-        axes[1, column].imshow(image[0], cmap="gray", vmin=0, vmax=1, extent=(0, GRID, GRID, 0))
-        shown = axes[1, column].imshow(
-            share, cmap="magma", vmin=0, vmax=1, alpha=0.75, extent=(0, GRID, GRID, 0)
-        )
+    figure, axes = plt.subplots(2, len(images), figsize=(11, 2.9), layout="constrained")
+    # Both rows in pixels, so that the digit's outline lies on the patches below it.
+    extent = (0, CANVAS, CANVAS, 0)
+    centres = torch.arange(CANVAS) + 0.5
+    lowest = patches.min().item()
+    for column, (image, share) in enumerate(zip(images[:, 0], patches, strict=True)):
+        above, below = axes[:, column]
+        above.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent)
+        shown = below.imshow(share, cmap="viridis", vmin=lowest, vmax=1, extent=extent)
+        below.contour(centres, centres, image, levels=[0.45], colors="white", linewidths=1.2)
     for ax in axes.flat:
         ax.set_axis_off()
-    figure.colorbar(shown, ax=axes, label="share of modules that\nmodified the patch")
+    figure.colorbar(shown, ax=axes[1, :], aspect=8, label="share of modules\nthat modified it")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
