@@ -98,3 +98,15 @@ def test_what_cannot_be_trained():
     with pytest.raises(tokengate.TokenGateError, match=r"'codes', whose dtype torch.int8 cannot"):
         tokengate.patch(model, ["q_proj"], train=["codes"])
     assert list(tokengate.layers(tokengate.patch(model, ["q_proj"])))
+
+
+def test_a_linear_layer_that_cannot_be_patched_is_never_skipped_silently():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.ModuleDict()})
+    model["b"]["out_proj"] = nn.Linear(4, 4)
+    for targets in (["out_proj"], ["*"], lambda n, m: True):
+        with pytest.raises(tokengate.TokenGateError, match=r"'a\.out_proj', whose owner 'a'"):
+            tokengate.patch(model, targets)
+    tokengate.patch(model, ["out_proj"], exclude=["a.*"])
+    assert list(tokengate.layers(model)) == ["b.out_proj"]
+    tokengate.unpatch(model)
+    assert list(tokengate.layers(tokengate.patch(model, "all-linear"))) == ["b.out_proj"]

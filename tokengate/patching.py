@@ -49,9 +49,10 @@ def patch(
         targets: which layers. A list of names or dotted suffixes on whole components (`"q_proj"`,
             `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
             regular expressions (full match); or one callable `(name, module) -> bool`; or
-            `"all-linear"`, which is every linear layer but a language model's output head and
-            what `train` names. Of what a pattern matches, the linear layers are patched; there
-            must be at least one.
+            `"all-linear"`, which is every linear layer but a language model's output head, what
+            `train` names, and layers whose owner never calls them (`nn.MultiheadAttention`'s
+            `out_proj`). Of what a pattern matches, the linear layers are patched; there must be
+            at least one, and none that cannot be patched.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in

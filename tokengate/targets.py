@@ -37,14 +37,13 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
             raise TokenGateError(
                 f"target {label} matches only what exclude= leaves out: drop one of the two."
             )
-        refusals = {module: names.refusal(module) for module in wanted}
-        patched = next((m for m in wanted if isinstance(m, GatedLinear)), None)
-        if patched is not None or all(refusals.values()):
-            module = patched if patched is not None else wanted[0]
-            raise TokenGateError(
-                f"target {label} matches {names.first[module]!r}, {refusals[module]}."
-            )
-        chosen |= {module for module in wanted if refusals[module] is None}
+        # Other modules may share a linear layer's name; without one, each of them is a mistake.
+        linear = [module for module in wanted if isinstance(module, nn.Linear)]
+        for module in linear or wanted:
+            refusal = names.refusal(module)
+            if refusal is not None:
+                raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
+        chosen |= set(linear)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: m for m, n in names.first.items() if m in chosen and isinstance(m, nn.Linear)}
 
@@ -100,7 +99,7 @@ class _Names:
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         linear: set[nn.Module] = {m for m in self.first if isinstance(m, nn.Linear)}
-        linear.discard(head)
+        linear = linear - {head} - self.bypassed.keys()
         if not linear:
             raise TokenGateError(
                 f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
@@ -119,17 +118,17 @@ class _Names:
         if isinstance(module, GatedLinear):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
         if is_lazy(module.weight):
-            return "which has no weight yet: run the model once, then patch"
+            return "which has no weight yet: run the model once, then patch, or exclude it"
         if "forward" in module.__dict__:
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
-                "run: patch first, then dispatch or hook the model"
+                "run: patch first, then dispatch or hook the model, or exclude it"
             )
         if hasattr(module, "modification") or hasattr(module, "gate"):
-            return f"a {kind} with its own attribute `modification` or `gate`: drop it"
+            return f"a {kind} with its own attribute `modification` or `gate`: exclude it"
         if module in self.bypassed:
             return (
                 f"whose owner {self.bypassed[module]!r} is an nn.MultiheadAttention, which reads "
-                "the weight and never calls the layer, so that a patch would do nothing: drop it"
+                "the weight and never calls the layer, so that a patch would do nothing: exclude it"
             )
         return None
