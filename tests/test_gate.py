@@ -291,6 +291,8 @@ def test_float32_modification_of_a_16_bit_output_keeps_its_dtype():
     [
         (lambda w: (w, w[:, :2], 0.1), r"w has shape \(3, 4\) and m \(3, 2\)"),
         (lambda w: (w[0, 0], w[0, 0], 0.1), r"w has shape \(\)"),
+        (lambda w: (w.tolist(), w, 0.1), "w is a list: pass a tensor"),
+        (lambda w: (w, w, 0.1, 0.0, [1, 1, 1]), "mask is a list: pass a tensor"),
         (lambda w: (w.long(), w, 0.1), "dtype torch.int64"),
         (lambda w: (w, w, torch.zeros(2)), r"tau has shape \(2,\)"),
         (lambda w: (w, w, torch.tensor([1])), "tau has shape .* dtype torch.int64"),

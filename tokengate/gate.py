@@ -196,6 +196,9 @@ def _scaled_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:
+    for name, value in (("w", w), ("m", m), ("mask", mask)):
+        if not isinstance(value, Tensor) and not (name == "mask" and value is None):
+            raise TokenGateError(f"{name} is a {type(value).__name__}: pass a tensor.")
     if w.shape != m.shape or w.dim() == 0:
         raise TokenGateError(
             f"w has shape {tuple(w.shape)} and m {tuple(m.shape)}: pass both as (..., channels)."
