@@ -208,22 +208,17 @@ def test_one_adamw_over_both_groups_is_eq_22_for_tau():
 
 
 def test_tau_moves_both_ways_in_training():
-    """It rises while gates are open; closed gates whose modification would help lower it."""
-    model = tokengate.patch(Net(), "all-linear", tau=0.0, penalty=0.0)
-    opt = torch.optim.AdamW(tokengate.param_groups(model, lr=3e-2, s=1e-3))
+    """With nothing but training: it rises from 0 until closed positions pull it back."""
+    model = tokengate.patch(Net(), "all-linear", penalty=0.0)
+    opt = torch.optim.AdamW(tokengate.param_groups(model, lr=3e-2, s=1e-2))
     taus = [layer.gate.tau for layer in tokengate.layers(model).values()]
     x, y = torch.randn(8, 5, 8), torch.randn(8, 5, 3)
-
-    def moves(steps):
-        before = [tau.item() for tau in taus]
-        for _ in range(steps):
-            opt.zero_grad()
-            (model(x) - y).square().mean().backward()
-            opt.step()
-        return [tau.item() - b for tau, b in zip(taus, before, strict=True)]
-
-    assert max(moves(60)) > 1e-2
-    with torch.no_grad():
-        for tau in taus:
-            tau.fill_(5.0)
-    assert min(moves(20)) < -1e-2
+    trajectory = [[0.0] * len(taus)]
+    for _ in range(300):
+        opt.zero_grad()
+        (model(x) - y).square().mean().backward()
+        opt.step()
+        trajectory.append([tau.item() for tau in taus])
+    steps = torch.tensor(trajectory).diff(dim=0)
+    assert ((steps > 1e-3).sum(0) > 20).all()  # every tau rises
+    assert ((steps < -1e-3).sum(0) > 20).sum() >= 3  # and several fall again, often
