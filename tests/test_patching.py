@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import sys
 import types
 
@@ -276,6 +277,16 @@ def hooked():
         (Net, {"targets": ["q_proj"], "method": "lroa"}, "unknown method 'lroa' .*'lora'"),
         (Net, {"targets": ["q_proj"], "method": nn.Linear}, "unknown method <class"),
         (Net, {"targets": ["q_proj"], "rank": -1}, "rank=-1 is not"),
+        (Net, {"targets": ["q_proj"], "gate": "False"}, "gate='False' is neither True nor False"),
+        (Net, {"targets": ["q_proj"], "tau": 10**400}, "tau=1000.* is not a finite number"),
+        (Net, {"targets": nn.Linear}, "targets=<class .* is not a list of names"),
+        (Net, {"targets": nn.Linear(2, 2)}, "targets=Linear.* is not a list of names"),
+        (Net, {"targets": [re.compile(b"x")]}, "is not a list of names"),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16),
+            {"targets": ["linear1"]},
+            "nn.TransformerEncoderLayer, which reads the weight itself",
+        ),
         (Net, {"targets": ["q_proj"], "rnak": 1}, "unknown option 'rnak'"),
         (Net, {"targets": ["q_proj"], "scale": math.inf}, "scale=inf is not"),
         (Net, {"targets": ["q_proj"], "tau": math.nan}, "tau=nan is not"),
@@ -286,7 +297,7 @@ def hooked():
         (
             lambda: nn.MultiheadAttention(8, 2),
             {"targets": ["out_proj"]},
-            "nn.MultiheadAttention, which reads the weight and never calls",
+            "nn.MultiheadAttention, which reads the weight itself instead of calling",
         ),
         (
             lambda: nn.Sequential(nn.LazyLinear(3)),
@@ -370,3 +381,27 @@ def test_what_needs_a_patched_model_says_so(call):
 def test_patch_wants_a_module():
     with pytest.raises(tokengate.TokenGateError, match="patch was given a list"):
         tokengate.patch([1], ["q_proj"])
+
+
+def test_a_part_of_a_patched_model_may_be_patched_again():
+    model = tokengate.patch(Net(), ["q_proj"])
+    tokengate.patch(model.blocks[0], ["v_proj"])
+    for layer in tokengate.layers(model).values():
+        assert all(p.requires_grad for p in layer.modification.parameters())
+        assert layer.gate.tau.requires_grad
+
+
+def test_a_copy_made_while_disabled_or_recorded_is_an_ordinary_one():
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"]))
+    x = torch.randn(2, 3, 8)
+    with tokengate.disabled(model), tokengate.record(model):
+        other = copy.deepcopy(model)
+        assert not torch.equal(model(x), other(x))
+    assert torch.equal(model(x), other(x))
+    assert sorted(other.blocks[0].q_proj.__dict__) == sorted(model.blocks[0].q_proj.__dict__)
+
+
+@pytest.mark.parametrize("call", [tokengate.layers, tokengate.unpatch])
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(tokengate.TokenGateError, match=r"pass a torch\.nn\.Module"):
+        call(3)

@@ -193,3 +193,11 @@ def test_unpatching_within_a_recording_leaves_nothing():
         tokengate.unpatch(model)
     assert sorted(model.blocks[0].q_proj.__dict__) == keys
     assert not rec.positions
+
+
+def test_a_report_can_be_made_after_unpatching():
+    model = patched(tau=0.25)
+    with tokengate.record(model) as rec:
+        model(torch.randn(2, 3, 8))
+    tokengate.unpatch(model)
+    assert {module.tau for module in rec.report().modules.values()} == {0.25}

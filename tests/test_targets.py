@@ -28,6 +28,8 @@ ALL = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "fc1", "f
         ({"head"}, {}, ["head"]),
         ("all-linear", {}, [*ALL, "head"]),
         ("all-linear", {"train": ["head"]}, ALL),
+        ("all-linear", {"exclude": ["blocks"]}, ["head"]),
+        (["q_proj"], {"exclude": ["blocks.0"]}, ["blocks.1.q_proj"]),
         ("all-linear", {"exclude": lambda n, m: n.startswith("blocks")}, ["head"]),
         (lambda n, m: isinstance(m, nn.Linear) and m.out_features == 3, {}, ["head"]),
         (["0.fc1", "*"], {}, [*ALL, "head"]),
@@ -104,9 +106,17 @@ def test_a_linear_layer_that_cannot_be_patched_is_never_skipped_silently():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.ModuleDict()})
     model["b"]["out_proj"] = nn.Linear(4, 4)
     for targets in (["out_proj"], ["*"], lambda n, m: True):
-        with pytest.raises(tokengate.TokenGateError, match=r"'a\.out_proj', whose owner 'a'"):
+        with pytest.raises(tokengate.TokenGateError, match=r"'a\.out_proj', whose owner 'a' is an"):
             tokengate.patch(model, targets)
     tokengate.patch(model, ["out_proj"], exclude=["a.*"])
     assert list(tokengate.layers(model)) == ["b.out_proj"]
     tokengate.unpatch(model)
     assert list(tokengate.layers(tokengate.patch(model, "all-linear"))) == ["b.out_proj"]
+
+
+def test_train_knows_every_name_of_a_tied_weight():
+    model = Net()
+    model.alias = model.head
+    tokengate.patch(model, ["q_proj"], train=["alias"])
+    assert model.head.weight.requires_grad
+    assert not model.blocks[0].norm.weight.requires_grad

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, brief
 from tokengate.gate import TokenGate
 from tokengate.modifications import Modification
 
 # What a recorder is told after each call: S, of shape (...), or None where there is no gate,
 # and the output, of shape (..., out_features).
 Observer = Callable[[Tensor | None, Tensor], None]
+
+
+# What only an active context puts on a layer; a copy made meanwhile does not have it.
+_TRANSIENT = ("_enabled", "_observers")
 
 
 class GatedLinear(nn.Linear):
@@ -30,8 +34,7 @@ class GatedLinear(nn.Linear):
     modification: Modification
     gate: TokenGate | None
 
-    # Set on the instance only while `disabled` or `record` is active: a class attribute leaves
-    # nothing to restore, copy or pickle.
+    # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
     _observers: tuple[Observer, ...] = ()
 
@@ -57,11 +60,14 @@ class GatedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be found by its name: it is made again when unpickling.
-        return _blank, (self._own_class,), self.__dict__.copy()
+        state = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+        return _blank, (self._own_class,), state
 
 
 def layers(model: nn.Module) -> dict[str, GatedLinear]:
     """The patched layers of `model` by name, in the model's order; a shared layer once."""
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
     return {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
 
 
@@ -86,7 +92,7 @@ def attach(layer: nn.Linear, modification: Modification, gate: TokenGate | None)
 def detach(layer: GatedLinear) -> None:
     """Turn `layer` back into what it was."""
     del layer._modules["modification"], layer._modules["gate"]
-    for name in ("_enabled", "_observers"):
+    for name in _TRANSIENT:
         layer.__dict__.pop(name, None)
     layer.__class__ = layer._own_class  # type: ignore[assignment]
 

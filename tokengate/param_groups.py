@@ -46,7 +46,8 @@ def param_groups(
     non_negative("lr", lr)
     non_negative("s", s)
     non_negative("alpha", alpha)
-    check_betas(betas)
+    non_negative("alpha * s", alpha * s)
+    betas = check_betas(betas)
     positive("eps", eps)
     gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
     taus = [gate.tau for gate in gates if gate is not None and gate.tau.requires_grad]

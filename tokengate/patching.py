@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokengate.arguments import finite, non_negative
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, brief
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.modifications import Modification
@@ -41,8 +41,9 @@ def patch(
 
     Everything is checked first: an error leaves the model untouched. Afterwards the modifications,
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
-    compute `(..., in_features) -> (..., out_features)` as before, and at first exactly what they
-    did before. A model may be patched again, on other layers and with another method.
+    compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
+    exactly what they did before. A model may be patched again, on other layers and with another
+    method.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -50,17 +51,18 @@ def patch(
             `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
             regular expressions (full match); or one callable `(name, module) -> bool`; or
             `"all-linear"`, which is every linear layer but a language model's output head, what
-            `train` names, and layers whose owner never calls them (`nn.MultiheadAttention`'s
-            `out_proj`). Of what a pattern matches, the linear layers are patched; there must be
-            at least one, and none that cannot be patched.
+            `train` names, and layers whose owner reads the weight instead of calling them (in
+            `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`). Of what a pattern matches,
+            the linear layers are patched; there must be at least one, and none that cannot be.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in
             [1e-8, 1e-3].
         gate: False for the plain method, which modifies every position.
-        exclude: layers to leave out, as `targets`.
+        exclude: layers to leave out, as `targets`; a module's name leaves out all inside it.
         train: other parameters to keep trainable: patterns over names of parameters, or of
-            modules, whose parameters are then all meant (`train=["classifier"]`).
+            modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
+            dtype, also in a 16-bit model.
         **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`.
 
     Returns:
@@ -71,13 +73,15 @@ def patch(
     """
     finite("tau", tau)
     non_negative("penalty", penalty)
+    if not isinstance(gate, bool):
+        raise TokenGateError(f"gate={brief(gate)} is neither True nor False: pass one of them.")
     _check_can_patch(model)
     kind = find_method(method)
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude)
     for name, layer in list(chosen.items()):
         if any(p is layer.weight or p is layer.bias for p in trained.values()):
-            if targets != ALL_LINEAR:
+            if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(
                     f"{name!r} is both a target and named by train=: a target's own weight stays "
                     "frozen, so drop one of the two."
@@ -115,6 +119,7 @@ def unpatch(model: _Model) -> _Model:
     Raises:
         TokenGateError: no layer of the model is patched.
     """
+    layers(model)  # refuses what is no module
     frozen = _patched_roots(model)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     for layer in (layers(model) if frozen else require_layers(model, "unpatch")).values():
@@ -177,7 +182,8 @@ def _check_can_patch(model: nn.Module) -> None:
 
 
 def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
-    parameters = dict(model.named_parameters())
+    # Under all names: a tied weight has several.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     named: dict[str, nn.Parameter] = {}
     for pattern in as_patterns("train", () if train is None else train):
         hits = {
@@ -208,6 +214,10 @@ def _prefixes(name: str) -> list[str]:
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     # What an earlier patch left trainable stays so: its taus and modifications, its `train`.
     settled = {id(p) for root in _patched_roots(model) for p in root.parameters()}
+    for layer in layers(model).values():
+        settled |= {
+            id(p) for part in (layer.modification, layer.gate) if part for p in part.parameters()
+        }
     keep = {id(p) for p in trained.values()}
     before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
     for name, parameter in model.named_parameters():

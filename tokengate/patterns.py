@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, brief
 
 Pattern: TypeAlias = str | re.Pattern[str]
 
@@ -36,9 +36,10 @@ def as_patterns(argument: str, value: Any) -> list[Pattern]:
     except TypeError:
         patterns = [None]
     for pattern in patterns:
-        if not isinstance(pattern, (str, re.Pattern)) or pattern == "":
+        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        if not isinstance(text, str) or pattern == "":
             raise TokenGateError(
-                f"{argument}={value!r} is not a list of names: pass names, globs or compiled "
+                f"{argument}={brief(value)} is not a list of names: pass names, globs or compiled "
                 'regular expressions, e.g. ["q_proj", "*.v_proj"].'
             )
     return patterns

@@ -24,6 +24,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, positions: bool = False) -> None:
         self._layers = require_layers(model, "record")
+        # Apart from the layers, which may have been unpatched when the report is made.
+        self._gates = {name: layer.gate for name, layer in self._layers.items()}
         # Per module, on its device: samples, their summed sparsity, positions, closed positions.
         self._counts: dict[str, Tensor] = {}
         self._keep_positions = positions
@@ -40,7 +42,7 @@ class Recorder:
                 "nothing was recorded: run the model inside `with tokengate.record(model):`."
             )
         modules = {}
-        for name, layer in self._layers.items():
+        for name, gate in self._gates.items():
             samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
             if name in self._counts:
                 samples, summed, positions, closed = self._counts[name].tolist()
@@ -49,7 +51,7 @@ class Recorder:
                 samples=int(samples),
                 positions=int(positions),
                 modified=int(positions - closed),
-                tau=None if layer.gate is None else layer.gate.tau.item(),
+                tau=None if gate is None else gate.tau.item(),
             )
         return SparsityReport(modules)
 

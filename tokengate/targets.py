@@ -29,7 +29,9 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
     names = _Names(model)
     excluded: set[nn.Module] = set()
     if exclude is not None:
-        excluded = excluded.union(*names.matches("exclude", exclude).values())
+        hits = excluded.union(*names.matches("exclude", exclude).values())
+        # A name that is excluded means all that is inside it; a callable is asked for each.
+        excluded = hits if callable(exclude) else {m for hit in hits for m in hit.modules()}
     chosen: set[nn.Module] = set()
     for label, found in names.matches("targets", targets).items():
         wanted = sorted(found - excluded, key=lambda module: names.first[module])
@@ -58,19 +60,24 @@ class _Names:
         self.first: dict[nn.Module, str] = {}
         for name, module in self.named:
             self.first.setdefault(module, name)
-        # nn.MultiheadAttention reads this layer's weight itself and never calls the layer.
-        self.bypassed = {
-            module.out_proj: name
-            for module, name in self.first.items()
-            if isinstance(module, nn.MultiheadAttention)
-        }
+        # These owners read a layer's weight themselves: the attention always, the encoder layer
+        # on its fast path, in evaluation.
+        self.bypassed: dict[nn.Module, str] = {}
+        for module, name in self.first.items():
+            own: list[nn.Module] = []
+            if isinstance(module, nn.MultiheadAttention):
+                own = [module.out_proj]
+            elif isinstance(module, nn.TransformerEncoderLayer):
+                own = [module.linear1, module.linear2]
+            owner = f"{name!r} is an nn.{type(module).__name__}" if own else ""
+            self.bypassed.update(dict.fromkeys(own, owner))
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
         kind = type(self.model).__name__
         if isinstance(patterns, str) and patterns == ALL_LINEAR:
             return {f'"{ALL_LINEAR}"': self._all_linear()}
-        if callable(patterns):
+        if callable(patterns) and not isinstance(patterns, (nn.Module, type)):
             chosen = {module for name, module in self.named if patterns(name, module)}
             if not chosen:
                 raise TokenGateError(
@@ -128,7 +135,7 @@ class _Names:
             return f"a {kind} with its own attribute `modification` or `gate`: exclude it"
         if module in self.bypassed:
             return (
-                f"whose owner {self.bypassed[module]!r} is an nn.MultiheadAttention, which reads "
-                "the weight and never calls the layer, so that a patch would do nothing: exclude it"
+                f"whose owner {self.bypassed[module]}, which reads the weight itself instead of "
+                "calling the layer, so that a patch would do nothing: exclude it"
             )
         return None

@@ -43,16 +43,17 @@ class TauAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(params, {"lr": alpha, "s": s, "betas": betas, "eps": eps})
+        defaults = {"lr": alpha, "s": s, "betas": check_betas(betas), "eps": eps}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may bring its own `lr` (alpha), `s`, `betas` and `eps`."""
         group = {**self.defaults, **param_group}
         non_negative("alpha", group["lr"])
         non_negative("s", group["s"])
-        check_betas(group["betas"])
+        rates = check_betas(group["betas"])
         positive("eps", group["eps"])
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group, "betas": rates})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -49,7 +49,7 @@ class LoRA(Modification):
                 "scale = alpha / rank."
             )
         if alpha is not None:
-            self.scale = positive("alpha", alpha) / self.rank
+            self.scale = positive("alpha / rank", positive("alpha", alpha) / self.rank)
         else:
             self.scale = 0.5 if scale is None else positive("scale", scale)
         self.dropout = share("dropout", dropout)

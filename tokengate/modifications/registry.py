@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, brief
 from tokengate.modifications.base import Modification
 
 _Method = TypeVar("_Method", bound=type[Modification])
@@ -49,7 +49,7 @@ def find_method(method: str | type[Modification]) -> type[Modification]:
         near = difflib.get_close_matches(str(method), _METHODS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise TokenGateError(
-            f"unknown method {method!r}{hint}: choose one of {', '.join(sorted(_METHODS))}, "
+            f"unknown method {brief(method)}{hint}: choose one of {', '.join(sorted(_METHODS))}, "
             "or pass a subclass of tokengate.Modification."
         )
     return _METHODS[method]
