@@ -119,12 +119,13 @@ def unpatch(model: _Model) -> _Model:
     Raises:
         TokenGateError: no layer of the model is patched.
     """
-    layers(model)  # refuses what is no module
-    frozen = _patched_roots(model)
+    patched, roots = layers(model), _patched_roots(model)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
-    for layer in (layers(model) if frozen else require_layers(model, "unpatch")).values():
+    if not roots:
+        patched = require_layers(model, "unpatch")
+    for layer in patched.values():
         detach(layer)
-    for root in frozen:
+    for root in roots:
         before = root.__dict__.pop(_BEFORE)
         for name, parameter in root.named_parameters():
             if name in before:
@@ -194,7 +195,7 @@ def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
         if not hits:
             raise TokenGateError(
                 f"train {show(pattern)} matches no parameter of this {type(model).__name__}; "
-                f"{nearest(pattern, {p: None for n in parameters for p in _prefixes(n)})}."
+                f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
             )
         named |= hits
     for name, parameter in named.items():
