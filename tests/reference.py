@@ -58,29 +58,113 @@ def tau_adam(tau, gs, s, alpha=1.0, beta1=0.9, beta2=0.98, eps=1e-8):
     return trajectory
 
 
-def lora_layer(x, W, b, A, B, scale, tau, penalty, grad):
-    """One gated LoRA layer, forward and backward, position by position.
+# The modifications. Each gives m_i for one position, and a function from dL/dm_i to the gradients
+# of its parameters and of x_i and w_i.
 
-    x (N, k), W (d, k), b (d) or None, A (r, k), B (d, r), grad (N, d) = dL/dh; tau None is ungated.
-    Returns a dict with h, S and the gradients of x, A, B and tau.
+
+def lora(x, w, p, scale):
+    """Eq. 3, m = scale B A x."""
+    z = p["A"] @ x
+
+    def back(grad):
+        grad_z = scale * (p["B"].T @ grad)
+        return {"A": np.outer(grad_z, x), "B": scale * np.outer(grad, z)}, p["A"].T @ grad_z, 0 * w
+
+    return scale * (p["B"] @ z), back
+
+
+def dora(x, w, p, scale, W0):
+    """(magnitude / norm) (W0 + scale B A) x - W0 x, row by row, with the norm as a constant."""
+    z = p["A"] @ x
+    V = W0 + scale * p["B"] @ p["A"]
+    norms = [norm(row) for row in V]
+    c = np.array([p["magnitude"][j] / norms[j] for j in range(len(norms))])
+
+    def back(grad):
+        grad_z = scale * (p["B"].T @ (c * grad))
+        grads = {
+            "A": np.outer(grad_z, x),
+            "B": scale * np.outer(c * grad, z),
+            "magnitude": np.array([grad[j] * (V[j] @ x) / norms[j] for j in range(len(norms))]),
+        }
+        return grads, p["A"].T @ grad_z, (c - 1) * grad
+
+    return (c - 1) * w + c * scale * (p["B"] @ z), back
+
+
+def adalora(x, w, p, scale):
+    """m = scale P diag(E) Q x."""
+    z = p["Q"] @ x
+
+    def back(grad):
+        grad_y = scale * (p["P"].T @ grad)
+        grads = {
+            "P": scale * np.outer(grad, p["E"] * z),
+            "E": grad_y * z,
+            "Q": np.outer(p["E"] * grad_y, x),
+        }
+        return grads, p["Q"].T @ (p["E"] * grad_y), 0 * w
+
+    return scale * (p["P"] @ (p["E"] * z)), back
+
+
+# Activations of one number, and their derivatives.
+ACTIVATIONS = {
+    "relu": (lambda z: max(z, 0.0), lambda z: float(z > 0)),
+    "tanh": (math.tanh, lambda z: 1 - math.tanh(z) ** 2),
+    "silu": (
+        lambda z: z / (1 + math.exp(-z)),
+        lambda z: (1 + z * (1 - 1 / (1 + math.exp(-z)))) / (1 + math.exp(-z)),
+    ),
+    "gelu": (
+        lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))),
+        lambda z: (
+            0.5 * (1 + math.erf(z / math.sqrt(2)))
+            + z * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+        ),
+    ),
+}
+
+
+def adapter(x, w, p, scale, activation):
+    """m = scale U act(D x)."""
+    act, derivative = ACTIVATIONS[activation]
+    z = p["D"] @ x
+    a = np.array([act(float(v)) for v in z])
+
+    def back(grad):
+        slope = np.array([derivative(float(v)) for v in z])
+        grad_z = slope * (scale * (p["U"].T @ grad))
+        return {"D": np.outer(grad_z, x), "U": scale * np.outer(grad, a)}, p["D"].T @ grad_z, 0 * w
+
+    return scale * (p["U"] @ a), back
+
+
+def layer(x, W, b, parameters, modify, tau, penalty, grad, mask=None):
+    """One gated layer, forward and backward, position by position.
+
+    x (N, k), W (d, k), b (d) or None, grad (N, d) = dL/dh; tau None is ungated;
+    `modify(x_i, w_i)` is one of the modifications above with its parameters.
+    Returns a dict with h, S, m and the gradients of x, of the parameters and of tau.
     """
-    n = len(x)
-    w = np.array([[sum(W[j][c] * x[i][c] for c in range(len(x[i]))) for j in range(len(W))]
-                  for i in range(n)]).reshape(n, len(W))  # fmt: skip
-    z = np.array([A @ x[i] for i in range(n)])
-    m = np.array([scale * (B @ z[i]) for i in range(n)]).reshape(n, len(W))
+    n, d = len(x), len(W)
+    w = np.array([[sum(W[j][c] * x[i][c] for c in range(len(x[i]))) for j in range(d)]
+                  for i in range(n)]).reshape(n, d)  # fmt: skip
+    modified = [modify(x[i], w[i]) for i in range(n)]
+    m = np.array([m_i for m_i, _ in modified]).reshape(n, d)
     if tau is None:
         h, opened = w + m, [True] * n
     else:
         h, opened = gate_forward(w, m, tau)
-    grad_w, grad_m, g = gate_backward(m, opened, grad, penalty)
-    grads = {"x": np.zeros_like(x), "A": np.zeros_like(A), "B": np.zeros_like(B), "tau": -g}
+    grad_w, grad_m, g = gate_backward(m, opened, grad, penalty, mask)
+    grads = {name: np.zeros(np.shape(value)) for name, value in parameters.items()}
+    grads |= {"x": np.zeros(np.shape(x)), "tau": -g}
     for i in range(n):
-        back = scale * (B.T @ grad_m[i])  # dL/dz_i
-        grads["B"] += scale * np.outer(grad_m[i], z[i])
-        grads["A"] += np.outer(back, x[i])
-        grads["x"][i] = W.T @ grad_w[i] + A.T @ back
-    return {"h": h if b is None else h + b, "S": opened, **grads}
+        own, grad_x, more_w = modified[i][1](grad_m[i])
+        for name in own:
+            grads[name] += own[name]
+        grads["x"][i] = W.T @ (grad_w[i] + more_w) + grad_x
+    return {"h": h if b is None else h + b, "S": opened, "m": m, **grads}
 
 
 def sparsity(samples):

@@ -1,17 +1,23 @@
 """tokengate decides which tokens a fine-tuning method may touch."""
 
 from tokengate.errors import TokenGateError as TokenGateError
+from tokengate.factors import Factors as Factors
 from tokengate.gate import TokenGate as TokenGate
 from tokengate.gate import token_gate as token_gate
 from tokengate.gated_linear import GatedLinear as GatedLinear
 from tokengate.gated_linear import layers as layers
+from tokengate.modifications import AdaLoRA as AdaLoRA
+from tokengate.modifications import Adapter as Adapter
+from tokengate.modifications import DoRA as DoRA
 from tokengate.modifications import LoRA as LoRA
 from tokengate.modifications import Modification as Modification
 from tokengate.modifications import register as register
+from tokengate.orthogonality import orthogonality as orthogonality
 from tokengate.param_groups import param_groups as param_groups
 from tokengate.patching import disabled as disabled
 from tokengate.patching import patch as patch
 from tokengate.patching import unpatch as unpatch
+from tokengate.rank_allocator import RankAllocator as RankAllocator
 from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
 from tokengate.tau_adam import TauAdam as TauAdam

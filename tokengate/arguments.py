@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 
 from tokengate.errors import TokenGateError, brief
 
@@ -46,13 +47,28 @@ def share(name: str, value: float) -> float:
     return number
 
 
-def count(name: str, value: int) -> int:
-    """`value` as an int, if it is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+def count(name: str, value: int, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise TokenGateError(
-            f"{name}={brief(value)} is not a whole number >= 1: pass e.g. {name}=8."
+            f"{name}={brief(value)} is not a whole number >= {least}: pass e.g. {name}=8."
         )
     return int(value)
+
+
+def switch(name: str, value: bool) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, bool):
+        raise TokenGateError(f"{name}={brief(value)} is neither True nor False: pass one of them.")
+    return value
+
+
+def choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """`value`, if it is one of `choices`."""
+    names = list(choices)
+    if value not in names:
+        raise TokenGateError(f"{name}={brief(value)} is unknown: choose one of {', '.join(names)}.")
+    return value
 
 
 def betas(value: tuple[float, float]) -> tuple[float, float]:

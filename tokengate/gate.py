@@ -55,7 +55,7 @@ def token_gate(
     """
     _check_tensors(w, m, mask)
     if not isinstance(tau, Tensor):
-        dtype = _accumulation_dtype(w, m)
+        dtype = accumulation_dtype(w, m)
         tau = torch.full((1,), finite("tau", tau), dtype=dtype, device=w.device)
     elif tau.numel() != 1 or not tau.is_floating_point():
         raise TokenGateError(
@@ -70,7 +70,7 @@ def token_gate(
 def open_positions(w: Tensor, m: Tensor, tau: Tensor) -> Tensor:
     """S of eq. 4 as booleans: `(..., C), (..., C) -> (...)`. No gradient flows through it."""
     with torch.no_grad():
-        tau = tau.reshape(()).to(_accumulation_dtype(w, m))
+        tau = tau.reshape(()).to(accumulation_dtype(w, m))
         m_norm, m_exponent = _scaled_norm(m, tau.dtype)
         w_norm, w_exponent = _scaled_norm(w, tau.dtype)
         # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
@@ -156,25 +156,26 @@ class _Gate(torch.autograd.Function):
             grad_m = torch.where(is_open.unsqueeze(-1), grad, torch.zeros_like(grad))
             grad_m = grad_m.to(ctx.m_dtype)
         if ctx.needs_input_grad[2]:
-            g = _threshold_direction(grad.detach(), m.detach(), is_open, ctx.penalty, mask)
+            dtype = accumulation_dtype(grad, m)
+            mu = (grad.detach().to(dtype) * m.detach().to(dtype)).sum(-1)
+            g = threshold_direction(mu, is_open, ctx.penalty, mask)
             grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
         return grad, grad_m, grad_tau, None, None, None
 
 
-def _threshold_direction(
-    grad: Tensor, m: Tensor, is_open: Tensor, penalty: float, mask: Tensor | None
-) -> Tensor:
-    """g of eq. 17."""
-    dtype = _accumulation_dtype(grad, m)
-    mu = (grad.to(dtype) * m.to(dtype)).sum(-1)
+def threshold_direction(mu: Tensor, is_open: Tensor, penalty: float, mask: Tensor | None) -> Tensor:
+    """g of eq. 17, `(...), (...) -> ()`."""
     moves = (mu >= 0) == is_open
     if mask is not None:
         real = mask != 0
         moves, is_open = moves & real, is_open & real
-    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum(dtype=dtype)
+    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum(
+        dtype=mu.dtype
+    )
 
 
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """What norms, mu and g are summed in: float32, or float64 if any tensor is float64."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
 from tokengate.modifications import Modification
 
@@ -45,15 +46,20 @@ class GatedLinear(nn.Linear):
         out: Tensor = super().forward(input, *args, **kwargs)
         if not self._enabled:
             return out
-        w = out if self.bias is None else out - self.bias.to(out.dtype)
-        m = self.modification(input, w)
-        is_open: Tensor | None
+        w = without_bias(out, self.bias)
+        factors = self.modification.factors(input, w, self)
+        is_open: Tensor | None = None
         h: Tensor
-        if self.gate is None:
-            is_open, h = None, out + m.to(out.dtype)
+        if factors is not None and self.gate is not None:
+            h, is_open = factors.add_where_open(out, self.bias, self.gate)
         else:
-            is_open = self.gate.open_positions(w, m)
-            h = self.gate(out, m, is_open)
+            m = self.modification(input, w) if factors is None else factors.product(w)
+            _check_shape(self.modification, m, w)
+            if self.gate is None:
+                h = out + m.to(out.dtype)
+            else:
+                is_open = self.gate.open_positions(w, m)
+                h = self.gate(out, m, is_open)
         for observe in self._observers:
             observe(is_open, h)
         return h
@@ -62,6 +68,15 @@ class GatedLinear(nn.Linear):
         # A generated class cannot be found by its name: it is made again when unpickling.
         state = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
         return _blank, (self._own_class,), state
+
+
+def _check_shape(modification: Modification, m: Tensor, w: Tensor) -> None:
+    # Addition would broadcast what is too small, to all positions alike.
+    if m.shape != w.shape:
+        raise TokenGateError(
+            f"{type(modification).__name__} gave a modification of shape {tuple(m.shape)} for an "
+            f"output of shape {tuple(w.shape)}: return M(x) in the shape of w."
+        )
 
 
 def layers(model: nn.Module) -> dict[str, GatedLinear]:

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tokengate.arguments import finite, non_negative
-from tokengate.errors import TokenGateError, brief
+from tokengate.arguments import finite, non_negative, switch
+from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.modifications import Modification
-from tokengate.modifications.registry import build, find_method
+from tokengate.modifications.registry import build, check_options, find_method
+from tokengate.options import options_by_layer
 from tokengate.patterns import as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
@@ -63,7 +64,9 @@ def patch(
         train: other parameters to keep trainable: patterns over names of parameters, or of
             modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
             dtype, also in a 16-bit model.
-        **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`.
+        **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
+            each layer the value of the first pattern that matches its name:
+            `rank={"*.q_proj": 16, "*": 8}`; every layer must find one, every pattern decide one.
 
     Returns:
         The same model object.
@@ -73,10 +76,10 @@ def patch(
     """
     finite("tau", tau)
     non_negative("penalty", penalty)
-    if not isinstance(gate, bool):
-        raise TokenGateError(f"gate={brief(gate)} is neither True nor False: pass one of them.")
+    switch("gate", gate)
     _check_can_patch(model)
     kind = find_method(method)
+    check_options(kind, options)
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude)
     for name, layer in list(chosen.items()):
@@ -92,10 +95,11 @@ def patch(
             "targets matches only layers that train= names: name other layers, or drop train=."
         )
 
+    own_options = options_by_layer(options, list(chosen))
     planned = [
         (
             layer,
-            build(kind, layer, options),
+            build(kind, layer, own_options[name]),
             TokenGate(
                 tau,
                 penalty,
@@ -105,7 +109,7 @@ def patch(
             if gate
             else None,
         )
-        for layer in chosen.values()
+        for name, layer in chosen.items()
     ]
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:

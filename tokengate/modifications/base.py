@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokengate.factors import Factors
 from tokengate.precision import KeepsFloat32, trainable_dtype
 
 
@@ -27,11 +28,17 @@ class Modification(KeepsFloat32):
     The rules:
 
     - The keyword-only arguments of `__init__` are the options a user may pass to `patch`; check
-      them there, and raise `TokenGateError`.
+      them there, and raise `TokenGateError`. A subclass with `**options` also takes the options of
+      the class it extends. An option's value may not be a dict: to `patch`, a dict gives one
+      value for each pattern of layers.
     - Trainable parameters come from `new_parameter`, which knows dtype and device. They stay
-      float32 beside a 16-bit base, so cast them to the input's dtype where they are used.
+      float32 beside a 16-bit base, so cast them to w's dtype where they are used. What is frozen
+      and drawn from a seed is a buffer with `persistent=False`, on `linear.weight.device`.
     - `reset_parameters` gives them their initial values, with which M(x) = 0 for every x.
-    - The base layer is not kept here: what is wanted of it is read in `__init__`.
+    - `forward` gives M(x), in the shape of w.
+    - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
+      what is of size rank, where it would keep all of M(x); and it may read the base layer.
+    - The base layer is not kept: what is wanted of it once is read in `__init__`.
 
     Args:
         linear: the layer that is to be modified; it is only read.
@@ -52,6 +59,21 @@ class Modification(KeepsFloat32):
         """Give the parameters their initial values, with which M(x) = 0 for every x."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
 
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
+        """M(x) as `Factors`, or None where the method has only a `forward`.
+
+        Args:
+            x: the layer's input, `(..., in_features)`.
+            w: W0 x, `(..., out_features)`.
+            linear: the base layer; None where M is asked for apart from a layer.
+        """
+        return None
+
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """M(x), with w = W0 x: `(..., in_features), (..., out_features) -> (..., out_features)`."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x, w).")
+        factors = self.factors(x, w, None)
+        if factors is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must define forward(x, w) or factors(x, w, linear)."
+            )
+        return factors.product(w)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokengate.arguments import count, positive, share
-from tokengate.errors import TokenGateError
+from tokengate.arguments import count, share
+from tokengate.factors import Factors
 from tokengate.modifications.base import Modification
+from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.registry import register
+from tokengate.modifications.scaling import scale_of
 
 
 @register("lora")
@@ -27,6 +28,7 @@ class LoRA(Modification):
             is the default.
         alpha: instead of `scale`: scale = alpha / rank, as in the LoRA paper.
         dropout: share of the inputs of A that is dropped in training.
+        rslora: with `alpha`: scale = alpha / sqrt(rank), as in rsLoRA (arXiv 2312.03732).
 
     Raises:
         TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
@@ -40,18 +42,11 @@ class LoRA(Modification):
         scale: float | None = None,
         alpha: float | None = None,
         dropout: float = 0.0,
+        rslora: bool = False,
     ) -> None:
         super().__init__(linear)
         self.rank = count("rank", rank)
-        if scale is not None and alpha is not None:
-            raise TokenGateError(
-                f"scale={scale!r} and alpha={alpha!r} were both given: pass one of them; "
-                "scale = alpha / rank."
-            )
-        if alpha is not None:
-            self.scale = positive("alpha / rank", positive("alpha", alpha) / self.rank)
-        else:
-            self.scale = 0.5 if scale is None else positive("scale", scale)
+        self.scale = scale_of(self.rank, scale, alpha, rslora)
         self.dropout = share("dropout", dropout)
         self.A = self.new_parameter(self.rank, self.in_features)
         self.B = self.new_parameter(self.out_features, self.rank)
@@ -60,10 +55,9 @@ class LoRA(Modification):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """`(..., in_features), (..., out_features) -> (..., out_features)`; `w` is not used."""
-        z = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
-        return F.linear(self.scale * z, self.B.to(z.dtype))
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
+        z = dropped_linear(x, self.A, self.dropout if self.training else 0.0, w.dtype)
+        return Factors(z, (self.scale * self.B).to(w.dtype))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -55,19 +55,35 @@ def find_method(method: str | type[Modification]) -> type[Modification]:
     return _METHODS[method]
 
 
-def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]) -> Modification:
-    """The modification of `linear`, with its initial values."""
-    valid = [
-        name
-        for name, parameter in inspect.signature(method.__init__).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+def check_options(method: type[Modification], options: Iterable[str]) -> None:
+    """An error, which names the valid ones, if `method` does not have one of the options."""
+    valid = _options_of(method)
     unknown = [name for name in options if name not in valid]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], valid, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise TokenGateError(
-            f"unknown option {unknown[0]!r} for {method.__name__}: its options are "
+            f"unknown option {unknown[0]!r} for {method.__name__}{hint}: its options are "
             f"{', '.join(valid) or 'none'}."
         )
+
+
+def _options_of(method: type[Modification]) -> list[str]:
+    """The keyword-only arguments of `__init__`, and with `**options` those that it extends."""
+    names: dict[str, None] = {}
+    for cls in method.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        names.update((p.name, None) for p in parameters if p.kind is p.KEYWORD_ONLY)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]) -> Modification:
+    """The modification of `linear`, with its initial values."""
+    check_options(method, options)
     modification = method(linear, **options)
     modification.reset_parameters()
     return modification

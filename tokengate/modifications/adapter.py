@@ -1,0 +1,76 @@
+"""The parallel adapter: M(x) = scale U act(D x)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokengate.arguments import choice, count, share
+from tokengate.factors import Factors
+from tokengate.modifications.base import Modification
+from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.registry import register
+from tokengate.modifications.scaling import scale_of
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+}
+
+
+@register("adapter")
+class Adapter(Modification):
+    """M(x) = scale U act(D drop(x)) (He et al., 2022, arXiv 2110.04366).
+
+    The adapter beside one linear layer, as LLM-Adapters places it (Hu et al., 2023, arXiv
+    2304.01933), not beside a whole block, and without biases.
+
+    Parameters: `D` (rank, in_features), kaiming-uniform with a = sqrt(5); `U`
+    (out_features, rank), zero.
+
+    Args:
+        linear: the layer to modify.
+        rank: the bottleneck; 32 in the gate's paper.
+        scale: the factor itself.
+        activation: "relu" (He et al.), "gelu", "silu" or "tanh" (LLM-Adapters).
+        dropout: share of the inputs of D that is dropped in training.
+
+    Raises:
+        TokenGateError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        rank: int = 32,
+        scale: float = 0.5,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(linear)
+        self.rank = count("rank", rank)
+        self.scale = scale_of(self.rank, scale, None)
+        self.activation = choice("activation", activation, _ACTIVATIONS)
+        self.dropout = share("dropout", dropout)
+        self.D = self.new_parameter(self.rank, self.in_features)
+        self.U = self.new_parameter(self.out_features, self.rank)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.D, a=math.sqrt(5))
+        nn.init.zeros_(self.U)
+
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
+        z = dropped_linear(x, self.D, self.dropout if self.training else 0.0, w.dtype)
+        return Factors(_ACTIVATIONS[self.activation](z), (self.scale * self.U).to(w.dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"rank={self.rank}, scale={self.scale:g}, activation={self.activation}, "
+            f"dropout={self.dropout:g}"
+        )

@@ -1,0 +1,91 @@
+"""DoRA: the direction and the length of each row of the weight, learned apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError
+from tokengate.factors import Factors
+from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.lora import LoRA
+from tokengate.modifications.registry import register
+from tokengate.modifications.row_squares import RowSquares
+
+
+@register("dora")
+class DoRA(LoRA):
+    """M(x) = (c - 1) w + c (scale B A drop(x)), w = W0 x (Liu et al., 2024, arXiv 2402.09353).
+
+    c = magnitude / the norm of each row of W0 + scale B A. The norm is a constant in backward
+    (section 4.3 there); the bias is never scaled. No matrix of W0's size is made: the norm comes
+    from products of size r, and c - 1 = (magnitude - norm) / norm is computed in float32.
+
+    Dropout acts on the low-rank path alone. Hugging Face PEFT, in training with dropout, also
+    multiplies W0 with the dropped input a second time and takes that for w in the first term;
+    without dropout both are the same.
+
+    Parameters: `A` and `B` as in LoRA; `magnitude` (out_features,), the row norms that W0 has when
+    the layer is patched. Where W0 changes afterwards, M(x) is no longer 0 at initialisation, so
+    load and cast the base first. W0 is read in every forward; PyTorch does not see a change made
+    through `weight.data`: call `forget_base()` after one.
+
+    Args:
+        linear: the layer to modify.
+        **options: those of LoRA: `rank`, `scale`, `alpha`, `rslora`, `dropout`.
+
+    Raises:
+        TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
+    """
+
+    def __init__(self, linear: nn.Linear, **options: Any) -> None:
+        super().__init__(linear, **options)
+        self._base_squares = RowSquares()
+        self._initial_squares = self._base_squares.of(linear.weight)
+        self.magnitude = self.new_parameter(self.out_features)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.magnitude.copy_(self._initial_squares.sqrt())
+
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
+        if linear is None:
+            raise TokenGateError(
+                "DoRA was called without its base layer, whose weight it reads: call the patched "
+                "layer, or factors(x, w, layer).product(w)."
+            )
+        norm = self.row_norms(linear.weight)
+        # A row of zeros has no direction: it contributes 0 whatever c is, and 0 / 0 must not.
+        directed = norm > 0
+        change = (self.magnitude - norm) / torch.where(directed, norm, 1.0)
+        gain = torch.where(directed, change, 0.0)
+        up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
+        z = dropped_linear(x, self.A, self.dropout if self.training else 0.0, w.dtype)
+        return Factors(z, up.to(w.dtype), gain.to(w.dtype))
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """Norms of the rows of W0 + scale B A, `(out_features, in_features) -> (out_features,)`.
+
+        ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
+        """
+        # Autocast would copy all of W0 to 16 bits.
+        with torch.autocast(weight.device.type, enabled=False):
+            B = self.scale * self.B
+            cross = (weight @ self.A.to(weight.dtype).T).to(B.dtype)
+            own = B @ (self.A @ self.A.T)
+            squares = self._base_squares.of(weight) + ((2 * cross + own) * B).sum(1)
+        return squares.clamp(min=0).sqrt()
+
+    def forget_base(self) -> None:
+        """Compute the row norms of W0 anew in the next forward."""
+        self._base_squares.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
+        self.forget_base()
+        super()._apply(fn, recurse)
+        return self

@@ -1,0 +1,61 @@
+"""The squared row norms of a frozen weight, computed once for as long as it does not change."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from tokengate.precision import trainable_dtype
+
+
+class RowSquares:
+    """||W_j||^2 of every row of the weight it is asked about, `(d, k) -> (d,)`, and remembered.
+
+    What is remembered holds for one tensor object, its memory and its version, which every
+    in-place operation raises. PyTorch does not see writes through `weight.data`: call `forget`
+    after those, and where a module is cast or moved, which goes through `.data` too.
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[Tensor] | None = None
+        self._key: tuple[object, ...] | None = None
+        self._squares: Tensor | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """In float32, or float64 for a float64 weight."""
+        # A compiled forward keeps no state.
+        key = None if torch.compiler.is_compiling() else _key(weight)
+        if key is None:
+            return _squares(weight)
+        known = self._of is not None and self._of() is weight and self._key == key
+        if not known or self._squares is None:
+            self._squares = _squares(weight)
+            self._of, self._key = weakref.ref(weight), key
+        return self._squares
+
+    def forget(self) -> None:
+        """Compute anew when asked next."""
+        self._of = self._key = self._squares = None
+
+    def __reduce__(self) -> tuple[type[RowSquares], tuple[()]]:
+        # A copy stands beside a copied weight, and a weak reference does not pickle.
+        return RowSquares, ()
+
+
+def _squares(weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        dtype = trainable_dtype(weight)
+        # Block by block, because what is summed in another dtype is copied to it first.
+        blocks = torch.split(weight, max(1, -(-len(weight) // 16)))
+        norms = [torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]
+        return torch.cat(norms).square()
+
+
+def _key(weight: Tensor) -> tuple[object, ...] | None:
+    try:
+        return weight.data_ptr(), weight._version, weight.dtype, weight.device
+    except RuntimeError:
+        # Inference tensors have no version, tensors inside of torch.func transforms no memory.
+        return None
