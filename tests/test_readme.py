@@ -12,13 +12,16 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
+CODE = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+
+
 class Tokenizer:
     def __call__(self, text, return_tensors):
         return {"input_ids": torch.arange(3, 3 + len(text.split()))[None]}
 
 
 def test_the_language_model_example(monkeypatch, capsys):
-    (code,) = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+    code = CODE[0]
     assert len([line for line in code.splitlines() if line]) <= 15
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -36,11 +39,34 @@ def test_the_language_model_example(monkeypatch, capsys):
     assert "sparsity (%)" in capsys.readouterr().out
 
 
+def test_the_adalora_example(capsys):
+    assert len(CODE) == 2
+    scope = {}
+    exec(CODE[1], scope)
+    assert sum(scope["allocator"].ranks.values()) == 8
+    assert str(scope["allocator"].ranks) in capsys.readouterr().out
+
+
+def test_the_table_of_methods():
+    from tokengate.modifications import registry
+
+    rows = [line.split("|") for line in README.splitlines() if line.startswith('| `"')]
+    options = {row[1].strip(' `"'): row[3] for row in rows}
+    assert options["dora"].strip() == 'as `"lora"`'
+    assert set(options) == {"lora", "dora", "adalora", "adapter"}
+    for method in ("lora", "adalora", "adapter"):
+        named = options[method].replace(" or ", ", ").replace("`", "").split(",")
+        wanted = registry._options_of(registry.find_method(method))
+        assert [name.strip() for name in named] == wanted
+
+
 def test_the_api_table_names_what_there_is():
     table = README.split("## The API")[1].split("##")[0]
-    for name in ("patch", "unpatch", "disabled", "layers", "param_groups", "TauAdam", "record"):
+    called = "patch unpatch disabled layers param_groups TauAdam record RankAllocator orthogonality"
+    for name in (*called.split(), "register"):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
-    for name in ("token_gate", "TokenGate", "GatedLinear", "SparsityReport", "TokenGateError"):
+    others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"
+    for name in (*others.split(), "LoRA", "DoRA", "AdaLoRA", "Adapter"):
         assert f"`{name}" in table
         assert hasattr(tokengate, name)
