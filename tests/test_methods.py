@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import pickle
 
 import numpy as np
@@ -48,7 +47,7 @@ def expect(layer, x, grad, mask=None):
     modify = functools.partial(getattr(reference, name), p=own, scale=modification.scale, **further)
     gate = layer.gate
     return reference.layer(
-        *(t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in (x,)),
+        x.detach().double().reshape(-1, x.shape[-1]).numpy(),
         values["weight"],
         values.get("bias"),
         own,
@@ -60,6 +59,18 @@ def expect(layer, x, grad, mask=None):
     )
 
 
+def close_some(layer, x):
+    """Set tau so that some positions are closed, none of them by a hair; how many are open."""
+    w = F.linear(x, layer.weight)
+    ratios = layer.modification.factors(x, w, layer).product(w).norm(dim=-1) / w.norm(dim=-1)
+    ratios = ratios.detach().flatten().sort().values
+    middle = ratios[1:-1]  # at least one stays open and one is closed
+    below = int((middle[1:] / middle[:-1]).argmax())
+    with torch.no_grad():
+        layer.gate.tau.fill_(middle[below : below + 2].mean())
+    return len(ratios) - below - 2
+
+
 def run(layer, x, mask):
     """The layer's output and S. A layer does not take a mask yet; its gate does."""
     if mask is None:
@@ -69,7 +80,7 @@ def run(layer, x, mask):
     out = F.linear(x, layer.weight, layer.bias)
     w = out if layer.bias is None else out - layer.bias
     factors = layer.modification.factors(x, w, layer)
-    return factors.add_where_open(out, layer.bias, layer.gate, mask)
+    return factors.add_where_open(out, w, layer.bias, layer.gate, mask)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -265,13 +276,11 @@ def test_gradcheck_twice(method, mixed):
     layer.gate.requires_grad_(False)
     names = [n for n, p in layer.named_parameters() if p.requires_grad]
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    if mixed:
-        w = F.linear(x, layer.weight)
-        ratios = layer.modification.factors(x, w, layer).product(w).norm(dim=-1) / w.norm(dim=-1)
-        layer.gate.tau.fill_(ratios.sort().values[1:3].mean().item())
+    opened = close_some(layer, x) if mixed else 5
     with tokengate.record(layer, positions=True) as rec:
         layer(x)
-    assert rec.positions[""][0].sum() == (3 if mixed else 5)
+    assert rec.positions[""][0].sum() == opened
+    assert 0 < opened < 5 or not mixed
     if method == "dora":  # otherwise the numeric derivative sees what backward may not
         norms = layer.modification.row_norms(layer.weight)
         layer.modification.row_norms = lambda weight: norms
@@ -303,9 +312,14 @@ def test_per_sample_gradients_through_vmap(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 def test_compiles_without_a_graph_break(method, gate):
-    layer = layer_of(8, 6, True, torch.float32, method, gate=gate, dropout=0.0)
+    layer = layer_of(8, 6, True, torch.float32, method, gate=gate, dropout=0.3)
+    torch.compiler.reset()  # each code object is recompiled for a few sets of options only
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 5, 8)
+    compiled(x).sum().backward()  # dropout draws other numbers there
+    layer.eval()
+    if gate:
+        assert 0 < close_some(layer, x) < 10
     results = []
     for module in (layer, compiled):
         layer.zero_grad()
@@ -321,15 +335,18 @@ def test_compiles_without_a_graph_break(method, gate):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(method, dtype):
-    layer = layer_of(16, 12, True, torch.float32, method, dropout=0.0)
+    layer = layer_of(16, 12, True, torch.float32, method)
     x = torch.randn(2, 5, 16)
+    assert 0 < close_some(layer, x) < 10
     results = []
     for enabled in (False, True):
         layer.zero_grad()
         with torch.autocast("cpu", dtype, enabled=enabled):
             h = layer(x)
         h.float().square().sum().backward()
-        results.append([h, *(p.grad for p in layer.parameters() if p.requires_grad)])
+        # g's terms depend on the signs of mu, which rounding may turn.
+        results.append([h, *(p.grad for p in layer.modification.parameters())])
+        assert layer.gate.tau.grad.dtype == torch.float32
     assert results[1][0].dtype == dtype
     assert not torch.equal(results[1][0].float(), results[0][0])
     for exact, got in zip(*results, strict=True):
@@ -349,104 +366,3 @@ def test_copies_and_pickles_stand_alone(method):
             other.weight.mul_(2)
         assert not torch.equal(other(x), h)
         assert torch.equal(layer(x), h)
-
-
-def test_initial_values_and_scale():
-    m = tokengate.patch(nn.Linear(400, 10), "all-linear", rank=100, alpha=20).modification
-    assert m.scale == pytest.approx(0.2)
-    assert m.A.shape == (100, 400)
-    assert m.B.shape == (10, 100)
-    # kaiming-uniform with a = sqrt 5 is uniform in +-1/sqrt(k)
-    assert m.A.abs().max().item() == pytest.approx(1 / 20, rel=1e-3)
-    assert m.A.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
-    assert not m.B.any()
-
-    layer = tokengate.patch(nn.Linear(400, 10), "all-linear", "dora", rank=100)
-    m = layer.modification
-    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {
-        "A": (100, 400), "B": (10, 100), "magnitude": (10,)
-    }  # fmt: skip
-    assert m.A.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
-    torch.testing.assert_close(m.magnitude.detach(), layer.weight.norm(dim=1))
-
-    m = tokengate.patch(
-        nn.Linear(400, 300), "all-linear", "adalora", rank=50, alpha=20
-    ).modification
-    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {
-        "P": (300, 50), "E": (50,), "Q": (50, 400)
-    }  # fmt: skip
-    assert m.P.std().item() == pytest.approx(0.02, rel=0.03)
-    assert m.Q.std().item() == pytest.approx(0.02, rel=0.03)
-    assert not m.E.any()
-    assert (m.scale, m.target_rank) == (pytest.approx(0.4), 25)
-
-    m = tokengate.patch(nn.Linear(400, 10), "all-linear", "adapter").modification
-    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {"D": (32, 400), "U": (10, 32)}
-    assert m.D.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
-    assert not m.U.any()
-    assert m.activation == "relu"
-
-    for method in METHODS:
-        assert tokengate.patch(nn.Linear(3, 3), "all-linear", method).modification.scale == 0.5
-
-
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_rslora(method):
-    layer = tokengate.patch(nn.Linear(8, 8), "all-linear", method, rank=4, alpha=6, rslora=True)
-    assert layer.modification.scale == pytest.approx(3.0)
-    layer = tokengate.patch(nn.Linear(8, 8), "all-linear", method, rank=4, alpha=6)
-    assert layer.modification.scale == pytest.approx(1.5)
-
-
-COMMON = [
-    ({"rank": -1}, "rank=-1 is not a whole number >= 1"),
-    ({"rank": 0}, "rank=0 is not"),
-    ({"rank": 2.5}, "rank=2.5 is not"),
-    ({"rank": True}, "rank=True is not"),
-    ({"scale": math.nan}, "scale=nan is not a finite number"),
-    ({"scale": 0.0}, "scale=0.0 is not above 0"),
-    ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
-    ({"dropout": -0.1}, r"dropout=-0.1 is not in"),
-    ({"tau": math.nan}, "tau=nan is not a finite number"),
-    ({"penalty": -1e-5}, "penalty=-1e-05 is negative"),
-    ({"penalty": math.inf}, "penalty=inf is not a finite number"),
-]
-ALPHA = [
-    ({"alpha": math.inf}, "alpha=inf is not a finite number"),
-    ({"scale": 1.0, "alpha": 8}, "scale=1.0 and alpha=8 were both given"),
-]
-RSLORA = [
-    ({"rslora": True}, "rslora=True was given without alpha"),
-    ({"rslora": True, "scale": 1.0}, "rslora=True was given without alpha"),
-    ({"rslora": 1, "alpha": 8}, "rslora=1 is neither True nor False"),
-]
-OF_LORA = "rank, scale, alpha, dropout, rslora"
-OWN = {
-    "lora": [*ALPHA, *RSLORA, ({"rnak": 8}, f"unknown option 'rnak' for LoRA.*{OF_LORA}")],
-    "dora": [*ALPHA, *RSLORA, ({"rnak": 8}, f"unknown option 'rnak' for DoRA.*{OF_LORA}")],
-    "adalora": [
-        *ALPHA,
-        ({"rank": 4, "target_rank": 5}, "target_rank=5 is above rank=4"),
-        ({"target_rank": -1}, "target_rank=-1 is not a whole number >= 0"),
-        ({"target_rank": 1.5}, "target_rank=1.5 is not"),
-        ({"rslora": True}, "'rslora' for AdaLoRA.* rank, target_rank, scale, alpha, dropout"),
-    ],
-    "adapter": [
-        ({"activation": "swish"}, "'swish' is unknown: choose one of relu, gelu, silu, tanh"),
-        ({"activation": None}, "activation=None is unknown"),
-        ({"alpha": 8}, "'alpha' for Adapter.* rank, scale, activation, dropout"),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [(method, *case) for method in METHODS for case in (*COMMON, *OWN[method])],
-)
-def test_bad_options(method, options, message):
-    layer = nn.Linear(3, 3)
-    with pytest.raises(tokengate.TokenGateError, match=message) as error:
-        tokengate.patch(layer, "all-linear", method, **options)
-    assert str(error.value).endswith(".")
-    assert type(layer) is nn.Linear
-    assert layer.weight.requires_grad

@@ -62,10 +62,10 @@ def test_the_first_match_decides():
         ),
         (
             {"scale": {"k_proj": 4, "*": 1.0}},
-            "scale= names 'k_proj', which matches no targeted layer; the nearest names are v_proj",
+            "scale= names 'k_proj', which matches no targeted layer: correct it .* v_proj, q_proj",
         ),
         ({"rank": {"q_proj": 4, "v_proj": 0}}, "rank=0 is not a whole number"),
-        ({"rank": {3: 4}}, "rank=.* is not a list of names"),
+        ({"rank": {3: 4}}, "rank= has the key 3, which is no pattern"),
         ({"rnak": {"*": 4}}, "unknown option 'rnak'"),
     ],
 )

@@ -275,14 +275,17 @@ def test_a_layer_that_is_reached_now_and_then():
     assert sum(allocator.ranks.values()) == 8
 
 
-def test_a_layer_that_is_never_reached():
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_layer_that_is_never_reached(penalty):
     model = adalora()
     optimizer = optimizer_of(model)
     allocator = tokengate.RankAllocator(model, optimizer, total_steps=10, initial_warmup=2)
 
     def backward():
         optimizer.zero_grad()
-        model.blocks[0](torch.randn(2, 5, 8)).square().mean().backward()
+        loss = model.blocks[0](torch.randn(2, 5, 8)).square().mean()
+        # It gives P and Q a gradient everywhere.
+        (loss + penalty * tokengate.orthogonality(model)).backward()
 
     for _ in range(2):
         backward()
@@ -302,6 +305,38 @@ def test_a_step_without_any_gradient():
     tokengate.RankAllocator(model, optimizer, total_steps=10)
     with pytest.raises(tokengate.TokenGateError, match="no gradient was seen at step 1 in any of"):
         optimizer.step()
+    tokengate.orthogonality(model).backward()
+    with pytest.raises(tokengate.TokenGateError, match="no gradient was seen at step 1 in any of"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler(fused):
+    """A fused optimiser is stepped on scaled gradients, and on infinite ones as well."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = adalora()
+        groups = tokengate.param_groups(model, lr=0.01)
+        optimizer = torch.optim.AdamW(groups, fused=fused)
+        allocator = tokengate.RankAllocator(model, optimizer, total_steps=8)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for step in range(8):
+            x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(step))
+            if scaled and step == 3:  # a step that is skipped, and then comes again
+                optimizer.zero_grad()
+                scaler.scale(model(x * torch.inf).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                assert allocator.step == 3
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert allocator.step == 8
+        results.append({n: mask.tolist() for n, mask in allocator.masks.items()})
+    assert results[0] == results[1]
+    assert not all(all(mask) for mask in results[0].values())
 
 
 def frozen(model):
@@ -383,37 +418,6 @@ def test_a_state_of_something_else(change, message):
         allocator.load_state_dict(change(before))
     assert allocator.step == 0
     assert list(allocator.masks) == list(before["masks"])
-
-
-def test_orthogonality_by_hand():
-    model = adalora(["blocks.0.q_proj"], rank=2)
-    m = model.blocks[0].q_proj.modification
-    with torch.no_grad():
-        m.P.zero_()
-        m.P[0, 0], m.P[1, 1] = 2.0, 1.0  # P'P - I = diag(3, 0)
-        m.Q.zero_()
-        m.Q[0, 0] = 1.0
-        m.Q[1, 0] = 1.0  # QQ' - I = [[0, 1], [1, 0]]
-    penalty = tokengate.orthogonality(model)
-    assert penalty.shape == ()
-    assert penalty.item() == pytest.approx((3 + 2**0.5) / 2)
-    penalty.backward()
-    assert m.P.grad[0, 0] == pytest.approx(2 * 2.0 / 2)  # d/dp of (p^2 - 1) / 2
-    with torch.no_grad():
-        m.P.zero_()
-        m.P[0, 0] = m.P[1, 1] = 1.0
-        m.Q.zero_()
-        m.Q[0, 3] = m.Q[1, 5] = 1.0
-    model.zero_grad()
-    penalty = tokengate.orthogonality(model)
-    assert penalty.item() == 0
-    penalty.backward()
-    assert m.P.grad.isfinite().all()  # a norm has no derivative at 0
-
-
-def test_orthogonality_needs_an_adalora():
-    with pytest.raises(tokengate.TokenGateError, match="orthogonality was asked of a Net whose"):
-        tokengate.orthogonality(tokengate.patch(Net(), ["q_proj"]))
 
 
 def test_it_says_what_it_is():

@@ -1,4 +1,4 @@
-"""Checks of the numbers a user passes, each of them one sentence when it fails."""
+"""Checks of the values a user passes, each of them one sentence when it fails."""
 
 from __future__ import annotations
 

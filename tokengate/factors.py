@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
 
 
@@ -32,12 +33,34 @@ class Factors:
     gain: Tensor | None = None
 
     def product(self, w: Tensor) -> Tensor:
-        """M(x), multiplied out: `(..., out_features) -> (..., out_features)`."""
+        """M(x), multiplied out: `(..., out_features) -> (..., out_features)`.
+
+        Raises:
+            TokenGateError: shapes or dtypes do not fit `w`.
+        """
+        self._check(w)
         m = F.linear(self.z, self.up)
         return m if self.gain is None else torch.addcmul(m, w, self.gain)
 
+    def _check(self, w: Tensor) -> None:
+        # Addition would broadcast what is too small, to all positions or channels alike.
+        rank, channels = self.z.shape[-1], w.shape[-1]
+        wanted = {"z": (*w.shape[:-1], rank), "up": (channels, rank), "gain": (channels,)}
+        for name, shape in wanted.items():
+            part = getattr(self, name)
+            if part is not None and (tuple(part.shape) != shape or part.dtype != w.dtype):
+                raise TokenGateError(
+                    f"{name} of the factors has shape {tuple(part.shape)} and dtype {part.dtype}: "
+                    f"return {shape} in {w.dtype}, as w has it."
+                )
+
     def add_where_open(
-        self, out: Tensor, bias: Tensor | None, gate: TokenGate, mask: Tensor | None = None
+        self,
+        out: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        gate: TokenGate,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`out` with M(x) added where `gate` is open, `(..., out_features)`; and S, `(...)`.
 
@@ -45,7 +68,6 @@ class Factors:
         are z, `up`, S and, with a gain, `out`.
         """
         with torch.no_grad():
-            w = without_bias(out, bias)
             m = self.product(w)
         is_open = gate.open_positions(w, m)
         factors = (self.z, self.up, self.gain)

@@ -51,10 +51,9 @@ class GatedLinear(nn.Linear):
         is_open: Tensor | None = None
         h: Tensor
         if factors is not None and self.gate is not None:
-            h, is_open = factors.add_where_open(out, self.bias, self.gate)
+            h, is_open = factors.add_where_open(out, w, self.bias, self.gate)
         else:
-            m = self.modification(input, w) if factors is None else factors.product(w)
-            _check_shape(self.modification, m, w)
+            m = _whole(self.modification, input, w) if factors is None else factors.product(w)
             if self.gate is None:
                 h = out + m.to(out.dtype)
             else:
@@ -70,13 +69,15 @@ class GatedLinear(nn.Linear):
         return _blank, (self._own_class,), state
 
 
-def _check_shape(modification: Modification, m: Tensor, w: Tensor) -> None:
+def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
+    m: Tensor = modification(x, w)
     # Addition would broadcast what is too small, to all positions alike.
     if m.shape != w.shape:
         raise TokenGateError(
             f"{type(modification).__name__} gave a modification of shape {tuple(m.shape)} for an "
             f"output of shape {tuple(w.shape)}: return M(x) in the shape of w."
         )
+    return m
 
 
 def layers(model: nn.Module) -> dict[str, GatedLinear]:

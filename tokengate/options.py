@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tokengate.errors import TokenGateError
-from tokengate.patterns import as_patterns, matches, nearest, show
+from tokengate.errors import TokenGateError, brief
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
 def options_by_layer(
@@ -17,37 +18,46 @@ def options_by_layer(
     Raises:
         TokenGateError: a layer matches no pattern, or a pattern decides for no layer.
     """
-    by_layer: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for option, value in options.items():
-        values = _by_pattern(option, value, names) if isinstance(value, Mapping) else None
-        for name, chosen in by_layer.items():
-            chosen[option] = value if values is None else values[name]
-    return by_layer
+    tables = {
+        option: _by_pattern(option, value, names)
+        for option, value in options.items()
+        if isinstance(value, Mapping)
+    }
+    return {
+        name: {**options, **{option: table[name] for option, table in tables.items()}}
+        for name in names
+    }
 
 
 def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
+    for key in table:
+        if not isinstance(key, (str, re.Pattern)):
+            raise TokenGateError(
+                f"{option}= has the key {brief(key)}, which is no pattern: use names, globs or "
+                "compiled regular expressions."
+            )
     patterns = as_patterns(option, table)
     values: dict[str, Any] = {}
-    idle = dict.fromkeys(patterns)
+    used: set[Pattern] = set()
     for name in names:
-        for pattern in patterns:
-            if matches(pattern, name):
-                values[name] = table[pattern]
-                idle.pop(pattern, None)
-                break
-        else:
+        pattern = next((p for p in patterns if matches(p, name)), None)
+        if pattern is None:
             raise TokenGateError(
                 f"{option}= has no pattern for the layer {name!r}: add one, or '*' at the end for "
                 "all others."
             )
-    for pattern in idle:
+        values[name] = table[pattern]
+        used.add(pattern)
+    for pattern in patterns:
+        if pattern in used:
+            continue
         if any(matches(pattern, name) for name in names):
             raise TokenGateError(
                 f"{option}= never uses {show(pattern)}, because earlier patterns match the same "
                 "layers: put it before them."
             )
         raise TokenGateError(
-            f"{option}= names {show(pattern)}, which matches no targeted layer; "
-            f"{nearest(pattern, names)}."
+            f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or take "
+            f"it out; {nearest(pattern, names)}."
         )
     return values

@@ -1,4 +1,4 @@
-"""Patterns over dotted names: what `targets=`, `exclude=` and `train=` are made of."""
+"""Patterns over dotted names: what `targets=`, `exclude=`, `train=` and dicts of options use."""
 
 from __future__ import annotations
 

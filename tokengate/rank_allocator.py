@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class RankAllocator:
         allocator = tokengate.RankAllocator(model, optimizer, total_steps=len(loader))
 
     It hooks itself into `optimizer.step()`; the training loop needs no other call. Source: Zhang et
-    al., 2023 (arXiv 2303.10512), eq. 8-12 and Algorithm 1. At step t, counted from 1, for T =
+    al., 2023 (arXiv 2303.10512), eq. 7-12 and Algorithm 1. At step t, counted from 1, for T =
     `total_steps`, t_i = `initial_warmup` and t_f = `final_warmup`:
 
         sensitivity  I = |p dL/dp|                 of every entry p of P, E and Q
@@ -32,7 +33,8 @@ class RankAllocator:
 
     and the b triplets with the highest scores over all layers keep their singular value; the
     others' is set to 0. That happens at every `interval`-th step with t_i < t < T - t_f, and
-    finally at t = T - t_f; from there on what is pruned is set to 0 after every step. In between
+    finally, by the scores of the step before, at t = T - t_f; from there on what is pruned is set
+    to 0 after every step. In between
     two allocations a pruned singular value may grow again, as in the paper, so that it can come
     back.
 
@@ -40,6 +42,7 @@ class RankAllocator:
     with the values after it, as the authors' code and Hugging Face PEFT do (the paper's
     Algorithm 1 takes both before it): a pruned E, which is 0 before the step, could not come back
     otherwise. Of equal scores the earlier triplet is kept, so that the budget is met exactly.
+    A GradScaler's skipped steps do not count, and its factor is divided out.
 
     Args:
         model: a model patched with `method="adalora"`.
@@ -58,7 +61,8 @@ class RankAllocator:
     Raises:
         TokenGateError: no AdaLoRA layer; a number out of its range; warm-ups that leave no step for
             allocation; a factor that is frozen or that the optimiser does not hold. While training:
-            a step, or a layer before its first allocation, without any gradient.
+            a step, or a layer before its first allocation, without a gradient of E. (P and Q have
+            one from `orthogonality` even where the layer is never called.)
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class RankAllocator:
         # By layer and factor, from a layer's first gradient to the last allocation.
         self._sensitivity: dict[str, dict[str, Tensor]] = {}
         self._uncertainty: dict[str, dict[str, Tensor]] = {}
-        self._gradients: dict[str, dict[str, Tensor | None]] = {}
+        self._gradients: dict[str, dict[str, Tensor]] = {}
+        self._skipped = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -130,17 +135,14 @@ class RankAllocator:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: save it beside the optimiser's own state."""
-
-        def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: tensor.clone() for key, tensor in tensors.items()}
-
-        return {
+        state = {
             "step": self.step,
-            "schedule": dict(self._schedule),
-            "masks": copy(self.masks),
-            "sensitivity": {name: copy(t) for name, t in self._sensitivity.items()},
-            "uncertainty": {name: copy(t) for name, t in self._uncertainty.items()},
+            "schedule": self._schedule,
+            "masks": self.masks,
+            "sensitivity": self._sensitivity,
+            "uncertainty": self._uncertainty,
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken; the model's own values are not touched.
@@ -168,7 +170,7 @@ class RankAllocator:
                     f"{wanted.get(name, 'none')} in the model: patch it as it was patched then."
                 )
 
-        def copy(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def on_device(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             factors = self._factors(name)
             return {k: t.to(factors[k].device, copy=True) for k, t in tensors.items()}
 
@@ -177,8 +179,8 @@ class RankAllocator:
             name: mask.to(self.masks[name].device, copy=True)
             for name, mask in state["masks"].items()
         }
-        self._sensitivity = {name: copy(name, t) for name, t in state["sensitivity"].items()}
-        self._uncertainty = {name: copy(name, t) for name, t in state["uncertainty"].items()}
+        self._sensitivity = {n: on_device(n, t) for n, t in state["sensitivity"].items()}
+        self._uncertainty = {n: on_device(n, t) for n, t in state["uncertainty"].items()}
 
     def __repr__(self) -> str:
         return (
@@ -211,38 +213,41 @@ class RankAllocator:
         # The optimiser itself stands first among the arguments of its step.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._read_gradients()
+            self._read_gradients(optimizer)
             return None
 
         def closure_and_read() -> Any:
             loss = closure()
-            self._read_gradients()
+            self._read_gradients(optimizer)
             return loss
 
         if len(args) > 1:
             return (args[0], closure_and_read, *args[2:]), kwargs
         return args, {**kwargs, "closure": closure_and_read}
 
-    def _read_gradients(self) -> None:
+    def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf > 0)
         step = self.step + 1
-        if step >= self._last:
+        if self._skipped or step >= self._last:
             return
+        loss_scale = getattr(optimizer, "grad_scale", None)
         self._gradients = {
             name: {
-                factor: None if parameter.grad is None else parameter.grad.detach().clone()
+                factor: parameter.grad.detach() / (1.0 if loss_scale is None else loss_scale)
                 for factor, parameter in self._factors(name).items()
+                if parameter.grad is not None
             }
             for name in self._modifications
         }
-        reached = {
-            name
-            for name, gradients in self._gradients.items()
-            if any(gradient is not None for gradient in gradients.values())
-        }
+        # The orthogonality penalty gives P and Q gradients, whether the layer was called or not.
+        reached = {name for name, gradients in self._gradients.items() if "E" in gradients}
         if not reached:
             raise TokenGateError(
                 f"no gradient was seen at step {step} in any of the {len(self.masks)} AdaLoRA "
-                "layers: call loss.backward() before optimizer.step(), and zero_grad() after it."
+                "layers: call loss.backward() before optimizer.step(), and zero_grad() not between "
+                "them."
             )
         never = self._modifications.keys() - self._sensitivity.keys() - reached
         if never and self._allocates_at(step):
@@ -257,12 +262,15 @@ class RankAllocator:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        if self._skipped:
+            return
         self.step += 1
         if self.step < self._last:
             self._update_importance()
-        if self._allocates_at(self.step):
+        allocates = self._allocates_at(self.step)
+        if allocates:
             self._allocate()
-        if self._allocates_at(self.step) or self.step > self._last:
+        if allocates or self.step > self._last:
             for name, modification in self._modifications.items():
                 modification.E.masked_fill_(~self.masks[name], 0.0)
         if self.step >= self._last:
@@ -271,15 +279,14 @@ class RankAllocator:
     def _update_importance(self) -> None:
         beta1, beta2 = self._schedule["beta1"], self._schedule["beta2"]
         for name, gradients in self._gradients.items():
-            # A layer that has never had a gradient has no importance yet.
             if name not in self._sensitivity:
-                if all(gradient is None for gradient in gradients.values()):
+                if "E" not in gradients:  # it was never called and has no importance yet
                     continue
                 zeros = {f: torch.zeros_like(p) for f, p in self._factors(name).items()}
                 self._sensitivity[name] = zeros
                 self._uncertainty[name] = {f: z.clone() for f, z in zeros.items()}
             for factor, parameter in self._factors(name).items():
-                gradient = gradients[factor]
+                gradient = gradients.get(factor)
                 smoothed = self._sensitivity[name][factor]
                 now = torch.zeros_like(smoothed)
                 if gradient is not None:

@@ -1,4 +1,4 @@
-"""The modifications M of eq. 1, one file each; importing this package registers them."""
+"""The modifications M of eq. 1, one file each beside what they share; importing registers them."""
 
 from tokengate.modifications.adalora import AdaLoRA as AdaLoRA
 from tokengate.modifications.adapter import Adapter as Adapter

@@ -17,6 +17,8 @@ from tokengate.modifications.scaling import scale_of
 class AdaLoRA(Modification):
     """M(x) = scale P diag(E) Q drop(x) (Zhang et al., 2023, arXiv 2303.10512).
 
+    `(..., in_features) -> (..., out_features)`.
+
     Add `orthogonality(model)` to the loss, and make a `RankAllocator` beside the optimiser.
 
     Parameters: `P` (out_features, rank) and `Q` (rank, in_features), normal with standard
@@ -24,11 +26,13 @@ class AdaLoRA(Modification):
 
     Args:
         linear: the layer to modify.
-        rank: the initial rank, 64 in Table 1 of the gate's paper.
+        rank: the initial rank; 12 by default, as in Hugging Face PEFT, and 64 in section 4.1 of the
+            gate's paper.
         target_rank: what this layer adds to the final budget, which the allocator spends over all
             layers together: from 0 to `rank`; half of `rank` by default, as in the gate's paper.
         scale: the factor itself; 0.5 by default.
-        alpha: instead of `scale`: scale = alpha / rank. It stays so when the rank falls.
+        alpha: instead of `scale`: scale = alpha / rank, which stays so when the rank falls. (PEFT
+            divides by rank + 1e-5.)
         dropout: share of the inputs of Q that is dropped in training.
 
     Raises:
@@ -67,7 +71,7 @@ class AdaLoRA(Modification):
         nn.init.normal_(self.Q, std=0.02)
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.Q, self.dropout if self.training else 0.0, w.dtype)
+        z = dropped_linear(x, self.Q, self.dropout, self.training, w.dtype)
         return Factors(z, (self.scale * (self.P * self.E)).to(w.dtype))
 
     def extra_repr(self) -> str:

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokengate.arguments import choice, count, share
+from tokengate.arguments import choice, count, positive, share
 from tokengate.factors import Factors
 from tokengate.modifications.base import Modification
 from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.registry import register
-from tokengate.modifications.scaling import scale_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -27,6 +26,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Adapter(Modification):
     """M(x) = scale U act(D drop(x)) (He et al., 2022, arXiv 2110.04366).
 
+    `(..., in_features) -> (..., out_features)`.
+
     The adapter beside one linear layer, as LLM-Adapters places it (Hu et al., 2023, arXiv
     2304.01933), not beside a whole block, and without biases.
 
@@ -35,8 +36,8 @@ class Adapter(Modification):
 
     Args:
         linear: the layer to modify.
-        rank: the bottleneck; 32 in the gate's paper.
-        scale: the factor itself.
+        rank: the bottleneck; 32 by default, as in section 4.3 of the gate's paper.
+        scale: the factor itself; 0.5 by default, as in its Table 8.
         activation: "relu" (He et al.), "gelu", "silu" or "tanh" (LLM-Adapters).
         dropout: share of the inputs of D that is dropped in training.
 
@@ -55,7 +56,7 @@ class Adapter(Modification):
     ) -> None:
         super().__init__(linear)
         self.rank = count("rank", rank)
-        self.scale = scale_of(self.rank, scale, None)
+        self.scale = positive("scale", scale)
         self.activation = choice("activation", activation, _ACTIVATIONS)
         self.dropout = share("dropout", dropout)
         self.D = self.new_parameter(self.rank, self.in_features)
@@ -66,7 +67,7 @@ class Adapter(Modification):
         nn.init.zeros_(self.U)
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.D, self.dropout if self.training else 0.0, w.dtype)
+        z = dropped_linear(x, self.D, self.dropout, self.training, w.dtype)
         return Factors(_ACTIVATIONS[self.activation](z), (self.scale * self.U).to(w.dtype))
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,19 @@ class Modification(KeepsFloat32):
     - `reset_parameters` gives them their initial values, with which M(x) = 0 for every x.
     - `forward` gives M(x), in the shape of w.
     - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
-      what is of size rank, where it would keep all of M(x); and it may read the base layer.
+      what is of size rank, where it would keep all of M(x); and it may read the base layer. Of a
+      class and those it extends, the later definition of the two counts.
     - The base layer is not kept: what is wanted of it once is read in `__init__`.
 
     Args:
         linear: the layer that is to be modified; it is only read.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "factors" not in vars(cls):
+            # Else the inherited factors would be asked, and the new forward never run.
+            cls.factors = Modification.factors  # type: ignore[method-assign]
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

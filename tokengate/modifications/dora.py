@@ -20,6 +20,8 @@ from tokengate.modifications.row_squares import RowSquares
 class DoRA(LoRA):
     """M(x) = (c - 1) w + c (scale B A drop(x)), w = W0 x (Liu et al., 2024, arXiv 2402.09353).
 
+    `(..., in_features) -> (..., out_features)`.
+
     c = magnitude / the norm of each row of W0 + scale B A. The norm is a constant in backward
     (section 4.3 there); the bias is never scaled. No matrix of W0's size is made: the norm comes
     from products of size r, and c - 1 = (magnitude - norm) / norm is computed in float32.
@@ -30,8 +32,9 @@ class DoRA(LoRA):
 
     Parameters: `A` and `B` as in LoRA; `magnitude` (out_features,), the row norms that W0 has when
     the layer is patched. Where W0 changes afterwards, M(x) is no longer 0 at initialisation, so
-    load and cast the base first. W0 is read in every forward; PyTorch does not see a change made
-    through `weight.data`: call `forget_base()` after one.
+    load and cast the base first. W0 is read in every forward, and the norms of its rows are
+    remembered until it changes (not under `torch.compile`, which computes them every time).
+    PyTorch does not see a change made through `weight.data`: call `forget_base()` after one.
 
     Args:
         linear: the layer to modify.
@@ -64,7 +67,7 @@ class DoRA(LoRA):
         change = (self.magnitude - norm) / torch.where(directed, norm, 1.0)
         gain = torch.where(directed, change, 0.0)
         up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
-        z = dropped_linear(x, self.A, self.dropout if self.training else 0.0, w.dtype)
+        z = dropped_linear(x, self.A, self.dropout, self.training, w.dtype)
         return Factors(z, up.to(w.dtype), gain.to(w.dtype))
 
     @torch.no_grad()

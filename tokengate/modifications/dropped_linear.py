@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def dropped_linear(x: Tensor, weight: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+def dropped_linear(
+    x: Tensor, weight: Tensor, dropout: float, training: bool, dtype: torch.dtype
+) -> Tensor:
     """drop(x) weight', computed in `dtype`: `(..., in_features) -> (..., rank)`.
 
     The same as `F.linear(F.dropout(x, dropout), weight)`, but kept for backward are `x`, `weight`
@@ -18,12 +20,13 @@ def dropped_linear(x: Tensor, weight: Tensor, dropout: float, dtype: torch.dtype
     Args:
         x: the layer's input; the base layer keeps it for backward anyway.
         weight: `(rank, in_features)`.
-        dropout: share of the elements of x to drop, now; 0 in evaluation.
+        dropout: share of the elements of x to drop in training.
+        training: whether to drop them.
         dtype: the compute dtype, that of the layer's output.
     """
     keep = None
-    if dropout > 0:
-        keep = torch.empty_like(x, dtype=torch.bool, requires_grad=False).bernoulli_(1 - dropout)
+    if training and dropout > 0:
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
     z: Tensor = _DroppedLinear.apply(x, weight, keep, 1 / (1 - dropout), dtype)
     return z
 

@@ -18,12 +18,14 @@ from tokengate.modifications.scaling import scale_of
 class LoRA(Modification):
     """M(x) = scale B A drop(x) (eq. 3; Hu et al., 2022, arXiv 2106.09685).
 
+    `(..., in_features) -> (..., out_features)`.
+
     Parameters: `A` (rank, in_features), kaiming-uniform with a = sqrt(5); `B`
     (out_features, rank), zero.
 
     Args:
         linear: the layer to modify.
-        rank: r.
+        rank: r; 8 by default, as in Hugging Face PEFT.
         scale: the factor itself, as in Tables 6-8 of the gate's paper, which always use 0.5; that
             is the default.
         alpha: instead of `scale`: scale = alpha / rank, as in the LoRA paper.
@@ -56,7 +58,7 @@ class LoRA(Modification):
         nn.init.zeros_(self.B)
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.A, self.dropout if self.training else 0.0, w.dtype)
+        z = dropped_linear(x, self.A, self.dropout, self.training, w.dtype)
         return Factors(z, (self.scale * self.B).to(w.dtype))
 
     def extra_repr(self) -> str:

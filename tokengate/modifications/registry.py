@@ -46,8 +46,7 @@ def find_method(method: str | type[Modification]) -> type[Modification]:
     if isinstance(method, type) and issubclass(method, Modification):
         return method
     if not isinstance(method, str) or method not in _METHODS:
-        near = difflib.get_close_matches(str(method), _METHODS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = _did_you_mean(str(method), _METHODS)
         raise TokenGateError(
             f"unknown method {brief(method)}{hint}: choose one of {', '.join(sorted(_METHODS))}, "
             "or pass a subclass of tokengate.Modification."
@@ -60,8 +59,7 @@ def check_options(method: type[Modification], options: Iterable[str]) -> None:
     valid = _options_of(method)
     unknown = [name for name in options if name not in valid]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], valid, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = _did_you_mean(unknown[0], valid)
         raise TokenGateError(
             f"unknown option {unknown[0]!r} for {method.__name__}{hint}: its options are "
             f"{', '.join(valid) or 'none'}."
@@ -81,9 +79,13 @@ def _options_of(method: type[Modification]) -> list[str]:
     return list(names)
 
 
+def _did_you_mean(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
 def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]) -> Modification:
     """The modification of `linear`, with its initial values."""
-    check_options(method, options)
     modification = method(linear, **options)
     modification.reset_parameters()
     return modification

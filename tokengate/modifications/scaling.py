@@ -18,8 +18,7 @@ def scale_of(rank: int, scale: float | None, alpha: float | None, rslora: bool =
     switch("rslora", rslora)
     if scale is not None and alpha is not None:
         raise TokenGateError(
-            f"scale={scale!r} and alpha={alpha!r} were both given: pass one of them; "
-            "scale = alpha / rank."
+            f"scale={scale!r} and alpha={alpha!r} were both given: pass one of them."
         )
     if alpha is not None:
         divisor, shown = (math.sqrt(rank), "sqrt(rank)") if rslora else (rank, "rank")
