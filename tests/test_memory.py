@@ -1,6 +1,5 @@
 """What one layer keeps for backward, and what a training step allocates."""
 
-import math
 import pathlib
 import re
 
@@ -54,6 +53,10 @@ def wrapped_by_peft(method, float32_adapters):
     return peft.get_peft_model(model, config, autocast_adapter_dtype=float32_adapters)
 
 
+def rounded(kept):
+    return str(int(kept + 0.5))
+
+
 def table_of_the_readme():
     readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines()]
@@ -70,7 +73,7 @@ def test_kept_for_backward(method, gate, bias):
 
 
 def test_what_the_readme_says_is_kept():
-    wanted = [str(math.ceil(kept_for_backward(patched(m, dropout=0.05)))) for m in LIMITS]
+    wanted = [rounded(kept_for_backward(patched(m, dropout=0.05))) for m in LIMITS]
     assert table_of_the_readme()["tokengate, gated"] == wanted
 
 
@@ -82,7 +85,7 @@ def test_what_the_readme_says_of_peft(float32_adapters):
         kept = kept_for_backward(wrapped_by_peft(method, float32_adapters))
         assert kept > 3 * LIMITS[method] or not float32_adapters
         if peft.__version__ == "0.21.2":
-            assert str(math.ceil(kept)) == cell
+            assert rounded(kept) == cell
 
 
 def test_a_method_without_factors_keeps_more():
