@@ -45,6 +45,7 @@ def test_public_names():
         "TauAdam",
         "TokenGate",
         "TokenGateError",
+        "UnreachedLayerWarning",
         "disabled",
         "layers",
         "orthogonality",
@@ -54,6 +55,7 @@ def test_public_names():
         "register",
         "token_gate",
         "unpatch",
+        "verify",
     }
 
 
@@ -68,6 +70,9 @@ def test_imports_point_one_way():
         "factors",
         "modifications",
         "gated_linear",
+        "coverage",
+        "fast_path",
+        "owners",
         "targets",
         "options",
         "patching",

@@ -1,5 +1,7 @@
 """tokengate decides which tokens a fine-tuning method may touch."""
 
+from tokengate.coverage import UnreachedLayerWarning as UnreachedLayerWarning
+from tokengate.coverage import verify as verify
 from tokengate.errors import TokenGateError as TokenGateError
 from tokengate.factors import Factors as Factors
 from tokengate.gate import TokenGate as TokenGate

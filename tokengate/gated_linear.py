@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
@@ -17,8 +18,8 @@ from tokengate.modifications import Modification
 Observer = Callable[[Tensor | None, Tensor], None]
 
 
-# What only an active context puts on a layer; a copy made meanwhile does not have it.
-_TRANSIENT = ("_enabled", "_observers")
+# What only running puts on a layer; a copy made meanwhile does not have it.
+_TRANSIENT = ("_enabled", "_observers", "_reached")
 
 
 class GatedLinear(nn.Linear):
@@ -38,11 +39,15 @@ class GatedLinear(nn.Linear):
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
     _observers: tuple[Observer, ...] = ()
+    # Whether it was ever called; not kept in compiled code.
+    _reached: bool = False
 
     _own_class: type[nn.Linear] = nn.Linear
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
+        if not torch.compiler.is_compiling() and not self._reached:
+            self._reached = True
         out: Tensor = super().forward(input, *args, **kwargs)
         if not self._enabled:
             return out

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from tokengate.arguments import finite, non_negative, switch
+from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
+from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.modifications import Modification
@@ -52,9 +54,11 @@ def patch(
             `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
             regular expressions (full match); or one callable `(name, module) -> bool`; or
             `"all-linear"`, which is every linear layer but a language model's output head, what
-            `train` names, and layers whose owner reads the weight instead of calling them (in
-            `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`). Of what a pattern matches,
-            the linear layers are patched; there must be at least one, and none that cannot be.
+            `train` names, and what no patch could reach: a layer whose owner reads the weight
+            instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
+            Of what a pattern matches, the linear layers are patched; there must be at least one,
+            and none that cannot be. What a forward still does not reach is reported after the
+            first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in
@@ -114,6 +118,8 @@ def patch(
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
         attach(layer, modification, layer_gate)
+    settle_fast_paths(model)
+    watch(model)
     return model
 
 
@@ -129,7 +135,9 @@ def unpatch(model: _Model) -> _Model:
         patched = require_layers(model, "unpatch")
     for layer in patched.values():
         detach(layer)
+    settle_fast_paths(model)
     for root in roots:
+        unwatch(root)
         before = root.__dict__.pop(_BEFORE)
         for name, parameter in root.named_parameters():
             if name in before:
@@ -149,6 +157,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         for layer in before:
             layer._enabled = False
+        settle_fast_paths(model)
         yield
     finally:
         for layer, enabled in before.items():
@@ -156,6 +165,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
                 layer._enabled = enabled
             else:
                 layer.__dict__.pop("_enabled", None)
+        settle_fast_paths(model)
 
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing

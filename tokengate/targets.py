@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import GatedLinear
+from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
@@ -60,17 +61,27 @@ class _Names:
         self.first: dict[nn.Module, str] = {}
         for name, module in self.named:
             self.first.setdefault(module, name)
-        # These owners read a layer's weight themselves: the attention always, the encoder layer
-        # on its fast path, in evaluation.
-        self.bypassed: dict[nn.Module, str] = {}
-        for module, name in self.first.items():
-            own: list[nn.Module] = []
-            if isinstance(module, nn.MultiheadAttention):
-                own = [module.out_proj]
-            elif isinstance(module, nn.TransformerEncoderLayer):
-                own = [module.linear1, module.linear2]
-            owner = f"{name!r} is an nn.{type(module).__name__}" if own else ""
-            self.bypassed.update(dict.fromkeys(own, owner))
+        # Layers that no patch could reach, and why, as the end of a sentence.
+        self.unreachable: dict[nn.Module, str] = {}
+        for owner, name in self.first.items():
+            for attribute, module in owner.named_children():
+                if isinstance(module, nn.Linear) and reads_weight(owner, attribute):
+                    self.unreachable[module] = (
+                        f"whose owner {name!r} is a {type(owner).__name__}, which reads the weight "
+                        "itself instead of calling the layer, so that a patch would do nothing: "
+                        "exclude it"
+                    )
+            if isinstance(owner, nn.Linear) and returns_tuple(type(owner)):
+                self.unreachable[owner] = (
+                    f"which is a {type(owner).__name__} and returns a tuple, not the tensor that a "
+                    "modification is added to: exclude it"
+                )
+        # A weight that is also an embedding's.
+        self.embedding: dict[int, str] = {
+            id(module.weight): name
+            for module, name in self.first.items()
+            if isinstance(module, nn.Embedding)
+        }
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
@@ -106,7 +117,7 @@ class _Names:
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         linear: set[nn.Module] = {m for m in self.first if isinstance(m, nn.Linear)}
-        linear = linear - {head} - self.bypassed.keys()
+        linear = linear - {head} - self.unreachable.keys()
         if not linear:
             raise TokenGateError(
                 f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
@@ -133,9 +144,9 @@ class _Names:
             )
         if hasattr(module, "modification") or hasattr(module, "gate"):
             return f"a {kind} with its own attribute `modification` or `gate`: exclude it"
-        if module in self.bypassed:
+        if id(module.weight) in self.embedding:
             return (
-                f"whose owner {self.bypassed[module]}, which reads the weight itself instead of "
-                "calling the layer, so that a patch would do nothing: exclude it"
+                f"whose weight is tied to the embedding {self.embedding[id(module.weight)]!r}: "
+                "untie them first (`tie_word_embeddings=False`), or exclude it"
             )
-        return None
+        return self.unreachable.get(module)

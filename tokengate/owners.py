@@ -1,0 +1,78 @@
+"""Owners that read a layer's weight themselves: their code says so before anything is run."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+
+from torch import nn
+
+# Where both happen in one class, what decides. By the classes' names, because importing their
+# libraries would cost what most users do not use; found by running them.
+_DEPENDS = {
+    "timm.models.beit.Attention": "qkv",
+    "timm.models.eva.EvaAttention": "qkv",
+    "timm.models.swin_transformer_v2.WindowAttention": "qkv",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "dt_proj",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "dt_proj",
+    "transformers.models.bloom.modeling_bloom.BloomAttention": "dense",
+    "transformers.models.bloom.modeling_bloom.BloomMLP": "dense_4h_to_h",
+}
+
+
+def reads_weight(owner: nn.Module, attribute: str) -> bool:
+    """Whether `owner` computes with `owner.attribute.weight` and does not call the layer.
+
+    Reading the weight proves nothing (T5 reads `wo.weight` for its dtype and then calls `wo`), so
+    the class must read it and contain no call. What it does in other ways is seen when it runs.
+    """
+    if isinstance(owner, nn.MultiheadAttention):
+        return attribute == "out_proj"
+    kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
+    if _DEPENDS.get(kind) == attribute:
+        return _decided(owner)
+    source = _source(type(owner))
+    name = re.escape(attribute)
+    # .weight.dtype, .weight.device and the like ask about the weight and do not compute with it.
+    reads = re.search(
+        rf"self\.{name}\.weight\b(?!\.(dtype|device|shape|size|data|requires))", source
+    )
+    return reads is not None and re.search(rf"self\.{name}\(", source) is None
+
+
+def returns_tuple(kind: type[nn.Module]) -> bool:
+    """Whether the class's own `forward` returns several values, as routers of experts do."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return any(isinstance(value, ast.Tuple) for value in returned)
+
+
+def _decided(owner: nn.Module) -> bool:
+    if hasattr(owner, "q_bias"):  # timm concatenates the biases of q and v with zeros for k
+        return owner.q_bias is not None and not getattr(owner, "qkv_bias_separate", False)
+    if hasattr(owner, "pretraining_tp"):
+        return owner.pretraining_tp > 1 and owner.slow_but_exact
+    return True
+
+
+@functools.cache
+def _source(kind: type[nn.Module]) -> str:
+    """The methods of a class and those it inherits, apart from torch's and from initialisation."""
+    methods = []
+    for cls in kind.__mro__:
+        if cls.__module__.startswith("torch.nn.modules.module") or cls is object:
+            continue
+        for name, value in vars(cls).items():
+            function = inspect.unwrap(value) if callable(value) else None
+            if inspect.isfunction(function) and "init" not in name and "reset" not in name:
+                try:
+                    methods.append(inspect.getsource(function))
+                except (OSError, TypeError):
+                    continue
+    return "\n".join(methods)
