@@ -73,6 +73,7 @@ def test_imports_point_one_way():
         "coverage",
         "fast_path",
         "owners",
+        "experts",
         "targets",
         "options",
         "patching",

@@ -282,11 +282,6 @@ def hooked():
         (Net, {"targets": nn.Linear}, "targets=<class .* is not a list of names"),
         (Net, {"targets": nn.Linear(2, 2)}, "targets=Linear.* is not a list of names"),
         (Net, {"targets": [re.compile(b"x")]}, "is not a list of names"),
-        (
-            lambda: nn.TransformerEncoderLayer(8, 2, 16),
-            {"targets": ["linear1"]},
-            "nn.TransformerEncoderLayer, which reads the weight itself",
-        ),
         (Net, {"targets": ["q_proj"], "rnak": 1}, "unknown option 'rnak'"),
         (Net, {"targets": ["q_proj"], "scale": math.inf}, "scale=inf is not"),
         (Net, {"targets": ["q_proj"], "tau": math.nan}, "tau=nan is not"),

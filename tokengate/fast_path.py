@@ -1,4 +1,4 @@
-"""torch's inference fast path, which reads the weights of a whole encoder layer and calls nothing."""
+"""torch's inference fast path, which reads all weights of an encoder layer and calls nothing."""
 
 from __future__ import annotations
 

@@ -108,6 +108,7 @@ def attach(layer: nn.Linear, modification: Modification, gate: TokenGate | None)
     layer.__class__ = gated_class(type(layer))
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
+    layer.__dict__["_reached"] = False
 
 
 def detach(layer: GatedLinear) -> None:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import textwrap
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def reads_weight(owner: nn.Module, attribute: str) -> bool:
     kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
     if _DEPENDS.get(kind) == attribute:
         return _decided(owner)
-    source = _source(type(owner))
+    source = _source(type(owner))  # type: ignore[arg-type]
     name = re.escape(attribute)
     # .weight.dtype, .weight.device and the like ask about the weight and do not compute with it.
     reads = re.search(
@@ -53,16 +54,16 @@ def returns_tuple(kind: type[nn.Module]) -> bool:
     return any(isinstance(value, ast.Tuple) for value in returned)
 
 
-def _decided(owner: nn.Module) -> bool:
+def _decided(owner: Any) -> bool:
     if hasattr(owner, "q_bias"):  # timm concatenates the biases of q and v with zeros for k
         return owner.q_bias is not None and not getattr(owner, "qkv_bias_separate", False)
     if hasattr(owner, "pretraining_tp"):
-        return owner.pretraining_tp > 1 and owner.slow_but_exact
+        return bool(owner.pretraining_tp > 1 and owner.slow_but_exact)
     return True
 
 
 @functools.cache
-def _source(kind: type[nn.Module]) -> str:
+def _source(kind: type) -> str:
     """The methods of a class and those it inherits, apart from torch's and from initialisation."""
     methods = []
     for cls in kind.__mro__:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tokengate.errors import TokenGateError
+from tokengate.experts import stacked_expert
 from tokengate.gated_linear import GatedLinear
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
@@ -33,6 +34,7 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
         hits = excluded.union(*names.matches("exclude", exclude).values())
         # A name that is excluded means all that is inside it; a callable is asked for each.
         excluded = hits if callable(exclude) else {m for hit in hits for m in hit.modules()}
+    names.check_experts(targets, excluded)
     chosen: set[nn.Module] = set()
     for label, found in names.matches("targets", targets).items():
         wanted = sorted(found - excluded, key=lambda module: names.first[module])
@@ -67,13 +69,12 @@ class _Names:
             for attribute, module in owner.named_children():
                 if isinstance(module, nn.Linear) and reads_weight(owner, attribute):
                     self.unreachable[module] = (
-                        f"whose owner {name!r} is a {type(owner).__name__}, which reads the weight "
-                        "itself instead of calling the layer, so that a patch would do nothing: "
-                        "exclude it"
+                        f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
+                        "instead of calling the layer, so that a patch would do nothing: exclude it"
                     )
             if isinstance(owner, nn.Linear) and returns_tuple(type(owner)):
                 self.unreachable[owner] = (
-                    f"which is a {type(owner).__name__} and returns a tuple, not the tensor that a "
+                    f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
                 )
         # A weight that is also an embedding's.
@@ -82,6 +83,21 @@ class _Names:
             for module, name in self.first.items()
             if isinstance(module, nn.Embedding)
         }
+
+    def check_experts(self, targets: Any, excluded: set[nn.Module]) -> None:
+        """An error if a name means experts that are no layers, besides layers or instead."""
+        if callable(targets) or targets == ALL_LINEAR:
+            return
+        for pattern in as_patterns("targets", targets):
+            if not isinstance(pattern, str) or any(c in pattern for c in ".*?["):
+                continue
+            held = stacked_expert(self.model, pattern, excluded)
+            if held is not None:
+                raise TokenGateError(
+                    f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
+                    f"together in its 3-D parameter {held[1]!r} and not in linear layers: leave "
+                    "them out with exclude=['experts'], or name other layers in full."
+                )
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
@@ -150,3 +166,9 @@ class _Names:
                 "untie them first (`tie_word_embeddings=False`), or exclude it"
             )
         return self.unreachable.get(module)
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module)
+    own = kind.__module__.startswith("torch.nn.")
+    return f"an nn.{kind.__name__}" if own else f"a {kind.__name__}"
