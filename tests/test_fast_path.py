@@ -15,6 +15,8 @@ def encoder(nested=True, **options):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
 
 
+# Of torch's own nested tensors, which the fast path makes.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "frozen"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("targets", [TARGETS, ["layers.1.linear1"]], ids=["all", "second"])
