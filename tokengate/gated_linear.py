@@ -12,14 +12,17 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
 from tokengate.modifications import Modification
+from tokengate.recomputation import MaskMemory
 
-# What a recorder is told after each call: S, of shape (...), or None where there is no gate,
-# and the output, of shape (..., out_features).
-Observer = Callable[[Tensor | None, Tensor], None]
+# What a recorder is told after each call: S, of shape (...), or None where there is no gate; the
+# output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None.
+Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
 
 
-# What only running puts on a layer; a copy made meanwhile does not have it.
-_TRANSIENT = ("_enabled", "_observers", "_reached")
+# What only an active context puts on a layer; a copy made meanwhile does not have it.
+_TRANSIENT = ("_enabled", "_observers")
+# What a layer has from the start, and a copy anew.
+_FRESH = {"_reached": False, "_mask": None, "_others": None}
 
 
 class GatedLinear(nn.Linear):
@@ -39,6 +42,11 @@ class GatedLinear(nn.Linear):
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
     _observers: tuple[Observer, ...] = ()
+    # While a module around it runs that received an attention mask: that mask, (B, T); and in
+    # cross-attention what k and v are made of, with its own mask, and the module that said so.
+    _mask: Tensor | None = None
+    _others: tuple[Tensor, Tensor | None, nn.Module] | None = None
+    _memory: MaskMemory
     # Whether it was ever called; not kept in compiled code.
     _reached: bool = False
 
@@ -52,26 +60,40 @@ class GatedLinear(nn.Linear):
         if not self._enabled:
             return out
         w = without_bias(out, self.bias)
+        mask = self._mask_of(input)
+        at_positions = None if mask is None else mask.reshape(out.shape[:-1])
         factors = self.modification.factors(input, w, self)
         is_open: Tensor | None = None
         h: Tensor
         if factors is not None and self.gate is not None:
-            h, is_open = factors.add_where_open(out, w, self.bias, self.gate)
+            h, is_open = factors.add_where_open(out, w, self.bias, self.gate, at_positions)
         else:
             m = _whole(self.modification, input, w) if factors is None else factors.product(w)
             if self.gate is None:
                 h = out + m.to(out.dtype)
             else:
                 is_open = self.gate.open_positions(w, m)
-                h = self.gate(out, m, is_open)
+                h = self.gate(out, m, is_open, at_positions)
         for observe in self._observers:
-            observe(is_open, h)
+            observe(is_open, h, mask)
         return h
+
+    def _mask_of(self, input: Tensor) -> Tensor | None:
+        """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`."""
+        mask = self._mask
+        if self._others is not None and input is self._others[0]:
+            mask = self._others[1]
+        if self.training:
+            mask = self._memory.settle(input, mask)
+        if mask is None:
+            return None
+        flattened = input.dim() == 2 and len(input) == mask.numel()
+        return mask if flattened or input.shape[:-1] == mask.shape else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be found by its name: it is made again when unpickling.
         state = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
-        return _blank, (self._own_class,), state
+        return _blank, (self._own_class,), state | _FRESH
 
 
 def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
@@ -108,13 +130,13 @@ def attach(layer: nn.Linear, modification: Modification, gate: TokenGate | None)
     layer.__class__ = gated_class(type(layer))
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
-    layer.__dict__["_reached"] = False
+    layer.__dict__ |= {**_FRESH, "_memory": MaskMemory()}
 
 
 def detach(layer: GatedLinear) -> None:
     """Turn `layer` back into what it was."""
     del layer._modules["modification"], layer._modules["gate"]
-    for name in _TRANSIENT:
+    for name in (*_TRANSIENT, *_FRESH, "_memory"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer._own_class  # type: ignore[assignment]
 

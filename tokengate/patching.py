@@ -18,6 +18,7 @@ from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
 from tokengate.options import options_by_layer
+from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patterns import as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
@@ -119,6 +120,7 @@ def patch(
     for layer, modification, layer_gate in planned:
         attach(layer, modification, layer_gate)
     settle_fast_paths(model)
+    follow_masks(model)
     watch(model)
     return model
 
@@ -136,6 +138,7 @@ def unpatch(model: _Model) -> _Model:
     for layer in patched.values():
         detach(layer)
     settle_fast_paths(model)
+    unfollow_masks(model)
     for root in roots:
         unwatch(root)
         before = root.__dict__.pop(_BEFORE)

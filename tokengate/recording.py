@@ -55,7 +55,7 @@ class Recorder:
             )
         return SparsityReport(modules)
 
-    def _observe(self, name: str, is_open: Tensor | None, h: Tensor) -> None:
+    def _observe(self, name: str, is_open: Tensor | None, h: Tensor, mask: Tensor | None) -> None:
         with torch.no_grad():
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
@@ -65,18 +65,17 @@ class Recorder:
                 return
             # (B, ...) is B samples; (N, C) is N samples of one position, which gives the same
             # mean as samples of equal length; (C,) is one.
-            closed = ~(is_open.flatten(1) if is_open.dim() > 1 else is_open.reshape(-1, 1))
+            shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
+            closed = ~is_open.reshape(shape if mask is None else mask.shape)
             # MPS has no float64; its counts are exact up to 2^24.
             dtype = torch.float32 if h.device.type == "mps" else torch.float64
-            share = closed.to(dtype).mean(1)
-            now = torch.stack(
-                [
-                    torch.full_like(share, 1.0).sum(),
-                    share.sum(),
-                    torch.full_like(share, closed.shape[1]).sum(),
-                    closed.sum().to(dtype),
-                ]
-            )
+            real = torch.ones_like(closed) if mask is None else mask != 0
+            counts = real.sum(1, dtype=dtype)
+            closed_counts = (closed & real).sum(1, dtype=dtype)
+            # A sample of padding alone is none.
+            samples = (counts > 0).sum(dtype=dtype)
+            shares = (closed_counts / counts.clamp(min=1)).sum()
+            now = torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
             self._counts[name] = self._counts[name] + now if name in self._counts else now
 
 
@@ -89,7 +88,8 @@ def record(model: nn.Module, positions: bool = False) -> Iterator[Recorder]:
         print(rec.report())
 
     Per module: for each sample, the share of its positions that were left unmodified, averaged
-    over samples. Layers without a gate modify every position: their sparsity is 0. May be nested.
+    over samples. Positions that the model's own `attention_mask` pads are not counted. Layers
+    without a gate modify every position: their sparsity is 0. May be nested.
 
     Args:
         model: a patched model.

@@ -1,0 +1,128 @@
+"""Padding: an attention mask, on its way from the module that receives it to the gates inside.
+
+A position whose mask is 0 counts neither in tau's gradient nor in sparsity; no output changes.
+The mask belongs to the module that received it, so it is put on the patched layers inside of that
+module for as long as its forward runs, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokengate.gated_linear import GatedLinear
+
+_FOLLOWED = "_tokengate_padding"
+# The parameters of forward that say what the positions of a module are.
+_MASK = "attention_mask"
+_STATES = ("input_ids", "inputs_embeds", "hidden_states", "input_embeds")
+# With one of these, a module hands its mask on to one of several parts: only that part, which
+# receives it in its turn, has the mask's positions.
+_SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
+_OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+
+
+@dataclass
+class _Followed:
+    """What is kept on a module while it is followed."""
+
+    parameters: tuple[str, ...]  # the names of its forward's
+    hooks: tuple[RemovableHandle, ...]
+
+
+def follow_masks(model: nn.Module) -> None:
+    """Let attention masks reach the gates in `model`, wherever its forwards are entered."""
+    for module in _holders(model):
+        if _FOLLOWED not in module.__dict__:
+            hooks = (
+                module.register_forward_pre_hook(_enter, with_kwargs=True),
+                module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+            )
+            module.__dict__[_FOLLOWED] = _Followed(_parameters(type(module)), hooks)
+
+
+def unfollow_masks(model: nn.Module) -> None:
+    """Take back what `follow_masks` did, from modules that hold no patched layer any more."""
+    holders = set(_holders(model))
+    for module in model.modules():
+        if _FOLLOWED in module.__dict__ and module not in holders:
+            for hook in module.__dict__.pop(_FOLLOWED).hooks:
+                hook.remove()
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """The modules around the patched layers."""
+    return [
+        module
+        for module in model.modules()
+        if not isinstance(module, GatedLinear) and next(_patched(module), None) is not None
+    ]
+
+
+def _patched(module: nn.Module) -> Iterator[GatedLinear]:
+    return (m for m in module.modules() if isinstance(m, GatedLinear))
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    call = _bind(module.__dict__[_FOLLOWED].parameters, args, kwargs)
+    if call.mask is not None or call.pixels:
+        for layer in _patched(module):
+            layer._mask = call.mask
+    if call.others is not None:
+        for layer in _patched(module):
+            # A module inside, which does not receive their mask, is given them once more.
+            if layer._others is None or layer._others[0] is not call.others:
+                layer._others = (call.others, call.others_mask, module)
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    call = _bind(module.__dict__[_FOLLOWED].parameters, args, kwargs)
+    if call.mask is not None or call.pixels:
+        for layer in _patched(module):
+            layer._mask = None
+    if call.others is not None:
+        for layer in _patched(module):
+            if layer._others is not None and layer._others[2] is module:
+                layer._others = None
+
+
+@dataclass
+class _Call:
+    first: Tensor | None  # its input
+    mask: Tensor | None  # (B, T), of the positions of this very call
+    pixels: bool
+    others: Tensor | None  # in cross-attention: what k and v are made of
+    others_mask: Tensor | None
+
+
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(kind.forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return ()
+
+
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
+    tensors = states or [value for value in args if isinstance(value, Tensor)]
+    first = tensors[0] if tensors else None
+    mask = None
+    if not any(name in names for name in _SEVERAL_PARTS):
+        mask = _padding(bound.get(_MASK))
+    if mask is not None and bound.get("past_key_values") is not None and first is not None:
+        mask = mask[:, -first.shape[1] :]  # the cache has the positions before
+    pixels = first is not None and first.dim() == 4 and first.is_floating_point()
+    others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)
+    others_mask = _padding(bound.get("encoder_attention_mask"))
+    return _Call(first, mask, pixels, others, others_mask)
+
+
+def _padding(mask: Any) -> Tensor | None:
+    # With more dimensions it says who attends to whom, not what is padding.
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,71 @@
+"""Activation checkpointing: a forward that is computed again in backward needs its own mask again.
+
+By then the module that received the mask has long returned, and other forwards may have run in
+between. But what is computed again is the same to the bit, so a few numbers of a layer's input tell
+which forward it belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Forwards that may wait for their backward at a time, as in a pipeline; and numbers for a position.
+_WAITING, _CHANNELS = 32, 2
+
+
+@dataclass
+class _Call:
+    shape: torch.Size
+    sample: Tensor  # (..., _CHANNELS) of the input
+    mask: Tensor | None
+    recalled: bool = False
+
+
+class MaskMemory:
+    """The masks of one layer's checkpointed calls, until they are computed again."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def settle(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of the call with input `x`: `mask`, or in backward the one it had in forward."""
+        if torch.compiler.is_compiling():
+            return mask
+        if _in_backward():
+            return self._recall(x, mask)
+        if _in_checkpoint():
+            # Not before: a graph that is kept is computed again for every backward.
+            self._calls = [call for call in self._calls if not call.recalled][1 - _WAITING :]
+            sample = x.detach()[..., :_CHANNELS].clone()
+            self._calls.append(_Call(x.shape, sample, mask))
+        return mask
+
+    def _recall(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        calls = [call for call in reversed(self._calls) if call.shape == x.shape]
+        if not calls:
+            return mask
+        best = 0
+        if any(call.mask is not calls[0].mask for call in calls):
+            sample = x.detach()[..., :_CHANNELS]
+            distances = [(call.sample - sample).abs().float().sum() for call in calls]
+            best = int(torch.stack(distances).argmin())
+        calls[best].recalled = True
+        return calls[best].mask
+
+    def __reduce__(self) -> tuple[type[MaskMemory], tuple[()]]:
+        return MaskMemory, ()
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _in_checkpoint() -> bool:
+    """Whether what is computed now may be computed again: always, where torch does not tell."""
+    if not torch.is_grad_enabled():  # the reentrant kind computes without a graph at first
+        return True
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
