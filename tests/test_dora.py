@@ -153,13 +153,13 @@ def test_rows_that_cancel_stay_finite():
         m.B[:] = -layer.weight[:, :3] / m.scale  # W0 + scale B A = 0, up to rounding
         m.B[1] *= 2
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    norms = m.row_norms(layer.weight)
+    norms = m.row_norms(layer)
     assert (norms[[0, 2]] < 1e-6).all()
     assert norms[1] > 0.1
     with torch.no_grad():
         m.B[[0, 2]] = 0
         layer.weight[[0, 2]] = 0
-    assert torch.equal(m.row_norms(layer.weight)[[0, 2]], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(m.row_norms(layer)[[0, 2]], torch.zeros(2, dtype=torch.float64))
     h = layer(x)
     h.sum().backward()
     assert h.isfinite().all()

@@ -282,8 +282,8 @@ def test_gradcheck_twice(method, mixed):
     assert rec.positions[""][0].sum() == opened
     assert 0 < opened < 5 or not mixed
     if method == "dora":  # otherwise the numeric derivative sees what backward may not
-        norms = layer.modification.row_norms(layer.weight)
-        layer.modification.row_norms = lambda weight: norms
+        norms = layer.modification.row_norms(layer)
+        layer.modification.row_norms = lambda linear: norms
 
     def f(x, *values):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))

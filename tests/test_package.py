@@ -68,6 +68,7 @@ def test_imports_point_one_way():
         "patterns",
         "gate",
         "factors",
+        "linear_like",
         "modifications",
         "recomputation",
         "gated_linear",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.gated_linear import GatedLinear, layers, require_layers
+from tokengate.gated_linear import Gated, layers, require_layers
 
 _SHOWN = 5
 
@@ -99,7 +99,7 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
     )
 
 
-def _check_gradients(patched: dict[str, GatedLinear], mode: str) -> None:
+def _check_gradients(patched: dict[str, Gated], mode: str) -> None:
     missing = [
         f"{name}.{own}" if name else own
         for name, layer in patched.items()

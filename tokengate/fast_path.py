@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tokengate.gated_linear import GatedLinear
+from tokengate.gated_linear import Gated
 
 # What each of them asks before it leaves its Python code: the layer for one fused kernel, the stack
 # for a nested tensor that only this kernel can take. Neither is used for anything else.
@@ -26,7 +26,7 @@ def settle_fast_paths(model: nn.Module) -> None:
         for kind, flag in _FLAGS.items():
             if not isinstance(module, kind):
                 continue
-            active = any(isinstance(m, GatedLinear) and m._enabled for m in module.modules())
+            active = any(isinstance(m, Gated) and m._enabled for m in module.modules())
             if active and _BEFORE not in module.__dict__:
                 module.__dict__[_BEFORE] = getattr(module, flag)
                 setattr(module, flag, False)

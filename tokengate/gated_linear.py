@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
+from tokengate.linear_like import LinearLike
 from tokengate.modifications import Modification
 from tokengate.recomputation import MaskMemory
 
@@ -25,7 +26,7 @@ _TRANSIENT = ("_enabled", "_observers")
 _FRESH = {"_reached": False, "_mask": None, "_others": None}
 
 
-class GatedLinear(nn.Linear):
+class Gated(nn.Module):
     """h = W0 x + S M(x) + b (eq. 2), `(..., in_features) -> (..., out_features)`.
 
     Never constructed: `patch` gives an existing linear layer this class and two children, so
@@ -36,6 +37,7 @@ class GatedLinear(nn.Linear):
         gate: the gate S, or None where every position is modified (`gate=False`).
     """
 
+    bias: Any
     modification: Modification
     gate: TokenGate | None
 
@@ -50,7 +52,7 @@ class GatedLinear(nn.Linear):
     # Whether it was ever called; not kept in compiled code.
     _reached: bool = False
 
-    _own_class: type[nn.Linear] = nn.Linear
+    _own_class: type[nn.Module]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
@@ -62,7 +64,7 @@ class GatedLinear(nn.Linear):
         w = without_bias(out, self.bias)
         mask = self._mask_of(input)
         at_positions = None if mask is None else mask.reshape(out.shape[:-1])
-        factors = self.modification.factors(input, w, self)
+        factors = self.modification.factors(input, w, cast(LinearLike, self))
         is_open: Tensor | None = None
         h: Tensor
         if factors is not None and self.gate is not None:
@@ -96,6 +98,12 @@ class GatedLinear(nn.Linear):
         return _blank, (self._own_class,), state | _FRESH
 
 
+class GatedLinear(Gated, nn.Linear):
+    """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
+
+    _own_class = nn.Linear
+
+
 def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
     m: Tensor = modification(x, w)
     # Addition would broadcast what is too small, to all positions alike.
@@ -107,14 +115,14 @@ def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
     return m
 
 
-def layers(model: nn.Module) -> dict[str, GatedLinear]:
+def layers(model: nn.Module) -> dict[str, Gated]:
     """The patched layers of `model` by name, in the model's order; a shared layer once."""
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
-    return {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
 
 
-def require_layers(model: nn.Module, asked: str) -> dict[str, GatedLinear]:
+def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     """`layers(model)`; an error that names the function `asked` if there is none."""
     patched = layers(model)
     if not patched:
@@ -125,15 +133,15 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, GatedLinear]:
     return patched
 
 
-def attach(layer: nn.Linear, modification: Modification, gate: TokenGate | None) -> None:
+def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
     """Turn `layer` itself into a gated one."""
-    layer.__class__ = gated_class(type(layer))
+    layer.__class__ = gated_class(type(layer))  # type: ignore[assignment]
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {**_FRESH, "_memory": MaskMemory()}
 
 
-def detach(layer: GatedLinear) -> None:
+def detach(layer: Gated) -> None:
     """Turn `layer` back into what it was."""
     del layer._modules["modification"], layer._modules["gate"]
     for name in (*_TRANSIENT, *_FRESH, "_memory"):
@@ -141,17 +149,18 @@ def detach(layer: GatedLinear) -> None:
     layer.__class__ = layer._own_class  # type: ignore[assignment]
 
 
-_GATED: dict[type[nn.Linear], type[GatedLinear]] = {nn.Linear: GatedLinear}
+_GATED: dict[type[nn.Module], type[Gated]] = {nn.Linear: GatedLinear}
 
 
-def gated_class(own_class: type[nn.Linear]) -> type[GatedLinear]:
-    """`GatedLinear`, or for a subclass of `nn.Linear` one that calls that subclass's forward."""
+def gated_class(own_class: type[nn.Module]) -> type[Gated]:
+    """`GatedLinear`, or for another class one that calls that class's forward."""
     if own_class not in _GATED:
+        base = GatedLinear if issubclass(own_class, nn.Linear) else Gated
         name = f"Gated{own_class.__name__}"
-        _GATED[own_class] = type(name, (GatedLinear, own_class), {"_own_class": own_class})
+        _GATED[own_class] = type(name, (base, own_class), {"_own_class": own_class})
     return _GATED[own_class]
 
 
-def _blank(own_class: type[nn.Linear]) -> GatedLinear:
+def _blank(own_class: type[nn.Module]) -> Gated:
     cls = gated_class(own_class)
     return cls.__new__(cls)

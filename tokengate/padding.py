@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokengate.gated_linear import GatedLinear
+from tokengate.gated_linear import Gated
 
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
@@ -60,12 +60,12 @@ def _holders(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if not isinstance(module, GatedLinear) and next(_patched(module), None) is not None
+        if not isinstance(module, Gated) and next(_patched(module), None) is not None
     ]
 
 
-def _patched(module: nn.Module) -> Iterator[GatedLinear]:
-    return (m for m in module.modules() if isinstance(m, GatedLinear))
+def _patched(module: nn.Module) -> Iterator[Gated]:
+    return (m for m in module.modules() if isinstance(m, Gated))
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

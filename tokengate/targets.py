@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tokengate.errors import TokenGateError
 from tokengate.experts import stacked_expert
-from tokengate.gated_linear import GatedLinear
+from tokengate.gated_linear import Gated
+from tokengate.linear_like import LinearLike, is_linear
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
@@ -19,7 +20,7 @@ Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Mod
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[str, LinearLike]:
     """The layers that `targets` means, without those that `exclude` means, by name.
 
     A layer that is shared is listed once, under its first name.
@@ -43,14 +44,14 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
                 f"target {label} matches only what exclude= leaves out: drop one of the two."
             )
         # Other modules may share a linear layer's name; without one, each of them is a mistake.
-        linear = [module for module in wanted if isinstance(module, nn.Linear)]
+        linear = [module for module in wanted if is_linear(module)]
         for module in linear or wanted:
             refusal = names.refusal(module)
             if refusal is not None:
                 raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
         chosen |= set(linear)
     # In the model's order, so that a seed gives the same initial values however one asks.
-    return {n: m for m, n in names.first.items() if m in chosen and isinstance(m, nn.Linear)}
+    return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
 
 
 class _Names:
@@ -67,12 +68,12 @@ class _Names:
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
             for attribute, module in owner.named_children():
-                if isinstance(module, nn.Linear) and reads_weight(owner, attribute):
+                if is_linear(module) and reads_weight(owner, attribute):
                     self.unreachable[module] = (
                         f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
                         "instead of calling the layer, so that a patch would do nothing: exclude it"
                     )
-            if isinstance(owner, nn.Linear) and returns_tuple(type(owner)):
+            if is_linear(owner) and returns_tuple(type(owner)):
                 self.unreachable[owner] = (
                     f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
@@ -116,7 +117,7 @@ class _Names:
         for pattern in as_patterns(argument, patterns):
             hits = {module for name, module in self.named if matches(pattern, name)}
             if not hits:
-                linear = [name for name, module in self.named if isinstance(module, nn.Linear)]
+                linear = [name for name, module in self.named if is_linear(module)]
                 raise TokenGateError(
                     f"{argument.removesuffix('s')} {show(pattern)} matches no module of this "
                     f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}."
@@ -132,7 +133,7 @@ class _Names:
         # A language model's output head is a linear layer that one seldom means to adapt.
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        linear: set[nn.Module] = {m for m in self.first if isinstance(m, nn.Linear)}
+        linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
         linear = linear - {head} - self.unreachable.keys()
         if not linear:
             raise TokenGateError(
@@ -144,12 +145,13 @@ class _Names:
     def refusal(self, module: nn.Module) -> str | None:
         """Why `module` cannot be patched, as the end of a sentence; None if it can."""
         kind = type(module).__name__
-        if not isinstance(module, nn.Linear):
-            inside = (name for name, m in module.named_modules() if isinstance(m, nn.Linear))
+        if not is_linear(module):
+            inside = (name for name, m in module.named_modules() if is_linear(m))
             example = next(inside, None)
             remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
             return f"which is a {kind}, not a linear layer: {remedy}"
-        if isinstance(module, GatedLinear):
+        module = cast(LinearLike, module)
+        if isinstance(module, Gated):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
         if is_lazy(module.weight):
             return "which has no weight yet: run the model once, then patch, or exclude it"

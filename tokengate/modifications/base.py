@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.factors import Factors
+from tokengate.linear_like import features_of
 from tokengate.precision import KeepsFloat32, trainable_dtype
 
 
@@ -55,8 +56,7 @@ class Modification(KeepsFloat32):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.in_features, self.out_features = features_of(linear)
         self._dtype = trainable_dtype(linear.weight)
         self._device = linear.weight.device
 

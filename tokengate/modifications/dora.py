@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.factors import Factors
+from tokengate.linear_like import is_transposed, weight_of
 from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.lora import LoRA
 from tokengate.modifications.registry import register
@@ -47,7 +48,7 @@ class DoRA(LoRA):
     def __init__(self, linear: nn.Linear, **options: Any) -> None:
         super().__init__(linear, **options)
         self._base_squares = RowSquares()
-        self._initial_squares = self._base_squares.of(linear.weight)
+        self._initial_squares = self._squares_of(linear)
         self.magnitude = self.new_parameter(self.out_features)
 
     def reset_parameters(self) -> None:
@@ -61,7 +62,7 @@ class DoRA(LoRA):
                 "DoRA was called without its base layer, whose weight it reads: call the patched "
                 "layer, or factors(x, w, layer).product(w)."
             )
-        norm = self.row_norms(linear.weight)
+        norm = self.row_norms(linear)
         # A row of zeros has no direction: it contributes 0 whatever c is, and 0 / 0 must not.
         directed = norm > 0
         change = (self.magnitude - norm) / torch.where(directed, norm, 1.0)
@@ -71,18 +72,23 @@ class DoRA(LoRA):
         return Factors(z, up.to(w.dtype), gain.to(w.dtype))
 
     @torch.no_grad()
-    def row_norms(self, weight: Tensor) -> Tensor:
-        """Norms of the rows of W0 + scale B A, `(out_features, in_features) -> (out_features,)`.
+    def row_norms(self, linear: nn.Linear) -> Tensor:
+        """Norms of the rows of W0 + scale B A: `(out_features,)`.
 
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
+        weight = weight_of(linear)
         # Autocast would copy all of W0 to 16 bits.
         with torch.autocast(weight.device.type, enabled=False):
             B = self.scale * self.B
             cross = (weight @ self.A.to(weight.dtype).T).to(B.dtype)
             own = B @ (self.A @ self.A.T)
-            squares = self._base_squares.of(weight) + ((2 * cross + own) * B).sum(1)
+            squares = self._squares_of(linear) + ((2 * cross + own) * B).sum(1)
         return squares.clamp(min=0).sqrt()
+
+    def _squares_of(self, linear: nn.Linear) -> Tensor:
+        # Of the parameter itself: a view of it is new every time.
+        return self._base_squares.of(linear.weight, is_transposed(linear))
 
     def forget_base(self) -> None:
         """Compute the row norms of W0 anew in the next forward."""

@@ -23,15 +23,15 @@ class RowSquares:
         self._key: tuple[object, ...] | None = None
         self._squares: Tensor | None = None
 
-    def of(self, weight: Tensor) -> Tensor:
-        """In float32, or float64 for a float64 weight."""
+    def of(self, weight: Tensor, transposed: bool = False) -> Tensor:
+        """In float32, or float64 for a float64 weight; `transposed` for columns, not rows."""
         # A compiled forward keeps no state.
         key = None if torch.compiler.is_compiling() else _key(weight)
         if key is None:
-            return _squares(weight)
+            return _squares(weight.T if transposed else weight)
         known = self._of is not None and self._of() is weight and self._key == key
         if not known or self._squares is None:
-            self._squares = _squares(weight)
+            self._squares = _squares(weight.T if transposed else weight)
             self._of, self._key = weakref.ref(weight), key
         return self._squares
 
