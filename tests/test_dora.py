@@ -105,6 +105,52 @@ def test_the_base_norms_are_computed_once(layer, monkeypatch):
     assert calls == [1]
 
 
+def test_loading_where_no_version_is_raised(layer):
+    """As fully_shard writes its unsharded weights."""
+    x = torch.randn(3, 6)
+    with torch.autograd._unsafe_preserve_version_counter(layer.weight), torch.no_grad():
+        layer.weight.mul_(torch.arange(1.0, 6.0)[:, None])
+    assert not torch.allclose(layer(x).double(), wanted(layer, x), rtol=1e-2)  # not seen
+    layer.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), wanted(layer, x).float())
+
+
+def test_swapped_tensors(layer, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    load(layer)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), wanted(layer, x).float())
+
+
+def test_another_summation_of_the_norms_is_no_change():
+    """Other devices and compilers give another last digit; M is 0 all the same."""
+    layer = nn.Linear(300, 5)
+    x = torch.randn(3, 300)
+    base = layer(x)
+    tokengate.patch(layer, "all-linear", "dora")
+    m = layer.modification
+    with torch.no_grad():
+        m.magnitude.mul_(1 + 2**-23)
+    assert torch.equal(layer(x), base)
+    layer(x).sum().backward()
+    assert m.magnitude.grad.all()  # it can still be trained away from there
+    with torch.no_grad():
+        m.B.fill_(1e-3)
+    with torch.no_grad():
+        m.B.fill_(0.0)
+        m.magnitude.mul_(1.001)
+    assert not torch.equal(layer(x), base)
+
+
+def test_a_weight_that_has_no_rows_to_measure():
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        tokengate.TokenGateError, match=r"DoRA reads W0, .* torch\.int8 here: dequan"
+    ):
+        tokengate.patch(layer, "all-linear", "dora")
+
+
 def test_patching_again_takes_the_new_norms():
     layer = tokengate.patch(nn.Linear(6, 5), "all-linear", "dora")
     before = layer.modification.magnitude.clone()
@@ -196,7 +242,11 @@ def test_meta_device_and_back():
     with torch.device("meta"):
         model = Net()
     tokengate.patch(model, ["q_proj"], "dora")
+    with torch.device("meta"):
+        assert model(torch.randn(2, 3, 8)).is_meta
     model.to_empty(device="cpu")
+    with pytest.raises(tokengate.TokenGateError, match="DoRA was patched on the meta device"):
+        model.blocks[0].q_proj.modification.reset_parameters()
     state = tokengate.patch(Net(), ["q_proj"], "dora").state_dict()
     model.load_state_dict(state)
     for name, parameter in model.state_dict().items():

@@ -355,6 +355,25 @@ def test_autocast(method, dtype):
         torch.testing.assert_close(got.float(), exact, rtol=0, atol=0.05 * scale)
 
 
+class AsItsInput(nn.Linear):
+    """As quantised layers do: computes in 16 bits and returns the dtype of its input."""
+
+    def forward(self, x):
+        return super().forward(x.bfloat16()).to(x.dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
+def test_a_base_that_leaves_autocast(method, gate):
+    layer = tokengate.patch(AsItsInput(6, 4).bfloat16(), "all-linear", method, gate=gate)
+    away_from_initialisation(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = layer(torch.randn(3, 6))
+    assert h.dtype == torch.float32
+    h.sum().backward()
+    assert all(p.grad.any() for p in layer.modification.parameters())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_and_pickles_stand_alone(method):
     layer = layer_of(6, 4, True, torch.float32, method)

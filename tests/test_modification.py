@@ -62,19 +62,26 @@ def test_a_new_forward_is_not_hidden_by_inherited_factors():
         def forward(self, x, w):
             return torch.zeros_like(w)
 
+    class ForwardOnly:
+        def forward(self, x, w):
+            return torch.zeros_like(w)
+
+    class Mixed(ForwardOnly, tokengate.LoRA):
+        pass
+
     class Again(Nothing):
         def factors(self, x, w, linear):
             return tokengate.LoRA.factors(self, x, w, linear)
 
     x, changed = torch.randn(3, 4), []
-    for method in (tokengate.LoRA, Nothing, Again):
+    for method in (tokengate.LoRA, Nothing, Mixed, Again):
         layer = nn.Linear(4, 4)
         base = layer(x)
         tokengate.patch(layer, "all-linear", method)
         with torch.no_grad():
             layer.modification.B.fill_(1.0)
         changed.append(not torch.equal(layer(x), base))
-    assert changed == [True, False, True]
+    assert changed == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -118,3 +125,19 @@ def test_factors_of_the_wrong_shape_or_dtype(change, message, gate):
     layer = tokengate.patch(nn.Linear(4, 4), "all-linear", Wrong, gate=gate)
     with pytest.raises(tokengate.TokenGateError, match=message):
         layer(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", [3, "", None, tokengate.LoRA])
+def test_a_name_is_needed(name):
+    with pytest.raises(tokengate.TokenGateError, match=r"register was given .* as a name"):
+        tokengate.register(name)
+
+
+def test_another_class_of_the_same_name_does_not_replace_the_built_in_one():
+    class LoRA(tokengate.Modification):
+        pass
+
+    LoRA.__qualname__ = "LoRA"
+    with pytest.raises(tokengate.TokenGateError, match="method 'lora' is taken by LoRA"):
+        tokengate.register("lora")(LoRA)
+    tokengate.register("lora")(tokengate.LoRA)  # a module reloaded

@@ -46,6 +46,11 @@ def test_every_method_takes_patterns(method):
     }
 
 
+def test_all_others_may_be_none():
+    model = tokengate.patch(Net(), ["q_proj"], rank={"*.q_proj": 16, "*": 8})
+    assert set(ranks(model).values()) == {16}
+
+
 def test_the_first_match_decides():
     model = tokengate.patch(Net(), ["q_proj"], rank={"blocks.0.*": 2, "*": 5})
     assert list(ranks(model).values()) == [2, 5]

@@ -139,6 +139,7 @@ def test_gradients_are_read_before_the_step():
         allocator = tokengate.RankAllocator(model, optimizer, total_steps=10)
         train(model, optimizer, 10)
         ranks.append({n: mask.tolist() for n, mask in allocator.masks.items()})
+        assert allocator.step == 10  # though torch announces the second kind's steps twice
     assert ranks[0] == ranks[1]
     assert len({tuple(mask) for mask in ranks[0].values()}) > 1
 
@@ -310,6 +311,50 @@ def test_a_step_without_any_gradient():
         optimizer.step()
 
 
+def test_a_layer_that_is_never_reached_before_the_only_allocation():
+    model = adalora()
+    optimizer = optimizer_of(model)
+    tokengate.RankAllocator(model, optimizer, total_steps=4, interval=100, final_warmup=1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.blocks[0](torch.randn(2, 5, 8)).square().mean().backward()
+        if step < 2:
+            optimizer.step()
+    with pytest.raises(tokengate.TokenGateError, match=r"'blocks\.1\.q_proj' has had no gradient"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite_does_not_take_the_budget():
+    model = adalora()
+    optimizer = optimizer_of(model, torch.optim.SGD, lr=0.0)
+    allocator = tokengate.RankAllocator(model, optimizer, total_steps=10)
+    for step in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(2, 5, 8)).square().mean().backward()
+        if step == 0:
+            model.blocks[0].q_proj.modification.P.grad[0] = torch.nan
+        # The parameters are left alone, so that only the importance could be broken.
+        model.blocks[0].q_proj.modification.P.grad.nan_to_num_() if step else None
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not name.endswith(".E"):
+                    parameter.copy_(state[name])
+    assert allocator.ranks["blocks.0.q_proj"] < 4
+    assert sum(allocator.ranks.values()) == 8
+
+
+def test_one_allocator_for_each_layer():
+    model = adalora()
+    optimizer = optimizer_of(model)
+    first = tokengate.RankAllocator(model, optimizer, total_steps=10)
+    with pytest.raises(tokengate.TokenGateError, match="has a RankAllocator for these layers alre"):
+        tokengate.RankAllocator(model, optimizer, total_steps=10)
+    first.detach()
+    tokengate.RankAllocator(model, optimizer, total_steps=10)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler(fused):
     """A fused optimiser is stepped on scaled gradients, and on infinite ones as well."""
@@ -354,6 +399,8 @@ def frozen(model):
             "total_steps=10 leaves no step between initial_warmup=6 and final_warmup=4",
         ),
         ({"total_steps": 10, "initial_warmup": 12}, "total_steps=10 leaves no step"),
+        ({"total_steps": 1}, "total_steps=1 leaves no step"),
+        ({"total_steps": 2, "initial_warmup": 0, "final_warmup": 1}, "total_steps=2 leaves no st"),
         ({"total_steps": 10, "final_warmup": -1}, "final_warmup=-1 is not a whole number >= 0"),
         ({"total_steps": 10, "initial_warmup": "2"}, "initial_warmup='2' is not"),
         ({"total_steps": 10, "interval": 0}, "interval=0 is not a whole number >= 1"),
@@ -396,6 +443,17 @@ def test_bad_set_ups(make, optimizer, message):
     ("change", "message"),
     [
         (lambda state: {}, "the state has no 'masks'"),
+        (lambda state: None, "the state has no 'masks'"),
+        (lambda state: state | {"masks": None}, "the state has no 'masks'"),
+        (lambda state: state | {"step": "a"}, "the state has no 'step'"),
+        (
+            lambda state: state | {"sensitivity": {"blocks.0.q_proj": {"P": torch.ones(2)}}},
+            "the state's sensitivity of P in 'blocks.0.q_proj' does not have the shape \\(8, 4\\)",
+        ),
+        (
+            lambda state: state | {"schedule": state["schedule"] | {"final_budget": 3}},
+            "construct it with the same numbers",
+        ),
         (
             lambda state: state | {"schedule": state["schedule"] | {"interval": 5}},
             "the state's schedule is .* construct it with the same numbers",

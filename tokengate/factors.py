@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
+from tokengate.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Factors:
             TokenGateError: shapes or dtypes do not fit `w`.
         """
         self._check(w)
-        m = F.linear(self.z, self.up)
+        with without_autocast(w.device):
+            m = F.linear(self.z, self.up)
         return m if self.gain is None else torch.addcmul(m, w, self.gain)
 
     def _check(self, w: Tensor) -> None:

@@ -49,7 +49,7 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
         values[name] = table[pattern]
         used.add(pattern)
     for pattern in patterns:
-        if pattern in used:
+        if pattern in used or pattern == patterns[-1] == "*":  # "all others" may be none
             continue
         if any(matches(pattern, name) for name in names):
             raise TokenGateError(

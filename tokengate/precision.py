@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,14 @@ _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 def trainable_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of what is trained beside `weight`: float32, or float64 for a float64 base."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within this context what is computed keeps the dtypes that were chosen for it."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 class KeepsFloat32(nn.Module):

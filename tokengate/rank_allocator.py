@@ -42,7 +42,8 @@ class RankAllocator:
     with the values after it, as the authors' code and Hugging Face PEFT do (the paper's
     Algorithm 1 takes both before it): a pruned E, which is 0 before the step, could not come back
     otherwise. Of equal scores the earlier triplet is kept, so that the budget is met exactly.
-    A GradScaler's skipped steps do not count, and its factor is divided out.
+    A GradScaler's skipped steps do not count, and its factor is divided out; elsewhere, an entry
+    whose gradient is not finite has no sensitivity in that step.
 
     Args:
         model: a model patched with `method="adalora"`.
@@ -89,11 +90,14 @@ class RankAllocator:
             "beta1": share("beta1", beta1),
             "beta2": share("beta2", beta2),
         }
+        targets = sum(m.target_rank for m in self._modifications.values())
+        self._schedule["final_budget"] = targets
         self._first, self._last = first, total - last
-        if self._first >= self._last:
+        if self._first >= self._last or self._last < 2:
             raise TokenGateError(
                 f"total_steps={total} leaves no step between initial_warmup={first} and "
-                f"final_warmup={last}: pass more steps or shorter warm-ups."
+                f"final_warmup={last}, whose gradients could tell what to prune: pass more steps "
+                "or shorter warm-ups."
             )
         self._check_optimizer(optimizer)
         self.step = 0
@@ -105,7 +109,7 @@ class RankAllocator:
         self._sensitivity: dict[str, dict[str, Tensor]] = {}
         self._uncertainty: dict[str, dict[str, Tensor]] = {}
         self._gradients: dict[str, dict[str, Tensor]] = {}
-        self._skipped = False
+        self._skipped = self._pending = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -120,7 +124,7 @@ class RankAllocator:
     def budget(self) -> int:
         """Singular values that the schedule allows over all layers, after the steps seen."""
         initial = sum(m.rank for m in self._modifications.values())
-        final = sum(m.target_rank for m in self._modifications.values())
+        final = int(self._schedule["final_budget"])
         if self.step <= self._first:
             return initial
         if self.step >= self._last:
@@ -150,12 +154,12 @@ class RankAllocator:
         Raises:
             TokenGateError: it was taken from other layers, ranks or another schedule.
         """
-        missing = {"step", "schedule", "masks", "sensitivity", "uncertainty"} - set(state)
-        if missing:
-            raise TokenGateError(
-                f"the state has no {sorted(missing)[0]!r}: pass what RankAllocator.state_dict() "
-                "returned."
-            )
+        for key in ("masks", "schedule", "sensitivity", "step", "uncertainty"):
+            kind = int if key == "step" else dict
+            if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+                raise TokenGateError(
+                    f"the state has no {key!r}: pass what RankAllocator.state_dict() returned."
+                )
         if state["schedule"] != self._schedule:
             raise TokenGateError(
                 f"the state's schedule is {state['schedule']} and this allocator's "
@@ -169,6 +173,14 @@ class RankAllocator:
                     f"layer {name!r} has rank {found.get(name, 'none')} in the state and "
                     f"{wanted.get(name, 'none')} in the model: patch it as it was patched then."
                 )
+        for what in ("sensitivity", "uncertainty"):
+            for name, tensors in state[what].items():
+                for factor, parameter in self._factors(name).items():
+                    if getattr(tensors.get(factor), "shape", None) != parameter.shape:
+                        raise TokenGateError(
+                            f"the state's {what} of {factor} in {name!r} does not have the shape "
+                            f"{tuple(parameter.shape)}: patch it as it was patched then."
+                        )
 
         def on_device(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             factors = self._factors(name)
@@ -197,6 +209,14 @@ class RankAllocator:
                 f"RankAllocator was given a {type(optimizer).__name__} as its optimizer: pass a "
                 "torch.optim.Optimizer."
             )
+        own = set(self._modifications.values())
+        for hook in getattr(optimizer, "_optimizer_step_post_hooks", {}).values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, RankAllocator) and own & set(other._modifications.values()):
+                raise TokenGateError(
+                    "this optimizer has a RankAllocator for these layers already: go on with that "
+                    "one, or detach() it first."
+                )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in self._modifications:
             for factor, parameter in self._factors(name).items():
@@ -210,6 +230,7 @@ class RankAllocator:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._pending = True
         # The optimiser itself stands first among the arguments of its step.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -230,7 +251,7 @@ class RankAllocator:
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf > 0)
         step = self.step + 1
-        if self._skipped or step >= self._last:
+        if self._skipped or step > self._last:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)
         self._gradients = {
@@ -246,8 +267,8 @@ class RankAllocator:
         if not reached:
             raise TokenGateError(
                 f"no gradient was seen at step {step} in any of the {len(self.masks)} AdaLoRA "
-                "layers: call loss.backward() before optimizer.step(), and zero_grad() not between "
-                "them."
+                "layers: call loss.backward() before optimizer.step(), zero_grad() not between "
+                "them, and detach() this allocator where the model was unpatched."
             )
         never = self._modifications.keys() - self._sensitivity.keys() - reached
         if never and self._allocates_at(step):
@@ -262,8 +283,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if self._skipped:
+        # A step that calls its parent class's is announced twice.
+        if self._skipped or not self._pending:
             return
+        self._pending = False
         self.step += 1
         if self.step < self._last:
             self._update_importance()
@@ -291,6 +314,7 @@ class RankAllocator:
                 now = torch.zeros_like(smoothed)
                 if gradient is not None:
                     now = (parameter.detach() * gradient).abs()
+                    now = torch.nan_to_num(now, nan=0.0, posinf=0.0)
                 smoothed.mul_(beta1).add_(now, alpha=1 - beta1)
                 uncertainty = self._uncertainty[name][factor]
                 uncertainty.mul_(beta2).add_((now - smoothed).abs(), alpha=1 - beta2)

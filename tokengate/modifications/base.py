@@ -41,7 +41,8 @@ class Modification(KeepsFloat32):
     - `forward` gives M(x), in the shape of w.
     - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
       what is of size rank, where it would keep all of M(x); and it may read the base layer. Of a
-      class and those it extends, the later definition of the two counts.
+      class and those it extends, the later definition of the two counts. Forward hooks on a
+      modification see calls of `forward` only.
     - The base layer is not kept: what is wanted of it once is read in `__init__`.
 
     Args:
@@ -50,7 +51,8 @@ class Modification(KeepsFloat32):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "factors" not in vars(cls):
+        first = next(c for c in cls.__mro__ if "forward" in vars(c) or "factors" in vars(c))
+        if "factors" not in vars(first):
             # Else the inherited factors would be asked, and the new forward never run.
             cls.factors = Modification.factors  # type: ignore[method-assign]
 

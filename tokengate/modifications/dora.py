@@ -15,6 +15,7 @@ from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.lora import LoRA
 from tokengate.modifications.registry import register
 from tokengate.modifications.row_squares import RowSquares
+from tokengate.precision import without_autocast
 
 
 @register("dora")
@@ -47,11 +48,21 @@ class DoRA(LoRA):
 
     def __init__(self, linear: nn.Linear, **options: Any) -> None:
         super().__init__(linear, **options)
+        if not linear.weight.is_floating_point():
+            raise TokenGateError(
+                f"DoRA reads W0, which is held as {linear.weight.dtype} here: dequantise the "
+                'layer, or choose method="lora".'
+            )
         self._base_squares = RowSquares()
         self._initial_squares = self._squares_of(linear)
         self.magnitude = self.new_parameter(self.out_features)
 
     def reset_parameters(self) -> None:
+        if self._initial_squares.is_meta and not self.magnitude.is_meta:
+            raise TokenGateError(
+                "DoRA was patched on the meta device, where W0 has no row norms to start from: "
+                "load a state dict, or unpatch and patch again."
+            )
         super().reset_parameters()
         with torch.no_grad():
             self.magnitude.copy_(self._initial_squares.sqrt())
@@ -66,6 +77,10 @@ class DoRA(LoRA):
         # A row of zeros has no direction: it contributes 0 whatever c is, and 0 / 0 must not.
         directed = norm > 0
         change = (self.magnitude - norm) / torch.where(directed, norm, 1.0)
+        # Another device or compiler sums the same row to another last digit. Where B is still 0,
+        # that is all there can be: no change, but its gradient.
+        noise = (self.B == 0).all(1) & (change.abs() <= 4 * torch.finfo(norm.dtype).eps)
+        change = torch.where(noise, change - change.detach(), change)
         gain = torch.where(directed, change, 0.0)
         up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
         z = dropped_linear(x, self.A, self.dropout, self.training, w.dtype)
@@ -79,7 +94,7 @@ class DoRA(LoRA):
         """
         weight = weight_of(linear)
         # Autocast would copy all of W0 to 16 bits.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             B = self.scale * self.B
             cross = (weight @ self.A.to(weight.dtype).T).to(B.dtype)
             own = B @ (self.A @ self.A.T)
@@ -93,6 +108,11 @@ class DoRA(LoRA):
     def forget_base(self) -> None:
         """Compute the row norms of W0 anew in the next forward."""
         self._base_squares.forget()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The base is loaded along; sharded, it is written without raising its version.
+        self.forget_base()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
         self.forget_base()

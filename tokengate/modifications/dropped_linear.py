@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.precision import without_autocast
+
 
 def dropped_linear(
     x: Tensor, weight: Tensor, dropout: float, training: bool, dtype: torch.dtype
@@ -18,7 +20,7 @@ def dropped_linear(
     and a mask of one byte an element, instead of the dropped copy of `x` and casts of both.
 
     Args:
-        x: the layer's input; the base layer keeps it for backward anyway.
+        x: the layer's input.
         weight: `(rank, in_features)`.
         dropout: share of the elements of x to drop in training.
         training: whether to drop them.
@@ -38,7 +40,8 @@ class _DroppedLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, keep: Tensor | None, scale: float, dtype: torch.dtype
     ) -> Tensor:
-        z = F.linear(_kept(x.to(dtype), keep), weight.to(dtype))
+        with without_autocast(x.device):
+            z = F.linear(_kept(x.to(dtype), keep), weight.to(dtype))
         return z if keep is None else z * scale
 
     @staticmethod

@@ -23,6 +23,12 @@ def register(name: str) -> Callable[[_Method], _Method]:
         TokenGateError: the class is no `Modification`, or the name belongs to another class.
     """
 
+    if not isinstance(name, str) or not name:
+        raise TokenGateError(
+            f"register was given {brief(name)} as a name: decorate with "
+            '@tokengate.register("my_method").'
+        )
+
     def add(method: _Method) -> _Method:
         if not (isinstance(method, type) and issubclass(method, Modification)):
             raise TokenGateError(
@@ -31,7 +37,7 @@ def register(name: str) -> Callable[[_Method], _Method]:
             )
         known = _METHODS.get(name)
         # The same class once more is a module reloaded, as notebooks do.
-        if known is not None and known.__qualname__ != method.__qualname__:
+        if known is not None and _place(known) != _place(method):
             raise TokenGateError(
                 f"method {name!r} is taken by {known.__qualname__}: choose another name."
             )
@@ -39,6 +45,10 @@ def register(name: str) -> Callable[[_Method], _Method]:
         return method
 
     return add
+
+
+def _place(method: type) -> tuple[str, str]:
+    return method.__module__, method.__qualname__
 
 
 def find_method(method: str | type[Modification]) -> type[Modification]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,10 @@ class RowSquares:
 
     What is remembered holds for one tensor object, its memory and its version, which every
     in-place operation raises. PyTorch does not see writes through `weight.data`: call `forget`
-    after those, and where a module is cast or moved, which goes through `.data` too.
+    after those, and where a module is loaded, cast or moved, which may go that way too.
     """
 
     def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
         self._key: tuple[object, ...] | None = None
         self._squares: Tensor | None = None
 
@@ -29,18 +26,17 @@ class RowSquares:
         key = None if torch.compiler.is_compiling() else _key(weight)
         if key is None:
             return _squares(weight.T if transposed else weight)
-        known = self._of is not None and self._of() is weight and self._key == key
-        if not known or self._squares is None:
+        if self._squares is None or self._key != key:
             self._squares = _squares(weight.T if transposed else weight)
-            self._of, self._key = weakref.ref(weight), key
+            self._key = key
         return self._squares
 
     def forget(self) -> None:
         """Compute anew when asked next."""
-        self._of = self._key = self._squares = None
+        self._key = self._squares = None
 
     def __reduce__(self) -> tuple[type[RowSquares], tuple[()]]:
-        # A copy stands beside a copied weight, and a weak reference does not pickle.
+        # A copy stands beside a copied weight.
         return RowSquares, ()
 
 
@@ -55,7 +51,7 @@ def _squares(weight: Tensor) -> Tensor:
 
 def _key(weight: Tensor) -> tuple[object, ...] | None:
     try:
-        return weight.data_ptr(), weight._version, weight.dtype, weight.device
+        return id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device
     except RuntimeError:
         # Inference tensors have no version, tensors inside of torch.func transforms no memory.
         return None
