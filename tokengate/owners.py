@@ -31,7 +31,8 @@ def reads_weight(owner: nn.Module, attribute: str) -> bool:
     the class must read it and contain no call. What it does in other ways is seen when it runs.
     """
     if isinstance(owner, nn.MultiheadAttention):
-        return attribute == "out_proj"
+        # A class of attention may say that it calls its projections.
+        return attribute == "out_proj" and not getattr(owner, "calls_projections", False)
     kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
     if _DEPENDS.get(kind) == attribute:
         return _decided(owner)

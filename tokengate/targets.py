@@ -72,6 +72,7 @@ class _Names:
                     self.unreachable[module] = (
                         f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
                         "instead of calling the layer, so that a patch would do nothing: exclude it"
+                        f"{_other_remedy(owner)}"
                     )
             if is_linear(owner) and returns_tuple(type(owner)):
                 self.unreachable[owner] = (
@@ -174,3 +175,9 @@ def _kind(module: nn.Module) -> str:
     kind = type(module)
     own = kind.__module__.startswith("torch.nn.")
     return f"an nn.{kind.__name__}" if own else f"a {kind.__name__}"
+
+
+def _other_remedy(owner: nn.Module) -> str:
+    if not isinstance(owner, nn.MultiheadAttention):
+        return ""
+    return ", or call tokengate.integrations.attention.split_attention(model) first"
