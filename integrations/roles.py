@@ -1,0 +1,93 @@
+"""From role names ("q", "v", "up") to the layers that hold them, by a table of name endings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from tokengate import TokenGateError
+
+# The ending of a layer's dotted name -> the roles that the layer holds, separated by spaces;
+# several where they are fused in one weight, none where the ending only looks like a role's.
+Endings: TypeAlias = Mapping[str, str]
+# Whether an owner reads the weight of its child of that name instead of calling the child.
+Bypass: TypeAlias = Callable[[nn.Module, str], bool]
+
+
+def holders(model: nn.Module, endings: Endings) -> dict[str, frozenset[str]]:
+    """The layers of `model` that have a known ending, by full name, with the roles they hold.
+
+    An ending matches whole components, each of which may be a glob; the longest one decides:
+    `attention.output.dense` is no `output.dense`.
+    """
+    split = {tuple(ending.split(".")): roles for ending, roles in endings.items()}
+    longest_first = sorted(split, key=len, reverse=True)
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+            continue
+        parts = name.split(".")
+        for ending in longest_first:
+            last = parts[-len(ending) :]
+            if len(last) == len(ending) and all(map(fnmatchcase, last, ending)):
+                if split[ending]:
+                    found[name] = frozenset(split[ending].split())
+                break
+    return found
+
+
+def check_known(asked: Collection[str], known: Collection[str]) -> None:
+    """Refuse a call without roles, or with a role that no model has."""
+    if not asked:
+        raise TokenGateError(f"no role was asked for: pass at least one of {', '.join(known)}.")
+    for role in asked:
+        if role not in known:
+            raise TokenGateError(f"unknown role {role!r}: the roles are {', '.join(known)}.")
+
+
+def choose(
+    model: nn.Module,
+    asked: Collection[str],
+    held: Mapping[str, frozenset[str]],
+    bypassed: Bypass,
+) -> list[str]:
+    """The names of the layers that hold the roles `asked` for, in the model's order.
+
+    Raises:
+        TokenGateError: a role is not there, is fused with one that was not asked for, or is in a
+            layer that is never called.
+    """
+    kind = type(model).__name__
+    there = frozenset[str]().union(*held.values())
+    for role in asked:
+        if role not in there:
+            has = f"the roles {', '.join(sorted(there))}" if there else "no layer with a known role"
+            raise TokenGateError(
+                f"no layer of this {kind} is known to hold the role {role!r}, it has {has}: ask "
+                "for those, or give patch the names of layers."
+            )
+    chosen = [name for name, roles in held.items() if roles & set(asked)]
+    for name in chosen:
+        missing = held[name] - set(asked)
+        if missing:
+            raise TokenGateError(
+                f"{name!r} of this {kind} holds {_join(held[name])} fused in one weight, and "
+                f"{_join(missing)} {'was' if len(missing) == 1 else 'were'} not asked for: ask for "
+                "all of them, or leave all of them out."
+            )
+        owner, _, child = name.rpartition(".")
+        if bypassed(model.get_submodule(owner), child):
+            raise TokenGateError(
+                f"{name!r} of this {kind} is never called, because its owner reads the weight "
+                f"itself, so that a patch would do nothing: leave out {_join(held[name])}."
+            )
+    return chosen
+
+
+def _join(roles: Collection[str]) -> str:
+    *most, last = sorted(roles)
+    return f"{', '.join(most)} and {last}" if most else last
