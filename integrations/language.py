@@ -9,10 +9,10 @@ here the layers that the model really has are looked at.
 
 from __future__ import annotations
 
-from tokengate.integrations.roles import check_known, choose, holders
 from torch import nn
 
 from tokengate import TokenGateError
+from tokengate.integrations.roles import check_known, choose, holders
 
 ROLES = ("q", "k", "v", "o", "up", "down", "gate")
 
@@ -184,7 +184,7 @@ def roles(model: nn.Module, *asked: str, experts: bool = True) -> list[str]:
             f"the role {in_mlp[0]!r} was asked of a {type(model).__name__}, whose experts in "
             f"{stacked!r} are stacked in 3-D parameters, not linear layers: {remedy}."
         )
-    chosen: list[str] = choose(model, asked, held, _reads_weight)
+    chosen: list[str] = choose(model, asked, held)
     return chosen
 
 
@@ -196,15 +196,3 @@ def _stacked_experts(model: nn.Module) -> str | None:
         if own and "Expert" in type(module).__name__:
             return name
     return None
-
-
-def _reads_weight(owner: nn.Module, child: str) -> bool:
-    if type(owner).__name__ == "WavLMAttention":
-        return child in ("q_proj", "k_proj", "v_proj", "out_proj")
-    # Bloom splits these two by hand when it repeats what tensor-parallel training computed.
-    return (
-        type(owner).__name__ in ("BloomAttention", "BloomMLP")
-        and child in ("dense", "dense_4h_to_h")
-        and getattr(owner, "pretraining_tp", 1) > 1
-        and bool(getattr(owner, "slow_but_exact", False))
-    )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
 
 from tokengate import TokenGateError
+from tokengate.owners import reads_weight
 
 # The ending of a layer's dotted name -> the roles that the layer holds, separated by spaces;
 # several where they are fused in one weight, none where the ending only looks like a role's.
 Endings: TypeAlias = Mapping[str, str]
-# Whether an owner reads the weight of its child of that name instead of calling the child.
-Bypass: TypeAlias = Callable[[nn.Module, str], bool]
 
 
 def holders(model: nn.Module, endings: Endings) -> dict[str, frozenset[str]]:
@@ -53,7 +52,6 @@ def choose(
     model: nn.Module,
     asked: Collection[str],
     held: Mapping[str, frozenset[str]],
-    bypassed: Bypass,
 ) -> list[str]:
     """The names of the layers that hold the roles `asked` for, in the model's order.
 
@@ -80,7 +78,7 @@ def choose(
                 "all of them, or leave all of them out."
             )
         owner, _, child = name.rpartition(".")
-        if bypassed(model.get_submodule(owner), child):
+        if reads_weight(model.get_submodule(owner), child):
             raise TokenGateError(
                 f"{name!r} of this {kind} is never called, because its owner reads the weight "
                 f"itself, so that a patch would do nothing: leave out {_join(held[name])}."

@@ -17,10 +17,10 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from tokengate.integrations.roles import check_known, choose, holders
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
+from tokengate.integrations.roles import check_known, choose, holders
 
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -120,18 +120,8 @@ def roles(model: nn.Module | str, *asked: str) -> list[str]:
             )
         with torch.device("meta"):
             model = timm.create_model(model)
-    chosen: list[str] = choose(model, asked, holders(model, _ENDINGS), _reads_weight)
+    chosen: list[str] = choose(model, asked, holders(model, _ENDINGS))
     return chosen
-
-
-def _reads_weight(owner: nn.Module, child: str) -> bool:
-    # BEiT, EVA-02 and Swin v2 have a bias for q and v alone: they read qkv.weight and add it,
-    # unless they are told to add it to the layer's output.
-    return (
-        child == "qkv"
-        and getattr(owner, "q_bias", None) is not None
-        and not getattr(owner, "qkv_bias_separate", False)
-    )
 
 
 def patch_grid(model: Any, is_open: Tensor, layer: str | None = None) -> Tensor:

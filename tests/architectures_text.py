@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import transformers
 from architectures import Architecture, Refusal, images, tokens
+
 from tokengate.integrations.language import PAPER_TARGETS, roles
 
 ATTENTION = ("q", "k", "v", "o")
@@ -89,6 +90,7 @@ text(
 )
 text("gptj", "gptj", PLAIN, sizes=GPT_SIZES, rotary_dim=4)
 text("codegen", "codegen", PLAIN, sizes=GPT_SIZES, rotary_dim=4)
+text("gpt2", "gpt2", PLAIN, sizes=GPT_SIZES)
 text("gpt_bigcode", "gpt_bigcode", PLAIN, sizes=GPT_SIZES)
 BLOOM = {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 text("bloom", "bloom", PLAIN, sizes=BLOOM)
@@ -358,7 +360,6 @@ refused(
 )
 refused("deberta", ("q", "k"), "self.in_proj' .* v was not asked for", "DebertaModel", **DEBERTA)
 refused("deepseek_v3", ("v",), "kv_a_proj_with_mqa' .* k was not asked for", **DEEPSEEK)
-refused("gpt2", ("q", "k", "v"), "which is a Conv1D, not a linear layer", sizes=GPT_SIZES)
 refused("xlnet", ("q",), "known to hold the role 'q', it has the roles down, up", sizes=XLNET)
 refused("bert", ("gate",), "known to hold the role 'gate', it has the roles down, k, o, q, up, v")
 EXPERTS = "whose experts in '.*experts.*' are stacked in 3-D parameters, not linear layers"

@@ -71,10 +71,22 @@ def test_patched_by_role(one):
 
 
 def test_the_check_can_fail():
-    """A layer that is patched by name, and that its owner never calls."""
-    beit = BY_NAME["timm/beit_base_patch16_224"]
-    dead = Architecture(beit.name, beit.build, beit.run, ("attn.qkv", "attn.proj"))
-    with pytest.raises(AssertionError, match=r"never called: \['blocks.0.attn.qkv'"):
+    """A layer that its owner never calls, and whose code does not show it."""
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            layer = self.b
+            return torch.nn.functional.linear(self.a(x), layer.weight)
+
+    dead = Architecture("torch/reader", Reader, lambda m: m(torch.ones(2, 3, 4)), ("a", "b"))
+    with (
+        pytest.warns(tokengate.UnreachedLayerWarning),
+        pytest.raises(AssertionError, match=r"never called: \['b'\]"),
+    ):
         check(dead)
 
 

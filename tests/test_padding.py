@@ -278,6 +278,18 @@ def test_llava_masks_its_text_and_not_its_images():
             assert module.positions == (10 if "vision_tower" in name else 8), name
 
 
+def test_an_additive_mask_is_no_padding_mask():
+    """Longformer's layers are given 0 for real positions, in two dimensions."""
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(**SIZES, attention_window=4, pad_token_id=0)
+    model = patched(transformers.LongformerModel(config), ["output.dense"])
+    ids, mask = torch.randint(3, 64, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    with tokengate.record(model) as rec:
+        model(ids, attention_mask=mask)
+    assert {m.positions for m in rec.report().modules.values()} == {13}
+
+
 def test_flattened_positions():
     """OPT's feed-forward layers see (B T, C)."""
     torch.manual_seed(0)

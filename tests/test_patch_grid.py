@@ -10,6 +10,7 @@ import tokengate
 timm = pytest.importorskip("timm", reason="the timm extra is not installed")
 
 from timm.models.swin_transformer import window_partition  # noqa: E402
+
 from tokengate.integrations.vision import patch_grid, roles  # noqa: E402
 
 

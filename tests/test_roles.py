@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 timm = pytest.importorskip("timm", reason="the timm extra is not installed")
 
 from architectures_text import BLOOM, TEXT, from_config  # noqa: E402
+
 from tokengate.integrations import language, vision  # noqa: E402
 from tokengate.integrations.roles import holders  # noqa: E402
 

@@ -20,7 +20,8 @@ from tokengate.gated_linear import Gated
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
 _MASK = "attention_mask"
-_STATES = ("input_ids", "inputs_embeds", "hidden_states", "input_embeds")
+_INPUTS = ("input_ids", "inputs_embeds", "input_embeds")
+_STATES = (*_INPUTS, "hidden_states")
 # With one of these, a module hands its mask on to one of several parts: only that part, which
 # receives it in its turn, has the mask's positions.
 _SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
@@ -115,6 +116,9 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
     mask = None
     if not any(name in names for name in _SEVERAL_PARTS):
         mask = _padding(bound.get(_MASK))
+        # To the layers of Longformer and LED it is what is added to the scores: 0 where it is real.
+        if mask is not None and mask.is_floating_point() and not any(n in names for n in _INPUTS):
+            mask = None
     if mask is not None and bound.get("past_key_values") is not None and first is not None:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
