@@ -36,7 +36,7 @@ class Branches(nn.Module):
 
 
 class LastLayerUnused(nn.Module):
-    """As LLaVA does: the last layer runs, and what it gives is not used."""
+    """As in LLaVA: the last layer runs, and the logits do not depend on it."""
 
     def __init__(self):
         super().__init__()
@@ -44,8 +44,8 @@ class LastLayerUnused(nn.Module):
 
     def forward(self, x):
         first = self.layers[0](x)
-        self.layers[1](first)
-        return {"hidden": (first,)}
+        last = self.layers[1](first)
+        return {"logits": first, "hidden": (last,)}
 
 
 class Mixture(nn.Module):
@@ -99,7 +99,9 @@ def test_nothing_is_said_where_all_is_reached():
 def test_calls_before_the_first_whole_forward_count():
     model = tokengate.patch(Branches(), "all-linear")
     model.vision(torch.randn(2, 4))
-    model(torch.randn(2, 4))
+    assert watched(model)
+    model(torch.randn(2, 4))  # a warning would be an error here
+    assert not watched(model)
 
 
 def test_a_branch_that_did_not_run_is_named_with_that_reason():
@@ -325,4 +327,5 @@ def test_several_calls_in_one_forward_count_each():
 def test_warnings_are_of_their_own_class():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tokengate.UnreachedLayerWarning)
-        tokengate.patch(Reader(), ["b"])(torch.randn(2, 4))
+        assert tokengate.patch(Reader(), ["b"])(torch.randn(2, 4)).shape == (2, 4)
+    assert issubclass(tokengate.UnreachedLayerWarning, UserWarning)

@@ -246,38 +246,6 @@ def test_a_tower_that_takes_pixels_is_never_masked():
         assert module.positions == (21 if name.startswith("text") else 32), name
 
 
-def llava():
-    torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        image_size=16, patch_size=8, projection_dim=32,
-    )  # fmt: skip
-    text = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=63, image_seq_length=4
-    )
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def test_llava_masks_its_text_and_not_its_images():
-    model = patched(llava(), ["q_proj", "linear_1"])
-    ids = torch.randint(3, 60, (2, 9))
-    ids[:, 1:5] = 63
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    with tokengate.record(model) as rec:
-        model(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=torch.randn(2, 3, 16, 16, dtype=torch.float64),
-        )
-    for name, module in rec.report().modules.items():
-        if "language_model" in name:
-            assert module.positions == 15, name
-        else:
-            assert module.positions == (10 if "vision_tower" in name else 8), name
-
-
 def test_an_additive_mask_is_no_padding_mask():
     """Longformer's layers are given 0 for real positions, in two dimensions."""
     torch.manual_seed(0)

@@ -102,6 +102,11 @@ def test_what_cannot_be_trained():
     assert list(tokengate.layers(tokengate.patch(model, ["q_proj"])))
 
 
+def test_targets_may_be_any_iterable():
+    model = tokengate.patch(Net(), (name for name in ["q_proj", "v_proj"]))
+    assert len(tokengate.layers(model)) == 4
+
+
 def test_a_linear_layer_that_cannot_be_patched_is_never_skipped_silently():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.ModuleDict()})
     model["b"]["out_proj"] = nn.Linear(4, 4)

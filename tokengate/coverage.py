@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -38,8 +39,9 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run `model(*args, **kwargs)` and raise unless every patched layer is reached and trained.
 
     Three forwards: in evaluation without gradients, where fast paths are taken, in evaluation with
-    them, and in training; and a backward from the sum of all floating-point outputs. Every layer
-    must be called in each of them, and each of its trainable parameters must be given a gradient:
+    them, and in training; and a backward from the output's `loss` if it has one, else from its
+    `logits`, else from the sum of all that is floating-point in it. Every layer must be called in
+    each of them, and each of its trainable parameters must be given a gradient:
     DistributedDataParallel fails on those that are not. Experts, which may get no token, are
     exempt. Afterwards parameters, gradients, buffers, modes and random states are as before.
 
@@ -132,6 +134,9 @@ def _is_expert(name: str) -> bool:
 
 def _tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors in what a forward returned, however nested."""
+    for key in ("loss", "logits"):
+        if isinstance(output, dict) and isinstance(output.get(key), Tensor):
+            output = output[key]
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -141,7 +146,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         parts = output.values()
     elif isinstance(output, (list, tuple)):
         parts = output
-    elif hasattr(output, "__dict__"):
+    elif dataclasses.is_dataclass(output):  # and no other object: a cache is no output
         parts = vars(output).values()
     for part in parts:
         yield from _tensors(part)

@@ -30,6 +30,8 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
             patched already.
     """
     names = _Names(model)
+    if not callable(targets) and targets != ALL_LINEAR:
+        targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
     if exclude is not None:
         hits = excluded.union(*names.matches("exclude", exclude).values())
@@ -88,9 +90,7 @@ class _Names:
 
     def check_experts(self, targets: Any, excluded: set[nn.Module]) -> None:
         """An error if a name means experts that are no layers, besides layers or instead."""
-        if callable(targets) or targets == ALL_LINEAR:
-            return
-        for pattern in as_patterns("targets", targets):
+        for pattern in targets if isinstance(targets, list) else ():
             if not isinstance(pattern, str) or any(c in pattern for c in ".*?["):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
