@@ -120,12 +120,12 @@ def test_equals_reference(method, data):
     margin = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.1)
     W0 = layer.weight.detach().double().numpy()
     if method == "dora":
-        rows = (
-            W0
-            + options["scale"]
-            * (layer.modification.B.detach() @ layer.modification.A.detach()).double().numpy()
-        )
-        assume(np.linalg.norm(rows, axis=1).min() > 0.1)
+        product = layer.modification.B.detach().double() @ layer.modification.A.detach().double()
+        added = options["scale"] * product.numpy()
+        norm, *parts = (np.linalg.norm(rows, axis=1) for rows in (W0 + added, W0, added))
+        assume(norm.min() > 0.1)
+        # In 16 bits, products of W0 are rounded, which decides the norm where it nearly cancels.
+        assume(dtype not in SIXTEEN_BIT or (norm > 0.5 * sum(parts)).all())
     if gate and tau > 0:
         w = np.linalg.norm(x.detach().double().reshape(-1, k).numpy() @ W0.T, axis=-1)
         assume(not (bias and dtype in SIXTEEN_BIT and (w < 0.5).any()))

@@ -26,7 +26,7 @@ class DoRA(LoRA):
 
     c = magnitude / the norm of each row of W0 + scale B A. The norm is a constant in backward
     (section 4.3 there); the bias is never scaled. No matrix of W0's size is made: the norm comes
-    from products of size r, and c - 1 = (magnitude - norm) / norm is computed in float32.
+    from products of size r, in W0's dtype, and c - 1 = (magnitude - norm) / norm from float32.
 
     Dropout acts on the low-rank path alone. Hugging Face PEFT, in training with dropout, also
     multiplies W0 with the dropped input a second time and takes that for w in the first term;
