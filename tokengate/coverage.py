@@ -93,7 +93,8 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
         "either the forward took another branch (call the model as in training), or their owners "
         "read the weight without calling the layer, so that they would never be modified"
     )
-    owners = {type(_owner(model, name)).__name__ for name in names if name}
+    parents = {name.rpartition(".")[0] for name in names if name}
+    owners = {type(model.get_submodule(parent)).__name__ for parent in parents}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
     return (
         f"{_listed(names)}{inside} {'was' if len(names) == 1 else 'were'} patched but never "
@@ -121,10 +122,6 @@ def _listed(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:_SHOWN])
     more = len(names) - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _is_expert(name: str) -> bool:

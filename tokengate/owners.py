@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -47,8 +48,14 @@ def reads_weight(owner: nn.Module, attribute: str) -> bool:
 
 def returns_tuple(kind: type[nn.Module]) -> bool:
     """Whether the class's own `forward` returns several values, as routers of experts do."""
+    return _returns_tuple(kind.forward)
+
+
+# A model has hundreds of linear layers, of one class or two.
+@functools.cache
+def _returns_tuple(forward: Callable[..., Any]) -> bool:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return False
     returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
