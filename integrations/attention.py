@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -61,7 +62,7 @@ def split_attention(model: _Model, targets: Any = None) -> _Model:
         if refusal is not None:
             raise TokenGateError(f"split_attention was asked to split {name!r}, {refusal}.")
     for attention in chosen.values():
-        attention.__class__ = _split_class(type(attention))
+        swap(attention, SplitAttention)
         for name in _PROJECTIONS:
             attention.add_module(name, Projection(attention, name))
     for encoder in model.modules():
@@ -107,7 +108,7 @@ def merge_attention(model: _Model) -> _Model:
     for attention in split:
         for name in _PROJECTIONS:
             delattr(attention, name)
-        attention.__class__ = attention._own_class  # type: ignore[assignment]
+        swap_back(attention)
     for encoder in encoders:
         encoder.use_nested_tensor = encoder.__dict__.pop(_NESTED_BEFORE)
     return model
@@ -150,7 +151,7 @@ class Projection(nn.Linear):
         return packed[start : start + self.out_features]
 
 
-class SplitAttention(nn.MultiheadAttention):
+class SplitAttention(Swapped, nn.MultiheadAttention):
     """`nn.MultiheadAttention` as the composition of four linear layers that are called.
 
     Never constructed: `split_attention` gives an existing attention this class and three children.
@@ -158,7 +159,7 @@ class SplitAttention(nn.MultiheadAttention):
 
     # What `tokengate.patch` asks the owner of `out_proj`.
     calls_projections: ClassVar[bool] = True
-    _own_class: ClassVar[type[nn.MultiheadAttention]] = nn.MultiheadAttention
+    _own_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -253,10 +254,6 @@ class SplitAttention(nn.MultiheadAttention):
         """`(B, T, embed_dim) -> (B, num_heads, T, head_dim)`."""
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A generated class cannot be found by its name: it is made again when unpickling.
-        return _blank, (self._own_class,), self.__dict__
-
 
 def _check_module(asked: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
@@ -297,23 +294,6 @@ def _additive(
     if is_bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
     return mask.to(dtype)
-
-
-_SPLIT: dict[type[nn.MultiheadAttention], type[SplitAttention]] = {
-    nn.MultiheadAttention: SplitAttention
-}
-
-
-def _split_class(own_class: type[nn.MultiheadAttention]) -> type[SplitAttention]:
-    if own_class not in _SPLIT:
-        name = f"Split{own_class.__name__}"
-        _SPLIT[own_class] = type(name, (SplitAttention, own_class), {"_own_class": own_class})
-    return _SPLIT[own_class]
-
-
-def _blank(own_class: type[nn.MultiheadAttention]) -> SplitAttention:
-    cls = _split_class(own_class)
-    return cls.__new__(cls)
 
 
 def _find(model: nn.Module, targets: Any) -> dict[str, nn.MultiheadAttention]:

@@ -148,13 +148,14 @@ _ENDINGS = {
 _TEXT_SIDES = ("language_model", "text_model")
 
 
-def roles(model: nn.Module, *asked: str, experts: bool = True) -> list[str]:
+def roles(model: nn.Module, *asked: str, experts: bool = True, apart: bool = False) -> list[str]:
     """The full names of the layers of `model` that hold the roles `asked` for.
 
     "up", "gate" and "down" are the layers of the MLP; without a gate, the first is "up". In an
     encoder-decoder, q, k, v and o are those of self-attention and of cross-attention. Of a model
     with several sides, the layers of its text side; pass the vision tower itself for its layers.
-    A layer that holds several roles fused (`qkv_proj`) is returned if all of them are asked for.
+    Of a layer that holds several roles fused (`qkv_proj`), the slices that are asked for
+    (`qkv_proj.q`); the layer itself if all of them are.
 
     Args:
         model: a model of transformers, or a part of one.
@@ -162,10 +163,12 @@ def roles(model: nn.Module, *asked: str, experts: bool = True) -> list[str]:
         experts: False leaves the experts of a mixture out of "up", "down" and "gate": the dense
             and the shared layers alone. Experts that are one 3-D parameter cannot be patched, so
             that there only False works.
+        apart: True gives slices also where all of a fused layer is asked for: a modification and a
+            gate for each, not one for all.
 
     Raises:
         TokenGateError: a role is unknown or not in this model, is held fused with one that was
-            not asked for, or is in layers that no patch can reach.
+            not asked for in a way that is not known, or is in layers that no patch can reach.
     """
     check_known(asked, ROLES)
     sides = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in _TEXT_SIDES]
@@ -184,7 +187,7 @@ def roles(model: nn.Module, *asked: str, experts: bool = True) -> list[str]:
             f"the role {in_mlp[0]!r} was asked of a {type(model).__name__}, whose experts in "
             f"{stacked!r} are stacked in 3-D parameters, not linear layers: {remedy}."
         )
-    chosen: list[str] = choose(model, asked, held)
+    chosen: list[str] = choose(model, asked, held, apart)
     return chosen
 
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from tokengate import TokenGateError
+from tokengate.fused import known_slices
 from tokengate.owners import reads_weight
 
 # The ending of a layer's dotted name -> the roles that the layer holds, separated by spaces;
@@ -52,12 +53,16 @@ def choose(
     model: nn.Module,
     asked: Collection[str],
     held: Mapping[str, frozenset[str]],
+    apart: bool = False,
 ) -> list[str]:
     """The names of the layers that hold the roles `asked` for, in the model's order.
 
+    Of a fused layer, the slices that were asked for; or the whole layer, if all of them were and
+    they are not to be `apart`.
+
     Raises:
-        TokenGateError: a role is not there, is fused with one that was not asked for, or is in a
-            layer that is never called.
+        TokenGateError: a role is not there, is fused with one that was not asked for in a way that
+            is not known, or is in a layer that is never called.
     """
     kind = type(model).__name__
     there = frozenset[str]().union(*held.values())
@@ -68,20 +73,33 @@ def choose(
                 f"no layer of this {kind} is known to hold the role {role!r}, it has {has}: ask "
                 "for those, or give patch the names of layers."
             )
-    chosen = [name for name, roles in held.items() if roles & set(asked)]
-    for name in chosen:
-        missing = held[name] - set(asked)
-        if missing:
-            raise TokenGateError(
-                f"{name!r} of this {kind} holds {_join(held[name])} fused in one weight, and "
-                f"{_join(missing)} {'was' if len(missing) == 1 else 'were'} not asked for: ask for "
-                "all of them, or leave all of them out."
-            )
-        owner, _, child = name.rpartition(".")
-        if reads_weight(model.get_submodule(owner), child):
+    chosen = []
+    for name, roles in held.items():
+        wanted, missing = roles & set(asked), roles - set(asked)
+        if not wanted:
+            continue
+        path, _, child = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if missing or (apart and len(roles) > 1):
+            slices = known_slices(owner, child)
+            if slices is None or not wanted <= slices.sizes.keys():
+                asked_for = (
+                    f"{_join(missing)} {'was' if len(missing) == 1 else 'were'} not asked for"
+                    if missing
+                    else "they were asked for apart"
+                )
+                raise TokenGateError(
+                    f"{name!r} of this {kind} holds {_join(roles)} fused in one weight in a way "
+                    f"that is not known here, and {asked_for}: ask for all of them together, leave "
+                    "all of them out, or give patch slices= and names."
+                )
+            chosen += [f"{name}.{role}" for role in slices.sizes if role in wanted]
+        else:
+            chosen.append(name)
+        if reads_weight(owner, child):
             raise TokenGateError(
                 f"{name!r} of this {kind} is never called, because its owner reads the weight "
-                f"itself, so that a patch would do nothing: leave out {_join(held[name])}."
+                f"itself, so that a patch would do nothing: leave out {_join(roles)}."
             )
     return chosen
 

@@ -95,22 +95,24 @@ _ENDINGS = {
 }
 
 
-def roles(model: nn.Module | str, *asked: str) -> list[str]:
+def roles(model: nn.Module | str, *asked: str, apart: bool = False) -> list[str]:
     """The full names of the layers in a vision transformer's blocks that hold the roles asked for.
 
     fc1 and fc2 are the layers into and out of the MLP; the two halves of a gated MLP are both fc1
     (one of them alone is a target by its own name: `"mlp.fc1_g"`). Position biases, pooling heads
-    and patch embeddings have no role. q, k and v in one layer are returned if all three are asked
-    for.
+    and patch embeddings have no role. Of q, k and v in one layer, the slices that are asked for
+    (`attn.qkv.q`); the layer itself if all of them are.
 
     Args:
         model: a model of timm, or the name of one, which is then looked at as `timm.create_model`
             makes it, without allocating it. Pass the model where you gave it another depth.
         *asked: of "q", "k", "v", "proj", "fc1", "fc2".
+        apart: True gives slices also where all of a fused layer is asked for: a modification and a
+            gate for each, not one for all.
 
     Raises:
         TokenGateError: a role is unknown or not in this model, is held fused with one that was
-            not asked for, or is in layers that are never called.
+            not asked for in a way that is not known, or is in layers that are never called.
     """
     check_known(asked, ROLES)
     if isinstance(model, str):
@@ -120,7 +122,7 @@ def roles(model: nn.Module | str, *asked: str) -> list[str]:
             )
         with torch.device("meta"):
             model = timm.create_model(model)
-    chosen: list[str] = choose(model, asked, holders(model, _ENDINGS))
+    chosen: list[str] = choose(model, asked, holders(model, _ENDINGS), apart)
     return chosen
 
 

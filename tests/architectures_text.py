@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import torch
@@ -79,6 +80,7 @@ text("starcoder2", "starcoder2", PLAIN, **GROUPED)
 text("phi", "phi", PLAIN)
 text("phi3", "phi3", ALL, **GROUPED, pad_token_id=0)
 text("glm4", "glm4", ALL, **GROUPED, head_dim=8, pad_token_id=0)
+text("glm", "glm", ALL, **GROUPED, head_dim=8, pad_token_id=0)
 text("gpt_neox", "gpt_neox", PLAIN)
 text(
     "gpt_neo",
@@ -123,10 +125,24 @@ DEEPSEEK = {
     "num_key_value_heads": 4,
 }
 text("deepseek_v3", "deepseek_v3", ATTENTION, **DEEPSEEK)
+text("deepseek_v2", "deepseek_v2", ATTENTION, **DEEPSEEK)
 # The dense and the shared layers of mixtures whose experts are 3-D parameters.
 dense = partial(roles, experts=False)
 text("deepseek_v3-dense", "deepseek_v3", GATED, find=dense, **DEEPSEEK)
 QWEN2_MOE = {**MOE, "shared_expert_intermediate_size": 16}
+SHARED = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+SHARED |= {"shared_intermediate_size": 32}
+text("granitemoeshared-dense", "granitemoeshared", ALL, find=dense, **SHARED)
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
+text(
+    "granitemoehybrid-dense",
+    "granitemoehybrid",
+    ALL,
+    find=dense,
+    layers_block_type=["mamba", "attention"],
+    **SHARED,
+    **MAMBA,
+)
 text("qwen2_moe-dense", "qwen2_moe", ALL, find=dense, **QWEN2_MOE)
 LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64}
 text("llama4-dense", "llama4_text", ALL, find=dense, **LLAMA4, pad_token_id=0)
@@ -341,6 +357,71 @@ other("wav2vec2", from_config("wav2vec2", "Wav2Vec2Model", SOUND), run_sound, PL
 other("hubert", from_config("hubert", "HubertModel", SOUND), run_sound, PLAIN)
 
 
+def tower(family, config, model, run, what, **settings):
+    """The vision side of a model, which has no entry among the automatic classes."""
+
+    def build():
+        code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        return getattr(code, model)._from_config(getattr(code, config)(**settings))
+
+    other(f"{family}-vision", build, run, what)
+
+
+def run_packed(model):
+    patches = torch.randn(48, 96, generator=torch.Generator().manual_seed(5))
+    return output(model(patches, grid_thw=torch.tensor([[1, 4, 4], [1, 4, 8]])))
+
+
+def run_images(model):
+    return output(model(pixel_values=images(64)))
+
+
+QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "in_channels": 3}
+QWEN |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN_NEW = {**QWEN, "intermediate_size": 64, "out_hidden_size": 32}
+tower(
+    "qwen2_vl",
+    "Qwen2VLVisionConfig",
+    "Qwen2VisionTransformerPretrainedModel",
+    run_packed,
+    PLAIN,
+    **QWEN,
+    embed_dim=32,
+)
+tower(
+    "qwen2_5_vl",
+    "Qwen2_5_VLVisionConfig",
+    "Qwen2_5_VisionTransformerPretrainedModel",
+    run_packed,
+    ALL,
+    **QWEN_NEW,
+    window_size=16,
+    fullatt_block_indexes=[1],
+)
+tower(
+    "qwen3_vl",
+    "Qwen3VLVisionConfig",
+    "Qwen3VLVisionModel",
+    run_packed,
+    PLAIN,
+    **QWEN_NEW,
+    deepstack_visual_indexes=[0],
+    num_position_embeddings=16,
+)
+PATCHES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+    "initializer_range": 0.02,
+}
+SAM = {"window_size": 3, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 64}
+tower("sam", "SamVisionConfig", "SamVisionModel", run_images, PLAIN, **PATCHES, **SAM)
+BLIP_2 = ("blip_2", "Blip2VisionConfig", "Blip2VisionModel")
+tower(*BLIP_2, run_images, PLAIN, **PATCHES, intermediate_size=64)
+
+
 REFUSED: list[Refusal] = []
 
 
@@ -349,16 +430,6 @@ def refused(name, what, says, *args, **options):
     REFUSED.append(Refusal(f"transformers/{name}", build, what, says, roles))
 
 
-PHI3 = {**GROUPED, "pad_token_id": 0}
-refused("phi3", ("q", "v"), "qkv_proj' of this Phi3ForCausalLM holds k, q and v fused", **PHI3)
-refused("phi3", ("up",), "gate_up_proj' .* gate was not asked for: ask for all of them", **PHI3)
-refused("gpt_neox", ("q", "v"), "attention.query_key_value' .* k was not asked for")
-refused("bloom", ("q",), "query_key_value' .* k and v were not asked for", sizes=BLOOM)
-refused("falcon", ("k", "v"), "query_key_value' .* q was not asked for")
-refused(
-    "modernbert", ("v",), "attn.Wqkv' .* k and q were not asked for", "ModernBertModel", **MODERN
-)
-refused("deberta", ("q", "k"), "self.in_proj' .* v was not asked for", "DebertaModel", **DEBERTA)
 refused("deepseek_v3", ("v",), "kv_a_proj_with_mqa' .* k was not asked for", **DEEPSEEK)
 refused("xlnet", ("q",), "known to hold the role 'q', it has the roles down, up", sizes=XLNET)
 refused("bert", ("gate",), "known to hold the role 'gate', it has the roles down, k, o, q, up, v")

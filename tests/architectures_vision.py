@@ -194,11 +194,9 @@ def refused(name, what, says, **options):
     )
 
 
-FUSED = r"'blocks.0.attn.qkv' of this \w+ holds k, q and v fused in one weight"
-refused("vit_base_patch16_224", ("q", "v"), f"{FUSED}, and k was not asked for: ask", depth=2)
-refused("vit_base_patch16_224", ("q",), f"{FUSED}, and k and v were not asked for", depth=2)
-refused("pvt_v2_b0", ("q", "v"), "attn.kv' of this PyramidVisionTransformerV2 holds k and v fused")
-refused("convit_tiny", ("q", "v"), "attn.qk' of this ConVit holds k and q fused", depth=2)
+UNKNOWN = "fused in one weight in a way that is not known here, and"
+refused("xcit_nano_12_p16_224", ("q", "v"), f"xca.qkv|attn.qkv' .* {UNKNOWN} k was", depth=2)
+refused("levit_128s", ("q",), f"qkv.linear' .* {UNKNOWN} k and v were not asked for: ask for all")
 READS = r"attn.qkv' of this \w+ is never called, because its owner reads the weight itself"
 for dead in (
     "beit_base_patch16_224",

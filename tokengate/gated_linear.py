@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
@@ -26,7 +27,7 @@ _TRANSIENT = ("_enabled", "_observers")
 _FRESH = {"_reached": False, "_mask": None, "_others": None}
 
 
-class Gated(nn.Module):
+class Gated(Swapped):
     """h = W0 x + S M(x) + b (eq. 2), `(..., in_features) -> (..., out_features)`.
 
     Never constructed: `patch` gives an existing linear layer this class and two children, so
@@ -51,8 +52,6 @@ class Gated(nn.Module):
     _memory: MaskMemory
     # Whether it was ever called; not kept in compiled code.
     _reached: bool = False
-
-    _own_class: type[nn.Module]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
@@ -92,10 +91,8 @@ class Gated(nn.Module):
         flattened = input.dim() == 2 and len(input) == mask.numel()
         return mask if flattened or input.shape[:-1] == mask.shape else None
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A generated class cannot be found by its name: it is made again when unpickling.
-        state = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
-        return _blank, (self._own_class,), state | _FRESH
+    def _kept_by_copies(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT} | _FRESH
 
 
 class GatedLinear(Gated, nn.Linear):
@@ -135,7 +132,7 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
 
 def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
     """Turn `layer` itself into a gated one."""
-    layer.__class__ = gated_class(type(layer))  # type: ignore[assignment]
+    swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {**_FRESH, "_memory": MaskMemory()}
@@ -146,21 +143,4 @@ def detach(layer: Gated) -> None:
     del layer._modules["modification"], layer._modules["gate"]
     for name in (*_TRANSIENT, *_FRESH, "_memory"):
         layer.__dict__.pop(name, None)
-    layer.__class__ = layer._own_class  # type: ignore[assignment]
-
-
-_GATED: dict[type[nn.Module], type[Gated]] = {nn.Linear: GatedLinear}
-
-
-def gated_class(own_class: type[nn.Module]) -> type[Gated]:
-    """`GatedLinear`, or for another class one that calls that class's forward."""
-    if own_class not in _GATED:
-        base = GatedLinear if issubclass(own_class, nn.Linear) else Gated
-        name = f"Gated{own_class.__name__}"
-        _GATED[own_class] = type(name, (base, own_class), {"_own_class": own_class})
-    return _GATED[own_class]
-
-
-def _blank(own_class: type[nn.Module]) -> Gated:
-    cls = gated_class(own_class)
-    return cls.__new__(cls)
+    swap_back(layer)

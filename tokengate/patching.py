@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +19,10 @@ from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
 from tokengate.options import options_by_layer
 from tokengate.padding import follow_masks, unfollow_masks
-from tokengate.patterns import as_patterns, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
+from tokengate.sliced_linear import attach_slice, detach_slice
+from tokengate.slices import LinearSlice, Slices
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -39,6 +41,7 @@ def patch(
     gate: bool = True,
     exclude: Targets | None = None,
     train: Any = (),
+    slices: Mapping[Pattern, Slices] | None = None,
     **options: Any,
 ) -> _Model:
     """Give the targeted linear layers of `model` a gated modification, in place.
@@ -58,7 +61,9 @@ def patch(
             `train` names, and what no patch could reach: a layer whose owner reads the weight
             instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
             Of what a pattern matches, the linear layers are patched; there must be at least one,
-            and none that cannot be. What a forward still does not reach is reported after the
+            and none that cannot be. One projection of a fused layer is a target by the layer's
+            name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched, bit for bit.
+            What a forward still does not reach is reported after the
             first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer; at 0 or below every position is open.
@@ -69,6 +74,8 @@ def patch(
         train: other parameters to keep trainable: patterns over names of parameters, or of
             modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
             dtype, also in a 16-bit model.
+        slices: how fused layers are divided, by pattern over their names, where the library does
+            not know it: `slices={"qkv": tokengate.Slices(q=64, k=64, v=64)}`.
         **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
             each layer the value of the first pattern that matches its name:
             `rank={"*.q_proj": 16, "*": 8}`; every layer must find one, every pattern decide one.
@@ -86,9 +93,10 @@ def patch(
     kind = find_method(method)
     check_options(kind, options)
     trained = _named_by_train(model, train)
-    chosen = find_targets(model, targets, exclude)
+    chosen = find_targets(model, targets, exclude, slices)
     for name, layer in list(chosen.items()):
-        if any(p is layer.weight or p is layer.bias for p in trained.values()):
+        own = layer.fused if isinstance(layer, LinearSlice) else layer
+        if any(p is own.weight or p is own.bias for p in trained.values()):
             if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(
                     f"{name!r} is both a target and named by train=: a target's own weight stays "
@@ -118,7 +126,10 @@ def patch(
     ]
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
-        attach(layer, modification, layer_gate)
+        if isinstance(layer, LinearSlice):
+            attach_slice(layer, modification, layer_gate)
+        else:
+            attach(layer, modification, layer_gate)
     settle_fast_paths(model)
     follow_masks(model)
     watch(model)
@@ -136,7 +147,7 @@ def unpatch(model: _Model) -> _Model:
     if not roots:
         patched = require_layers(model, "unpatch")
     for layer in patched.values():
-        detach(layer)
+        (detach_slice if isinstance(layer, LinearSlice) else detach)(layer)
     settle_fast_paths(model)
     unfollow_masks(model)
     for root in roots:

@@ -14,22 +14,39 @@ from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearLike, is_linear
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.slice_targets import (
+    check_slices,
+    is_new_slice,
+    unknown_slice,
+    with_slices,
+    without_parts_of_wholes,
+)
+from tokengate.sliced_linear import Sliced
+from tokengate.slices import LinearSlice
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[str, LinearLike]:
+def find_targets(
+    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None
+) -> dict[str, LinearLike]:
     """The layers that `targets` means, without those that `exclude` means, by name.
 
     A layer that is shared is listed once, under its first name.
+
+    Args:
+        model: the model.
+        targets: as in `patch`.
+        exclude: as in `patch`.
+        slices: the user's own `Slices` of fused layers, by pattern.
 
     Raises:
         TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
             patched already.
     """
-    names = _Names(model)
+    names = _Names(model, slices)
     if not callable(targets) and targets != ALL_LINEAR:
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
@@ -40,18 +57,20 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
     names.check_experts(targets, excluded)
     chosen: set[nn.Module] = set()
     for label, found in names.matches("targets", targets).items():
-        wanted = sorted(found - excluded, key=lambda module: names.first[module])
+        left = {m for m in found if m not in excluded and getattr(m, "fused", m) not in excluded}
+        wanted = sorted(left, key=lambda module: names.first[module])
         if not wanted:
             raise TokenGateError(
                 f"target {label} matches only what exclude= leaves out: drop one of the two."
             )
         # Other modules may share a linear layer's name; without one, each of them is a mistake.
-        linear = [module for module in wanted if is_linear(module)]
+        linear = [m for m in wanted if _is_target(m)]
         for module in linear or wanted:
             refusal = names.refusal(module)
             if refusal is not None:
                 raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
         chosen |= set(linear)
+    check_slices(chosen, excluded, names.first, slices)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
 
@@ -59,10 +78,10 @@ def find_targets(model: nn.Module, targets: Any, exclude: Any = None) -> dict[st
 class _Names:
     """The modules of a model by name, and what is known of each as a target."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, slices: Any) -> None:
         self.model = model
         # All names of a shared module count for matching; the first one is its name.
-        self.named = list(model.named_modules(remove_duplicate=False))
+        self.named = with_slices(model, slices)
         self.first: dict[nn.Module, str] = {}
         for name, module in self.named:
             self.first.setdefault(module, name)
@@ -113,17 +132,24 @@ class _Names:
                     f"the callable given as {argument}= chose no module of this {kind}: "
                     "return True for at least one."
                 )
-            return {"<callable>": chosen}
+            return {"<callable>": without_parts_of_wholes(chosen)}
         found = {}
         for pattern in as_patterns(argument, patterns):
-            hits = {module for name, module in self.named if matches(pattern, name)}
+            # "gate" is a layer of this name, "gate_up_proj.gate" a slice.
+            names_layer = not isinstance(pattern, str) or any(c in pattern for c in ".*?[")
+            hits = {
+                module
+                for name, module in self.named
+                if matches(pattern, name) and (names_layer or not is_new_slice(module))
+            }
             if not hits:
-                linear = [name for name, module in self.named if is_linear(module)]
+                linear = [name for name, module in self.named if _is_target(module)]
                 raise TokenGateError(
                     f"{argument.removesuffix('s')} {show(pattern)} matches no module of this "
-                    f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}."
+                    f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}"
+                    f"{unknown_slice(pattern, linear)}."
                 )
-            found[show(pattern)] = hits
+            found[show(pattern)] = without_parts_of_wholes(hits)
         if not found and argument == "targets":
             raise TokenGateError(
                 f'{argument}={patterns!r} names no layer: pass names, e.g. ["q_proj", "v_proj"].'
@@ -146,7 +172,14 @@ class _Names:
     def refusal(self, module: nn.Module) -> str | None:
         """Why `module` cannot be patched, as the end of a sentence; None if it can."""
         kind = type(module).__name__
-        if not is_linear(module):
+        if isinstance(module, LinearSlice) and not isinstance(module, Gated):
+            if isinstance(module.fused, Gated):
+                return (
+                    f"a slice of {self.first[module.fused]!r}, which is patched as a whole: call "
+                    "tokengate.unpatch(model) first, or exclude it"
+                )
+            return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
+        if not _is_target(module):
             inside = (name for name, m in module.named_modules() if is_linear(m))
             example = next(inside, None)
             remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
@@ -154,6 +187,8 @@ class _Names:
         module = cast(LinearLike, module)
         if isinstance(module, Gated):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
+        if isinstance(module, Sliced):
+            return "which is patched in part already: call tokengate.unpatch(model) first"
         if is_lazy(module.weight):
             return "which has no weight yet: run the model once, then patch, or exclude it"
         if "forward" in module.__dict__:
@@ -169,6 +204,10 @@ class _Names:
                 "untie them first (`tie_word_embeddings=False`), or exclude it"
             )
         return self.unreachable.get(module)
+
+
+def _is_target(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, LinearSlice)
 
 
 def _kind(module: nn.Module) -> str:

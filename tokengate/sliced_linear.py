@@ -1,0 +1,63 @@
+"""A fused linear layer that is patched in part: one product with W0, several gates."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tokengate.class_swap import Swapped, swap, swap_back
+from tokengate.gate import TokenGate
+from tokengate.gated_linear import Gated, attach, detach
+from tokengate.modifications import Modification
+from tokengate.slices import LinearSlice, Slices
+
+
+class Sliced(Swapped):
+    """`(..., in_features) -> (..., out_features)`, of which each patched slice is a child.
+
+    Never constructed: `patch` gives an existing linear layer this class. The outputs of the other
+    slices stay what they were, bit for bit.
+    """
+
+    slices: Slices
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(..., in_features) -> (..., out_features)`."""
+        out: Tensor = super().forward(input, *args, **kwargs)
+        parts: dict[str, Tensor] = {
+            part.name: part(input, self.slices.take(out, part.name))
+            for part in _patched_slices(self)
+            if part._enabled
+        }
+        return self.slices.put(out, parts) if parts else out
+
+
+class SlicedLinear(Sliced, nn.Linear):
+    """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
+
+    _own_class = nn.Linear
+
+
+def attach_slice(part: LinearSlice, modification: Modification, gate: TokenGate | None) -> None:
+    """Turn `part` into a gated one, and its fused layer into a sliced one that holds it."""
+    fused = part.fused
+    if not isinstance(fused, Sliced):
+        swap(fused, SlicedLinear if isinstance(fused, nn.Linear) else Sliced)
+        fused.__dict__["slices"] = part.slices
+    attach(cast(nn.Linear, part), modification, gate)
+    fused.add_module(part.name, part)
+
+
+def detach_slice(part: Gated) -> None:
+    """Take `part` out of its fused layer, which becomes what it was after the last one."""
+    fused, name = cast(LinearSlice, part).fused, cast(LinearSlice, part).name
+    delattr(fused, name)
+    detach(part)
+    if isinstance(fused, Sliced) and not _patched_slices(fused):
+        del fused.__dict__["slices"]
+        swap_back(fused)
+
+
+def _patched_slices(fused: Sliced) -> list[Any]:
+    return [child for child in fused.children() if isinstance(child, LinearSlice)]
