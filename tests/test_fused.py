@@ -5,6 +5,7 @@ up are what it is linear in, k and gate are not; and q acts on its own position 
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -124,6 +125,8 @@ more(
     ),
     run_image,
 )
+for name in ("maxvit_rmlp_pico_rw_256", "maxvit_tiny_tf_224"):  # by head, and not
+    more(name, functools.partial(timm.create_model, name, img_size=64), run_image)
 more("twins-deep", lambda: timm.create_model("twins_svt_small", img_size=64), run_image)
 more(
     "swinv2-without-bias",

@@ -63,7 +63,7 @@ def test_the_table_of_methods():
 def test_the_api_table_names_what_there_is():
     table = README.split("## The API")[1].split("##")[0]
     called = "patch unpatch disabled layers param_groups TauAdam record RankAllocator orthogonality"
-    for name in (*called.split(), "register", "verify"):
+    for name in (*called.split(), "register", "verify", "Slices"):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
     others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"

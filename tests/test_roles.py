@@ -45,6 +45,28 @@ def test_names_longhand():
     assert ask("modernbert", "up", "gate", "down") == ["mlp.Wi", "mlp.Wo"]
 
 
+def test_parts_of_fused_layers():
+    """The slices that are asked for; the whole layer for all of them, unless apart."""
+    assert ask("phi3", "q", "v", "up") == [
+        "self_attn.qkv_proj.q",
+        "self_attn.qkv_proj.v",
+        "mlp.gate_up_proj.up",
+    ]
+    assert ask("gpt_neox", "k") == ["attention.query_key_value.k"]
+    assert ask("gpt2", "q", "o") == ["attn.c_attn.q", "attn.c_proj"]
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert vision.roles(model, "q", "v") == ["blocks.0.attn.qkv.q", "blocks.0.attn.qkv.v"]
+    assert vision.roles(model, "v", "k", "q") == ["blocks.0.attn.qkv"]
+    apart = vision.roles(model, "v", "k", "q", apart=True)
+    assert apart == [f"blocks.0.attn.qkv.{role}" for role in "qkv"]
+    tokengate.patch(model, apart)
+    assert list(tokengate.layers(model)) == apart
+    # What is fused in an unknown way is whole or not at all.
+    levit = timm.create_model("levit_128s")
+    with pytest.raises(tokengate.TokenGateError, match="they were asked for apart: ask for all"):
+        vision.roles(levit, "q", "k", "v", apart=True)
+
+
 def test_the_paper_s_target_sets():
     targets = language.PAPER_TARGETS
     assert ask("llama", *targets["commonsense"]) == [

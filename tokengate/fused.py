@@ -93,6 +93,11 @@ def _parallel_vit(owner: Any, out_features: int) -> Slices:
     return Slices(**dict(zip(("fc1", "q", "k", "v"), owner.in_split, strict=True)))
 
 
+def _maxvit(owner: Any, out_features: int) -> Slices:
+    groups = owner.num_heads if owner.head_first else 1
+    return Slices(groups=groups, **dict.fromkeys("qkv", out_features // groups // 3))
+
+
 def _glu(owner: Any, out_features: int) -> Slices:
     names = ("up", "gate") if owner.gate_last else ("gate", "up")
     return Slices(**dict.fromkeys(names, out_features // 2))
@@ -115,6 +120,7 @@ _TIMM: dict[str, _Rule] = {
     "models.eva.EvaAttention.qkv": _QKV,
     "models.hiera.MaskUnitAttention.qkv": _QKV,
     "models.hieradet_sam2.MultiScaleAttention.qkv": _QKV,
+    "models.maxxvit.AttentionCl.qkv": _maxvit,
     "models.metaformer.Attention.qkv": _QKV,
     "models.mvitv2.MultiScaleAttention.qkv": _QKV,
     "models.nest.Attention.qkv": _QKV,
