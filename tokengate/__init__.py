@@ -22,6 +22,7 @@ from tokengate.patching import unpatch as unpatch
 from tokengate.rank_allocator import RankAllocator as RankAllocator
 from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
+from tokengate.scale_penalty import scale_penalty as scale_penalty
 from tokengate.slices import Slices as Slices
 from tokengate.tau_adam import TauAdam as TauAdam
 

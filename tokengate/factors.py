@@ -74,7 +74,7 @@ class Factors:
         is_open = gate.open_positions(w, m)
         factors = (self.z, self.up, self.gain)
         h: Tensor = _FactoredGate.apply(
-            out, m, bias, *factors, gate.tau, is_open, gate.penalty, mask
+            out, m, bias, *factors, gate.tau, is_open, gate.pull(), mask
         )
         return h, is_open
 
@@ -99,7 +99,7 @@ class _FactoredGate(torch.autograd.Function):
         gain: Tensor | None,
         tau: Tensor,
         is_open: Tensor,
-        penalty: float,
+        penalty: Tensor | float,
         mask: Tensor | None,
     ) -> Tensor:
         return torch.where(is_open.unsqueeze(-1), out + m, out)
@@ -110,12 +110,14 @@ class _FactoredGate(torch.autograd.Function):
         if gain is None:
             out = bias = None
         # Inputs only, so that a second derivative sees what the first one depends on.
-        ctx.save_for_backward(out, bias, z, up, gain, is_open, mask)
-        ctx.tau_dtype, ctx.tau_shape, ctx.penalty = tau.dtype, tau.shape, penalty
+        tensor = penalty if isinstance(penalty, Tensor) else None
+        ctx.save_for_backward(out, bias, z, up, gain, is_open, mask, tensor)
+        ctx.tau_dtype, ctx.tau_shape = tau.dtype, tau.shape
+        ctx.penalty = None if tensor is penalty else penalty
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, bias, z, up, gain, is_open, mask = ctx.saved_tensors
+        out, bias, z, up, gain, is_open, mask, penalty = ctx.saved_tensors
         _, _, needs_bias, needs_z, needs_up, needs_gain, needs_tau, *_ = ctx.needs_input_grad
         grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau = grad, *[None] * 5
         # A selection, not a product: a closed position passes 0 on even where grad is inf or NaN.
@@ -141,6 +143,7 @@ class _FactoredGate(torch.autograd.Function):
             if needs_bias:
                 grad_bias = -through_w.reshape(-1, up.shape[0]).sum(0).to(bias.dtype)
         if needs_tau:
-            g = threshold_direction(mu.detach(), is_open, ctx.penalty, mask)
+            penalty = ctx.penalty if penalty is None else penalty
+            g = threshold_direction(mu.detach(), is_open, penalty, mask)
             grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
         return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_tau, None, None, None

@@ -93,6 +93,9 @@ class TokenGate(KeepsFloat32):
     """
 
     tau: nn.Parameter
+    # What `scale_penalty` and a `SparsityController` set, tensors of one element; see `pull`.
+    _unit: Tensor | None
+    _controlled: Tensor | None
 
     def __init__(
         self,
@@ -103,8 +106,26 @@ class TokenGate(KeepsFloat32):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.penalty = non_negative("penalty", penalty)
+        self.penalty = penalty
         self.tau = nn.Parameter(torch.full((1,), finite("tau", tau), dtype=dtype, device=device))
+        self.register_buffer("_unit", None, persistent=False)
+        self.register_buffer("_controlled", None, persistent=False)
+
+    @property
+    def penalty(self) -> float:
+        """lambda of eq. 15, as the user gave it."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        self._penalty = non_negative("penalty", value)
+
+    def pull(self) -> Tensor | float:
+        """What g adds for each open position: lambda, or what controls it, in its unit."""
+        if self._controlled is None:
+            return self._penalty if self._unit is None else self._penalty * self._unit
+        # A new tensor, because backward may come after the next change.
+        return self._controlled * (1.0 if self._unit is None else self._unit)
 
     def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
         """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""
@@ -118,7 +139,7 @@ class TokenGate(KeepsFloat32):
         `out` is the layer's own output, bias included, so that a closed position keeps it bit
         for bit; `is_open` is S as decided from the output without the bias.
         """
-        h: Tensor = _Gate.apply(out, m, self.tau, is_open, self.penalty, mask)
+        h: Tensor = _Gate.apply(out, m, self.tau, is_open, self.pull(), mask)
         return h
 
     def extra_repr(self) -> str:
@@ -134,7 +155,12 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        out: Tensor, m: Tensor, tau: Tensor, is_open: Tensor, penalty: float, mask: Tensor | None
+        out: Tensor,
+        m: Tensor,
+        tau: Tensor,
+        is_open: Tensor,
+        penalty: Tensor | float,
+        mask: Tensor | None,
     ) -> Tensor:
         # A selection, not a product with 0 or 1: out + 0 would turn -0.0 into 0.0.
         return torch.where(is_open.unsqueeze(-1), out + m.to(out.dtype), out)
@@ -143,13 +169,14 @@ class _Gate(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, m, tau, is_open, penalty, mask = inputs
         # mu needs m at closed positions too: that is how a closed gate reopens.
-        ctx.save_for_backward(m if tau.requires_grad else None, is_open, mask)
+        tensor = penalty if isinstance(penalty, Tensor) else None
+        ctx.save_for_backward(m if tau.requires_grad else None, is_open, mask, tensor)
         ctx.m_dtype, ctx.tau_dtype, ctx.tau_shape = m.dtype, tau.dtype, tau.shape
-        ctx.penalty = penalty
+        ctx.penalty = None if tensor is penalty else penalty
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        m, is_open, mask = ctx.saved_tensors
+        m, is_open, mask, penalty = ctx.saved_tensors
         grad_m = grad_tau = None
         if ctx.needs_input_grad[1]:
             # A selection again: a closed position passes 0 on even where grad is inf or NaN.
@@ -158,12 +185,15 @@ class _Gate(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dtype = accumulation_dtype(grad, m)
             mu = (grad.detach().to(dtype) * m.detach().to(dtype)).sum(-1)
-            g = threshold_direction(mu, is_open, ctx.penalty, mask)
+            penalty = ctx.penalty if penalty is None else penalty
+            g = threshold_direction(mu, is_open, penalty, mask)
             grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
         return grad, grad_m, grad_tau, None, None, None
 
 
-def threshold_direction(mu: Tensor, is_open: Tensor, penalty: float, mask: Tensor | None) -> Tensor:
+def threshold_direction(
+    mu: Tensor, is_open: Tensor, penalty: Tensor | float, mask: Tensor | None
+) -> Tensor:
     """g of eq. 17, `(...), (...) -> ()`."""
     moves = (mu >= 0) == is_open
     if mask is not None:
