@@ -140,9 +140,10 @@ def record_modalities(model: nn.Module) -> Iterator[Recorder]:
         reports = rec.reports()  # {"image": SparsityReport, "text": SparsityReport}
 
     In the language model, an image's positions are those whose input id is the image token's or
-    the video token's, and all others are text; padding is neither. In the vision tower and in the
-    projector every position is an image's. Per module the two add up to what `rec.report()` has,
-    which is what `tokengate.record` counts. A sample without images is no sample of "image".
+    the video token's, and all others are text; padding, where `tokengate.record` sees it, is
+    neither. In the vision tower and in the projector every position is an image's. Per module the
+    two add up to what `rec.report()` has, which is what `tokengate.record` counts. A sample without
+    images is no sample of "image".
 
     Args:
         model: a patched vision-language model of transformers.

@@ -184,6 +184,67 @@ def test_one_part_or_all(family, parts):
     assert snapshot(model) == before
 
 
+def paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config=VISION
+        | {"model_type": "siglip_vision_model", "num_hidden_layers": 2, "vision_use_head": True},
+        text_config=TEXT | {"model_type": "gemma", "head_dim": 8},
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config).eval()
+
+
+def internvl():
+    vision = {"model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [4, 4]}
+    config = transformers.InternVLConfig(
+        vision_config=VISION | {"num_hidden_layers": 2} | vision,
+        text_config=TEXT | {"model_type": "qwen2"},
+        image_token_id=IMAGE,
+    )
+    return transformers.InternVLForConditionalGeneration(config).eval()
+
+
+def idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=VISION | {"num_hidden_layers": 2},
+        text_config=TEXT | {"model_type": "llama", "pad_token_id": 0},
+        image_token_id=IMAGE,
+        scale_factor=1,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "projector"),
+    [
+        (paligemma, ["model.multi_modal_projector.linear"]),
+        (internvl, [f"model.multi_modal_projector.linear_{i}" for i in (1, 2)]),
+        (idefics3, ["model.connector.modality_projection.proj"]),
+    ],
+)
+def test_other_families(build, projector):
+    model, given = build(), llava_batch(images=(1, 1, 1))
+    if build is idefics3:
+        given["pixel_values"] = given["pixel_values"][:, None]
+    assert llava_targets(model, "projector", "all-linear") == projector
+    # Two layers with six each, and no pooling head, which PaliGemma does not look at.
+    assert len(llava_targets(model, "vision", "all-linear")) == 12
+    assert len(llava_targets(model, "language", "all-linear")) == 14
+    parts = ["vision", "projector", "language"]
+    base = model(**given).logits
+    tokengate.patch(model, llava_targets(model, parts, "all-linear"))
+    assert torch.equal(model(**given).logits, base)
+    tokengate.verify(model, **given)
+    with record_modalities(model) as rec:
+        model(**given)
+    reports = rec.reports()
+    for name, module in rec.report().modules.items():
+        if "vision" not in name and name not in projector:
+            counts = [report.modules[name].positions for report in reports.values()]
+            assert counts == [12, module.positions - 12]
+
+
 def test_several_parts_at_once():
     model = llava()
     both = llava_targets(model, ["language", "vision"], ["q_proj", re.compile(r".*\.v_proj")])
