@@ -165,6 +165,18 @@ def test_generate_with_left_padding(cached):
     assert {m.positions for m in rec.report().modules.values()} == {positions}
 
 
+def test_a_padded_chunk_after_a_cache():
+    model = llama().eval()
+    ids, mask, _, _ = batch("right")
+    full = torch.cat((torch.ones_like(mask), mask), 1)
+    with tokengate.record(model) as rec:
+        first = model(ids, use_cache=True)
+        names = ("cache", "past_key_values")
+        name = next(name for name in names if getattr(first, name, None) is not None)
+        model(ids, attention_mask=full, **{name: getattr(first, name)})
+    assert {m.positions for m in rec.report().modules.values()} == {18 + sum(LENGTHS)}
+
+
 # transformers is renaming it.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])

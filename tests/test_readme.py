@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from models import snapshot
 
 import tokengate
 
@@ -70,3 +71,57 @@ def test_the_api_table_names_what_there_is():
     for name in (*others.split(), "LoRA", "DoRA", "AdaLoRA", "Adapter", "UnreachedLayerWarning"):
         assert f"`{name}" in table
         assert hasattr(tokengate, name)
+
+
+INTEGRATIONS = (pathlib.Path(__file__).parents[1] / "integrations" / "README.md").read_text()
+
+
+def section(title):
+    """The Python of one section of the integrations' README."""
+    (code,) = INTEGRATIONS.split(f"## {title}\n")[1].split("\n## ")[0].split("```python\n")[1:]
+    return code.split("```")[0]
+
+
+def test_the_open_clip_example(monkeypatch):
+    open_clip = pytest.importorskip("open_clip", reason="the open_clip extra is not installed")
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 9, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2}
+    model = open_clip.CLIP(24, vision, text)
+    before, patched = snapshot(model), []
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: model)
+    unpatch = tokengate.unpatch
+    monkeypatch.setattr(
+        tokengate, "unpatch", lambda m: patched.extend(tokengate.layers(m)) or unpatch(m)
+    )
+    exec(section("open_clip"), {})
+    assert len(patched) == 8
+    assert snapshot(model) == before
+
+
+class Processor:
+    def apply_chat_template(self, turns, **options):
+        ids = torch.tensor([[1, 63, 63, 63, 63, 5, 6]])
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+def test_the_llava_example(monkeypatch, capsys):
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    kind = transformers.LlavaForConditionalGeneration
+    model = kind(config)
+    monkeypatch.setattr(kind, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
+    scope = {}
+    exec(section("LLaVA and Qwen-VL"), scope)
+    assert len(tokengate.layers(model)) == 6
+    printed = capsys.readouterr().out
+    assert printed.startswith("image sparsity (%)")
+    assert "\ntext sparsity (%)" in printed
+    assert scope["rec"].report().modules

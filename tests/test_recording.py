@@ -10,6 +10,7 @@ import reference
 import torch
 from models import Net, away_from_initialisation
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tokengate
 from tokengate.report import ModuleSparsity
@@ -78,6 +79,66 @@ def test_nothing_is_counted_outside_or_disabled_and_nothing_is_left():
     ):
         inner.report()
     assert sorted(model.blocks[0].q_proj.__dict__) == keys
+
+
+def halves(name, shape):
+    """The first three positions of each of two samples, but none of the second one's; the rest."""
+    first = torch.zeros(2, 6, dtype=torch.bool)
+    first[0, :3] = True
+    if name.endswith("v_proj"):
+        return {"first": False, "rest": True}
+    return {"first": first, "rest": ~first}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_groups_of_positions_add_up(flat):
+    model = patched(tau=1.0)
+    x = torch.randn(2, 6, 8)
+    with (
+        tokengate.record(model, positions=True, groups=halves) as rec,
+        tokengate.record(model) as a,
+    ):
+        model(x.flatten(0, 1) if flat else x)
+    total, parts = a.report(), rec.reports()
+    assert rec.report().modules == total.modules
+    assert list(parts) == ["first", "rest"]
+    # What has positions in other groups alone is not in the report.
+    assert list(parts["first"].modules) == ["blocks.0.q_proj", "blocks.1.q_proj"]
+    for name, module in total.modules.items():
+        each = [part.modules[name] for part in parts.values() if name in part.modules]
+        assert sum(m.positions for m in each) == module.positions == 12
+        assert sum(m.modified for m in each) == module.modified
+        is_open = rec.positions[name][0].reshape(2, 6)
+        if len(each) == 2:
+            assert (each[0].samples, each[0].positions) == (1, 3)
+            assert each[0].sparsity == pytest.approx(reference.sparsity([is_open[0, :3].tolist()]))
+            samples = [is_open[0, 3:].tolist(), is_open[1].tolist()]
+            assert each[1].sparsity == pytest.approx(reference.sparsity(samples))
+            assert each[0].sparsity != each[1].sparsity
+    positions = {g: sum(m.positions for m in r.modules.values()) for g, r in parts.items()}
+    mean = sum(parts[g].token_sparsity * n for g, n in positions.items()) / sum(positions.values())
+    assert mean == pytest.approx(total.token_sparsity)
+
+
+def test_without_groups_there_are_no_reports():
+    model = patched()
+    with tokengate.record(model) as rec:
+        with pytest.raises(tokengate.TokenGateError, match="nothing was recorded"):
+            rec.reports()
+        model(torch.randn(2, 6, 8))
+    assert rec.reports() == {}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_computes_again_is_counted_once(reentrant):
+    model = patched(tau=0.5)
+    block, calls = model.blocks[0], []
+    block.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    with tokengate.record(model) as rec:
+        x = torch.randn(2, 6, 8, requires_grad=True)
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    assert len(calls) == 2
+    assert rec.report().modules["blocks.0.q_proj"].positions == 12
 
 
 def test_recording_changes_no_number():

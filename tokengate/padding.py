@@ -22,6 +22,8 @@ _FOLLOWED = "_tokengate_padding"
 _MASK = "attention_mask"
 _INPUTS = ("input_ids", "inputs_embeds", "input_embeds")
 _STATES = (*_INPUTS, "hidden_states")
+# transformers 5.24 renamed the first to the second.
+_CACHES = ("past_key_values", "cache")
 # With one of these, a module hands its mask on to one of several parts: only that part, which
 # receives it in its turn, has the mask's positions.
 _SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
@@ -119,7 +121,8 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
         # To the layers of Longformer and LED it is what is added to the scores: 0 where it is real.
         if mask is not None and mask.is_floating_point() and not any(n in names for n in _INPUTS):
             mask = None
-    if mask is not None and bound.get("past_key_values") is not None and first is not None:
+    cached = any(bound.get(name) is not None for name in _CACHES)
+    if mask is not None and cached and first is not None:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
     others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)

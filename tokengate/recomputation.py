@@ -34,7 +34,7 @@ class MaskMemory:
         """The mask of the call with input `x`: `mask`, or in backward the one it had in forward."""
         if torch.compiler.is_compiling():
             return mask
-        if _in_backward():
+        if in_backward():
             return self._recall(x, mask)
         if _in_checkpoint():
             # Not before: a graph that is kept is computed again for every backward.
@@ -59,7 +59,8 @@ class MaskMemory:
         return MaskMemory, ()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether what runs now runs in a backward: in a forward, that it is computed again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 

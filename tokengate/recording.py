@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import require_layers
+from tokengate.recomputation import in_backward
 from tokengate.report import ModuleSparsity, SparsityReport
+
+# Of a layer's name and the shape of its S, for each group by name: which of these positions are in
+# it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
+Groups: TypeAlias = Callable[[str, torch.Size], Mapping[str, Tensor | bool]]
 
 
 class Recorder:
@@ -22,12 +28,16 @@ class Recorder:
             tensor of shape `(...)` on the CPU for each call; otherwise empty.
     """
 
-    def __init__(self, model: nn.Module, positions: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, positions: bool = False, groups: Groups | None = None
+    ) -> None:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
         self._gates = {name: layer.gate for name, layer in self._layers.items()}
-        # Per module, on its device: samples, their summed sparsity, positions, closed positions.
-        self._counts: dict[str, Tensor] = {}
+        # Per group, where None is all positions, and module, on its device: samples, their summed
+        # sparsity, positions, closed positions.
+        self._counts: dict[str | None, dict[str, Tensor]] = {}
+        self._groups = groups
         self._keep_positions = positions
         self.positions: dict[str, list[Tensor]] = {}
 
@@ -37,6 +47,21 @@ class Recorder:
         Raises:
             TokenGateError: nothing was run.
         """
+        return self._report(None)
+
+    def reports(self) -> dict[str, SparsityReport]:
+        """The same for each group of positions, with `record(groups=...)`.
+
+        A sample without a position in a group is no sample of its report. A module that was called
+        only with positions of other groups is not in it.
+
+        Raises:
+            TokenGateError: nothing was run.
+        """
+        self._report(None)
+        return {group: self._report(group) for group in self._counts if group is not None}
+
+    def _report(self, group: str | None) -> SparsityReport:
         if not self._counts:
             raise TokenGateError(
                 "nothing was recorded: run the model inside `with tokengate.record(model):`."
@@ -44,8 +69,10 @@ class Recorder:
         modules = {}
         for name, gate in self._gates.items():
             samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
-            if name in self._counts:
-                samples, summed, positions, closed = self._counts[name].tolist()
+            if name in self._counts[group]:
+                samples, summed, positions, closed = self._counts[group][name].tolist()
+            if group is not None and not samples and name in self._counts[None]:
+                continue
             modules[name] = ModuleSparsity(
                 sparsity=summed / samples if samples else float("nan"),
                 samples=int(samples),
@@ -56,6 +83,8 @@ class Recorder:
         return SparsityReport(modules)
 
     def _observe(self, name: str, is_open: Tensor | None, h: Tensor, mask: Tensor | None) -> None:
+        if not torch.compiler.is_compiling() and in_backward():
+            return  # activation checkpointing computes again what was counted in the forward
         with torch.no_grad():
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
@@ -67,20 +96,33 @@ class Recorder:
             # mean as samples of equal length; (C,) is one.
             shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
             closed = ~is_open.reshape(shape if mask is None else mask.shape)
-            # MPS has no float64; its counts are exact up to 2^24.
-            dtype = torch.float32 if h.device.type == "mps" else torch.float64
             real = torch.ones_like(closed) if mask is None else mask != 0
-            counts = real.sum(1, dtype=dtype)
-            closed_counts = (closed & real).sum(1, dtype=dtype)
-            # A sample of padding alone is none.
-            samples = (counts > 0).sum(dtype=dtype)
-            shares = (closed_counts / counts.clamp(min=1)).sum()
-            now = torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
-            self._counts[name] = self._counts[name] + now if name in self._counts else now
+            groups = {} if self._groups is None else self._groups(name, is_open.shape)
+            self._count(None, name, closed, real)
+            for group, inside in groups.items():
+                if isinstance(inside, Tensor):
+                    closed, real = closed.reshape(inside.shape), real.reshape(inside.shape)
+                    inside = inside.to(real.device)
+                self._count(group, name, closed, real & inside)
+
+    def _count(self, group: str | None, name: str, closed: Tensor, real: Tensor) -> None:
+        """Add the `real` positions, `(B, T)` as those that are `closed`, to a group's."""
+        # MPS has no float64; its counts are exact up to 2^24.
+        dtype = torch.float32 if closed.device.type == "mps" else torch.float64
+        counts = real.sum(1, dtype=dtype)
+        closed_counts = (closed & real).sum(1, dtype=dtype)
+        # A sample of padding alone is none.
+        samples = (counts > 0).sum(dtype=dtype)
+        shares = (closed_counts / counts.clamp(min=1)).sum()
+        now = torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
+        so_far = self._counts.setdefault(group, {})
+        so_far[name] = so_far[name] + now if name in so_far else now
 
 
 @contextlib.contextmanager
-def record(model: nn.Module, positions: bool = False) -> Iterator[Recorder]:
+def record(
+    model: nn.Module, positions: bool = False, groups: Groups | None = None
+) -> Iterator[Recorder]:
     """Measure sparsity (eq. 23) of a patched model while it runs:
 
         with tokengate.record(model) as rec:
@@ -94,11 +136,15 @@ def record(model: nn.Module, positions: bool = False) -> Iterator[Recorder]:
     Args:
         model: a patched model.
         positions: also keep S itself, in `rec.positions`; one byte for each position and module.
+        groups: also count apart what this function tells apart, for `rec.reports()`. At each call
+            of a layer it is given the layer's name and the shape of its S, and returns for every
+            group, by name, which positions are in it: a boolean tensor `(B, T)` of as many, True
+            for all of them, or False.
 
     Raises:
         TokenGateError: no layer of the model is patched.
     """
-    recorder = Recorder(model, positions)
+    recorder = Recorder(model, positions, groups)
     added = {}
     try:
         for name, layer in recorder._layers.items():
