@@ -14,6 +14,7 @@ from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearLike, is_linear
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.quantised import blocks_gradients
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
 
@@ -160,6 +161,11 @@ class _Names:
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
                 "run: patch first, then dispatch or hook the model, or exclude it"
+            )
+        if blocks_gradients(module):
+            return (
+                "which quantises its input too, through which torchao passes no gradient to what "
+                "is before it: quantise the weights only, or exclude it"
             )
         if hasattr(module, "modification") or hasattr(module, "gate"):
             return f"a {kind} with its own attribute `modification` or `gate`: exclude it"
