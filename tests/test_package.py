@@ -68,6 +68,8 @@ def test_imports_point_one_way():
         "patterns",
         "gate",
         "factors",
+        "by_name",
+        "quantised",
         "linear_like",
         "modifications",
         "recomputation",

@@ -57,12 +57,12 @@ def _key(layer: LinearLike) -> tuple[object, ...] | None:
     weight = layer.weight
     try:
         owner = weight if weight._base is None else weight._base
-        key = (id(owner), weight._version, weight.dtype, weight.device)
         if is_four_bit(layer):
-            # bitsandbytes moves it into another layout in the middle of a forward, which rounds
-            # its scales; norms that followed would make of DoRA's M = 0 more than that.
-            return key
-        return *key, weight.data_ptr(), weight.shape, weight.stride()
+            # bitsandbytes may move it into another layout in the middle of a forward, and rounds
+            # its scales there: with norms that followed, DoRA would not be a no-op at first.
+            return id(owner), weight._version
+        place = weight.data_ptr(), weight.shape, weight.stride(), weight.device
+        return id(owner), weight._version, weight.dtype, *place
     except RuntimeError:
         # Inference tensors have no version, tensors inside of torch.func transforms no memory.
         return None
