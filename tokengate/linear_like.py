@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tokengate import quantised
 from tokengate.by_name import is_from
+from tokengate.quantised import dequantised_blocks, is_quantised
 
 # To a type checker, Conv1D looks as nn.Linear does.
 LinearLike: TypeAlias = nn.Linear
@@ -41,15 +41,15 @@ def row_blocks(layer: LinearLike) -> Iterator[Tensor]:
     Views of the layer's weight, or one block after the other dequantised, so that there is never
     a whole dense copy of a quantised W0.
     """
-    if quantised.is_quantised(layer):
-        return quantised.row_blocks(layer, _share(features_of(layer)[1]))
+    if is_quantised(layer):
+        return dequantised_blocks(layer, _share(features_of(layer)[1]))
     weight = _dense(layer)
     return iter(torch.split(weight, _share(len(weight))))
 
 
 def product(layer: LinearLike, right: Tensor) -> Tensor:
     """W0 `right`, `(in_features, r) -> (out_features, r)`, computed in the dtype W0 is read in."""
-    if quantised.is_quantised(layer):
+    if is_quantised(layer):
         return torch.cat([block @ right.to(block.dtype) for block in row_blocks(layer)])
     weight = _dense(layer)
     return weight @ right.to(weight.dtype)

@@ -26,7 +26,7 @@ def is_four_bit(layer: nn.Linear) -> bool:
     return is_from(layer, "bitsandbytes", "Linear4bit")
 
 
-def row_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
+def dequantised_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
     """W0 in consecutive blocks of about `rows` rows, `(rows, in_features)`, dequantised one by one.
 
     In the dtype that the library dequantises to. Only for a layer that is quantised and whose rows
