@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def is_from(thing: object, library: str, name: str | None = None) -> bool:
-    """Whether `thing` is an instance of the class `name` of `library`; of any of its classes."""
+def is_from(thing: object, library: str, name: str) -> bool:
+    """Whether `thing` is an instance of the class `name` of `library`."""
     return any(
-        kind.__module__.startswith(f"{library}.") and name in (None, kind.__name__)
+        kind.__name__ == name and kind.__module__.startswith(f"{library}.")
         for kind in type(thing).__mro__
     )
