@@ -70,7 +70,9 @@ def blocks_gradients(layer: nn.Linear) -> bool:
 
 
 def _is_torchao(weight: Tensor) -> bool:
-    # Not by the classes it inherits from, which torch.compile cannot list for a tensor.
+    # torch.compile can neither list the classes that a plain tensor has, nor read their module.
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     return type(weight).__module__.startswith("torchao.")
 
 
