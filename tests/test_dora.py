@@ -95,7 +95,7 @@ def test_a_stale_norm_would_be_seen(layer):
 def test_the_base_norms_are_computed_once(layer, monkeypatch):
     calls = []
     plain = row_squares._squares
-    monkeypatch.setattr(row_squares, "_squares", lambda weight: calls.append(1) or plain(weight))
+    monkeypatch.setattr(row_squares, "_squares", lambda layer: calls.append(1) or plain(layer))
     for _ in range(3):
         layer(torch.randn(3, 6))
     assert calls == []
@@ -103,6 +103,36 @@ def test_the_base_norms_are_computed_once(layer, monkeypatch):
     for _ in range(3):
         layer(torch.randn(3, 6))
     assert calls == [1]
+
+
+class PartOf(nn.Module):
+    """Rows of another layer, whose weight is a view made anew at each use."""
+
+    def __init__(self, layer, start, stop):
+        super().__init__()
+        self.layer, self.rows = [layer], slice(start, stop)
+
+    @property
+    def weight(self):
+        return self.layer[0].weight[self.rows]
+
+
+def test_views_of_one_weight_share_what_is_remembered(monkeypatch):
+    calls = []
+    plain = row_squares._squares
+    monkeypatch.setattr(row_squares, "_squares", lambda layer: calls.append(1) or plain(layer))
+    whole = nn.Linear(6, 5)
+    part, squares = PartOf(whole, 1, 3), row_squares.RowSquares()
+    assert part.weight is not part.weight
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(squares.of(part), whole.weight[1:3].square().sum(1))
+        assert calls == [1]
+        whole.weight[1].mul_(3)
+        torch.testing.assert_close(squares.of(part), whole.weight[1:3].square().sum(1))
+        other = PartOf(whole, 2, 4)  # of the same weight, other rows
+        torch.testing.assert_close(squares.of(other), whole.weight[2:4].square().sum(1))
+    assert calls == [1, 1, 1]
 
 
 def test_loading_where_no_version_is_raised(layer):

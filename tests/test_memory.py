@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
+from allocations import largest_allocation
 from models import away_from_initialisation
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import tokengate
 
@@ -97,14 +97,6 @@ def test_a_method_without_factors_keeps_more():
             return tokengate.LoRA.factors(self, x, w, None).product(w)
 
     assert kept_for_backward(patched(Whole, dropout=0.05)) > LIMITS["lora"]
-
-
-def largest_allocation(step):
-    """Bytes, of all that is allocated while `step` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = profiled.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,6 +15,7 @@ from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
+from tokengate.linear_like import LinearSlice, whole
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
 from tokengate.options import options_by_layer
@@ -22,7 +23,7 @@ from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
 from tokengate.sliced_linear import attach_slice, detach_slice
-from tokengate.slices import LinearSlice, Slices
+from tokengate.slices import Slices
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -95,7 +96,7 @@ def patch(
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
     for name, layer in list(chosen.items()):
-        own = layer.fused if isinstance(layer, LinearSlice) else layer
+        own = whole(layer)
         if any(p is own.weight or p is own.bias for p in trained.values()):
             if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(

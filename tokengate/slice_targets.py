@@ -10,10 +10,10 @@ from torch import nn
 from tokengate.errors import TokenGateError, brief
 from tokengate.fused import known_slices
 from tokengate.gated_linear import Gated
-from tokengate.linear_like import features_of, is_linear
+from tokengate.linear_like import LinearSlice, features_of, is_linear
 from tokengate.patterns import as_patterns, matches, nearest, show
 from tokengate.sliced_linear import Sliced
-from tokengate.slices import LinearSlice, Slices
+from tokengate.slices import Slices
 
 
 def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:

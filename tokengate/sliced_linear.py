@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, attach, detach
+from tokengate.linear_like import LinearSlice
 from tokengate.modifications import Modification
-from tokengate.slices import LinearSlice, Slices
+from tokengate.slices import Slices
 
 
 class Sliced(Swapped):

@@ -1,15 +1,14 @@
-"""Several projections fused in one linear layer, and each of them as a layer of its own."""
+"""How several projections are fused in one linear layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokengate.arguments import count
 from tokengate.errors import TokenGateError
-from tokengate.linear_like import LinearLike, features_of, weight_of
 
 
 class Slices:
@@ -36,6 +35,15 @@ class Slices:
     def out_features(self) -> int:
         """Outputs of all projections together."""
         return self.groups * sum(self.sizes.values())
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where in each group the projection begins, and how many outputs it has there."""
+        before = 0
+        for own, size in self.sizes.items():
+            if own == name:
+                return before, size
+            before += size
+        raise KeyError(name)
 
     def take(self, fused: Tensor, name: str, dim: int = -1) -> Tensor:
         """One projection's part: `(..., out_features) -> (..., groups * size)`, at `dim`.
@@ -69,43 +77,3 @@ class Slices:
     def __repr__(self) -> str:
         groups = "" if self.groups == 1 else f"groups={self.groups}, "
         return f"Slices({groups}{', '.join(f'{n}={size}' for n, size in self.sizes.items())})"
-
-
-class LinearSlice(nn.Module):
-    """One projection of a fused linear layer: `(..., in_features) -> (..., out_features)`.
-
-    It has no parameters of its own: `weight` and `bias` are the fused layer's.
-
-    Args:
-        fused: the layer.
-        slices: what it holds.
-        name: which of them this is.
-    """
-
-    fused: LinearLike
-
-    def __init__(self, fused: LinearLike, slices: Slices, name: str) -> None:
-        super().__init__()
-        # Past nn.Module, which would make the layer a child of its own child.
-        object.__setattr__(self, "fused", fused)
-        self.slices, self.name = slices, name
-        self.training = fused.training
-        self.in_features = features_of(fused)[0]
-        self.out_features = slices.groups * slices.sizes[name]
-
-    @property
-    def weight(self) -> Tensor:
-        """`(out_features, in_features)`; a view, where the rows are in one group."""
-        return self.slices.take(weight_of(self.fused), self.name, 0)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """`(out_features,)`, or None."""
-        return None if self.fused.bias is None else self.slices.take(self.fused.bias, self.name)
-
-    def forward(self, input: Tensor, out: Tensor) -> Tensor:
-        """`out`, which is this projection of `input` as the fused layer computed it."""
-        return out
-
-    def extra_repr(self) -> str:
-        return f"{self.name} of {self.slices}"

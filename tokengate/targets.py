@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 from tokengate.errors import TokenGateError
 from tokengate.experts import stacked_expert
 from tokengate.gated_linear import Gated
-from tokengate.linear_like import LinearLike, is_linear
+from tokengate.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.quantised import blocks_gradients
 from tokengate.slice_targets import (
     check_slices,
     is_new_slice,
@@ -22,7 +23,6 @@ from tokengate.slice_targets import (
     without_parts_of_wholes,
 )
 from tokengate.sliced_linear import Sliced
-from tokengate.slices import LinearSlice
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
 
@@ -57,7 +57,9 @@ def find_targets(
     names.check_experts(targets, excluded)
     chosen: set[nn.Module] = set()
     for label, found in names.matches("targets", targets).items():
-        left = {m for m in found if m not in excluded and getattr(m, "fused", m) not in excluded}
+        left = {
+            m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
+        }
         wanted = sorted(left, key=lambda module: names.first[module])
         if not wanted:
             raise TokenGateError(
@@ -195,6 +197,11 @@ class _Names:
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
                 "run: patch first, then dispatch or hook the model, or exclude it"
+            )
+        if blocks_gradients(module):
+            return (
+                "which quantises its input too, through which torchao passes no gradient to what "
+                "is before it: quantise the weights only, or exclude it"
             )
         if hasattr(module, "modification") or hasattr(module, "gate"):
             return f"a {kind} with its own attribute `modification` or `gate`: exclude it"

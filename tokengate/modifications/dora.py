@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.factors import Factors
-from tokengate.linear_like import is_transposed, weight_of
+from tokengate.linear_like import product, whole
 from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.lora import LoRA
 from tokengate.modifications.registry import register
 from tokengate.modifications.row_squares import RowSquares
 from tokengate.precision import without_autocast
+from tokengate.quantised import unreadable
 
 
 @register("dora")
@@ -26,7 +27,8 @@ class DoRA(LoRA):
 
     c = magnitude / the norm of each row of W0 + scale B A. The norm is a constant in backward
     (section 4.3 there); the bias is never scaled. No matrix of W0's size is made: the norm comes
-    from products of size r, in W0's dtype, and c - 1 = (magnitude - norm) / norm from float32.
+    from products of size r, in W0's dtype, and c - 1 = (magnitude - norm) / norm from float32. A
+    quantised W0 is dequantised a few rows at a time.
 
     Dropout acts on the low-rank path alone. Hugging Face PEFT, in training with dropout, also
     multiplies W0 with the dropped input a second time and takes that for w in the first term;
@@ -43,18 +45,17 @@ class DoRA(LoRA):
         **options: those of LoRA: `rank`, `scale`, `alpha`, `rslora`, `dropout`.
 
     Raises:
-        TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
+        TokenGateError: an option is out of range, or both `scale` and `alpha` are given; W0 is held
+            in a form from which its rows cannot be read.
     """
 
     def __init__(self, linear: nn.Linear, **options: Any) -> None:
         super().__init__(linear, **options)
-        if not linear.weight.is_floating_point():
-            raise TokenGateError(
-                f"DoRA reads W0, which is held as {linear.weight.dtype} here: dequantise the "
-                'layer, or choose method="lora".'
-            )
+        reason = unreadable(whole(linear))
+        if reason is not None:
+            raise TokenGateError(f'DoRA reads W0, which {reason}, or choose method="lora".')
         self._base_squares = RowSquares()
-        self._initial_squares = self._squares_of(linear)
+        self._initial_squares = self._base_squares.of(linear)
         self.magnitude = self.new_parameter(self.out_features)
 
     def reset_parameters(self) -> None:
@@ -92,18 +93,13 @@ class DoRA(LoRA):
 
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
-        weight = weight_of(linear)
         # Autocast would copy all of W0 to 16 bits.
-        with without_autocast(weight.device):
+        with without_autocast(linear.weight.device):
             B = self.scale * self.B
-            cross = (weight @ self.A.to(weight.dtype).T).to(B.dtype)
+            cross = product(linear, self.A.T).to(B.dtype)
             own = B @ (self.A @ self.A.T)
-            squares = self._squares_of(linear) + ((2 * cross + own) * B).sum(1)
+            squares = self._base_squares.of(linear) + ((2 * cross + own) * B).sum(1)
         return squares.clamp(min=0).sqrt()
-
-    def _squares_of(self, linear: nn.Linear) -> Tensor:
-        # Of the parameter itself: a view of it is new every time.
-        return self._base_squares.of(linear.weight, is_transposed(linear))
 
     def forget_base(self) -> None:
         """Compute the row norms of W0 anew in the next forward."""

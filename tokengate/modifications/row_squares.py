@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokengate.linear_like import LinearLike, row_blocks, whole
 from tokengate.precision import trainable_dtype
+from tokengate.quantised import is_four_bit
 
 
 class RowSquares:
-    """||W_j||^2 of every row of the weight it is asked about, `(d, k) -> (d,)`, and remembered.
+    """||W_j||^2 of every row of the W0 of the layer it is asked about, `(d,)`, and remembered.
 
     What is remembered holds for one tensor object, its memory and its version, which every
-    in-place operation raises. PyTorch does not see writes through `weight.data`: call `forget`
+    in-place operation raises; a weight that is a view, made anew at each use, is known by the
+    tensor it is a view of. PyTorch does not see writes through `weight.data`: call `forget`
     after those, and where a module is loaded, cast or moved, which may go that way too.
     """
 
@@ -20,14 +23,14 @@ class RowSquares:
         self._key: tuple[object, ...] | None = None
         self._squares: Tensor | None = None
 
-    def of(self, weight: Tensor, transposed: bool = False) -> Tensor:
-        """In float32, or float64 for a float64 weight; `transposed` for columns, not rows."""
+    def of(self, layer: LinearLike) -> Tensor:
+        """In float32, or float64 for a float64 weight."""
         # A compiled forward keeps no state.
-        key = None if torch.compiler.is_compiling() else _key(weight)
+        key = None if torch.compiler.is_compiling() else _key(layer)
         if key is None:
-            return _squares(weight.T if transposed else weight)
+            return _squares(layer)
         if self._squares is None or self._key != key:
-            self._squares = _squares(weight.T if transposed else weight)
+            self._squares = _squares(layer)
             self._key = key
         return self._squares
 
@@ -40,18 +43,27 @@ class RowSquares:
         return RowSquares, ()
 
 
-def _squares(weight: Tensor) -> Tensor:
+def _squares(layer: LinearLike) -> Tensor:
     with torch.no_grad():
-        dtype = trainable_dtype(weight)
         # Block by block, because what is summed in another dtype is copied to it first.
-        blocks = torch.split(weight, max(1, -(-len(weight) // 16)))
-        norms = [torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]
+        norms = [
+            torch.linalg.vector_norm(block, dim=1, dtype=trainable_dtype(block))
+            for block in row_blocks(layer)
+        ]
         return torch.cat(norms).square()
 
 
-def _key(weight: Tensor) -> tuple[object, ...] | None:
+def _key(layer: LinearLike) -> tuple[object, ...] | None:
+    layer = whole(layer)
+    weight = layer.weight
     try:
-        return id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device
+        owner = weight if weight._base is None else weight._base
+        if is_four_bit(layer):
+            # bitsandbytes may move it into another layout in the middle of a forward, and rounds
+            # its scales there: with norms that followed, DoRA would not be a no-op at first.
+            return id(owner), weight._version
+        place = weight.data_ptr(), weight.shape, weight.stride(), weight.device
+        return id(owner), weight._version, weight.dtype, *place
     except RuntimeError:
         # Inference tensors have no version, tensors inside of torch.func transforms no memory.
         return None

@@ -1,0 +1,26 @@
+"""What a step allocates, as PyTorch's profiler sees it."""
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def largest_allocation(step):
+    """Bytes, of all that is allocated while `step` runs."""
+    return max(_allocations(step))
+
+
+def peak_allocation(step):
+    """Bytes, that are held at once at most while `step` runs."""
+    held = peak = 0
+    for size in _allocations(step):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(step):
+    """Bytes in the order of time, negative where they are given back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
