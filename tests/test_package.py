@@ -63,6 +63,7 @@ def test_imports_point_one_way():
     """A file may import only files above it in this list."""
     order = [
         "errors",
+        "accelerate_hooks",
         "arguments",
         "precision",
         "patterns",

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokengate.accelerate_hooks import check_resident, reroute
 from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
@@ -61,6 +62,8 @@ class Gated(nn.Module):
         out: Tensor = super().forward(input, *args, **kwargs)
         if not self._enabled:
             return out
+        if "_hf_hook" in self.modification.__dict__:
+            check_resident(self.modification)
         w = without_bias(out, self.bias)
         mask = self._mask_of(input)
         at_positions = None if mask is None else mask.reshape(out.shape[:-1])
@@ -89,6 +92,7 @@ class Gated(nn.Module):
             mask = self._memory.settle(input, mask)
         if mask is None:
             return None
+        mask = mask.to(input.device)  # of a model over several devices
         flattened = input.dim() == 2 and len(input) == mask.numel()
         return mask if flattened or input.shape[:-1] == mask.shape else None
 
@@ -135,7 +139,9 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
 
 def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
     """Turn `layer` itself into a gated one."""
-    layer.__class__ = gated_class(type(layer))  # type: ignore[assignment]
+    own_class = type(layer)
+    layer.__class__ = gated_class(own_class)  # type: ignore[assignment]
+    reroute(layer, own_class)
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {**_FRESH, "_memory": MaskMemory()}
@@ -146,7 +152,9 @@ def detach(layer: Gated) -> None:
     del layer._modules["modification"], layer._modules["gate"]
     for name in (*_TRANSIENT, *_FRESH, "_memory"):
         layer.__dict__.pop(name, None)
+    gated = type(layer)
     layer.__class__ = layer._own_class  # type: ignore[assignment]
+    reroute(layer, gated)
 
 
 _GATED: dict[type[nn.Module], type[Gated]] = {nn.Linear: GatedLinear}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tokengate.accelerate_hooks import offloaded_parameters, weights_present
 from tokengate.arguments import finite, non_negative, switch
 from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
@@ -101,21 +102,16 @@ def patch(
         )
 
     own_options = options_by_layer(options, list(chosen))
-    planned = [
-        (
-            layer,
-            build(kind, layer, own_options[name]),
-            TokenGate(
-                tau,
-                penalty,
-                dtype=trainable_dtype(layer.weight),
-                device=layer.weight.device,
-            )
-            if gate
-            else None,
-        )
-        for name, layer in chosen.items()
-    ]
+    planned = []
+    for name, layer in chosen.items():
+        with weights_present(layer):
+            layer_gate = None
+            if gate:
+                weight = layer.weight
+                layer_gate = TokenGate(
+                    tau, penalty, dtype=trainable_dtype(weight), device=weight.device
+                )
+            planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
         attach(layer, modification, layer_gate)
@@ -215,7 +211,13 @@ def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
                 f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
             )
         named |= hits
+    offloaded = offloaded_parameters(model)
     for name, parameter in named.items():
+        if id(parameter) in offloaded:
+            raise TokenGateError(
+                f"train names {name!r}, which is offloaded and replaced in every forward, so that "
+                "it could not be trained: keep it on a device, or drop it."
+            )
         if not parameter.is_floating_point():
             raise TokenGateError(
                 f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
