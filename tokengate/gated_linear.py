@@ -24,7 +24,7 @@ Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
 # What only an active context puts on a layer; a copy made meanwhile does not have it.
 _TRANSIENT = ("_enabled", "_observers")
 # What a layer has from the start, and a copy anew.
-_FRESH = {"_reached": False, "_mask": None, "_others": None}
+_FRESH = {"_reached": False, "_mask": None, "_mask_from": None, "_others": None}
 
 
 class Gated(nn.Module):
@@ -45,9 +45,11 @@ class Gated(nn.Module):
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
     _observers: tuple[Observer, ...] = ()
-    # While a module around it runs that received an attention mask: that mask, (B, T); and in
-    # cross-attention what k and v are made of, with its own mask, and the module that said so.
+    # While a module around it runs that received an attention mask: that mask, (B, T), and what
+    # stands for the module; and in cross-attention what k and v are made of, with its own mask,
+    # and the module that said so.
     _mask: Tensor | None = None
+    _mask_from: object | None = None
     _others: tuple[Tensor, Tensor | None, nn.Module] | None = None
     _memory: MaskMemory
     # Whether it was ever called; not kept in compiled code.

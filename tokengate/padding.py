@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -70,10 +71,13 @@ def _patched(module: nn.Module) -> Iterator[Gated]:
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call = _bind(module.__dict__[_FOLLOWED].parameters, args, kwargs)
+    followed: _Followed = module.__dict__[_FOLLOWED]
+    call = _bind(followed.parameters, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
-            layer._mask = call.mask
+            # What a module around says in two dimensions is made into four inside of it.
+            if not call.inferred or layer._mask is None:
+                layer._mask, layer._mask_from = call.mask, followed
     if call.others is not None:
         for layer in _patched(module):
             # A module inside, which does not receive their mask, is given them once more.
@@ -82,10 +86,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    call = _bind(module.__dict__[_FOLLOWED].parameters, args, kwargs)
+    followed: _Followed = module.__dict__[_FOLLOWED]
+    call = _bind(followed.parameters, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
-            layer._mask = None
+            if layer._mask_from is followed:
+                layer._mask = layer._mask_from = None
     if call.others is not None:
         for layer in _patched(module):
             if layer._others is not None and layer._others[2] is module:
@@ -96,6 +102,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 class _Call:
     first: Tensor | None  # its input
     mask: Tensor | None  # (B, T), of the positions of this very call
+    inferred: bool  # from who attends to whom
     pixels: bool
     others: Tensor | None  # in cross-attention: what k and v are made of
     others_mask: Tensor | None
@@ -113,20 +120,38 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
     states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
     tensors = states or [value for value in args if isinstance(value, Tensor)]
     first = tensors[0] if tensors else None
-    mask = None
+    mask, inferred = None, False
     if not any(name in names for name in _SEVERAL_PARTS):
         mask = _padding(bound.get(_MASK))
         # To the layers of Longformer and LED it is what is added to the scores: 0 where it is real.
         if mask is not None and mask.is_floating_point() and not any(n in names for n in _INPUTS):
             mask = None
+        if mask is None and first is not None and any(bound.get(n) is first for n in _INPUTS):
+            mask, inferred = _attending(bound.get(_MASK), first), True
     if mask is not None and bound.get("past_key_values") is not None and first is not None:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
     others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)
     others_mask = _padding(bound.get("encoder_attention_mask"))
-    return _Call(first, mask, pixels, others, others_mask)
+    return _Call(first, mask, inferred, pixels, others, others_mask)
 
 
 def _padding(mask: Any) -> Tensor | None:
-    # With more dimensions it says who attends to whom, not what is padding.
+    # With more dimensions it says who attends to whom.
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _attending(mask: Any, first: Tensor) -> Tensor | None:
+    """`(B, T)` of a mask `(B or 1, H, T, K)` with which a model of inputs `(B, T, ...)` is called.
+
+    A position that attends to nothing is padding, as on the left of what `generate` gives a model
+    with a static cache. Padding on the right attends to what is before it, and cannot be told.
+    """
+    if isinstance(mask, dict) and mask:  # one for each kind of layer: each attends to itself
+        mask = next(iter(mask.values()))
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == first.shape[1]):
+        return None
+    if mask.is_floating_point():  # added to the scores; a bias may be negative, too
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    real: Tensor = (mask != 0).any(3).any(1)
+    return real.expand(len(first), -1)
