@@ -16,6 +16,7 @@ from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
+from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
 from tokengate.options import options_by_layer
@@ -48,7 +49,7 @@ def patch(
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
     exactly what they did before. A model may be patched again, on other layers and with another
-    method.
+    method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -118,6 +119,7 @@ def patch(
     settle_fast_paths(model)
     follow_masks(model)
     watch(model)
+    warn_of_mixing(model, {layer for layer, *_ in planned})
     return model
 
 
