@@ -75,6 +75,7 @@ def test_imports_point_one_way():
         "recomputation",
         "gated_linear",
         "coverage",
+        "sequence_first",
         "padding",
         "fast_path",
         "owners",

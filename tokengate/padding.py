@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokengate.gated_linear import Gated
+from tokengate.sequence_first import mark_sequence_first
 
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
@@ -27,6 +28,13 @@ _STATES = (*_INPUTS, "hidden_states")
 # receives it in its turn, has the mask's positions.
 _SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
 _OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+# torch's own name it otherwise, and say True where there is padding.
+_TORCH = {
+    nn.TransformerEncoder: "src_key_padding_mask",
+    nn.TransformerEncoderLayer: "src_key_padding_mask",
+    nn.TransformerDecoder: "tgt_key_padding_mask",
+    nn.TransformerDecoderLayer: "tgt_key_padding_mask",
+}
 
 
 @dataclass
@@ -34,18 +42,21 @@ class _Followed:
     """What is kept on a module while it is followed."""
 
     parameters: tuple[str, ...]  # the names of its forward's
+    inverted: str | None  # the one of these that is True where there is padding
     hooks: tuple[RemovableHandle, ...]
 
 
 def follow_masks(model: nn.Module) -> None:
     """Let attention masks reach the gates in `model`, wherever its forwards are entered."""
+    mark_sequence_first(model)
     for module in _holders(model):
         if _FOLLOWED not in module.__dict__:
             hooks = (
                 module.register_forward_pre_hook(_enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             )
-            module.__dict__[_FOLLOWED] = _Followed(_parameters(type(module)), hooks)
+            inverted = next((n for kind, n in _TORCH.items() if isinstance(module, kind)), None)
+            module.__dict__[_FOLLOWED] = _Followed(_parameters(type(module)), inverted, hooks)
 
 
 def unfollow_masks(model: nn.Module) -> None:
@@ -72,7 +83,10 @@ def _patched(module: nn.Module) -> Iterator[Gated]:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     followed: _Followed = module.__dict__[_FOLLOWED]
-    call = _bind(followed.parameters, args, kwargs)
+    if isinstance(module, nn.MultiheadAttention):
+        _enter_attention(module, followed, args, kwargs)
+        return
+    call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
             # What a module around says in two dimensions is made into four inside of it.
@@ -87,7 +101,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     followed: _Followed = module.__dict__[_FOLLOWED]
-    call = _bind(followed.parameters, args, kwargs)
+    if isinstance(module, nn.MultiheadAttention):
+        for layer in _patched(module):
+            if layer._mask_from is followed:
+                layer._mask = layer._mask_from = None
+        return
+    call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
             if layer._mask_from is followed:
@@ -96,6 +115,22 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         for layer in _patched(module):
             if layer._others is not None and layer._others[2] is module:
                 layer._others = None
+
+
+def _enter_attention(
+    module: nn.MultiheadAttention,
+    followed: _Followed,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Its mask is of its keys, which are its queries or not; it tells its own layers apart."""
+    bound = {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
+    mask = _real(bound.get("key_padding_mask"))
+    of_keys = {module._modules.get("k_proj"), module._modules.get("v_proj")}
+    itself = bound.get("query") is bound.get("key")
+    for layer in _patched(module):
+        if (mask is not None) if itself else (layer in of_keys):
+            layer._mask, layer._mask_from = mask, followed
 
 
 @dataclass
@@ -115,7 +150,8 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return ()
 
 
-def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+def _bind(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    names = followed.parameters
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
     tensors = states or [value for value in args if isinstance(value, Tensor)]
@@ -128,9 +164,13 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
             mask = None
         if mask is None and first is not None and any(bound.get(n) is first for n in _INPUTS):
             mask, inferred = _attending(bound.get(_MASK), first), True
+    if followed.inverted is not None:
+        mask = _real(bound.get(followed.inverted))
     if mask is not None and bound.get("past_key_values") is not None and first is not None:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
+    if isinstance(bound.get("target_mapping"), Tensor):  # XLNet's layers see its targets, too
+        mask, pixels = None, True
     others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)
     others_mask = _padding(bound.get("encoder_attention_mask"))
     return _Call(first, mask, inferred, pixels, others, others_mask)
@@ -139,6 +179,14 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
 def _padding(mask: Any) -> Tensor | None:
     # With more dimensions it says who attends to whom.
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _real(mask: Any) -> Tensor | None:
+    """`(B, T)` of torch's `key_padding_mask`: True, or -inf, where there is padding."""
+    padding = _padding(mask)
+    if padding is None or not padding.is_floating_point():
+        return None if padding is None else padding == 0
+    return padding > torch.finfo(padding.dtype).min / 2
 
 
 def _attending(mask: Any, first: Tensor) -> Tensor | None:
