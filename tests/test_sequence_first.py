@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_padding import close_half, patched
+from test_padding import SIZES, close_half, patched
 from torch import nn
 
 import tokengate
@@ -85,6 +85,63 @@ def test_xlnet():
     assert {m.positions for m in rec.report().modules.values()} == {2 * 6 * T}
     tokengate.unpatch(model)
     assert not any("_sequence_first" in module.__dict__ for module in model.modules())
+
+
+def longformer(transformers):
+    config = transformers.LongformerConfig(**SIZES, attention_window=4, pad_token_id=0)
+    return transformers.LongformerModel(config), ["query", "key", "value", "output.dense"]
+
+
+def led(transformers):
+    config = transformers.LEDConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, attention_window=4,
+    )  # fmt: skip
+    return transformers.LEDModel(config), ["query", "key", "value", "encoder.layers.0.fc1"]
+
+
+def fsmt(transformers):
+    config = transformers.FSMTConfig(
+        langs=["a", "b"], src_vocab_size=64, tgt_vocab_size=64, d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    names = [f"encoder.layers.0.self_attn.{name}" for name in names]
+    return transformers.FSMTModel(config), [*names, "encoder.layers.0.fc1", "encoder.layers.0.fc2"]
+
+
+@pytest.mark.parametrize("make", [longformer, led, fsmt])
+def test_layers_that_transformers_calls_sequence_first(make):
+    """What is counted is what the layer's own input says, read the right way round."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, names = make(transformers)
+    model = patched(model, names).float().eval()
+    # Two windows of Longformer's.
+    real = torch.arange(8) < torch.tensor([8, 3, 4, 1, 8, 2, 5, 7])[:, None]
+    ids = torch.randint(3, 64, (8, 8))
+    half_closed(model, ids)
+    inputs = {}
+    layers = tokengate.layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0])
+        )
+    model(ids[:5])  # fewer samples than positions tell which is which
+    first = {name for name, x in inputs.items() if x.shape[:2] == (8, 5)}
+    assert first == {name for name, layer in layers.items() if layer._sequence_first}
+    assert first
+    with torch.no_grad(), tokengate.record(model) as rec:
+        model(ids, attention_mask=real.long())
+    for name, counted in rec.report().modules.items():
+        x, layer = inputs[name], layers[name]
+        w = nn.functional.linear(x, layer.weight)
+        is_open = layer.gate.open_positions(w, layer.modification(x, w))
+        right = (is_open.T if name in first else is_open)[real].sum()
+        assert (counted.samples, counted.positions) == (8, 38), name
+        assert counted.modified == right, name
+        assert 0 < right < 38, name
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -9,8 +9,17 @@ from torch import nn
 
 from tokengate.gated_linear import Gated
 
-# transformers' own models that transpose what they are given; found by running them.
-_TRANSPOSING = ("transformers.models.xlnet.modeling_xlnet.XLNetModel",)
+# Modules of transformers that call all layers inside of them so; found by running them.
+_TRANSPOSING = tuple(
+    f"transformers.models.{name}"
+    for name in (
+        "xlnet.modeling_xlnet.XLNetModel",
+        "fsmt.modeling_fsmt.EncoderLayer",
+        "fsmt.modeling_fsmt.DecoderLayer",
+        "longformer.modeling_longformer.LongformerSelfAttention",
+        "led.modeling_led.LEDEncoderSelfAttention",
+    )
+)
 
 
 def mark_sequence_first(model: nn.Module) -> None:
