@@ -46,6 +46,7 @@ def test_public_names():
         "Factors",
         "GatedLinear",
         "LoRA",
+        "MixedPositionsWarning",
         "Modification",
         "RankAllocator",
         "Slices",
@@ -72,6 +73,7 @@ def test_imports_point_one_way():
     """A file may import only files above it in this list."""
     order = [
         "errors",
+        "accelerate_hooks",
         "arguments",
         "precision",
         "patterns",
@@ -89,10 +91,12 @@ def test_imports_point_one_way():
         "fused",
         "slice_targets",
         "coverage",
+        "sequence_first",
         "padding",
         "fast_path",
         "owners",
         "experts",
+        "mixing",
         "targets",
         "options",
         "patching",

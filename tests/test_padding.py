@@ -177,6 +177,100 @@ def test_a_padded_chunk_after_a_cache():
     assert {m.positions for m in rec.report().modules.values()} == {18 + sum(LENGTHS)}
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generate_with_a_static_cache(attention):
+    """The model itself is called with a mask of four dimensions."""
+    counted = {}
+    ids, mask, _, _ = batch("left")
+    for cache in ("dynamic", "static"):
+        model = llama().eval()
+        model.set_attn_implementation(attention)
+        shapes = set()
+        model.register_forward_pre_hook(
+            lambda m, a, k, shapes=shapes: shapes.add(k["attention_mask"].dim()), with_kwargs=True
+        )
+        with tokengate.record(model) as rec:
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+                cache_implementation=cache, disable_compile=True, pad_token_id=0,
+            )  # fmt: skip
+        assert shapes == {2 if cache == "dynamic" else 4}
+        counted[cache] = {
+            name: (m.samples, m.positions, m.modified, round(m.sparsity, 9))
+            for name, m in rec.report().modules.items()
+        }
+    assert counted["static"] == counted["dynamic"]
+    assert {(samples, positions) for samples, positions, *_ in counted["static"].values()} == {
+        (12, 13 + 3 * 3)
+    }
+    assert all(0 < modified < 22 for _, _, modified, _ in counted["static"].values())
+
+
+def test_generate_with_a_mask_for_each_kind_of_layer():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        **SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = patched(transformers.Gemma3ForCausalLM(config)).eval()
+    ids, mask, _, _ = batch("left")
+    kinds = set()
+    model.register_forward_pre_hook(
+        lambda m, a, k: kinds.add(type(k["attention_mask"])), with_kwargs=True
+    )
+    with tokengate.record(model) as rec:
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            cache_implementation="static", disable_compile=True, pad_token_id=0,
+        )  # fmt: skip
+    assert kinds == {dict}
+    assert {m.positions for m in rec.report().modules.values()} == {13 + 3 * 3}
+
+
+def four_dimensions(kind, allowed, heads=1):
+    """`(B, T, T)` as a mask of one kind."""
+    mask = allowed[:, None].repeat(1, heads, 1, 1)
+    if kind == "bool":
+        return mask
+    lowest = torch.finfo(torch.float64).min if kind == "lowest" else -torch.inf
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, lowest)
+
+
+@pytest.mark.parametrize("kind", ["bool", "lowest", "inf"])
+def test_a_mask_of_four_dimensions_from_the_user(kind):
+    model = llama()
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+
+    def positions(mask, ids=IDS):
+        with tokengate.record(model) as rec:
+            model(ids, attention_mask=mask)
+        (counted,) = {m.positions for m in rec.report().modules.values()}
+        return counted
+
+    # Two documents in one row; padding after them attends to nothing, or to itself.
+    packed = causal.clone()
+    packed[3:, :3] = False
+    assert positions(four_dimensions(kind, packed.expand(3, 6, 6))) == 18
+    packed[4:] = False
+    assert positions(four_dimensions(kind, packed.expand(3, 6, 6))) == 12
+    assert positions(four_dimensions(kind, packed[None])) == 12  # one for the whole batch
+    # What only padding tells apart on the right cannot be told.
+    right = batch("right")[1].bool()
+    assert positions(right.long()) == 13
+    assert positions(four_dimensions(kind, causal & right[:, None])) == 18
+    left = batch("left")[1].bool()
+    assert positions(four_dimensions(kind, causal & left[:, None])) == 13
+
+
+def test_a_bias_of_four_dimensions_masks_nothing():
+    model = llama()
+    distance = torch.arange(6)[:, None] - torch.arange(6)
+    bias = -3.0 * distance.clamp(min=0).double() - 1e4 * (distance < 0)
+    with tokengate.record(model) as rec:
+        model(IDS, attention_mask=(bias - 100).expand(3, 1, 6, 6))
+    assert {m.positions for m in rec.report().modules.values()} == {18}
+
+
 # transformers is renaming it.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])

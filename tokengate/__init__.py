@@ -8,6 +8,7 @@ from tokengate.gate import TokenGate as TokenGate
 from tokengate.gate import token_gate as token_gate
 from tokengate.gated_linear import GatedLinear as GatedLinear
 from tokengate.gated_linear import layers as layers
+from tokengate.mixing import MixedPositionsWarning as MixedPositionsWarning
 from tokengate.modifications import AdaLoRA as AdaLoRA
 from tokengate.modifications import Adapter as Adapter
 from tokengate.modifications import DoRA as DoRA

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from tokengate.accelerate_hooks import reroute
+
 _Swapped = TypeVar("_Swapped", bound="Swapped")
 
 
@@ -26,12 +28,16 @@ class Swapped(nn.Module):
 
 def swap(module: nn.Module, given: type[Swapped]) -> None:
     """Put `given` before the class of `module`: its methods win, `super()` is the module's own."""
-    module.__class__ = swapped_class(given, type(module))
+    before = type(module)
+    module.__class__ = swapped_class(given, before)
+    reroute(module, before)
 
 
 def swap_back(module: Swapped) -> None:
     """Give `module` its own class back."""
+    before = type(module)
     module.__class__ = module._own_class  # type: ignore[assignment]
+    reroute(module, before)
 
 
 _MADE: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokengate.accelerate_hooks import check_trainable
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import Gated, layers, require_layers
 
@@ -51,9 +52,11 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         **kwargs: what its forward takes.
 
     Raises:
-        TokenGateError: a layer is not reached, or a parameter gets no gradient.
+        TokenGateError: a layer is not reached, a parameter gets no gradient, or what is trained was
+            offloaded.
     """
     patched = {n: m for n, m in require_layers(model, "verify").items() if not _is_expert(n)}
+    check_trainable(model)
     with _as_it_was(model):
         for training, gradients in ((False, False), (False, True), (True, True)):
             mode = "training" if training else "evaluation"
@@ -78,6 +81,8 @@ def _report_once(model: nn.Module, args: Any, output: Any) -> None:
     # A compiled forward keeps no state, so that there is nothing to report.
     if torch.compiler.is_compiling():
         return
+    if torch.is_grad_enabled():
+        check_trainable(model)
     unwatch(model)
     missed = [n for n, m in layers(model).items() if not m._reached and not _is_expert(n)]
     if missed:

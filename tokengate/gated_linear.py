@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokengate.accelerate_hooks import check_resident
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
@@ -17,14 +18,17 @@ from tokengate.modifications import Modification
 from tokengate.recomputation import MaskMemory
 
 # What a recorder is told after each call: S, of shape (...), or None where there is no gate; the
-# output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None.
+# output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None. The
+# samples come first, also where the layer has them second.
 Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
 
 
 # What only an active context puts on a layer; a copy made meanwhile does not have it.
 _TRANSIENT = ("_enabled", "_observers")
+# What it may have from `patch` on, and so has a copy.
+_LASTING = ("_memory", "_sequence_first")
 # What a layer has from the start, and a copy anew.
-_FRESH = {"_reached": False, "_mask": None, "_others": None}
+_FRESH = {"_reached": False, "_mask": None, "_mask_from": None, "_others": None}
 
 
 class Gated(Swapped):
@@ -45,11 +49,15 @@ class Gated(Swapped):
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
     _observers: tuple[Observer, ...] = ()
-    # While a module around it runs that received an attention mask: that mask, (B, T); and in
-    # cross-attention what k and v are made of, with its own mask, and the module that said so.
+    # While a module around it runs that received an attention mask: that mask, (B, T), and what
+    # stands for the module; and in cross-attention what k and v are made of, with its own mask,
+    # and the module that said so.
     _mask: Tensor | None = None
+    _mask_from: object | None = None
     _others: tuple[Tensor, Tensor | None, nn.Module] | None = None
     _memory: MaskMemory
+    # Whether its input is (T, B, in_features) instead of (B, T, in_features).
+    _sequence_first: bool = False
     # Whether it was ever called; not kept in compiled code.
     _reached: bool = False
 
@@ -60,9 +68,13 @@ class Gated(Swapped):
         out: Tensor = super().forward(input, *args, **kwargs)
         if not self._enabled:
             return out
+        if "_hf_hook" in self.modification.__dict__:
+            check_resident(self.modification)
         w = without_bias(out, self.bias)
         mask = self._mask_of(input)
-        at_positions = None if mask is None else mask.reshape(out.shape[:-1])
+        at_positions = None
+        if mask is not None:
+            at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
         factors = self.modification.factors(input, w, cast(LinearLike, self))
         is_open: Tensor | None = None
         h: Tensor
@@ -75,12 +87,18 @@ class Gated(Swapped):
             else:
                 is_open = self.gate.open_positions(w, m)
                 h = self.gate(out, m, is_open, at_positions)
+        seen, at = h, is_open
+        if self._sequence_first and h.dim() == 3:
+            seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
         for observe in self._observers:
-            observe(is_open, h, mask)
+            observe(at, seen, mask)
         return h
 
     def _mask_of(self, input: Tensor) -> Tensor | None:
-        """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`."""
+        """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`.
+
+        Of a sequence-first layer, `(T, B, k)`.
+        """
         mask = self._mask
         if self._others is not None and input is self._others[0]:
             mask = self._others[1]
@@ -88,6 +106,9 @@ class Gated(Swapped):
             mask = self._memory.settle(input, mask)
         if mask is None:
             return None
+        mask = mask.to(input.device)  # of a model over several devices
+        if self._sequence_first:
+            return mask if input.shape[:-1] == mask.T.shape else None
         flattened = input.dim() == 2 and len(input) == mask.numel()
         return mask if flattened or input.shape[:-1] == mask.shape else None
 
@@ -141,6 +162,6 @@ def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None
 def detach(layer: Gated) -> None:
     """Turn `layer` back into what it was."""
     del layer._modules["modification"], layer._modules["gate"]
-    for name in (*_TRANSIENT, *_FRESH, "_memory"):
+    for name in (*_TRANSIENT, *_FRESH, *_LASTING):
         layer.__dict__.pop(name, None)
     swap_back(layer)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tokengate.accelerate_hooks import offloaded_parameters, weights_present
 from tokengate.arguments import finite, non_negative, switch
 from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
@@ -16,6 +17,7 @@ from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
 from tokengate.linear_like import LinearSlice, whole
+from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
 from tokengate.options import options_by_layer
@@ -51,7 +53,7 @@ def patch(
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
     exactly what they did before. A model may be patched again, on other layers and with another
-    method.
+    method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -110,21 +112,16 @@ def patch(
         )
 
     own_options = options_by_layer(options, list(chosen))
-    planned = [
-        (
-            layer,
-            build(kind, layer, own_options[name]),
-            TokenGate(
-                tau,
-                penalty,
-                dtype=trainable_dtype(layer.weight),
-                device=layer.weight.device,
-            )
-            if gate
-            else None,
-        )
-        for name, layer in chosen.items()
-    ]
+    planned = []
+    for name, layer in chosen.items():
+        with weights_present(whole(layer)):
+            layer_gate = None
+            if gate:
+                weight = layer.weight
+                layer_gate = TokenGate(
+                    tau, penalty, dtype=trainable_dtype(weight), device=weight.device
+                )
+            planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
         if isinstance(layer, LinearSlice):
@@ -134,6 +131,7 @@ def patch(
     settle_fast_paths(model)
     follow_masks(model)
     watch(model)
+    warn_of_mixing(model, {layer for layer, *_ in planned})
     return model
 
 
@@ -227,7 +225,13 @@ def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
                 f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
             )
         named |= hits
+    offloaded = offloaded_parameters(model)
     for name, parameter in named.items():
+        if id(parameter) in offloaded:
+            raise TokenGateError(
+                f"train names {name!r}, which is offloaded and replaced in every forward, so that "
+                "it could not be trained: keep it on a device, or drop it."
+            )
         if not parameter.is_floating_point():
             raise TokenGateError(
                 f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."

@@ -1,4 +1,4 @@
-"""Trainable parameters keep float32 when their model goes to 16 bits."""
+"""Trainable parameters keep float32 when their model goes to 16 bits or fewer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def trainable_dtype(weight: Tensor) -> torch.dtype:
@@ -25,7 +23,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own tensors stay float32 through `.half()` and `.to(torch.bfloat16)`.
+    """A module whose own tensors stay float32 through `.to(...)` of 16 or 8 bits.
 
     At s = 4e-5 a step, a bfloat16 tau near 0.1 would not move at all: its grid there is
     2^-11 wide. Devices and wider dtypes are followed as usual.
@@ -37,7 +35,8 @@ class KeepsFloat32(nn.Module):
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype in _SIXTEEN_BIT:
+            narrow = moved.is_floating_point() and moved.element_size() < 4
+            if id(tensor) in kept and narrow:
                 return tensor.to(device=moved.device, dtype=torch.float32)
             return moved
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from tokengate.accelerate_hooks import hides_class, offloaded_whole
 from tokengate.errors import TokenGateError
 from tokengate.experts import stacked_expert
 from tokengate.gated_linear import Gated
@@ -102,6 +103,7 @@ class _Names:
                     f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
                 )
+        self.offloaded = offloaded_whole(model)
         # A weight that is also an embedding's.
         self.embedding: dict[int, str] = {
             id(module.weight): name
@@ -193,10 +195,15 @@ class _Names:
             return "which is patched in part already: call tokengate.unpatch(model) first"
         if is_lazy(module.weight):
             return "which has no weight yet: run the model once, then patch, or exclude it"
-        if "forward" in module.__dict__:
+        if hides_class(module):
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
-                "run: patch first, then dispatch or hook the model, or exclude it"
+                "run: patch first, then replace it, or exclude it"
+            )
+        if module in self.offloaded:
+            return (
+                f"which is offloaded with the whole of {self.offloaded[module]!r}, so that its "
+                "modification would be too: offload without preload_module_classes, or exclude it"
             )
         if blocks_gradients(module):
             return (

@@ -1,0 +1,49 @@
+"""Layers that mix tokens or heads: their last dimension is no channels, but their positions are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+
+from torch import nn
+
+_SHOWN = 3
+_TIME_SERIES = "transformers.models.patchtsmixer.modeling_patchtsmixer."
+# In which attributes of an owner they are. By the classes' names, because importing their libraries
+# would cost what most users do not use; found by running them.
+_MIXING = {
+    "timm.models.mlp_mixer.MixerBlock": ("mlp_tokens",),
+    "timm.models.mlp_mixer.ResBlock": ("linear_tokens",),
+    "timm.models.mlp_mixer.SpatialGatingUnit": ("proj",),
+    "timm.models.cait.TalkingHeadAttn": ("proj_l", "proj_w"),
+    f"{_TIME_SERIES}PatchMixerBlock": ("mlp", "gating_block"),
+    f"{_TIME_SERIES}PatchTSMixerChannelFeatureMixerBlock": ("mlp", "gating_block"),
+}
+
+
+class MixedPositionsWarning(UserWarning):
+    """A layer was patched that mixes tokens or heads, so that its positions are no tokens."""
+
+
+def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module]) -> None:
+    """Warn, once for all of them, of those of the `chosen` layers that mix tokens or heads."""
+    found = [
+        f"{name}.{attribute}" if name else attribute
+        for name, owner in model.named_modules()
+        for attribute, part in owner.named_children()
+        if _mixes(owner, attribute) and any(module in chosen for module in part.modules())
+    ]
+    if found:
+        shown = ", ".join(repr(name) for name in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        warnings.warn(
+            f"{shown}{more} mix tokens or heads, so that the gates there decide about channels "
+            "instead of tokens: exclude them unless that is meant.",
+            MixedPositionsWarning,
+            stacklevel=3,
+        )
+
+
+def _mixes(owner: nn.Module, attribute: str) -> bool:
+    classes = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(owner).__mro__)
+    return any(attribute in _MIXING.get(name, ()) for name in classes)
