@@ -25,6 +25,7 @@ from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
 from tokengate.scale_penalty import scale_penalty as scale_penalty
 from tokengate.slices import Slices as Slices
+from tokengate.sparsity_controller import SparsityController as SparsityController
 from tokengate.tau_adam import TauAdam as TauAdam
 
 __version__ = "0.1.0"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.precision import KeepsFloat32
+from tokengate.recomputation import in_backward
+from tokengate.tally import by_sample, tally
 
 
 def token_gate(
@@ -93,9 +95,11 @@ class TokenGate(KeepsFloat32):
     """
 
     tau: nn.Parameter
-    # What `scale_penalty` and a `SparsityController` set, tensors of one element; see `pull`.
-    _unit: Tensor | None
-    _controlled: Tensor | None
+    # What `scale_penalty` and a `SparsityController` set, see `pull`, and what the latter counts.
+    # No buffers: DistributedDataParallel would send one rank's to all others in every forward.
+    _unit: Tensor | None = None
+    _controlled: Tensor | None = None
+    _tally: Tensor | None = None
 
     def __init__(
         self,
@@ -108,8 +112,6 @@ class TokenGate(KeepsFloat32):
         super().__init__()
         self.penalty = penalty
         self.tau = nn.Parameter(torch.full((1,), finite("tau", tau), dtype=dtype, device=device))
-        self.register_buffer("_unit", None, persistent=False)
-        self.register_buffer("_controlled", None, persistent=False)
 
     @property
     def penalty(self) -> float:
@@ -122,10 +124,17 @@ class TokenGate(KeepsFloat32):
 
     def pull(self) -> Tensor | float:
         """What g adds for each open position: lambda, or what controls it, in its unit."""
-        if self._controlled is None:
-            return self._penalty if self._unit is None else self._penalty * self._unit
+        base = self._penalty if self._controlled is None else self._controlled
+        unit = 1.0 if self._unit is None else self._unit
         # A new tensor, because backward may come after the next change.
-        return self._controlled * (1.0 if self._unit is None else self._unit)
+        pulled = base * unit
+        return pulled.to(self.tau.device) if isinstance(pulled, Tensor) else pulled
+
+    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
+        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
+        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
+            with torch.no_grad():
+                self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
 
     def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
         """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""

@@ -92,6 +92,8 @@ class Gated(Swapped):
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
         for observe in self._observers:
             observe(at, seen, mask)
+        if self.training and self.gate is not None and at is not None:
+            self.gate.count(at, mask)
         return h
 
     def _mask_of(self, input: Tensor) -> Tensor | None:

@@ -23,14 +23,14 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own tensors stay float32 through `.to(...)` of 16 or 8 bits.
+    """A module whose own parameters stay float32 through `.to(...)` of 16 or 8 bits.
 
     At s = 4e-5 a step, a bfloat16 tau near 0.1 would not move at all: its grid there is
     2^-11 wide. Devices and wider dtypes are followed as usual.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
-        kept = {id(t) for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))}
+        kept = {id(p) for p in self.parameters(recurse=False)}
         kept |= {id(p.grad) for p in self.parameters(recurse=False) if p.grad is not None}
 
         def keep(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from tokengate.errors import TokenGateError
 from tokengate.gated_linear import require_layers
 from tokengate.recomputation import in_backward
 from tokengate.report import ModuleSparsity, SparsityReport
+from tokengate.tally import by_sample, tally
 
 # Of a layer's name and the shape of its S, for each group by name: which of these positions are in
 # it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
@@ -92,11 +93,7 @@ class Recorder:
                 self.positions.setdefault(name, []).append(is_open.cpu())
             if is_open.numel() == 0:
                 return
-            # (B, ...) is B samples; (N, C) is N samples of one position, which gives the same
-            # mean as samples of equal length; (C,) is one.
-            shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
-            closed = ~is_open.reshape(shape if mask is None else mask.shape)
-            real = torch.ones_like(closed) if mask is None else mask != 0
+            closed, real = by_sample(is_open, mask)
             groups = {} if self._groups is None else self._groups(name, is_open.shape)
             self._count(None, name, closed, real)
             for group, inside in groups.items():
@@ -107,14 +104,7 @@ class Recorder:
 
     def _count(self, group: str | None, name: str, closed: Tensor, real: Tensor) -> None:
         """Add the `real` positions, `(B, T)` as those that are `closed`, to a group's."""
-        # MPS has no float64; its counts are exact up to 2^24.
-        dtype = torch.float32 if closed.device.type == "mps" else torch.float64
-        counts = real.sum(1, dtype=dtype)
-        closed_counts = (closed & real).sum(1, dtype=dtype)
-        # A sample of padding alone is none.
-        samples = (counts > 0).sum(dtype=dtype)
-        shares = (closed_counts / counts.clamp(min=1)).sum()
-        now = torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
+        now = tally(closed, real)
         so_far = self._counts.setdefault(group, {})
         so_far[name] = so_far[name] + now if name in so_far else now
 

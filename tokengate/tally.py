@@ -1,0 +1,32 @@
+"""What eq. 23 counts: of each sample the share of its positions that were left unmodified."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S and a padding mask as which positions are closed and which are real, both `(B, T)`.
+
+    S of shape (B, ...) is that of B samples; (N,) that of N samples of one position, whose mean is
+    that of samples of equal length.
+    """
+    shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
+    closed = ~is_open.reshape(shape if mask is None else mask.shape)
+    return closed, torch.ones_like(closed) if mask is None else mask != 0
+
+
+def tally(closed: Tensor, real: Tensor) -> Tensor:
+    """Samples, the sum of their sparsities, positions, closed positions: `(B, T), (B, T) -> (4,)`.
+
+    Of the real positions alone. Tallies add up.
+    """
+    # MPS has no float64; its counts are exact up to 2^24.
+    dtype = torch.float32 if closed.device.type == "mps" else torch.float64
+    counts = real.sum(1, dtype=dtype)
+    closed_counts = (closed & real).sum(1, dtype=dtype)
+    # A sample of padding alone is none.
+    samples = (counts > 0).sum(dtype=dtype)
+    shares = (closed_counts / counts.clamp(min=1)).sum()
+    return torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
