@@ -1,0 +1,648 @@
+"""Hugging Face's Trainer and Accelerate: everything that training a gate wants, as one callback.
+
+    from tokengate.integrations.trainer import TokenGateCallback
+
+    model = tokengate.patch(model, targets=["q_proj", "v_proj"])
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[TokenGateCallback(s=5e-4)])
+    trainer.train()
+
+The Trainer makes its optimiser, and loads a checkpoint into it, before a callback is asked. So the
+taus stay in that optimiser's groups, which therefore load as they were saved; but at every step
+their gradients are taken out of its sight and given to an Adam of their own. What is taken has
+neither weight decay nor a schedule, whatever the optimiser is and whoever made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, reduce
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import has_length
+
+import tokengate
+from tokengate import AdaLoRA, RankAllocator, TokenGateError
+from tokengate.arguments import count, non_negative, switch
+from tokengate.gated_linear import require_layers
+from tokengate.recording import Recorder
+
+_log = logging.getLogger(__name__)
+
+# A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
+# they are, so that what stands there is in each checkpoint's optimizer.pt and nowhere else.
+_KEY = "tokengate"
+
+# Where gradients are not averaged over processes, or a tau is no tensor of its own.
+_REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+
+
+def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
+    """`tokengate.scale_penalty` by what Accelerate does to gradients; call it before each step:
+
+        for batch in loader:
+            with accelerator.accumulate(model):
+                set_penalty_unit(model, accelerator)
+                accelerator.backward(model(**batch).loss)
+
+    The factor is the number of processes, over which gradients are averaged, times the scale of a
+    GradScaler, without waiting for the device. Accumulation needs none, nor does autocast.
+
+    Args:
+        model: a patched model, before or after `accelerator.prepare`.
+        accelerator: of a single process or of data parallelism.
+
+    Raises:
+        TokenGateError: no layer of the model is patched, or the model is sharded.
+    """
+    _check_not_sharded(accelerator.distributed_type)
+    _set_unit(model, accelerator.num_processes, accelerator.scaler)
+
+
+class TokenGateCallback(TrainerCallback):
+    """Trains the gates of a patched model in any `transformers.Trainer`.
+
+    - tau moves by eq. 18-22 with learning rate alpha * s, constant under any scheduler, without
+      weight decay, whatever `optim` is.
+    - tau's gradient is no part of the norm by which `max_grad_norm` clips the others, and is not
+      clipped. For that, `args.max_grad_norm` is infinite while a step's gradients are computed.
+    - lambda has its unit: tau moves alike on 1 or 8 processes, with 1 or 16 micro-batches, and
+      under a GradScaler, whose skipped steps leave tau and its Adam state as they were.
+    - AdaLoRA layers get their penalty and a `RankAllocator` over `state.max_steps`. The penalty's
+      gradient is added to the loss's before it is clipped, once a step, which is the same as
+      adding the penalty to the loss; the loss that is logged is without it.
+    - Each log of the loss has `sparsity`, `tau_mean`, `tau_min`, `tau_max`, and with AdaLoRA
+      `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
+      all processes. `sparsity` is that of the step that is logged alone, in training mode, with
+      dropout and before its update, because counting at every step would cost time at every step.
+    - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
+      that was never stopped.
+
+    What a callback cannot do is left to `TokenGateTrainer`.
+
+    Args:
+        s: slope of eq. 11, the farthest tau moves in one step; see `tokengate.param_groups`.
+        alpha: learning rate of eq. 22, which multiplies s.
+        betas: Adam's decay rates for tau.
+        eps: of eq. 22.
+        schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
+        orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
+        allocator: options of the `RankAllocator` other than `total_steps`.
+        target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
+        target_warmup: steps before that controller sets in.
+
+    Attributes:
+        allocator: the `RankAllocator`, from the beginning of the training on; or None.
+        controller: the `SparsityController`, likewise.
+
+    Raises:
+        TokenGateError: a number is out of its range. When training begins: the model is not
+            patched; the optimiser lacks a tau or has a group for the taus alone; the model is
+            sharded (FSDP, DeepSpeed); or a checkpoint does not fit the model.
+    """
+
+    def __init__(
+        self,
+        s: float = 4e-5,
+        *,
+        alpha: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        schedule: bool = False,
+        orthogonality: float = 0.1,
+        allocator: Mapping[str, Any] | None = None,
+        target_sparsity: float | None = None,
+        target_warmup: int = 0,
+    ) -> None:
+        # Made for its checks alone: tau's numbers are wrong here and not after an hour.
+        tokengate.TauAdam([torch.zeros(1)], non_negative("s", s), alpha, betas, eps)
+        self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        self._schedule = switch("schedule", schedule)
+        self._weight = non_negative("orthogonality", orthogonality)
+        self._allocation = dict(allocator or {})
+        self._target = target_sparsity
+        self._target_warmup = count("target_warmup", target_warmup, least=0)
+        self.allocator: RankAllocator | None = None
+        self.controller: Any = None
+        self._steps: _TauSteps | None = None
+        self._others: list[nn.Parameter] = []
+        self._factors: list[nn.Parameter] = []
+        self._max_norm: float | None = None
+        self._norm: Tensor | None = None
+        self._distance: Tensor | None = None
+        self._training, self._evaluation = _Recording(), _Recording()
+        self._warned = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Take the taus over, from the beginning or from where a checkpoint left them."""
+        self._end()
+        model, optimizer = context["model"], context["optimizer"]
+        patched = require_layers(model, "TokenGateCallback")
+        _check_not_sharded(AcceleratorState().distributed_type)
+        base = _unwrapped(optimizer)
+        steps = _TauSteps(model, base, self._numbers, self._schedule)
+        saved: dict[str, Any] = _state_of(base).get(_KEY, {})
+        resumed = state.global_step > 0
+        if resumed and not saved:
+            raise TokenGateError(
+                f"training is resumed at step {state.global_step} from a checkpoint whose "
+                "optimizer state has nothing of TokenGateCallback: resume from one that was saved "
+                "with it and without save_only_model."
+            )
+        if saved:
+            steps.load(saved["taus"], exactly=resumed)
+        modifications = [layer.modification for layer in patched.values()]
+        adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
+        self.allocator = self.controller = None
+        self._steps = steps
+        try:
+            if adalora:
+                self.allocator = RankAllocator(
+                    model, base, total_steps=state.max_steps, **self._allocation
+                )
+            if self._target is not None:
+                self.controller = _controller()(
+                    model, base, self._target, warmup_steps=self._target_warmup
+                )
+            for name, part in steps.others(self.allocator, self.controller).items():
+                if resumed:
+                    if name not in saved:
+                        raise TokenGateError(
+                            f"the checkpoint at step {state.global_step} has no state of the "
+                            f"{name}: resume with the options that the run was started with."
+                        )
+                    part.load_state_dict(saved[name])
+        except BaseException:
+            self._end()
+            raise
+        taus = {id(tau) for tau in steps.taus.values()}
+        held = [p for group in base.param_groups for p in group["params"]]
+        self._others = [p for p in held if id(p) not in taus]
+        self._factors = [p for m in adalora for p in (m.P, m.Q)] if self._weight else []
+        steps.attach()
+        _set_unit(model, args.world_size)
+        if args.eval_on_start:
+            self._evaluation.start(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Before the first micro-batch of a step."""
+        self._evaluation.drop()
+        # Infinite, not 0: the Trainer still unscales a GradScaler's gradients for their norm.
+        if args.max_grad_norm and args.max_grad_norm != math.inf:
+            self._max_norm, args.max_grad_norm = args.max_grad_norm, math.inf
+        scaler = getattr(context["optimizer"], "scaler", None)
+        if scaler is not None:
+            _set_unit(context["model"], args.world_size, scaler)
+        if _will_be_logged(args, state, context.get("train_dataloader")):
+            self._training.start(context["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """After the last micro-batch, with gradients summed up, averaged and unscaled."""
+        self._training.stop()
+        if self._factors:
+            distance = tokengate.orthogonality(context["model"])
+            gradients = torch.autograd.grad(self._weight * distance, self._factors)
+            for factor, gradient in zip(self._factors, gradients, strict=True):
+                factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+            self._distance = distance.detach()
+        self._norm = None
+        if self._max_norm is not None:
+            self._norm = nn.utils.clip_grad_norm_(self._others, self._max_norm)
+            args.max_grad_norm, self._max_norm = self._max_norm, None
+        if self._steps is not None:
+            self._steps.seen = False
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """After the optimiser's step."""
+        optimizer = context["optimizer"]
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if self._steps is not None and not self._steps.seen and not skipped:
+            raise TokenGateError(
+                f"{type(_unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
+                "that tau never moves: train with an optimizer whose step() updates the parameters."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Evaluation comes next, if it comes."""
+        if control.should_evaluate:
+            self._evaluation.start(context["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Evaluation comes next, if it comes."""
+        if control.should_evaluate:
+            self._evaluation.start(context["model"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Add what `TokenGateTrainer` has not added before."""
+        added = self.add_to(context["logs"], context["model"], args.world_size)
+        if not added:
+            return
+        if state.log_history:
+            state.log_history[-1].update(added)
+        if args.report_to and not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s were told a log before TokenGateCallback could add sparsity and tau to it: "
+                "use TokenGateTrainer, or report_to='none'.",
+                ", ".join(args.report_to),
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Another data set may be evaluated at once, while training runs."""
+        self._evaluation.drop()
+        if self._steps is not None:
+            self._evaluation.start(context["model"])
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **context: Any,
+    ) -> None:
+        """`Trainer.predict` logs nothing: its metrics are added to here."""
+        if self._evaluation.runs:
+            self.add_to(metrics, context["model"], args.world_size)
+        self._evaluation.drop()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Give the optimiser back, with the state that a later training goes on from."""
+        self._end()
+        tokengate.scale_penalty(context["model"], 1)
+
+    def start_evaluation(self, model: Any) -> None:
+        """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
+        self._evaluation.start(model)
+
+    def add_to(self, logs: dict[str, Any], model: Any, processes: int) -> dict[str, float]:
+        """Add to `logs` what belongs there, once, and return that.
+
+        Called by every process, with the same keys, if there are several.
+        """
+        added: dict[str, float] = {}
+        prefix = _evaluated(logs)
+        if prefix and f"{prefix}_sparsity" not in logs:
+            added |= _sparsity(f"{prefix}_sparsity", self._evaluation.take(), model, processes)
+        elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
+            added |= _sparsity("sparsity", self._training.take(), model, processes)
+            added |= self._steps.statistics()
+            if self._norm is not None and "grad_norm" in logs:
+                added["grad_norm"] = self._norm.item()
+            if self._distance is not None:
+                added["orthogonality"] = self._distance.item()
+        logs.update(added)
+        return added
+
+    def _end(self) -> None:
+        if self._steps is not None:
+            self._steps.detach()
+            for part in (self.allocator, self.controller):
+                if part is not None:
+                    part.detach()
+        self._training.drop()
+        self._evaluation.drop()
+        self._steps = None
+
+
+class TokenGateTrainer(Trainer):
+    """What `TokenGateCallback` cannot do from inside a callback; it needs one:
+
+        trainer = TokenGateTrainer(model, args, callbacks=[TokenGateCallback(s=5e-4)])
+
+    TensorBoard and the other reporters are told of a log before any callback of the user's, and
+    `evaluate` and `predict` outside of a training announce themselves to nobody. Here the reporters
+    get sparsity and tau, too, and both have a `*_sparsity` among their metrics. For another kind of
+    Trainer: `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
+
+    Raises:
+        TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
+    """
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        self._callback()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, counted."""
+        self._callback().start_evaluation(self.model)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with sparsity and tau."""
+        self._callback().add_to(logs, self.model, self.args.world_size)
+        super().log(logs, *args, **kwargs)
+
+    def _callback(self) -> TokenGateCallback:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TokenGateCallback):
+                return callback
+        raise TokenGateError(
+            "a TokenGateTrainer was given no TokenGateCallback: pass "
+            "callbacks=[TokenGateCallback(s=...)]."
+        )
+
+
+class _TauSteps:
+    """Moves the taus whenever the optimiser that holds them takes a step, in its place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        numbers: dict[str, Any],
+        schedule: bool,
+    ) -> None:
+        gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
+        self.taus: dict[str, nn.Parameter] = {
+            name: gate.tau
+            for name, gate in gates.items()
+            if gate is not None and gate.tau.requires_grad
+        }
+        self._optimizer = optimizer
+        self.seen = True
+        self._taken: dict[nn.Parameter, Tensor] = {}
+        self._parts: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+        self._group = self._holder(numbers)
+        self._adam: torch.optim.Adam | None = None
+        if self.taus:
+            group = tokengate.param_groups(model, lr=0.0, **numbers)[-1]
+            self._lr = group["lr"]
+            self._adam = torch.optim.Adam([group])
+            if schedule and not self._group.get("initial_lr"):
+                raise TokenGateError(
+                    "schedule=True was asked with a scheduler that keeps no initial_lr above 0 in "
+                    "the optimizer's groups: drop it, or use another lr_scheduler_type."
+                )
+        self._schedule = schedule
+
+    def others(self, allocator: Any, controller: Any) -> dict[str, Any]:
+        """What else has a state in the checkpoint, by its key there."""
+        parts = {"allocator": allocator, "controller": controller}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        return self._parts
+
+    def attach(self) -> None:
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_state_dict_pre_hook(self._write),
+        ]
+
+    def detach(self) -> None:
+        if self._hooks:
+            self._write(self._optimizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def statistics(self) -> dict[str, float]:
+        """Where the taus are, with one transfer from their device."""
+        if not self.taus:
+            return {}
+        first = next(iter(self.taus.values())).device
+        taus = torch.cat([tau.detach().to(first) for tau in self.taus.values()]).tolist()
+        return {"tau_mean": sum(taus) / len(taus), "tau_min": min(taus), "tau_max": max(taus)}
+
+    def load(self, saved: dict[str, dict[str, Tensor]], exactly: bool) -> None:
+        """Go on from what `_write` left; `exactly` where the model was loaded with it."""
+        for name in sorted(saved.keys() | self.taus.keys()):
+            if name not in saved or name not in self.taus:
+                where = "the checkpoint" if name in saved else "the model"
+                raise TokenGateError(
+                    f"{where} alone has a trainable tau in {name!r}: patch the model as it was "
+                    "patched when the checkpoint was saved."
+                )
+        for name, tau in self.taus.items():
+            state = dict(saved[name])
+            value = state.pop("tau").to(tau)
+            if exactly and not torch.equal(value, tau.detach()):
+                raise TokenGateError(
+                    f"tau of {name!r} is {tau.item():g} in the model and {value.item():g} in the "
+                    "checkpoint's optimizer state: let the Trainer load model and optimizer from "
+                    "one checkpoint, into a model patched as it was."
+                )
+            if self._adam is not None and state:
+                step = state.pop("step").clone()
+                moments = {k: v.to(tau, copy=True) for k, v in state.items()}
+                self._adam.state[tau] = {"step": step, **moments}
+
+    def _holder(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """The optimiser's group that the taus are in, or the first of these."""
+        own = {id(tau) for tau in self.taus.values()}
+        groups = [{id(p) for p in group["params"]} for group in self._optimizer.param_groups]
+        held = set().union(*groups)
+        for name, tau in self.taus.items():
+            # DTensors are told by what they have, so that their import is not paid for.
+            if id(tau) not in held or hasattr(tau, "placements"):
+                state = "sharded" if id(tau) in held else "not held by the Trainer's optimizer"
+                raise TokenGateError(
+                    f"tau of {name!r} is {state}: patch the model before the optimizer is made, "
+                    "and use neither FSDP nor tensor parallelism."
+                )
+        for group, ids in zip(self._optimizer.param_groups, groups, strict=True):
+            if ids and ids <= own and len(held) > len(own):
+                raise TokenGateError(
+                    f"the Trainer was given an optimizer with a group of taus alone, at learning "
+                    f"rate {float(group['lr']):g}, and TokenGateCallback(s={numbers['s']:g}) moves "
+                    "the taus itself: make it from the model's parameters, or leave it to the "
+                    "Trainer."
+                )
+        for hook in getattr(self._optimizer, "_optimizer_step_pre_hooks", {}).values():
+            if isinstance(getattr(hook, "__self__", None), _TauSteps):
+                raise TokenGateError(
+                    "the Trainer has two TokenGateCallbacks, which would both move the taus: pass "
+                    "one."
+                )
+        pairs = zip(self._optimizer.param_groups, groups, strict=True)
+        return next((group for group, ids in pairs if ids & own), {})
+
+    def _before_step(self, *_: Any) -> None:
+        self.seen = True
+        # A step that calls its parent class's is announced twice.
+        taken = {tau: tau.grad for tau in self.taus.values() if tau.grad is not None}
+        if not taken or self._adam is None:
+            return
+        if not self._skipped():
+            if self._schedule:
+                now = float(self._group["lr"]) / float(self._group["initial_lr"])
+                self._adam.param_groups[0]["lr"] = self._lr * now
+            # A fused optimiser is stepped by a GradScaler on scaled gradients.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if scale is not None:
+                for tau, gradient in taken.items():
+                    tau.grad = gradient / scale.to(gradient.device)
+            self._adam.step()
+        self._taken = taken
+        for tau in taken:
+            tau.grad = None
+
+    def _after_step(self, *_: Any) -> None:
+        # For whoever looks at gradients after the step.
+        for tau, gradient in self._taken.items():
+            tau.grad = gradient
+        self._taken = {}
+
+    def _skipped(self) -> bool:
+        # Told to fused optimisers alone; the others are not stepped when a step is skipped.
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found > 0)
+
+    def _write(self, optimizer: torch.optim.Optimizer) -> None:
+        taus = {}
+        for name, tau in self.taus.items():
+            state = self._adam.state[tau] if self._adam is not None else {}
+            taus[name] = {"tau": tau.detach().clone(), **state}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        _state_of(optimizer)[_KEY] = {"taus": taus, **parts}
+
+
+class _Recording:
+    """A `tokengate.record` that begins in one event and ends in another."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._recorder: Recorder | None = None
+        self.runs = False
+
+    def start(self, model: nn.Module) -> None:
+        if not self.runs:
+            self._recorder = self._stack.enter_context(tokengate.record(model))
+            self.runs = True
+
+    def stop(self) -> None:
+        self._stack.close()
+        self.runs = False
+
+    def drop(self) -> None:
+        self.stop()
+        self._recorder = None
+
+    def take(self) -> Recorder | None:
+        """What was recorded up to here; nothing of it is taken again."""
+        recorder = self._recorder
+        self.drop()
+        return recorder
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TokenGateError(
+            f"TokenGateCallback found a {type(optimizer).__name__} as the Trainer's optimizer: use "
+            "one of torch.optim's kind."
+        )
+    return optimizer
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """Its `state`, whose type says that it has parameters for keys alone."""
+    return optimizer.state
+
+
+def _check_not_sharded(kind: DistributedType) -> None:
+    if str(kind.value) in _REFUSED:
+        raise TokenGateError(
+            f"the model is trained under {kind.value}, where a tau is no parameter of its own or "
+            "its gradient not an average over processes: use data parallelism."
+        )
+
+
+def _set_unit(model: nn.Module, processes: int, scaler: Any = None) -> None:
+    if scaler is None or not scaler.is_enabled():
+        tokengate.scale_penalty(model, float(processes))
+        return
+    # As a tensor: get_scale() would wait for the device.
+    device = next(model.parameters()).device
+    tokengate.scale_penalty(model, scaler.scale(torch.full((), float(processes), device=device)))
+
+
+def _controller() -> Any:
+    found = getattr(tokengate, "SparsityController", None)
+    if found is None:
+        raise TokenGateError(
+            f"target_sparsity was asked of tokengate {tokengate.__version__}, which has no "
+            "SparsityController: drop it, or install a later version."
+        )
+    return found
+
+
+def _will_be_logged(args: Any, state: Any, loader: Any) -> bool:
+    """Whether the Trainer is going to log after the step that begins."""
+    step = state.global_step + 1
+    if args.logging_strategy == "steps":
+        first = step == 1 and args.logging_first_step
+        return bool(first or step % state.logging_steps == 0)
+    if args.logging_strategy != "epoch" or not has_length(loader):
+        return False
+    per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+    return bool(step % per_epoch == 0 or step == state.max_steps)
+
+
+def _evaluated(logs: Mapping[str, Any]) -> str | None:
+    """The prefix of an evaluation's metrics, or None if these are not an evaluation's."""
+    prefixes = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]
+    return prefixes[0] if prefixes and prefixes[0] != "train" else None
+
+
+def _sparsity(
+    key: str, recorder: Recorder | None, model: nn.Module, processes: int
+) -> dict[str, float]:
+    """Eq. 23 over all processes: averaged over samples, then over the modules that were called."""
+    if recorder is None:
+        return {}
+    counts = torch.tensor(list(_counts(recorder, model)), dtype=torch.float64)
+    if processes > 1:
+        device = next(model.parameters()).device
+        counts = reduce(counts.to(device), reduction="sum").cpu()
+    samples, summed = counts[counts[:, 0] > 0].unbind(1)
+    return {key: (summed / samples).mean().item()} if len(samples) else {}
+
+
+def _counts(recorder: Recorder, model: nn.Module) -> Iterator[tuple[float, float]]:
+    """For every layer its samples and their summed sparsity."""
+    try:
+        modules = recorder.report().modules
+    except TokenGateError:  # this process had nothing to run
+        modules = {}
+    for name in tokengate.layers(model):
+        module = modules.get(name)
+        if module is None or module.samples == 0:
+            yield 0.0, 0.0
+        else:
+            yield module.samples, module.samples * module.sparsity

@@ -1,0 +1,668 @@
+"""Hugging Face's Trainer and Accelerate: the callback's promises, each against a run without it."""
+
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tokengate
+from tokengate import TokenGateError
+
+transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
+accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
+
+import trainer_runs as runs
+from accelerate.state import AcceleratorState, GradientState
+from trainer_runs import Halt, language_model, resumable, taus, trainer
+
+from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, set_penalty_unit
+
+SCRIPT = pathlib.Path(runs.__file__)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerate():
+    """Accelerate keeps one state for the whole process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def values(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def trained(*args, **kwargs):
+    made, path = trainer(*args, **kwargs)
+    made.train()
+    return made, path.stacked()
+
+
+def environment(**more):
+    """For a process of its own: the tests' modules, and as many threads as here."""
+    return {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **more}
+
+
+# tau's own learning rate, without decay, schedule and clipping
+
+
+def by_hand(s, steps=8, scheduled=None):
+    """The same training as plain PyTorch: tau by `TauAdam`, the rest by AdamW under a schedule."""
+    model = language_model().train()
+    gates = [layer.gate.tau for layer in tokengate.layers(model).values()]
+    decayed = [p for p in model.parameters() if p.requires_grad and p.numel() > 1]
+    optimizer = torch.optim.AdamW(decayed, lr=1e-2, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    own, path = tokengate.TauAdam(gates, s=s), []
+    made, _ = trainer("unused", model)
+    for _, batch in zip(range(steps), made.get_train_dataloader(), strict=False):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(decayed, 1.0)
+        if scheduled:
+            own.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] / 1e-2
+        optimizer.step(), own.step()
+        schedule.step(), model.zero_grad()
+        path.append(taus(model))
+    return values(model), torch.stack(path)
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_it_is_the_plain_loop(tmp_path, schedule):
+    callback = TokenGateCallback(s=5e-3, schedule=schedule)
+    made, path = trained(tmp_path, callback=callback)
+    expected, expected_path = by_hand(5e-3, scheduled=schedule)
+    other, _ = by_hand(5e-3, scheduled=not schedule)
+    torch.testing.assert_close(path, expected_path, rtol=0, atol=1e-6)
+    found = values(made.model)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
+        if name.endswith("tau"):
+            assert (other[name] - value).abs() > 1e-3
+    assert made.args.max_grad_norm == 1.0
+
+
+def test_the_trainer_alone_does_otherwise(tmp_path):
+    """Tau decayed, at the adapters' learning rate, and in the norm that clips them."""
+    expected, _ = by_hand(5e-3)
+    made, _ = trained(tmp_path, callback=False)
+    found = values(made.model)
+    assert all((found[n] - expected[n]).abs() > 1e-2 for n in found if n.endswith("tau"))
+
+
+def test_tau_s_gradient_shrinks_nobody_s(tmp_path):
+    """A lambda of 10 makes tau's gradient thousands of times the others'."""
+
+    class Norms(transformers.TrainerCallback):
+        def __init__(self):
+            self.adapters = []
+
+        def on_pre_optimizer_step(self, args, state, control, **context):
+            parameters = dict(context["model"].named_parameters()).items()
+            grads = [p.grad for n, p in parameters if n.endswith("A") and p.grad is not None]
+            self.adapters.append(torch.nn.utils.get_total_norm(grads).item())
+            self.tau = max(p.grad.abs().item() for n, p in parameters if n.endswith("tau"))
+
+    norms = {}
+    for callback in (None, False):
+        for penalty in (0.0, 10.0):
+            seen = Norms()
+            model = language_model(tau=-1.0, penalty=penalty)
+            made, _ = trained(tmp_path, model, callback, more=[seen], max_steps=1, logging_steps=1)
+            norms[callback, penalty] = seen.adapters[0]
+            if callback is None:
+                logged = made.state.log_history[0]["grad_norm"]
+                assert (seen.tau > 100) == (penalty > 0)
+                assert logged < 10
+    assert norms[None, 10.0] == pytest.approx(norms[None, 0.0], rel=1e-5) > 0
+    assert norms[False, 10.0] < 0.1 * norms[False, 0.0]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
+def test_any_optimizer(tmp_path, optim):
+    made, path = trained(tmp_path, optim=optim, max_steps=3)
+    # Adam's first step is s, whatever the gradient.
+    start = taus(language_model())
+    torch.testing.assert_close((path[0] - start).abs(), torch.full_like(start, 5e-3))
+    assert not any(
+        made.optimizer.state.get(layer.gate.tau) for layer in tokengate.layers(made.model).values()
+    )
+
+
+# The unit of lambda
+
+
+def test_micro_batches(tmp_path):
+    _, whole = trained(tmp_path, per_device_train_batch_size=8)
+    for batch, parts in ((2, 4), (1, 8)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts}
+        _, ours = trained(tmp_path, **options)
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
+    assert (whole[-1] - whole[0]).abs().max() > 0.02
+    _, other = trained(tmp_path, language_model(penalty=1e-2), per_device_train_batch_size=8)
+    assert (other - whole).abs().max() > 1e-3, "lambda counts"
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, tmp_path],
+            env=environment(**common, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true"),
+        )
+        for rank in ("0", "1")
+    ]
+    one, expected = trained(tmp_path, per_device_train_batch_size=4)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    ours, without = torch.tensor(found[0]["True"]), torch.tensor(found[0]["False"])
+    assert (without - expected).abs().max() > 1e-4
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    logged = [entry["sparsity"] for entry in one.state.log_history if "sparsity" in entry]
+    assert found[0]["sparsity True"] == pytest.approx(logged, abs=1e-9)
+
+
+class Scaled(transformers.Trainer):
+    """float16 with a GradScaler on the CPU, which Accelerate itself reserves for GPUs."""
+
+    scale, growth = 2.0**12, 2000
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", self.scale, 2.0, 0.5, self.growth)
+
+
+class Huge(Scaled):
+    scale = 2.0**60
+
+
+def test_16_bit_follows_float32(tmp_path):
+    # Off the first steps' signs, which Adam makes much of, tau follows the gradients' sizes.
+    _, expected = trained(tmp_path)
+    travelled = (expected[-1] - expected[0]).abs().max()
+    for options in ({"bf16": True}, {"kind": Scaled}):
+        _, ours = trained(tmp_path, **options)
+        assert not torch.equal(ours, expected)
+        assert (ours - expected).abs().max() < 0.05 * travelled, options
+        AcceleratorState._reset_state(True)
+
+
+def test_the_scaler_s_unit_is_needed(tmp_path, monkeypatch):
+    _, expected = trained(tmp_path, kind=Scaled)
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(tokengate, "scale_penalty", lambda model, factor: None)
+    _, without = trained(tmp_path, kind=Scaled)
+    assert (without - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_skipped_steps_leave_tau_alone(tmp_path, optim):
+    class States(transformers.TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step_end(self, args, state, control, **context):
+            every = context["optimizer"].state_dict()["state"]["tokengate"]["taus"]
+            self.seen.append(copy.deepcopy(every))
+
+    class Scales(transformers.TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step_begin(self, args, state, control, **context):
+            self.seen.append(context["optimizer"].scaler.get_scale())
+
+    states, scales = States(), Scales()
+    made, _ = trained(
+        tmp_path, kind=Huge, more=[states, scales], max_steps=60, optim=optim, logging_steps=60
+    )
+    skipped = [now < before for before, now in zip(scales.seen, scales.seen[1:], strict=False)]
+    assert 5 < sum(skipped) < 55
+    start = taus(language_model())
+    moments = 0
+    for index, was_skipped in enumerate(skipped):
+        now, before = states.seen[index], states.seen[index - 1] if index else None
+        for layer, (name, state) in enumerate(now.items()):
+            old = before[name] if before else {"tau": start[layer : layer + 1]}
+            same = all(torch.equal(state[key], value) for key, value in old.items())
+            assert same == was_skipped, (index, name)
+            moments += len(old) == 4
+            assert all(bool(value.isfinite().all()) for value in state.values())
+    assert moments
+
+
+# Checkpoints
+
+
+def test_killed_and_resumed_bit_for_bit(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, tmp_path / "killed", "--halt", "10"],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    ) as process:
+        whole = resumable(tmp_path / "whole")
+        whole.train()
+        assert process.stdout.readline() == "halted\n"
+        process.kill()
+    assert process.returncode == -9
+    assert max(path.name for path in (tmp_path / "killed").iterdir()) == "checkpoint-9"
+
+    resumed = resumable(tmp_path / "killed")
+    loads = []
+    load = torch.nn.Module.load_state_dict
+
+    def watched(self, *args, **kwargs):
+        loads.append(load(self, *args, **kwargs))
+        return loads[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "load_state_dict", watched)
+        resumed.train(resume_from_checkpoint=True)
+    assert [(x.missing_keys, x.unexpected_keys) for x in loads] == [([], [])]
+
+    expected, found = values(whole.model), values(resumed.model)
+    assert expected.keys() == found.keys()
+    start = values(language_model("adalora", target_rank=2))
+    moved = [name for name in expected if not torch.equal(expected[name], start[name])]
+    assert {name.rsplit(".", 1)[1] for name in moved} == {"P", "E", "Q", "tau"}
+    for name, value in expected.items():
+        assert value.dtype == found[name].dtype == torch.float32
+        assert torch.equal(found[name], value), name
+    callbacks = [
+        next(c for c in made.callback_handler.callbacks if isinstance(c, TokenGateCallback))
+        for made in (whole, resumed)
+    ]
+    assert callbacks[0].allocator.ranks == callbacks[1].allocator.ranks
+    assert sum(callbacks[0].allocator.ranks.values()) == 12
+
+
+@pytest.mark.parametrize("lost", ["moments", "allocator"])
+def test_without_their_state_a_resumed_run_ends_elsewhere(tmp_path, monkeypatch, lost):
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **context):
+            control.should_training_stop = state.global_step == 9
+
+    resumable(tmp_path, more=[Stop()]).train()
+    resumable(tmp_path / "not used")
+    if lost == "moments":
+        load = runs.tokengate.integrations.trainer._TauSteps.load
+        monkeypatch.setattr(
+            "tokengate.integrations.trainer._TauSteps.load",
+            lambda self, saved, exactly: load(
+                self, {n: {"tau": x["tau"]} for n, x in saved.items()}, exactly
+            ),
+        )
+    else:
+        monkeypatch.setattr(tokengate.RankAllocator, "load_state_dict", lambda self, state: None)
+    resumed = resumable(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    monkeypatch.undo()
+    again = resumable(tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    expected, found = values(again.model), values(resumed.model)
+    kind = "tau" if lost == "moments" else "E"
+    assert any(not torch.equal(found[n], expected[n]) for n in found if n.endswith(kind))
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    trained(tmp_path / "with", **saving)
+    trained(tmp_path / "without", callback=False, **saving)
+    for folder, options, message in (
+        ("without", {}, "has nothing of TokenGateCallback"),
+        (
+            "with",
+            {"callback": TokenGateCallback(target_sparsity=0.5)},
+            "no state of the controller",
+        ),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokengate, "SparsityController", Controller, raising=False)
+            made, _ = trainer(tmp_path / folder, **options, **saving)
+            with pytest.raises(TokenGateError, match=message):
+                made.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-4"))
+            assert not hooks(made.optimizer)
+
+    made, _ = trainer(tmp_path / "with", **saving)
+    made._load_from_checkpoint = lambda folder: None
+    with pytest.raises(TokenGateError, match="let the Trainer load model and optimizer from one"):
+        made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-4"))
+
+
+def hooks(optimizer):
+    base = optimizer.optimizer
+    return [
+        *base._optimizer_step_pre_hooks.values(),
+        *base._optimizer_step_post_hooks.values(),
+        *base._optimizer_state_dict_pre_hooks.values(),
+    ]
+
+
+def test_trained_again_it_goes_on(tmp_path):
+    """As the Trainer does, which keeps its optimiser: no second set of hooks, Adam's steps add."""
+    made, _ = trainer(tmp_path)
+    made.train()
+    assert not hooks(made.optimizer)
+    made.train()
+    assert not hooks(made.optimizer)
+    saved = made.optimizer.state_dict()["state"]["tokengate"]["taus"]
+    assert {int(state["step"]) for state in saved.values()} == {16}
+
+
+# AdaLoRA and the controller
+
+
+def test_the_penalty_is_the_loss_s(tmp_path):
+    """The same as a Trainer whose loss has it, also clipped and accumulated."""
+
+    class Added(transformers.Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            return loss + 0.3 * tokengate.orthogonality(self.model) / 2
+
+    found = {}
+    for kind, weight in ((transformers.Trainer, 0.3), (Added, 0.0), (transformers.Trainer, 0.0)):
+        callback = TokenGateCallback(s=5e-3, orthogonality=weight)
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "max_steps": 6}
+        made, _ = trained(tmp_path, language_model("adalora"), callback, kind, **options)
+        found[kind, weight] = values(made.model)
+        logged = [entry.get("orthogonality") for entry in made.state.log_history][0]
+        assert (logged is not None) == (weight > 0)
+    ours, expected = found[transformers.Trainer, 0.3], found[Added, 0.0]
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
+        if name.endswith(("P", "Q")):
+            without = found[transformers.Trainer, 0.0][name]
+            assert (without - value).abs().max() > 1e-3
+
+
+def test_the_allocator_s_options(tmp_path):
+    options = {"initial_warmup": 1, "final_warmup": 2}
+    callback = TokenGateCallback(allocator=options)
+    made, _ = trained(tmp_path, language_model("adalora", target_rank=1), callback)
+    assert callback.allocator.step == made.state.max_steps == 8
+    assert sum(callback.allocator.ranks.values()) == 6
+    for name, layer in tokengate.layers(made.model).items():
+        assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
+
+
+class Controller:
+    """What a `tokengate.SparsityController` is called with."""
+
+    def __init__(self, model, optimizer, target_sparsity, *, warmup_steps=0):
+        self.numbers = (target_sparsity, warmup_steps)
+        self.step = 0
+        self.hook = optimizer.register_step_post_hook(self._after)
+
+    def _after(self, *_):
+        self.step += 1
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+    def detach(self):
+        self.hook.remove()
+
+
+def test_the_controller(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokengate, "SparsityController", Controller, raising=False)
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        callback = TokenGateCallback(target_sparsity=0.5, target_warmup=3)
+        made, _ = trainer(tmp_path, callback=callback, **saving)
+        made.train(resume_from_checkpoint=resume)
+        assert callback.controller.numbers == (0.5, 3)
+        assert callback.controller.step == 8
+        assert not hooks(made.optimizer)
+
+
+def test_a_version_without_a_controller(tmp_path, monkeypatch):
+    monkeypatch.delattr(tokengate, "SparsityController", raising=False)
+    made, _ = trainer(tmp_path, callback=TokenGateCallback(target_sparsity=0.5))
+    with pytest.raises(TokenGateError, match="no SparsityController"):
+        made.train()
+
+
+# Sparsity and tau in the logs
+
+
+def test_what_is_logged(tmp_path):
+    class Reporter(transformers.TrainerCallback):
+        def __init__(self):
+            self.logs, self.recorded = [], []
+
+        def on_log(self, args, state, control, logs=None, **context):
+            self.logs.append(dict(logs))
+
+        def on_substep_end(self, args, state, control, **context):
+            layers = tokengate.layers(context["model"]).values()
+            self.recorded.append(any(layer._observers for layer in layers))
+
+    for kind in (transformers.Trainer, TokenGateTrainer):
+        before, after = Reporter(), Reporter()
+        model = language_model(tau=0.5)
+        options = {"eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
+        own = {"eval_dataset": {"some": runs.Texts(12), "more": runs.Texts(20)}}
+        made, _ = trainer(tmp_path, model, kind=kind, more=[after], **options, **own)
+        made.callback_handler.callbacks.insert(0, before)
+        made.train()
+        # Two micro-batches a step; the steps that are logged alone are counted.
+        assert after.recorded == [False] * 3 + [True] + [False] * 3 + [True]
+        history = made.state.log_history
+        losses = [entry for entry in history if "loss" in entry]
+        assert len(losses) == 2
+        for entry in losses:
+            assert 0 < entry["sparsity"] < 1
+            assert entry["tau_min"] < entry["tau_mean"] < entry["tau_max"]
+        assert losses[-1]["tau_mean"] == pytest.approx(taus(model).mean().item())
+        assert {"step": 8, **after.logs[-2]} == [x for x in history if "eval_more_loss" in x][-1]
+        for name in ("some", "more"):
+            (*_, entry) = [x for x in history if f"eval_{name}_loss" in x]
+            with tokengate.record(model) as rec, torch.no_grad():
+                model.eval()
+                for batch in made.get_eval_dataloader(own["eval_dataset"][name]):
+                    model(**batch)
+            expected = rec.report().sparsity
+            assert entry[f"eval_{name}_sparsity"] == pytest.approx(expected, abs=1e-9)
+            assert 0 < expected < 1
+        told = [bool(entry.get("sparsity")) for entry in before.logs if "loss" in entry]
+        assert told == [kind is TokenGateTrainer] * 2
+
+        metrics = made.evaluate(own["eval_dataset"]["more"])
+        predicted = made.predict(own["eval_dataset"]["more"]).metrics
+        if kind is TokenGateTrainer:
+            assert metrics["eval_sparsity"] == predicted["test_sparsity"] == pytest.approx(expected)
+        else:
+            assert "eval_sparsity" not in metrics
+            assert "test_sparsity" not in predicted
+        assert not any(layer._observers for layer in tokengate.layers(model).values())
+
+
+def test_the_logged_step_s_sparsity_by_hand(tmp_path):
+    """Of the batch of step 4, by the taus before it, over real positions."""
+    made, path = trainer(tmp_path, language_model(tau=0.5), logging_steps=4, max_steps=4)
+    made.train()
+    logged = made.state.log_history[0]["sparsity"]
+    again, _ = trainer(tmp_path, language_model(tau=0.5), max_steps=4)
+
+    class Own(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **context):
+            if state.global_step == 3:
+                self.recording = tokengate.record(context["model"])
+                self.recorder = self.recording.__enter__()
+
+        def on_step_end(self, args, state, control, **context):
+            if state.global_step == 4:
+                self.recording.__exit__(None, None, None)
+
+    again.add_callback(own := Own())
+    again.train()
+    assert logged == own.recorder.report().sparsity
+    assert max(m.positions for m in own.recorder.report().modules.values()) < 4 * 8
+
+
+def test_by_epoch(tmp_path):
+    options = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    made, _ = trained(tmp_path, gradient_accumulation_steps=3, **options)
+    losses = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [6, 12]
+    assert all("sparsity" in entry for entry in losses)
+
+
+def test_reporters_of_a_plain_trainer_are_told(tmp_path, caplog):
+    made, _ = trainer(tmp_path)
+    made.args.report_to = ["tensorboard"]
+    made.train()
+    assert [r.message for r in caplog.records if "use TokenGateTrainer" in r.message] != []
+    caplog.clear()
+    made, _ = trainer(tmp_path, kind=TokenGateTrainer)
+    made.args.report_to = ["tensorboard"]
+    made.train()
+    assert not [r for r in caplog.records if "use TokenGateTrainer" in r.message]
+
+
+# Wrong set-ups
+
+
+def test_refused(tmp_path):
+    def refuses(message, **options):
+        made, _ = trainer(tmp_path, **options)
+        with pytest.raises(TokenGateError, match=message):
+            made.train()
+
+    plain = tokengate.unpatch(language_model())
+    refuses("without a patched layer", model=plain)
+    model = language_model()
+    adapters = [p for n, p in model.named_parameters() if p.requires_grad and "tau" not in n]
+    refuses("not held by the", model=model, optimizers=(torch.optim.SGD(adapters, lr=0.1), None))
+    model = language_model()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-3))
+    refuses("a group of taus alone", model=model, optimizers=(optimizer, None))
+    refuses("two TokenGateCallbacks", more=[TokenGateCallback()])
+    made, _ = trainer(tmp_path, callback=False, kind=TokenGateTrainer)
+    with pytest.raises(TokenGateError, match="no TokenGateCallback"):
+        made.train()
+    for options in ({"s": -1.0}, {"betas": (1.0, 0.9)}, {"schedule": 1}, {"orthogonality": -0.1}):
+        with pytest.raises(TokenGateError):
+            TokenGateCallback(**options)
+
+
+def test_an_optimizer_of_the_user_s_that_decays_tau_is_put_right(tmp_path):
+    paths = []
+    for decay in (0.0, 0.5):
+        model = language_model(tau=0.5)
+        held = [p for p in model.parameters() if p.requires_grad]
+        adapters = [p for p in held if p.numel() > 1]
+        for parameter in adapters:  # so that tau's gradients are the same
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW(held, lr=0.1, weight_decay=decay)
+        made, path = trainer(tmp_path, model, optimizers=(optimizer, None))
+        made.train()
+        paths.append(path.stacked())
+    assert torch.equal(*paths)
+    assert (paths[0][-1] - paths[0][0]).abs().max() < 8 * 5e-3
+
+
+def test_an_optimizer_that_runs_no_hooks(tmp_path):
+    made, _ = trainer(tmp_path)
+    made.create_optimizer()
+    made.optimizer.step = lambda closure=None: None
+    with pytest.raises(TokenGateError, match="without running its hooks"):
+        made.train()
+
+
+def test_without_gates(tmp_path):
+    made, _ = trainer(tmp_path, language_model(gate=False))
+    made.remove_callback(runs.Path)
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["sparsity"] == 0
+    assert "tau_mean" not in entry
+
+
+# Accelerate
+
+
+def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **options):
+    """README's loop: 8 steps of 8 texts."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts, **options)
+    accelerator.scaler = scaler
+    model = language_model()
+    groups = tokengate.param_groups(model, lr=1e-2, s=5e-3)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [lambda step: 1 - step / 8, lambda step: 1.0]
+    )
+    loader = torch.utils.data.DataLoader(runs.Texts(), batch_size=8 // parts)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    if folder and not stop:
+        accelerator.load_state(folder)
+        loader = accelerator.skip_first_batches(loader, 3 * parts)
+    path = []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            set_penalty_unit(model, accelerator)
+            # The mean over a micro-batch: of equal weight here, as all have as many tokens.
+            batch["labels"] = batch["input_ids"]
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(groups[0]["params"], clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            path.append(taus(model))
+        if len(path) == stop:
+            accelerator.save_state(folder)
+            break
+    return torch.stack(path), values(accelerator.unwrap_model(model))
+
+
+def test_accelerate():
+    expected, _ = accelerated()
+    travelled = (expected[-1] - expected[0]).abs().max()
+    assert travelled > 0.02
+    for parts in (2, 8):
+        ours, _ = accelerated(parts=parts)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    bf16, _ = accelerated(mixed_precision="bf16", parts=2)
+    assert 0 < (bf16 - expected).abs().max() < 0.05 * travelled
+    scaled, _ = accelerated(scaler=torch.amp.GradScaler("cpu", 2.0**14))
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-6)
+
+
+def test_accelerate_resumes(tmp_path):
+    whole, expected = accelerated()
+    first, _ = accelerated(tmp_path / "state", stop=3)
+    rest, found = accelerated(tmp_path / "state")
+    assert torch.equal(torch.cat([first, rest]), whole)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_accelerate_refuses_what_is_sharded(monkeypatch):
+    accelerator = accelerate.Accelerator(cpu=True)
+    monkeypatch.setitem(
+        accelerator.state.__dict__, "distributed_type", accelerate.DistributedType.FSDP
+    )
+    with contextlib.suppress(AttributeError):
+        accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+    with pytest.raises(TokenGateError, match="FSDP"):
+        set_penalty_unit(language_model(), accelerator)
