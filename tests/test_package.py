@@ -89,7 +89,6 @@ def test_imports_point_one_way():
         "class_swap",
         "modifications",
         "gated_linear",
-        "sliced_linear",
         "fused",
         "slice_targets",
         "coverage",

@@ -171,6 +171,21 @@ def test_an_encoder_of_torch(batch_first, whole, kind):
     assert {m.positions for m in rec.report().modules.values()} == {6 * T}
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_slices_in_an_encoder_of_torch(batch_first):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    tokengate.patch(model, ["linear1.a"], slices={"linear1": tokengate.Slices(a=4, b=12)}, tau=9.0)
+    with torch.no_grad(), tokengate.record(model, positions=True) as rec:
+        # One sample has no closed position that is not padding.
+        model.linear1.a.modification.B.fill_(1e-9)
+        x = torch.randn(6, T, 8)
+        x = x.masked_fill(REAL.unsqueeze(-1), 1.0)
+        model(x if batch_first else x.transpose(0, 1), src_key_padding_mask=~REAL)
+    assert model.linear1.a._sequence_first != batch_first
+    assert rec.report().modules["linear1.a"].samples == 6
+    assert rec.report().modules["linear1.a"].positions == COUNT
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_decoder_of_torch(batch_first):

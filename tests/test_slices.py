@@ -206,6 +206,73 @@ def test_slices_of_one_layer_at_two_times_and_with_two_methods():
     assert snapshot(model) == before
 
 
+def test_more_slices_of_a_layer_that_is_patched_in_part():
+    """It stays divided as it is: nobody needs to say so again, and known layouts do not count."""
+    model, x = Fused(QKV), torch.randn(3, 5, dtype=torch.float64)
+    tokengate.patch(model, ["qkv.q"], slices={"qkv": QKV})
+    tokengate.patch(model, ["qkv.k"])
+    assert list(tokengate.layers(model)) == ["qkv.q", "qkv.k"]
+    model(x)
+
+    class Known(Fused):
+        """Named as a class of timm, whose qkv is known."""
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    Known.__module__, Known.__qualname__ = "timm.layers.attention", "Attention"
+    model = Known(QKV)
+    tokengate.patch(model, ["qkv.a"], slices={"qkv": Slices(a=2, b=10)})
+    before = snapshot(model)
+    with pytest.raises(TokenGateError, match="matches no module"):
+        tokengate.patch(model, ["qkv.k"])
+    assert snapshot(model) == before
+    tokengate.patch(model, ["qkv.b"])
+    model(x)
+    tokengate.patch(tokengate.unpatch(model), ["qkv.k"])
+    model(x)
+
+
+def test_a_layer_that_its_rule_does_not_fit_is_not_divided():
+    class Known(Fused):
+        num_heads = 24
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    Known.__module__, Known.__qualname__ = "timm.models.tiny_vit", "Attention"
+    model = tokengate.patch(Known(QKV), ["qkv"])
+    assert list(tokengate.layers(model)) == ["qkv"]
+
+
+def test_what_a_layer_has_under_other_names_stays():
+    model = Fused(QKV)
+    model.qkv.slices = "its own"
+    tokengate.patch(model, ["qkv.q"], slices={"qkv": QKV})
+    assert copy.deepcopy(model).qkv.slices == model.qkv.slices == "its own"
+    assert tokengate.unpatch(model).qkv.slices == "its own"
+
+
+def test_reached_while_disabled():
+    """As a layer that is patched as a whole; pytest makes the warning an error."""
+    model, x = Fused(BY_HEAD), torch.randn(3, 5, dtype=torch.float64)
+    base = model(x)
+    tokengate.patch(model, ["qkv.q"], slices={"qkv": BY_HEAD})
+    away_from_initialisation(model)
+    with tokengate.disabled(model):
+        assert torch.equal(model(x), base)
+
+
+def test_unreached_slices_name_who_should_have_called_the_layer():
+    class Idle(Fused):
+        def forward(self, x):
+            return x
+
+    model = tokengate.patch(Idle(QKV), ["qkv.q"], slices={"qkv": QKV})
+    with pytest.raises(TokenGateError, match="'qkv.q' of Idle was patched but never called"):
+        tokengate.verify(model, torch.randn(3, 5, requires_grad=True))
+
+
 def test_options_and_report_by_slice():
     model = nn.ModuleDict({"layers": nn.ModuleList([Fused(QKV), Fused(QKV)])})
     tokengate.patch(
@@ -345,6 +412,9 @@ def test_refused_with_other_slices_than_before():
         ({"q": 0}, "q"),
         ({"q": 2.0}, "q"),
         ({"groups": 0, "q": 2}, "groups"),
+        ({"q.k": 2}, "the name 'q.k'"),
+        ({"": 2}, "the name ''"),
+        ({"_q": 2}, "the name '_q'"),
     ],
 )
 def test_slices_check_their_numbers(options, says):

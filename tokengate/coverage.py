@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokengate.accelerate_hooks import check_trainable
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import Gated, layers, require_layers
+from tokengate.sliced_linear import Sliced
 
 _SHOWN = 5
 
@@ -98,13 +99,19 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
         "either the forward took another branch (call the model as in training), or their owners "
         "read the weight without calling the layer, so that they would never be modified"
     )
-    parents = {name.rpartition(".")[0] for name in names if name}
-    owners = {type(model.get_submodule(parent)).__name__ for parent in parents}
+    owners = {type(_owner(model, name)).__name__ for name in names if name}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
     return (
         f"{_listed(names)}{inside} {'was' if len(names) == 1 else 'were'} patched but never "
         f"called: {reason}; name other targets, or exclude these"
     )
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """What should have called the layer; of a slice, its fused layer."""
+    parent = name.rpartition(".")[0]
+    owner = model.get_submodule(parent)
+    return _owner(model, parent) if parent and isinstance(owner, Sliced) else owner
 
 
 def _check_gradients(patched: dict[str, Gated], mode: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from tokengate.errors import TokenGateError
 from tokengate.linear_like import LinearLike, features_of
 from tokengate.slices import Slices
 
@@ -29,7 +30,8 @@ def known_slices(owner: nn.Module, attribute: str) -> Slices | None:
     out_features = features_of(layer)[1]
     try:
         slices = rule(owner, out_features)
-    except AttributeError:  # the model's code is of another version than the rule
+    # The model's code is of another version than the rule, or somebody has changed the layer.
+    except (AttributeError, TokenGateError, ZeroDivisionError):
         return None
     return slices if slices.out_features == out_features else None
 

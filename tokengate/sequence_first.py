@@ -25,7 +25,8 @@ _TRANSPOSING = tuple(
 def mark_sequence_first(model: nn.Module) -> None:
     """Tell the patched layers in `model` that are sequence-first."""
     for owner in model.modules():
-        for layer in _sequence_first(owner):
+        # With those inside of it: the patched slices of a fused layer.
+        for layer in (inside for module in _sequence_first(owner) for inside in module.modules()):
             if isinstance(layer, Gated):
                 layer._sequence_first = True
 
@@ -35,4 +36,4 @@ def _sequence_first(owner: nn.Module) -> list[nn.Module]:
         # Not those of its attention, which sees to it itself.
         return [] if owner.self_attn.batch_first else [owner.linear1, owner.linear2]
     classes = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(owner).__mro__)
-    return list(owner.modules()) if any(name in _TRANSPOSING for name in classes) else []
+    return [owner] if any(name in _TRANSPOSING for name in classes) else []

@@ -12,7 +12,7 @@ from tokengate.fused import known_slices
 from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearSlice, features_of, is_linear
 from tokengate.patterns import as_patterns, matches, nearest, show
-from tokengate.sliced_linear import Sliced
+from tokengate.sliced_linear import Sliced, slices_of
 from tokengate.slices import Slices
 
 
@@ -27,14 +27,16 @@ def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:
         TokenGateError: what is given is no `Slices`, or fits no layer.
     """
     named = list(model.named_modules(remove_duplicate=False))
-    slices_of = {
+    divided = {
         layer: slices
         for owner in model.modules()
         for attribute, layer in owner.named_children()
         if is_linear(layer) and (slices := known_slices(owner, attribute))
     } | _given_slices(model, given)
+    # What is patched in part stays divided as it is, whatever is known.
+    divided |= {layer: slices_of(layer) for _, layer in named if isinstance(layer, Sliced)}
     parts: dict[nn.Module, dict[str, LinearSlice]] = {}
-    for layer, slices in slices_of.items():
+    for layer, slices in divided.items():
         # Those that are patched are children of the layer already.
         patched = dict(layer.named_children()) if isinstance(layer, Sliced) else {}
         new = {n: LinearSlice(layer, slices, n) for n in slices.sizes if n not in patched}  # type: ignore[arg-type]
@@ -84,10 +86,10 @@ def _check_fits(name: str, layer: Any, slices: Slices) -> None:
             f"slices= divides {name!r} by {slices}, which is {slices.out_features} outputs, but it "
             f"has {out_features}: correct the sizes."
         )
-    if isinstance(layer, Sliced) and layer.slices != slices:
+    if isinstance(layer, Sliced) and slices_of(layer) != slices:
         raise TokenGateError(
-            f"slices= divides {name!r} by {slices}, but it is patched in part by {layer.slices} "
-            "already: call tokengate.unpatch(model) first."
+            f"slices= divides {name!r} by {slices}, but it is patched in part by "
+            f"{slices_of(layer)} already: call tokengate.unpatch(model) first."
         )
     taken = [n for n in slices.sizes if not isinstance(layer, Sliced) and hasattr(layer, n)]
     if taken:

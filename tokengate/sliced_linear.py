@@ -21,17 +21,13 @@ class Sliced(Swapped):
     slices stay what they were, bit for bit.
     """
 
-    slices: Slices
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
         out: Tensor = super().forward(input, *args, **kwargs)
-        parts: dict[str, Tensor] = {
-            part.name: part(input, self.slices.take(out, part.name))
-            for part in _patched_slices(self)
-            if part._enabled
-        }
-        return self.slices.put(out, parts) if parts else out
+        patched, slices = _patched_slices(self), slices_of(self)
+        # Disabled ones too: they are reached, and what is hooked to them runs.
+        parts = {part.name: part(input, slices.take(out, part.name)) for part in patched}
+        return slices.put(out, parts) if any(part._enabled for part in patched) else out
 
 
 class SlicedLinear(Sliced, nn.Linear):
@@ -45,7 +41,6 @@ def attach_slice(part: LinearSlice, modification: Modification, gate: TokenGate 
     fused = part.fused
     if not isinstance(fused, Sliced):
         swap(fused, SlicedLinear if isinstance(fused, nn.Linear) else Sliced)
-        fused.__dict__["slices"] = part.slices
     attach(cast(nn.Linear, part), modification, gate)
     fused.add_module(part.name, part)
 
@@ -56,8 +51,13 @@ def detach_slice(part: Gated) -> None:
     delattr(fused, name)
     detach(part)
     if isinstance(fused, Sliced) and not _patched_slices(fused):
-        del fused.__dict__["slices"]
         swap_back(fused)
+
+
+def slices_of(fused: Sliced) -> Slices:
+    """How the layer is divided, as its patched slices say; all of them say the same."""
+    slices: Slices = _patched_slices(fused)[0].slices
+    return slices
 
 
 def _patched_slices(fused: Sliced) -> list[Any]:

@@ -22,12 +22,18 @@ class Slices:
         **sizes: outputs of each projection in one group, in their order.
 
     Raises:
-        TokenGateError: a number is not a positive integer, or there are no sizes.
+        TokenGateError: a number is not a positive integer; there are no sizes; a name could not be
+            that of a module.
     """
 
     def __init__(self, *, groups: int = 1, **sizes: int) -> None:
         if not sizes:
             raise TokenGateError("Slices was given no sizes: name them, e.g. Slices(q=64, kv=128).")
+        for name in sizes:
+            if not name.isidentifier() or name.startswith("_"):
+                raise TokenGateError(
+                    f"Slices was given the name {name!r}: name each slice by one word, e.g. 'q'."
+                )
         self.groups = count("groups", groups)
         self.sizes = {name: count(name, size) for name, size in sizes.items()}
 
