@@ -21,7 +21,10 @@ def loaded_by(code):
 
 
 # The integrations that look at models without importing their library, and those that import it.
-WITHOUT_HOST, WITH_HOST = ["attention", "language", "llava", "roles"], ["clip", "vision"]
+WITHOUT_HOST, WITH_HOST = (
+    ["attention", "language", "llava", "roles", "tau_steps"],
+    ["clip", "trainer", "vision"],
+)
 
 
 def test_importing_tokengate_imports_no_host():
@@ -89,6 +92,7 @@ def test_imports_point_one_way():
         "class_swap",
         "modifications",
         "gated_linear",
+        "sliced_linear",
         "fused",
         "slice_targets",
         "coverage",

@@ -64,7 +64,14 @@ def test_the_table_of_methods():
 def test_the_api_table_names_what_there_is():
     table = README.split("## The API")[1].split("##")[0]
     called = "patch unpatch disabled layers param_groups TauAdam record RankAllocator orthogonality"
-    for name in (*called.split(), "register", "verify", "Slices"):
+    for name in (
+        *called.split(),
+        "register",
+        "verify",
+        "Slices",
+        "scale_penalty",
+        "SparsityController",
+    ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
     others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"
@@ -125,3 +132,62 @@ def test_the_llava_example(monkeypatch, capsys):
     assert printed.startswith("image sparsity (%)")
     assert "\ntext sparsity (%)" in printed
     assert scope["rec"].report().modules
+
+
+def small_llama():
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = torch.arange(i, i + 6)
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture
+def own_accelerate():
+    """Accelerate keeps one state for the whole process."""
+    state = pytest.importorskip(
+        "accelerate.state", reason="the transformers extra is not installed"
+    )
+
+    def reset():
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_the_trainer_example(monkeypatch, tmp_path):
+    model, arguments = small_llama(), transformers.TrainingArguments
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
+    quiet["dataloader_pin_memory"] = False
+    monkeypatch.setattr(
+        transformers, "TrainingArguments", lambda folder, **o: arguments(tmp_path, **o, **quiet)
+    )
+    scope = {"texts": Texts()}
+    exec(section("Hugging Face's Trainer"), scope)
+    logged = [x["tau_mean"] for x in scope["trainer"].state.log_history if "tau_mean" in x]
+    assert logged == pytest.approx([5e-4, 1e-3], rel=0.1)
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_the_accelerate_example():
+    model = tokengate.patch(small_llama(), ["q_proj", "v_proj"])
+    scope = {"model": model, "loader": torch.utils.data.DataLoader(Texts(), batch_size=2)}
+    exec(section("Accelerate"), scope)
+    # Eight micro-batches are two steps.
+    taus = [layer.gate.tau.item() for layer in tokengate.layers(model).values()]
+    assert all(0 < abs(tau) <= 1.1e-3 for tau in taus)
+    assert [group["lr"] for group in scope["optimizer"].param_groups] == [1e-4 * 0.998, 5e-4]

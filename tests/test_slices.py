@@ -269,7 +269,7 @@ def test_unreached_slices_name_who_should_have_called_the_layer():
             return x
 
     model = tokengate.patch(Idle(QKV), ["qkv.q"], slices={"qkv": QKV})
-    with pytest.raises(TokenGateError, match="'qkv.q' of Idle was patched but never called"):
+    with pytest.raises(TokenGateError, match=r"'qkv\.q' of Idle was patched but never called"):
         tokengate.verify(model, torch.randn(3, 5, requires_grad=True))
 
 

@@ -1,13 +1,13 @@
 """Hugging Face's Trainer and Accelerate: the callback's promises, each against a run without it."""
 
-import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import pathlib
+import signal
 import socket
-import subprocess
-import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -18,19 +18,50 @@ from tokengate import TokenGateError
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 
-import trainer_runs as runs
-from accelerate.state import AcceleratorState, GradientState
-from trainer_runs import Halt, language_model, resumable, taus, trainer
+import trainer_runs as runs  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
-from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, set_penalty_unit
+from tokengate.integrations import trainer as integration  # noqa: E402
+from tokengate.integrations.tau_steps import TauSteps  # noqa: E402
 
-SCRIPT = pathlib.Path(runs.__file__)
+TokenGateCallback, TokenGateTrainer = integration.TokenGateCallback, integration.TokenGateTrainer
+set_penalty_unit = integration.set_penalty_unit
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from one that has imported everything, which takes longer than what they do."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(pathlib.Path(runs.__file__).parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer_runs"])
+    forkserver.ensure_running()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return context
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in the processes started here; a second one is only waited for in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
 def own_accelerate():
     """Accelerate keeps one state for the whole process."""
+    reset()
     yield
+    reset()
+
+
+def reset():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -43,11 +74,6 @@ def trained(*args, **kwargs):
     made, path = trainer(*args, **kwargs)
     made.train()
     return made, path.stacked()
-
-
-def environment(**more):
-    """For a process of its own: the tests' modules, and as many threads as here."""
-    return {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **more}
 
 
 # tau's own learning rate, without decay, schedule and clipping
@@ -93,7 +119,7 @@ def test_the_trainer_alone_does_otherwise(tmp_path):
     expected, _ = by_hand(5e-3)
     made, _ = trained(tmp_path, callback=False)
     found = values(made.model)
-    assert all((found[n] - expected[n]).abs() > 1e-2 for n in found if n.endswith("tau"))
+    assert max((found[n] - expected[n]).abs() for n in found if n.endswith("tau")) > 2e-3
 
 
 def test_tau_s_gradient_shrinks_nobody_s(tmp_path):
@@ -120,7 +146,8 @@ def test_tau_s_gradient_shrinks_nobody_s(tmp_path):
                 logged = made.state.log_history[0]["grad_norm"]
                 assert (seen.tau > 100) == (penalty > 0)
                 assert logged < 10
-    assert norms[None, 10.0] == pytest.approx(norms[None, 0.0], rel=1e-5) > 0
+    assert norms[None, 0.0] > 0
+    assert norms[None, 10.0] == pytest.approx(norms[None, 0.0], rel=1e-5)
     assert norms[False, 10.0] < 0.1 * norms[False, 0.0]
 
 
@@ -149,20 +176,17 @@ def test_micro_batches(tmp_path):
     assert (other - whole).abs().max() > 1e-3, "lambda counts"
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, processes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, tmp_path],
-            env=environment(**common, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true"),
-        )
-        for rank in ("0", "1")
-    ]
+    ranks = [processes.Process(target=runs.ranked, args=(tmp_path, r, port)) for r in ("0", "1")]
+    for rank in ranks:
+        rank.start()
     one, expected = trained(tmp_path, per_device_train_batch_size=4)
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
     ours, without = torch.tensor(found[0]["True"]), torch.tensor(found[0]["False"])
@@ -188,23 +212,17 @@ class Huge(Scaled):
     scale = 2.0**60
 
 
-def test_16_bit_follows_float32(tmp_path):
-    # Off the first steps' signs, which Adam makes much of, tau follows the gradients' sizes.
-    _, expected = trained(tmp_path)
-    travelled = (expected[-1] - expected[0]).abs().max()
-    for options in ({"bf16": True}, {"kind": Scaled}):
-        _, ours = trained(tmp_path, **options)
-        assert not torch.equal(ours, expected)
-        assert (ours - expected).abs().max() < 0.05 * travelled, options
-        AcceleratorState._reset_state(True)
+def test_16_bit_follows_float32(tmp_path, monkeypatch):
+    def path(**options):
+        reset()
+        return trained(tmp_path, language_model(penalty=1e-2), **options)[1]
 
-
-def test_the_scaler_s_unit_is_needed(tmp_path, monkeypatch):
-    _, expected = trained(tmp_path, kind=Scaled)
-    AcceleratorState._reset_state(True)
+    expected = path()
+    assert (expected[-1] - expected[0]).abs().min() > 0.02
+    assert 0 < (path(bf16=True) - expected).abs().max() < 1e-3
+    assert 0 < (path(kind=Scaled) - expected).abs().max() < 1e-4
     monkeypatch.setattr(tokengate, "scale_penalty", lambda model, factor: None)
-    _, without = trained(tmp_path, kind=Scaled)
-    assert (without - expected).abs().max() > 1e-3
+    assert (path(kind=Scaled) - expected).abs().max() > 3e-3
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
@@ -225,9 +243,7 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
             self.seen.append(context["optimizer"].scaler.get_scale())
 
     states, scales = States(), Scales()
-    made, _ = trained(
-        tmp_path, kind=Huge, more=[states, scales], max_steps=60, optim=optim, logging_steps=60
-    )
+    trained(tmp_path, kind=Huge, more=[states, scales], max_steps=60, optim=optim, logging_steps=60)
     skipped = [now < before for before, now in zip(scales.seen, scales.seen[1:], strict=False)]
     assert 5 < sum(skipped) < 55
     start = taus(language_model())
@@ -246,18 +262,16 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
 # Checkpoints
 
 
-def test_killed_and_resumed_bit_for_bit(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, tmp_path / "killed", "--halt", "10"],
-        stdout=subprocess.PIPE,
-        env=environment(),
-        text=True,
-    ) as process:
-        whole = resumable(tmp_path / "whole")
-        whole.train()
-        assert process.stdout.readline() == "halted\n"
-        process.kill()
-    assert process.returncode == -9
+def test_killed_and_resumed_bit_for_bit(tmp_path, processes):
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=runs.halting, args=(tmp_path / "killed", theirs))
+    process.start()
+    whole = resumable(tmp_path / "whole")
+    whole.train()
+    assert ours.poll(120)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert max(path.name for path in (tmp_path / "killed").iterdir()) == "checkpoint-9"
 
     resumed = resumable(tmp_path / "killed")
@@ -298,9 +312,10 @@ def test_without_their_state_a_resumed_run_ends_elsewhere(tmp_path, monkeypatch,
     resumable(tmp_path, more=[Stop()]).train()
     resumable(tmp_path / "not used")
     if lost == "moments":
-        load = runs.tokengate.integrations.trainer._TauSteps.load
+        load = TauSteps.load
         monkeypatch.setattr(
-            "tokengate.integrations.trainer._TauSteps.load",
+            TauSteps,
+            "load",
             lambda self, saved, exactly: load(
                 self, {n: {"tau": x["tau"]} for n, x in saved.items()}, exactly
             ),
@@ -329,12 +344,10 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
             "no state of the controller",
         ),
     ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokengate, "SparsityController", Controller, raising=False)
-            made, _ = trainer(tmp_path / folder, **options, **saving)
-            with pytest.raises(TokenGateError, match=message):
-                made.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-4"))
-            assert not hooks(made.optimizer)
+        made, _ = trainer(tmp_path / folder, **options, **saving)
+        with pytest.raises(TokenGateError, match=message):
+            made.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-4"))
+        assert not hooks(made.optimizer)
 
     made, _ = trainer(tmp_path / "with", **saving)
     made._load_from_checkpoint = lambda folder: None
@@ -379,8 +392,7 @@ def test_the_penalty_is_the_loss_s(tmp_path):
         options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "max_steps": 6}
         made, _ = trained(tmp_path, language_model("adalora"), callback, kind, **options)
         found[kind, weight] = values(made.model)
-        logged = [entry.get("orthogonality") for entry in made.state.log_history][0]
-        assert (logged is not None) == (weight > 0)
+        assert ("orthogonality" in made.state.log_history[0]) == (weight > 0)
     ours, expected = found[transformers.Trainer, 0.3], found[Added, 0.0]
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
@@ -399,44 +411,22 @@ def test_the_allocator_s_options(tmp_path):
         assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
 
 
-class Controller:
-    """What a `tokengate.SparsityController` is called with."""
-
-    def __init__(self, model, optimizer, target_sparsity, *, warmup_steps=0):
-        self.numbers = (target_sparsity, warmup_steps)
-        self.step = 0
-        self.hook = optimizer.register_step_post_hook(self._after)
-
-    def _after(self, *_):
-        self.step += 1
-
-    def state_dict(self):
-        return {"step": self.step}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
-
-    def detach(self):
-        self.hook.remove()
-
-
-def test_the_controller(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokengate, "SparsityController", Controller, raising=False)
-    saving = {"save_strategy": "steps", "save_steps": 4}
+def test_a_wanted_sparsity(tmp_path):
+    """tau is held for the warm-up and led afterwards; a resumed run ends alike."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    ends = []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        callback = TokenGateCallback(target_sparsity=0.5, target_warmup=3)
-        made, _ = trainer(tmp_path, callback=callback, **saving)
+        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=3)
+        made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
-        assert callback.controller.numbers == (0.5, 3)
         assert callback.controller.step == 8
+        assert callback.controller.penalties.keys() == tokengate.layers(made.model).keys()
         assert not hooks(made.optimizer)
-
-
-def test_a_version_without_a_controller(tmp_path, monkeypatch):
-    monkeypatch.delattr(tokengate, "SparsityController", raising=False)
-    made, _ = trainer(tmp_path, callback=TokenGateCallback(target_sparsity=0.5))
-    with pytest.raises(TokenGateError, match="no SparsityController"):
-        made.train()
+        ends.append(values(made.model))
+        if resume is None:
+            assert all(torch.equal(step, path.steps[0]) for step in path.steps[:3])
+            assert not torch.equal(path.steps[-1], path.steps[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 # Sparsity and tau in the logs
@@ -496,7 +486,7 @@ def test_what_is_logged(tmp_path):
 
 def test_the_logged_step_s_sparsity_by_hand(tmp_path):
     """Of the batch of step 4, by the taus before it, over real positions."""
-    made, path = trainer(tmp_path, language_model(tau=0.5), logging_steps=4, max_steps=4)
+    made, _ = trainer(tmp_path, language_model(tau=0.5), logging_steps=4, max_steps=4)
     made.train()
     logged = made.state.log_history[0]["sparsity"]
     again, _ = trainer(tmp_path, language_model(tau=0.5), max_steps=4)
@@ -513,7 +503,7 @@ def test_the_logged_step_s_sparsity_by_hand(tmp_path):
 
     again.add_callback(own := Own())
     again.train()
-    assert logged == own.recorder.report().sparsity
+    assert logged == pytest.approx(own.recorder.report().sparsity, abs=1e-12)
     assert max(m.positions for m in own.recorder.report().modules.values()) < 4 * 8
 
 
@@ -601,8 +591,7 @@ def test_without_gates(tmp_path):
 
 def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **options):
     """README's loop: 8 steps of 8 texts."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts, **options)
     accelerator.scaler = scaler
     model = language_model()
@@ -613,6 +602,8 @@ def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **option
     )
     loader = torch.utils.data.DataLoader(runs.Texts(), batch_size=8 // parts)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    if scaler:  # unscales; but computes in float32
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     if folder and not stop:
         accelerator.load_state(folder)
         loader = accelerator.skip_first_batches(loader, 3 * parts)
@@ -659,10 +650,6 @@ def test_accelerate_resumes(tmp_path):
 
 def test_accelerate_refuses_what_is_sharded(monkeypatch):
     accelerator = accelerate.Accelerator(cpu=True)
-    monkeypatch.setitem(
-        accelerator.state.__dict__, "distributed_type", accelerate.DistributedType.FSDP
-    )
-    with contextlib.suppress(AttributeError):
-        accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+    monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(TokenGateError, match="FSDP"):
         set_penalty_unit(language_model(), accelerator)

@@ -1,10 +1,8 @@
-"""A tiny language model under Hugging Face's Trainer; as a script, a run of its own process."""
+"""A tiny language model under Hugging Face's Trainer, also for processes of their own."""
 
-import argparse
 import contextlib
 import json
 import os
-import pathlib
 import sys
 import time
 
@@ -102,36 +100,37 @@ def resumable(folder, more=()):
 class Halt(transformers.TrainerCallback):
     """Says that a step's gradients are there, and waits to be killed."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, connection):
+        self.step, self.connection = step, connection
 
     def on_pre_optimizer_step(self, args, state, control, **context):
         if state.global_step == self.step:
-            print("halted", flush=True)
+            self.connection.send("halted")
             time.sleep(600)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--halt", type=int)
-    options = parser.parse_args()
-    torch.set_num_threads(2)
-    if options.halt:
-        resumable(options.folder, more=[Halt(options.halt)]).train()
-        return
+# What runs in processes of their own.
+
+
+def halting(folder, connection):
+    torch.set_num_threads(1)
+    resumable(folder, more=[Halt(10, connection)]).train()
+
+
+def ranked(folder, rank, port):
+    os.environ |= {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
     found = {}
     for unit in (True, False):
         if not unit:
             tokengate.scale_penalty = lambda model, factor: None
-        one, path = trainer(options.folder / str(unit), per_device_train_batch_size=2)
-        one.train()
+        made, path = trainer(folder / str(unit), per_device_train_batch_size=2)
+        made.train()
         found[str(unit)] = path.stacked().tolist()
-        logged = [entry["sparsity"] for entry in one.state.log_history if "sparsity" in entry]
+        logged = [entry["sparsity"] for entry in made.state.log_history if "sparsity" in entry]
         found[f"sparsity {unit}"] = logged
-    (options.folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

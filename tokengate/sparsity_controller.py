@@ -78,16 +78,19 @@ class SparsityController:
         self._warmup_steps = count("warmup_steps", warmup_steps, least=0)
         self._gates = _trained_gates(model, optimizer)
         self.step = 0
-        taus = [gate.tau for gate in self._gates.values()]
+        gates = self._gates.values()
+        taus = [gate.tau for gate in gates]
         # On one device, however many the model is on; float64 where there is, for exact counts.
         self._device = taus[0].device
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._scale = self._zeros()
         self._sum = self._zeros()
         self._sparsity = torch.full_like(self._sum, torch.nan)
-        for gate in self._gates.values():
-            gate._controlled = torch.zeros((), dtype=gate.tau.dtype, device=gate.tau.device)
-            gate._tally = torch.zeros(4, dtype=self._dtype, device=gate.tau.device)
+        # What each gate adds and counts, shared with it until this is detached.
+        self._pulls = [torch.zeros((), dtype=tau.dtype, device=tau.device) for tau in taus]
+        self._tallies = [torch.zeros(4, dtype=self._dtype, device=tau.device) for tau in taus]
+        for gate, pull, seen in zip(gates, self._pulls, self._tallies, strict=True):
+            gate._controlled, gate._tally = pull, seen
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     @property
@@ -97,8 +100,8 @@ class SparsityController:
 
     @property
     def penalties(self) -> dict[str, float]:
-        """lambda of every layer, as it is now."""
-        return {name: float(_controlled(gate)) for name, gate in self._gates.items()}
+        """lambda of every layer, as it is now, or was when this was detached."""
+        return {name: float(pull) for name, pull in zip(self._gates, self._pulls, strict=True)}
 
     def detach(self) -> None:
         """Take the hook off the optimiser; the gates have their own penalty again."""
@@ -131,15 +134,15 @@ class SparsityController:
         self.step = state["step"]
         self._scale = self._tensor([state["scale"][name] for name in self._gates])
         self._sum = self._tensor([state["sum"][name] for name in self._gates])
-        for name, gate in self._gates.items():
-            _controlled(gate).fill_(state["penalty"][name])
+        for name, pull in zip(self._gates, self._pulls, strict=True):
+            pull.fill_(state["penalty"][name])
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gates = self._gates.values()
-        tallies = torch.stack([_tally(gate).to(self._device) for gate in gates])
-        for gate in gates:
-            _tally(gate).zero_()
+        tallies = torch.stack([seen.to(self._device) for seen in self._tallies])
+        for seen in self._tallies:
+            seen.zero_()
         # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf > 0):
@@ -151,7 +154,7 @@ class SparsityController:
         self.step += 1
         samples, shares, positions, closed = tallies.unbind(1)
         self._sparsity = shares / samples  # NaN where a layer was not called
-        pulled = self._tensor([_controlled(gate).to(self._device) for gate in gates])
+        pulled = self._tensor([pull.to(self._device) for pull in self._pulls])
         # g without lambda's part, for each position.
         drive = (-gradients - pulled * (positions - closed)).abs() / positions.clamp(min=1)
         self._scale = torch.where(samples > 0, self._averaged(drive), self._scale)
@@ -165,9 +168,9 @@ class SparsityController:
         error = error.nan_to_num()
         lasting = torch.where(error.abs() < _LASTING, _RATE * error, 0.0)
         self._sum = (self._sum + lasting).clamp(-_LIMIT, _LIMIT)
-        pull = (_GAIN * error + self._sum).clamp(-_GAIN, _GAIN) * self._scale
-        for gate, value in zip(gates, pull, strict=True):
-            _controlled(gate).copy_(value)
+        wanted = (_GAIN * error + self._sum).clamp(-_GAIN, _GAIN) * self._scale
+        for pull, value in zip(self._pulls, wanted, strict=True):
+            pull.copy_(value)
 
     def _averaged(self, drive: Tensor) -> Tensor:
         # From its first value on, as Adam's averages are after their correction.
@@ -193,16 +196,6 @@ class SparsityController:
         if isinstance(values[0], Tensor):
             return torch.stack(values).to(self._dtype)
         return torch.tensor(values, dtype=self._dtype, device=self._device)
-
-
-def _controlled(gate: TokenGate) -> Tensor:
-    assert gate._controlled is not None
-    return gate._controlled
-
-
-def _tally(gate: TokenGate) -> Tensor:
-    assert gate._tally is not None
-    return gate._tally
 
 
 def _trained_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, TokenGate]:

@@ -1,0 +1,177 @@
+"""The taus of a model whose optimiser somebody else made, moved by an Adam of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokengate
+from tokengate import TokenGateError
+
+# A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
+# they are, so that what stands there is in each checkpoint's optimizer.pt and nowhere else.
+KEY = "tokengate"
+
+
+class TauSteps:
+    """Moves the taus whenever the optimiser that holds them takes a step, in its place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        numbers: dict[str, Any],
+        schedule: bool,
+    ) -> None:
+        gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
+        self.taus: dict[str, nn.Parameter] = {
+            name: gate.tau
+            for name, gate in gates.items()
+            if gate is not None and gate.tau.requires_grad
+        }
+        self._optimizer = optimizer
+        self.seen = True
+        self._taken: dict[nn.Parameter, Tensor] = {}
+        self._parts: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+        self._group = self._holder(numbers)
+        self._adam: torch.optim.Adam | None = None
+        if self.taus:
+            group = tokengate.param_groups(model, lr=0.0, **numbers)[-1]
+            self._lr = group["lr"]
+            self._adam = torch.optim.Adam([group])
+            if schedule and not self._group.get("initial_lr"):
+                raise TokenGateError(
+                    "schedule=True was asked with a scheduler that keeps no initial_lr above 0 in "
+                    "the optimizer's groups: drop it, or use another lr_scheduler_type."
+                )
+        self._schedule = schedule
+
+    def others(self, allocator: Any, controller: Any) -> dict[str, Any]:
+        """What else has a state in the checkpoint, by its key there."""
+        parts = {"allocator": allocator, "controller": controller}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        return self._parts
+
+    def attach(self) -> None:
+        """From the optimiser's next step on."""
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_state_dict_pre_hook(self._write),
+        ]
+
+    def detach(self) -> None:
+        """No more, with the state left to the optimiser that a later training goes on from."""
+        if self._hooks:
+            self._write(self._optimizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def statistics(self) -> dict[str, float]:
+        """Where the taus are, with one transfer from their device."""
+        if not self.taus:
+            return {}
+        first = next(iter(self.taus.values())).device
+        taus = torch.cat([tau.detach().to(first) for tau in self.taus.values()]).tolist()
+        return {"tau_mean": sum(taus) / len(taus), "tau_min": min(taus), "tau_max": max(taus)}
+
+    def load(self, saved: dict[str, dict[str, Tensor]], exactly: bool) -> None:
+        """Go on from what `_write` left; `exactly` where the model was loaded with it."""
+        for name in sorted(saved.keys() | self.taus.keys()):
+            if name not in saved or name not in self.taus:
+                where = "the checkpoint" if name in saved else "the model"
+                raise TokenGateError(
+                    f"{where} alone has a trainable tau in {name!r}: patch the model as it was "
+                    "patched when the checkpoint was saved."
+                )
+        for name, tau in self.taus.items():
+            state = dict(saved[name])
+            value = state.pop("tau").to(tau)
+            if exactly and not torch.equal(value, tau.detach()):
+                raise TokenGateError(
+                    f"tau of {name!r} is {tau.item():g} in the model and {value.item():g} in the "
+                    "checkpoint's optimizer state: let the Trainer load model and optimizer from "
+                    "one checkpoint, into a model patched as it was."
+                )
+            if self._adam is not None and state:
+                step = state.pop("step").clone()
+                moments = {k: v.to(tau, copy=True) for k, v in state.items()}
+                self._adam.state[tau] = {"step": step, **moments}
+
+    def _holder(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """The optimiser's group that the taus are in, or the first of these."""
+        own = {id(tau) for tau in self.taus.values()}
+        groups = [{id(p) for p in group["params"]} for group in self._optimizer.param_groups]
+        held = set().union(*groups)
+        for name, tau in self.taus.items():
+            # DTensors are told by what they have, so that their import is not paid for.
+            if id(tau) not in held or hasattr(tau, "placements"):
+                state = "sharded" if id(tau) in held else "not held by the Trainer's optimizer"
+                raise TokenGateError(
+                    f"tau of {name!r} is {state}: patch the model before the optimizer is made, "
+                    "and use neither FSDP nor tensor parallelism."
+                )
+        for group, ids in zip(self._optimizer.param_groups, groups, strict=True):
+            if ids and ids <= own and len(held) > len(own):
+                raise TokenGateError(
+                    f"the Trainer was given an optimizer with a group of taus alone, at learning "
+                    f"rate {float(group['lr']):g}, and TokenGateCallback(s={numbers['s']:g}) moves "
+                    "the taus itself: make it from the model's parameters, or leave it to the "
+                    "Trainer."
+                )
+        for hook in getattr(self._optimizer, "_optimizer_step_pre_hooks", {}).values():
+            if isinstance(getattr(hook, "__self__", None), TauSteps):
+                raise TokenGateError(
+                    "the Trainer has two TokenGateCallbacks, which would both move the taus: pass "
+                    "one."
+                )
+        pairs = zip(self._optimizer.param_groups, groups, strict=True)
+        return next((group for group, ids in pairs if ids & own), {})
+
+    def _before_step(self, *_: Any) -> None:
+        self.seen = True
+        # A step that calls its parent class's is announced twice.
+        taken = {tau: tau.grad for tau in self.taus.values() if tau.grad is not None}
+        if not taken or self._adam is None:
+            return
+        if not self._skipped():
+            if self._schedule:
+                now = float(self._group["lr"]) / float(self._group["initial_lr"])
+                self._adam.param_groups[0]["lr"] = self._lr * now
+            # A fused optimiser is stepped by a GradScaler on scaled gradients.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if scale is not None:
+                for tau, gradient in taken.items():
+                    tau.grad = gradient / scale.to(gradient.device)
+            self._adam.step()
+        self._taken = taken
+        for tau in taken:
+            tau.grad = None
+
+    def _after_step(self, *_: Any) -> None:
+        # For whoever looks at gradients after the step.
+        for tau, gradient in self._taken.items():
+            tau.grad = gradient
+        self._taken = {}
+
+    def _skipped(self) -> bool:
+        # Told to fused optimisers alone; the others are not stepped when a step is skipped.
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found > 0)
+
+    def _write(self, optimizer: torch.optim.Optimizer) -> None:
+        taus = {}
+        for name, tau in self.taus.items():
+            state = self._adam.state[tau] if self._adam is not None else {}
+            taus[name] = {"tau": tau.detach().clone(), **state}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        state_of(optimizer)[KEY] = {"taus": taus, **parts}
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """Its `state`, whose type says that it has parameters for keys alone."""
+    return optimizer.state
