@@ -35,7 +35,7 @@ import tokengate
 from tokengate.integrations.language import PAPER_TARGETS, roles
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
 
-Rows = list[tuple[str, int]]  # a text (for pairs both, with a separator) and its label
+Rows = list[tuple[str, int]]  # a text and its label
 
 # Of each task the files, training part first, and the columns of sentence and label.
 FILES = {

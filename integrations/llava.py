@@ -28,7 +28,7 @@ from tokengate.linear_like import is_linear
 from tokengate.owners import reads_weight, returns_tuple
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.recording import Recorder
-from tokengate.targets import ALL_LINEAR
+from tokengate.targets import ALL_LINEAR, output_head
 
 PARTS = ("vision", "projector", "language")
 
@@ -89,7 +89,7 @@ def llava_targets(
             )
     patterns = as_patterns("targets", targets)
     kind = type(model).__name__
-    head = _head(model)
+    head = output_head(model)
     layers = {
         name: _part_of(name)
         for name, module in model.named_modules()
@@ -156,7 +156,7 @@ def record_modalities(model: nn.Module) -> Iterator[Recorder]:
     tokens = _image_tokens(model)
     names = list(tokengate.layers(model))
     for name in names:
-        if _part_of(name) is None and model.get_submodule(name) is not _head(model):
+        if _part_of(name) is None and model.get_submodule(name) is not output_head(model):
             raise TokenGateError(
                 f"record_modalities was asked of a {type(model).__name__} whose patched layer "
                 f"{name!r} is in none of {', '.join(PARTS)}, so that its positions could be "
@@ -240,11 +240,6 @@ def _around(layer: str) -> Iterator[str]:
         yield ".".join(components[:i])
         if component in _NAMES["language"]:
             return
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    get_head = getattr(model, "get_output_embeddings", None)
-    return get_head() if callable(get_head) else None
 
 
 def _image_tokens(model: nn.Module) -> list[int]:

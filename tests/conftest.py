@@ -9,3 +9,23 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """On layers this small, a second thread only waits: without this, four times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_accelerate():
+    """Accelerate's state is as before the first use, for this test and after it."""
+    pytest.importorskip("accelerate", reason="the transformers extra is not installed")
+    from accelerate_state import reset
+
+    reset()
+    yield
+    reset()

@@ -279,6 +279,7 @@ def test_layerwise_casting_leaves_the_modifications_in_float32():
     assert (model(x) - wanted).abs().max() < 0.5
 
 
+@pytest.mark.usefixtures("own_accelerate")
 def test_inside_of_prepare():
     """It replaces the root's forward, for outputs in float32."""
     transformers = pytest.importorskip("transformers")
@@ -286,7 +287,6 @@ def test_inside_of_prepare():
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=64,
     )  # fmt: skip
-    accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     ids = torch.randint(3, 64, (2, 6))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
@@ -309,4 +309,3 @@ def test_inside_of_prepare():
             # Nothing is modified yet, so that lambda alone moves tau.
             for layer in tokengate.layers(model).values():
                 assert layer.gate.tau.grad.item() == pytest.approx(-0.1 * counted)
-    accelerate.state.AcceleratorState._reset_state(True)

@@ -18,13 +18,7 @@ REFUSED = architectures_text.REFUSED + architectures_vision.REFUSED
 BY_NAME = {one.name: one for one in ARCHITECTURES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On layers this small, a second thread only waits: without this, four times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

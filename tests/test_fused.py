@@ -226,12 +226,7 @@ def check(one, model, owner, layer, slices):
         assert reach["q"] < reach["k"], "q acts on its own position"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

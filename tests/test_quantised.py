@@ -24,13 +24,8 @@ from bitsandbytes import functional  # noqa: E402
 METHODS = ["lora", "dora", "adalora", "adapter"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """bitsandbytes brings threads of its own, which would wait for PyTorch's and they for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# bitsandbytes brings threads of its own, which would wait for PyTorch's and they for them.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def four_bit(k, d, bias, **options):

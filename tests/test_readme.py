@@ -22,16 +22,20 @@ class Tokenizer:
         return {"input_ids": torch.arange(3, 3 + len(text.split()))[None]}
 
 
-def test_the_language_model_example(monkeypatch, capsys):
-    code = CODE[0]
-    assert len([line for line in code.splitlines() if line]) <= 15
+def small_llama():
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=64,
     )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_the_language_model_example(monkeypatch, capsys):
+    code = CODE[0]
+    assert len([line for line in code.splitlines() if line]) <= 15
 
     def model(name, dtype):
-        return transformers.LlamaForCausalLM(config).to(dtype)
+        return small_llama().to(dtype)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
@@ -134,14 +138,6 @@ def test_the_llava_example(monkeypatch, capsys):
     assert scope["rec"].report().modules
 
 
-def small_llama():
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
 class Texts(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -149,22 +145,6 @@ class Texts(torch.utils.data.Dataset):
     def __getitem__(self, i):
         ids = torch.arange(i, i + 6)
         return {"input_ids": ids, "labels": ids}
-
-
-@pytest.fixture
-def own_accelerate():
-    """Accelerate keeps one state for the whole process."""
-    state = pytest.importorskip(
-        "accelerate.state", reason="the transformers extra is not installed"
-    )
-
-    def reset():
-        state.AcceleratorState._reset_state(True)
-        state.GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 @pytest.mark.usefixtures("own_accelerate")

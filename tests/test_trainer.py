@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 
 import trainer_runs as runs  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate_state import reset  # noqa: E402
 from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
 from tokengate.integrations import trainer as integration  # noqa: E402
@@ -44,26 +44,8 @@ def processes():
     return context
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes started here; a second one is only waited for in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def own_accelerate():
-    """Accelerate keeps one state for the whole process."""
-    reset()
-    yield
-    reset()
-
-
-def reset():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+# One thread as in the processes started here.
+pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
 
 
 def values(model):

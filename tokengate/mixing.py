@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from tokengate.by_name import class_names
+
 _SHOWN = 3
 _TIME_SERIES = "transformers.models.patchtsmixer.modeling_patchtsmixer."
 # In which attributes of an owner they are. By the classes' names, because importing their libraries
@@ -45,5 +47,4 @@ def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module]) -> None:
 
 
 def _mixes(owner: nn.Module, attribute: str) -> bool:
-    classes = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(owner).__mro__)
-    return any(attribute in _MIXING.get(name, ()) for name in classes)
+    return any(attribute in _MIXING.get(name, ()) for name in class_names(owner))

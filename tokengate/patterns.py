@@ -27,6 +27,11 @@ def matches(pattern: Pattern, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def is_one_word(pattern: Pattern) -> bool:
+    """Whether it is a name of a single component."""
+    return isinstance(pattern, str) and not any(character in pattern for character in ".*?[")
+
+
 def as_patterns(argument: str, value: Any) -> list[Pattern]:
     """`value` as a list of patterns; one pattern stands for a list of one."""
     if isinstance(value, (str, re.Pattern)):

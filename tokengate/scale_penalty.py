@@ -21,7 +21,7 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
     - Data parallelism averages gradients over R ranks, and each rank counts its own positions
       only: factor R.
     - A GradScaler multiplies the loss, hence mu's part alone, and divides gradients before the
-      step: factor `scaler.get_scale()`, before each step's first backward. A tensor is copied
+      step: factor `scaler.get_scale()`, before each step's first forward. A tensor is copied
       without waiting for the device.
 
     Together, the product. tau then moves as in float32 on one rank.

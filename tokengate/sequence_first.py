@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from tokengate.by_name import class_names
 from tokengate.gated_linear import Gated
 
 # Modules of transformers that call all layers inside of them so; found by running them.
@@ -35,5 +36,4 @@ def _sequence_first(owner: nn.Module) -> list[nn.Module]:
     if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         # Not those of its attention, which sees to it itself.
         return [] if owner.self_attn.batch_first else [owner.linear1, owner.linear2]
-    classes = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(owner).__mro__)
-    return [owner] if any(name in _TRANSPOSING for name in classes) else []
+    return [owner] if any(name in _TRANSPOSING for name in class_names(owner)) else []

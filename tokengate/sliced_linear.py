@@ -24,7 +24,8 @@ class Sliced(Swapped):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
         out: Tensor = super().forward(input, *args, **kwargs)
-        patched, slices = _patched_slices(self), slices_of(self)
+        patched = _patched_slices(self)
+        slices: Slices = patched[0].slices
         # Disabled ones too: they are reached, and what is hooked to them runs.
         parts = {part.name: part(input, slices.take(out, part.name)) for part in patched}
         return slices.put(out, parts) if any(part._enabled for part in patched) else out

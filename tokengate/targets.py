@@ -14,7 +14,7 @@ from tokengate.experts import stacked_expert
 from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.owners import reads_weight, returns_tuple
-from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
 from tokengate.quantised import blocks_gradients
 from tokengate.slice_targets import (
     check_slices,
@@ -114,7 +114,7 @@ class _Names:
     def check_experts(self, targets: Any, excluded: set[nn.Module]) -> None:
         """An error if a name means experts that are no layers, besides layers or instead."""
         for pattern in targets if isinstance(targets, list) else ():
-            if not isinstance(pattern, str) or any(c in pattern for c in ".*?["):
+            if not is_one_word(pattern):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
             if held is not None:
@@ -140,11 +140,10 @@ class _Names:
         found = {}
         for pattern in as_patterns(argument, patterns):
             # "gate" is a layer of this name, "gate_up_proj.gate" a slice.
-            names_layer = not isinstance(pattern, str) or any(c in pattern for c in ".*?[")
             hits = {
                 module
                 for name, module in self.named
-                if matches(pattern, name) and (names_layer or not is_new_slice(module))
+                if matches(pattern, name) and not (is_one_word(pattern) and is_new_slice(module))
             }
             if not hits:
                 linear = [name for name, module in self.named if _is_target(module)]
@@ -162,8 +161,7 @@ class _Names:
 
     def _all_linear(self) -> set[nn.Module]:
         # A language model's output head is a linear layer that one seldom means to adapt.
-        get_head = getattr(self.model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
+        head = output_head(self.model)
         linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
         linear = linear - {head} - self.unreachable.keys()
         if not linear:
@@ -218,6 +216,12 @@ class _Names:
                 "untie them first (`tie_word_embeddings=False`), or exclude it"
             )
         return self.unreachable.get(module)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """A language model's last layer, which gives the logits; None where there is none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if callable(get_head) else None
 
 
 def _is_target(module: nn.Module) -> bool:
