@@ -1,0 +1,107 @@
+"""The GLUE example: its tasks are read as they are spelt, whoever made the files."""
+
+import importlib.util
+import lzma
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="the examples extra is not installed")
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "glue"
+
+
+@pytest.fixture(scope="module")
+def glue():
+    spec = importlib.util.spec_from_file_location("glue_data", EXAMPLES / "glue_data.py")
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its own module up.
+    sys.modules["glue_data"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["glue_data"]
+
+
+# The official distribution's headers, and a row or two of each.
+FILES = {
+    "sst2": 'sentence\tlabel\na "b\t1\nc\t0\n',
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    '1\t2\t3\ta "b\tc\t1\n1\t2\t3\td\te\t0\n',
+    "rte": 'index\tsentence1\tsentence2\tlabel\n0\ta "b\tc\tnot_entailment\n1\td\te\tentailment\n',
+    "qnli": 'index\tquestion\tsentence\tlabel\n0\ta "b\tc\tnot_entailment\n1\td\te\tentailment\n',
+    "mrpc": 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\ta "b\tc\r\n0\t7\t8\td\te\r\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_read_by_its_header(glue, tmp_path, name, packed):
+    task = glue.TASKS[name]
+    text = ("\ufeff" + FILES[name]).encode()  # MRPC's begin with a byte order mark
+    for file in (task.train, *task.held_out):
+        if packed:
+            (tmp_path / f"{file}.xz").write_bytes(lzma.compress(text))
+        else:
+            (tmp_path / file).write_bytes(text)
+    first = (('a "b',) if name == "sst2" else ('a "b', "c"), 1)
+    second = (("c",) if name == "sst2" else ("d", "e"), 0)
+    train, held_out = glue.load(name, tmp_path)
+    assert first != second
+    assert train == held_out == [first, second]
+
+
+def test_mnli_leaves_out_what_its_annotators_did_not_agree_on(glue, tmp_path):
+    head = "index\tsentence1\tsentence2\tgold_label\n"
+    rows = "0\ta\tb\tcontradiction\n1\tc\td\t-\n2\te\tf\tneutral\n"
+    (tmp_path / "train.tsv").write_text(head + rows)
+    (tmp_path / "dev_matched.tsv").write_text(head)
+    assert glue.load("mnli", tmp_path) == ([(("a", "b"), 2), (("e", "f"), 1)], [])
+
+
+def test_a_similarity_is_a_number(glue, tmp_path):
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / file).write_text("index\tsentence1\tsentence2\tscore\n0\ta\tb\t2.5\n")
+    assert glue.load("stsb", tmp_path)[0] == [(("a", "b"), 2.5)]
+    truth, answers = np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 4.0])
+    found = glue.score("stsb", truth, answers)
+    assert found["spearman"] == 1
+    assert found["pearson"] == pytest.approx(np.corrcoef(truth, answers)[0, 1])
+    assert found["pearson"] < 1
+
+
+def test_the_metrics_are_those_of_glue(glue):
+    truth, answers = np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0])
+    assert glue.score("cola", truth, answers) == pytest.approx(
+        {"matthews": 2 / np.sqrt(2 * 2 * 1 * 3), "accuracy": 0.75}
+    )
+    assert glue.score("mrpc", truth, answers) == pytest.approx({"accuracy": 0.75, "f1": 2 / 3})
+    assert glue.score("rte", truth, answers) == {"accuracy": 0.75}
+
+
+def test_the_paper_has_settings_for_every_task_and_method(glue):
+    for task in glue.TASKS:
+        for method in ("lora", "dora", "adalora", "adapter"):
+            assert glue.paper(task, method)["s"] == 1e-4
+    mrpc = glue.paper("mrpc", "adalora")
+    assert (mrpc["penalty"], mrpc["lr"], mrpc["epochs"], mrpc["dropout"]) == (2e-8, 1e-4, 60, 0.0)
+    assert glue.paper("stsb", "lora")["penalty"] == 8e-5
+    assert glue.paper("cola", "adapter")["rank"] == 32
+
+
+# Rows, and the class 1 among them, as the files' authors count them.
+COUNTS = {
+    "cola": ("CoLA", (8551, 6023), (1043, 719)),
+    "mrpc": ("MRPC", (4076, 2753), (1725, 1147)),
+    "sst2": ("SST-2", (67349, 37569), (872, 444)),
+}
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project, not in it")
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_real_files_have_as_many_rows_as_their_authors_say(glue, name):
+    folder, *counts = COUNTS[name]
+    for rows, count in zip(glue.load(name, DATA / folder), counts, strict=True):
+        assert (len(rows), sum(label for _, label in rows)) == count
+        assert all(text for texts, _ in rows for text in texts)
