@@ -148,7 +148,7 @@ def draw(report: tokengate.SparsityReport, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 0.4 * len(table.rows) + 1.6), layout="constrained")
     grid = np.array(table.values, dtype=float)
     image = axes.imshow(100 * grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
     axes.set_yticks(range(len(table.rows)), table.rows)
     axes.set(ylabel="layer", title=f"positions left unmodified, {100 * report.sparsity:.1f} %")
     for (row, column), value in np.ndenumerate(grid):
