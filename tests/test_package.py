@@ -45,6 +45,7 @@ def test_public_names():
     assert public - modules == {
         "AdaLoRA",
         "Adapter",
+        "DifferentBaseWarning",
         "DoRA",
         "Factors",
         "GatedLinear",
@@ -61,11 +62,13 @@ def test_public_names():
         "UnreachedLayerWarning",
         "disabled",
         "layers",
+        "load",
         "orthogonality",
         "param_groups",
         "patch",
         "record",
         "register",
+        "save",
         "scale_penalty",
         "token_gate",
         "unpatch",
@@ -113,6 +116,11 @@ def test_imports_point_one_way():
         "param_groups",
         "report",
         "recording",
+        "atomic_write",
+        "adapter_config",
+        "adapter_folder",
+        "saving",
+        "loading",
     ]
     found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
     assert found - {"__init__"} == set(order)

@@ -8,6 +8,8 @@ from tokengate.gate import TokenGate as TokenGate
 from tokengate.gate import token_gate as token_gate
 from tokengate.gated_linear import GatedLinear as GatedLinear
 from tokengate.gated_linear import layers as layers
+from tokengate.loading import DifferentBaseWarning as DifferentBaseWarning
+from tokengate.loading import load as load
 from tokengate.mixing import MixedPositionsWarning as MixedPositionsWarning
 from tokengate.modifications import AdaLoRA as AdaLoRA
 from tokengate.modifications import Adapter as Adapter
@@ -23,6 +25,7 @@ from tokengate.patching import unpatch as unpatch
 from tokengate.rank_allocator import RankAllocator as RankAllocator
 from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
+from tokengate.saving import save as save
 from tokengate.scale_penalty import scale_penalty as scale_penalty
 from tokengate.slices import Slices as Slices
 from tokengate.sparsity_controller import SparsityController as SparsityController

@@ -95,6 +95,8 @@ class TokenGate(KeepsFloat32):
     """
 
     tau: nn.Parameter
+    # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
+    s: float | None = None
     # What `scale_penalty` and a `SparsityController` set, see `pull`, and what the latter counts.
     # No buffers: DistributedDataParallel would send one rank's to all others in every forward.
     _unit: Tensor | None = None

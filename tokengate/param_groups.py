@@ -68,6 +68,9 @@ def param_groups(
     if taus:
         second = {"params": taus, "lr": alpha * s, "betas": betas, "eps": eps, "weight_decay": 0.0}
         groups.append(second)
+    for gate in gates:
+        if gate is not None:
+            gate.s = s
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise TokenGateError(

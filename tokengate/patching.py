@@ -32,6 +32,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 # On the model that was patched: {parameter name: requires_grad before}, for what was changed.
 _BEFORE = "_tokengate_requires_grad"
+# Likewise, what each call of `patch` was asked for, which is of use to readers of a saved adapter.
+_ASKED = "_tokengate_asked"
 
 
 def patch(
@@ -92,7 +94,7 @@ def patch(
     finite("tau", tau)
     non_negative("penalty", penalty)
     switch("gate", gate)
-    _check_can_patch(model)
+    check_can_patch(model, "patch")
     kind = find_method(method)
     check_options(kind, options)
     trained = _named_by_train(model, train)
@@ -122,17 +124,34 @@ def patch(
                     tau, penalty, dtype=trainable_dtype(weight), device=weight.device
                 )
             planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
+    asked = {"targets": targets, "exclude": exclude, "train": train}
+    install(model, planned, trained, [asked])
+    return model
+
+
+def install(
+    model: nn.Module,
+    planned: list[tuple[Any, Modification, TokenGate | None]],
+    trained: dict[str, nn.Parameter],
+    asked: list[dict[str, Any]],
+) -> None:
+    """Patch what was planned and checked: each layer with its modification and gate."""
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
         if isinstance(layer, LinearSlice):
             attach_slice(layer, modification, layer_gate)
         else:
             attach(layer, modification, layer_gate)
+    model.__dict__.setdefault(_ASKED, []).extend(asked)
     settle_fast_paths(model)
     follow_masks(model)
     watch(model)
     warn_of_mixing(model, {layer for layer, *_ in planned})
-    return model
+
+
+def asked_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What `patch` was asked for, call by call: its targets, exclude and train."""
+    return [call for root in _patched_roots(model) for call in root.__dict__.get(_ASKED, ())]
 
 
 def unpatch(model: _Model) -> _Model:
@@ -151,6 +170,7 @@ def unpatch(model: _Model) -> _Model:
     unfollow_masks(model)
     for root in roots:
         unwatch(root)
+        root.__dict__.pop(_ASKED, None)
         before = root.__dict__.pop(_BEFORE)
         for name, parameter in root.named_parameters():
             if name in before:
@@ -192,12 +212,15 @@ _WRAPPERS = {
 }
 
 
-def _check_can_patch(model: nn.Module) -> None:
+def check_can_patch(model: nn.Module, caller: str) -> None:
+    """An error, which names the function that was called, if nothing may be patched now."""
     if not isinstance(model, nn.Module):
-        raise TokenGateError(f"patch was given a {type(model).__name__}: pass a torch.nn.Module.")
+        raise TokenGateError(
+            f"{caller} was given a {type(model).__name__}: pass a torch.nn.Module."
+        )
     if torch.is_inference_mode_enabled():
         raise TokenGateError(
-            "patch was called under torch.inference_mode, where new parameters can never be "
+            f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
     for name, module in model.named_modules():

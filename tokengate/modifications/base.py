@@ -49,6 +49,9 @@ class Modification(KeepsFloat32):
         linear: the layer that is to be modified; it is only read.
     """
 
+    options: dict[str, Any]
+    """Those that `patch` was given for this layer."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         first = next(c for c in cls.__mro__ if "forward" in vars(c) or "factors" in vars(c))

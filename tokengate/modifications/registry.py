@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -76,17 +76,21 @@ def check_options(method: type[Modification], options: Iterable[str]) -> None:
         )
 
 
-def _options_of(method: type[Modification]) -> list[str]:
-    """The keyword-only arguments of `__init__`, and with `**options` those that it extends."""
-    names: dict[str, None] = {}
+def _options_of(method: type[Modification]) -> dict[str, Any]:
+    """The keyword-only arguments of `__init__`, and with `**options` those that it extends.
+
+    With their defaults.
+    """
+    names: dict[str, Any] = {}
     for cls in method.__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names.update((p.name, None) for p in parameters if p.kind is p.KEYWORD_ONLY)
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        names = {**names, **{name: own[name] for name in own if name not in names}}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(names)
+    return names
 
 
 def _did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -97,5 +101,16 @@ def _did_you_mean(word: str, words: Iterable[str]) -> str:
 def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]) -> Modification:
     """The modification of `linear`, with its initial values."""
     modification = method(linear, **options)
+    modification.options = dict(options)
     modification.reset_parameters()
     return modification
+
+
+def name_of(method: type[Modification]) -> str | None:
+    """The name by which `find_method` finds just this class; None if there is none."""
+    return next((name for name, known in _METHODS.items() if known is method), None)
+
+
+def with_defaults(method: type[Modification], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the defaults of those that are not given."""
+    return {**_options_of(method), **options}

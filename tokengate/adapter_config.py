@@ -1,0 +1,159 @@
+"""What adapter_config.json says: how each layer was patched, and what the weights' file holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from tokengate.errors import TokenGateError, brief
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One patched layer."""
+
+    method: str
+    options: dict[str, Any]
+    """The method's own, as `patch` was given them."""
+    in_features: int
+    out_features: int
+    penalty: float | None
+    """lambda; None without a gate."""
+    s: float | None = None
+    """The slope of eq. 11 that `param_groups` was last asked for."""
+    slices: dict[str, int] | None = None
+    """Of a slice: how its fused layer is divided."""
+    groups: int = 1
+    """How many times that repeats."""
+
+
+@dataclass(frozen=True)
+class TensorConfig:
+    """One tensor of the weights' file."""
+
+    dtype: str
+    """As safetensors names it, e.g. "F32"."""
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter without its weights."""
+
+    tokengate_version: str
+    base_class: str
+    """The model's class, with its module."""
+    base_fingerprint: str
+    """SHA-256 of names and shapes of the base model's linear layers."""
+    layers: dict[str, LayerConfig]
+    tensors: dict[str, TensorConfig]
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked of each call of `patch`; a regular expression or callable by its own name."""
+    train: list[str] = field(default_factory=list)
+    """Other parameters that were trained, whose values are kept along."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"format": "tokengate", "format_version": FORMAT, **asdict(self)}
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """A JSON object, of finite numbers and without a key twice."""
+    try:
+        found = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise TokenGateError(
+            f"{where} is no JSON that could be read ({brief(str(error))}): save the adapter again."
+        ) from None
+    if not isinstance(found, dict):
+        raise TokenGateError(
+            f"{where} holds {brief(found)} instead of an object: save the adapter again."
+        )
+    return found
+
+
+def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
+    """Checked, so that what it says has the types it should have.
+
+    Raises:
+        TokenGateError: it is of another format or version; a field is missing, unknown or wrong.
+    """
+    if found.get("format") != "tokengate":
+        hint = ", which looks like one of Hugging Face PEFT: see integrations.hf_peft"
+        raise TokenGateError(
+            f"{where} is not of tokengate's format{hint if 'peft_type' in found else ''}: pass a "
+            "folder that tokengate.save wrote."
+        )
+    version = found.get("format_version")
+    if version != FORMAT:
+        raise TokenGateError(
+            f"{where} has format_version {brief(version)}, and this tokengate reads {FORMAT}: "
+            "install the version that wrote it, "
+            f"{brief(found.get('tokengate_version', 'which it does not say'))}."
+        )
+    parts = {k: v for k, v in found.items() if k not in ("format", "format_version")}
+    for part, kind in (("layers", LayerConfig), ("tensors", TensorConfig)):
+        entries = parts.get(part)
+        if not isinstance(entries, dict):
+            raise _wrong(where, part, entries)
+        parts[part] = {n: _made(kind, e, f"{where}: {part} {n!r}") for n, e in entries.items()}
+    config: AdapterConfig = _made(AdapterConfig, parts, where)
+    for name, layer in config.layers.items():
+        sizes = layer.slices or {}
+        if "groups" in sizes or any(type(size) is not int for size in sizes.values()):
+            raise _wrong(where, f"the slices of {name!r}", sizes)
+        if min(layer.in_features, layer.out_features, layer.groups) < 1:
+            raise _wrong(where, f"layers {name!r}", asdict(layer))
+    for name, tensor in config.tensors.items():
+        if any(type(size) is not int or size < 0 for size in tensor.shape):
+            raise _wrong(where, f"tensors {name!r}", tensor.shape)
+    return config
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float | None": (float, int, type(None)),
+    "dict[str, int] | None": (dict, type(None)),
+}
+
+
+def _made(kind: Any, found: Any, where: str) -> Any:
+    if not isinstance(found, dict):
+        raise _wrong(where, kind.__name__, found)
+    known = {f.name: f for f in fields(kind)}
+    for name in found:
+        if name not in known:
+            raise TokenGateError(
+                f"{where} has an unknown field {name!r}: save the adapter again, or install the "
+                "version of tokengate that wrote it."
+            )
+    for name, each in known.items():
+        if name not in found:
+            raise TokenGateError(f"{where} lacks the field {name!r}: save the adapter again.")
+        kinds = _TYPES.get(str(each.type), (list if "list" in str(each.type) else dict,))
+        if not isinstance(found[name], kinds) or isinstance(found[name], bool):
+            raise _wrong(where, name, found[name])
+    return kind(**found)
+
+
+def _wrong(where: str, name: str, value: Any) -> TokenGateError:
+    return TokenGateError(f"{where} has {brief(value)} for {name}: save the adapter again.")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no finite number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    for value in found.values():
+        if isinstance(value, float) and not math.isfinite(value):  # 1e999
+            raise ValueError("a number is not finite")
+    return found

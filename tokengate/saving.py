@@ -1,0 +1,219 @@
+"""Save an adapter: what was trained, and how to patch a model so that it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
+from tokengate.adapter_folder import CONFIG, METADATA, PREVIOUS, SHA256, WEIGHTS, digest
+from tokengate.atomic_write import write_atomically
+from tokengate.class_swap import Swapped
+from tokengate.errors import TokenGateError, brief
+from tokengate.gated_linear import Gated, layers, require_layers
+from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
+from tokengate.modifications.registry import name_of
+from tokengate.patching import asked_of
+from tokengate.slices import Slices
+
+# As safetensors names them in its files.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter of a patched model into `folder`: what `load` needs beside the base model.
+
+    `adapter_model.safetensors` has the modifications, the taus, and the other parameters that
+    `patch(train=...)` named; `adapter_config.json` how every layer was patched. An adapter that is
+    there already is replaced, in an instant: a process that is killed while saving leaves the old
+    one or the new one. Nothing is pickled.
+
+    A model sharded by FSDP2 is gathered tensor by tensor: call it on every process, of which the
+    first writes. Otherwise call it on one.
+
+    Args:
+        model: a patched model.
+        folder: made if it is not there.
+
+    Raises:
+        TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
+            know; a value is not finite, not there (on the meta device, or elsewhere under ZeRO-3)
+            or of a dtype that is not floating-point; `folder` is a file.
+        OSError: the folder cannot be written.
+    """
+    patched = require_layers(model, "save")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
+    tensors = _tensors(model, patched)
+    config = AdapterConfig(
+        tokengate_version=version("tokengate"),
+        base_class=class_name(model),
+        base_fingerprint=fingerprint(model),
+        layers={name: _layer_config(name, layer) for name, layer in patched.items()},
+        tensors={
+            name: TensorConfig(_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()
+        },
+        targets=[_shown(call) for call in asked_of(model)],
+        train=sorted(trained_beside(model, patched)),
+    )
+    text = _as_json(config)
+    if any(_is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
+    found = ""
+
+    def write_weights(path: Path) -> None:
+        nonlocal found
+        save_file(tensors, path, metadata)
+        found = digest(path)
+
+    # The weights come first and know their own configuration, and whose place they took: between
+    # the two renamings `load` can tell that they are the newer ones.
+    write_atomically(folder / WEIGHTS, write_weights)
+    whole = json.dumps({**json.loads(text), SHA256: found}, indent=1)
+    write_atomically(folder / CONFIG, lambda path: _write(path, whole))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def class_name(model: nn.Module) -> str:
+    """The class of the model under our own, with its module."""
+    kind = model._own_class if isinstance(model, Swapped) else type(model)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names and shapes of the model's linear layers, patched or not."""
+    own = {m for layer in layers(model).values() for m in layer.modification.modules()}
+    shapes = [
+        f"{name} {features_of(cast(LinearLike, m))}"
+        for name, m in model.named_modules()
+        if is_linear(m) and m not in own
+    ]
+    return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
+
+
+def trained_beside(model: nn.Module, patched: dict[str, Gated]) -> dict[str, nn.Parameter]:
+    """What is trained apart from modifications and taus, by name."""
+    own = {
+        id(p)
+        for layer in patched.values()
+        for part in (layer.modification, layer.gate)
+        if part is not None
+        for p in part.parameters()
+    }
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+
+
+def _tensors(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, layer in patched.items():
+        for part, module in (("modification", layer.modification), ("gate", layer.gate)):
+            if module is not None:
+                found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
+    found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
+    return {name: _whole(name, tensor) for name, tensor in found.items()}
+
+
+def _whole(name: str, tensor: Any) -> Tensor:
+    """On the CPU, contiguous and of its own; checked."""
+    if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
+        where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
+        raise TokenGateError(
+            f"save found no values of {name!r}, which is {where}: gather or load it first."
+        )
+    if tensor.dtype not in _DTYPES:
+        raise TokenGateError(
+            f"save found {name!r} of dtype {tensor.dtype}: only floating-point values are saved, "
+            "so keep others in a buffer with persistent=False."
+        )
+    if _is_sharded(tensor):
+        tensor = tensor.full_tensor()
+    copied: Tensor = tensor.detach().to("cpu", copy=True).contiguous()
+    if not copied.isfinite().all():
+        raise TokenGateError(
+            f"save found a value that is not finite in {name!r}, and wrote nothing: go back to the "
+            "last adapter before training diverged."
+        )
+    return copied
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _layer_config(name: str, layer: Gated) -> LayerConfig:
+    kind = type(layer.modification)
+    method = name_of(kind)
+    if method is None:
+        raise TokenGateError(
+            f"save found {name!r} modified by {kind.__name__}, by which name `load` could not find "
+            'it: decorate the class with @tokengate.register("...").'
+        )
+    gate = layer.gate
+    slices: Slices | None = layer.slices if isinstance(layer, LinearSlice) else None
+    return LayerConfig(
+        method=method,
+        options=dict(layer.modification.options),
+        in_features=layer.modification.in_features,
+        out_features=layer.modification.out_features,
+        penalty=None if gate is None else gate.penalty,
+        s=None if gate is None else gate.s,
+        slices=None if slices is None else dict(slices.sizes),
+        groups=1 if slices is None else slices.groups,
+    )
+
+
+def _as_json(config: AdapterConfig) -> str:
+    for name, layer in config.layers.items():
+        for option, value in layer.options.items():
+            try:
+                same = json.loads(json.dumps(value, allow_nan=False)) == value
+            except (TypeError, ValueError):
+                same = False
+            if not same:
+                raise TokenGateError(
+                    f"save found {option}={brief(value)} in {name!r}, which JSON cannot hold: give "
+                    "the method options of numbers, texts, lists and None."
+                )
+    return json.dumps(config.to_dict(), indent=1, allow_nan=False)
+
+
+def _shown(call: dict[str, Any]) -> dict[str, Any]:
+    def one(pattern: Any) -> Any:
+        if isinstance(pattern, str) or pattern is None:
+            return pattern
+        if isinstance(pattern, re.Pattern):
+            return {"regex": pattern.pattern}
+        return {"callable": getattr(pattern, "__qualname__", brief(pattern))}
+
+    return {
+        key: [one(p) for p in value] if isinstance(value, (list, tuple)) else one(value)
+        for key, value in call.items()
+    }
+
+
+def _previous(folder: Path) -> str:
+    """The digest of the weights that the configuration in `folder` belongs to; empty if none."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return str(found[SHA256])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return ""
