@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
-from tokengate.adapter_folder import CONFIG, METADATA, PREVIOUS, SHA256, WEIGHTS, digest
+from tokengate.adapter_folder import CONFIG, METADATA, PREVIOUS, SHA256, WEIGHTS, all_finite, digest
 from tokengate.atomic_write import write_atomically
 from tokengate.class_swap import Swapped
 from tokengate.errors import TokenGateError, brief
@@ -147,7 +147,7 @@ def _whole(name: str, tensor: Any) -> Tensor:
     if _is_sharded(tensor):
         tensor = tensor.full_tensor()
     copied: Tensor = tensor.detach().to("cpu", copy=True).contiguous()
-    if not copied.isfinite().all():
+    if not all_finite(copied):
         raise TokenGateError(
             f"save found a value that is not finite in {name!r}, and wrote nothing: go back to the "
             "last adapter before training diverged."
