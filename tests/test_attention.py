@@ -261,7 +261,7 @@ def test_what_a_projection_is_a_view_of_is_not_trained(train, grad):
     before = snapshot(module)
     with (
         torch.set_grad_enabled(grad),
-        pytest.raises(tokengate.TokenGateError, match="'0.q_proj' is both a target"),
+        pytest.raises(tokengate.TokenGateError, match=r"'0\.q_proj' is both a target"),
     ):
         tokengate.patch(module, ["q_proj"], train=[train])
     assert snapshot(module) == before
