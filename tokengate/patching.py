@@ -16,7 +16,7 @@ from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import attach, detach, layers, require_layers
-from tokengate.linear_like import LinearSlice, whole
+from tokengate.linear_like import LinearLike, LinearSlice, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
@@ -98,8 +98,7 @@ def patch(
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
     for name, layer in list(chosen.items()):
-        own = whole(layer)
-        if any(p is own.weight or p is own.bias for p in trained.values()):
+        if any(_has(whole(layer), parameter) for parameter in trained.values()):
             if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(
                     f"{name!r} is both a target and named by train=: a target's own weight stays "
@@ -237,6 +236,12 @@ def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
                 f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
             )
     return named
+
+
+def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
+    """Whether the layer's weight or bias is the parameter, or a view of it."""
+    own = (t for t in (layer.weight, layer.bias) if t is not None)
+    return any(parameter is t or parameter is getattr(t, "_base", None) for t in own)
 
 
 def _prefixes(name: str) -> list[str]:
