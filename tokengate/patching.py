@@ -139,8 +139,10 @@ def unpatch(model: _Model) -> _Model:
     """Take all modifications out: the same module and parameter objects, trainable as before.
 
     Raises:
-        TokenGateError: no layer of the model is patched.
+        TokenGateError: no layer of the model is patched, or it is wrapped by
+            DistributedDataParallel or sharded.
     """
+    _check_can_unpatch(model)
     patched, roots = layers(model), _patched_roots(model)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:
@@ -190,6 +192,8 @@ _WRAPPERS = {
     "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
+# Those that gather parameters, or reduce their gradients, as they found them.
+_HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
 
 
 def _check_can_patch(model: nn.Module) -> None:
@@ -200,13 +204,28 @@ def _check_can_patch(model: nn.Module) -> None:
             "patch was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
+    for name, wrapper in _wrapped(model):
+        raise TokenGateError(
+            f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
+            "first, then wrap."
+        )
+
+
+def _check_can_unpatch(model: nn.Module) -> None:
+    for name, wrapper in _wrapped(model):
+        if wrapper in _HOLDING:
+            raise TokenGateError(
+                f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters "
+                "that unpatch takes out: unpatch a model that is not wrapped, or use disabled()."
+            )
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What in `model` is wrapped, by name, and by what."""
     for name, module in model.named_modules():
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                raise TokenGateError(
-                    f"{name or 'the model'!r} is wrapped by {_WRAPPERS[base.__name__]} already, "
-                    "which would not see new parameters: patch first, then wrap."
-                )
+                yield name or "the model", _WRAPPERS[base.__name__]
 
 
 def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from tokengate.arguments import count, finite, switch
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import require_layers
+from tokengate.sharding import gathered
 
 # Found in simulation (tests/test_sparsity_controller.py): how hard an error pulls, in units of what
 # the loss itself pulls; how fast a lasting one adds up, up to which limit, and from which size on
@@ -181,12 +182,12 @@ class SparsityController:
         """dL/dtau of every layer, `(layers,)`; 0 where there is none."""
         found = []
         for gate in self._gates.values():
-            gradient: Any = gate.tau.grad
+            gradient = gate.tau.grad
             if gradient is None:
                 found.append(torch.zeros((), dtype=self._dtype, device=self._device))
             else:
-                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                found.append(whole.detach().reshape(()).to(self._device, self._dtype))
+                whole = gathered(gradient).detach()
+                found.append(whole.reshape(()).to(self._device, self._dtype))
         return torch.stack(found)
 
     def _zeros(self) -> Tensor:
