@@ -61,12 +61,13 @@ def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
 
     Args:
         model: a patched model, before or after `accelerator.prepare`.
-        accelerator: of a single process or of data parallelism.
+        accelerator: of a single process, of data parallelism, or of FSDP2.
 
     Raises:
-        TokenGateError: no layer of the model is patched, or the model is sharded.
+        TokenGateError: no layer of the model is patched, or the model is sharded in another way.
     """
-    _check_not_sharded(accelerator.distributed_type)
+    if not getattr(accelerator, "is_fsdp2", False):
+        _check_not_sharded(accelerator.distributed_type)
     _set_unit(model, accelerator.num_processes, accelerator.scaler)
 
 
@@ -416,7 +417,8 @@ def _check_not_sharded(kind: DistributedType) -> None:
     if str(kind.value) in _REFUSED:
         raise TokenGateError(
             f"the model is trained under {kind.value}, where a tau is no parameter of its own or "
-            "its gradient not an average over processes: use data parallelism."
+            "its gradient not an average over processes: use data parallelism, or FSDP2 in a loop "
+            "of your own."
         )
 
 

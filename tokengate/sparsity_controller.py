@@ -56,7 +56,7 @@ class SparsityController:
 
     Raises:
         TokenGateError: no layer has a gate whose tau is trained; the optimiser does not hold a tau;
-            a number is out of its range.
+            a number is out of its range. In the first step: no tau has a gradient.
     """
 
     def __init__(
@@ -149,6 +149,12 @@ class SparsityController:
         if found_inf is not None and bool(found_inf > 0):
             return
         loss_scale = getattr(optimizer, "grad_scale", None)
+        if self.step == 0 and all(gate.tau.grad is None for gate in gates):
+            raise TokenGateError(
+                f"no gradient of tau was seen in any of the {len(gates)} gates that the "
+                "SparsityController leads: call loss.backward() before optimizer.step(), and train "
+                "without DeepSpeed's ZeRO, which keeps gradients to itself."
+            )
         gradients = self._gradients() / (1.0 if loss_scale is None else loss_scale)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(tallies)
