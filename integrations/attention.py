@@ -120,12 +120,13 @@ class Projection(nn.Linear):
     It has no parameters of its own: `weight` and `bias` are those of its attention.
     """
 
-    _attention: nn.MultiheadAttention
+    # What hooks that offload `weight` are on; `tokengate.patch` asks for it.
+    weight_holder: nn.MultiheadAttention
 
     def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
         super(nn.Linear, self).__init__()  # nn.Linear's own would make parameters
         # Past nn.Module, which would make the attention a child of its child.
-        object.__setattr__(self, "_attention", attention)
+        object.__setattr__(self, "weight_holder", attention)
         self.training = attention.training
         widths = (attention.embed_dim, attention.kdim, attention.vdim)
         self._part = _PROJECTIONS.index(name)
@@ -135,15 +136,15 @@ class Projection(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """`(embed_dim, in_features)`."""
-        if self._attention.in_proj_weight is not None:
-            return self._own_rows(self._attention.in_proj_weight)
-        separate: Tensor = getattr(self._attention, f"{_PROJECTIONS[self._part]}_weight")
+        if self.weight_holder.in_proj_weight is not None:
+            return self._own_rows(self.weight_holder.in_proj_weight)
+        separate: Tensor = getattr(self.weight_holder, f"{_PROJECTIONS[self._part]}_weight")
         return separate
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """`(embed_dim,)`, or None."""
-        packed = self._attention.in_proj_bias
+        packed = self.weight_holder.in_proj_bias
         return None if packed is None else self._own_rows(packed)
 
     def _own_rows(self, packed: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.linear_like import is_linear
 from tokengate.owners import reads_weight, returns_tuple
-from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, nearest, show
 from tokengate.recording import Recorder
-from tokengate.targets import ALL_LINEAR, output_head
+from tokengate.slice_targets import matched, with_slices
+from tokengate.targets import ALL_LINEAR, is_target, output_head
 
 PARTS = ("vision", "projector", "language")
 
@@ -62,9 +63,10 @@ def llava_targets(
 ) -> list[str]:
     """The full names of the linear layers that `targets` means within some parts of a model.
 
-    The language model is without its output head. Of the vision tower, what gets no gradient is
-    left out: with `vision_feature_layer=-2`, as LLaVA has it, its last layer; what comes after all
-    layers; a pooling head.
+    A slice of a fused one, as `"qkv.q"`, is meant as in `tokengate.patch`. The language model is
+    without its output head. Of the vision tower, what gets no gradient is left out: with
+    `vision_feature_layer=-2`, as LLaVA has it, its last layer; what comes after all layers; a
+    pooling head.
 
     Args:
         model: a vision-language model of transformers.
@@ -90,11 +92,13 @@ def llava_targets(
     patterns = as_patterns("targets", targets)
     kind = type(model).__name__
     head = output_head(model)
-    layers = {
-        name: _part_of(name)
-        for name, module in model.named_modules()
-        if _part_of(name) in parts and is_linear(module) and module is not head
-    }
+    named = [
+        (name, module)
+        for name, module in with_slices(model, None)
+        if _part_of(name) in parts and is_target(module) and module is not head
+    ]
+    first = {module: name for name, module in reversed(named)}
+    layers = {name: _part_of(name) for name, module in named if first[module] == name}
     for part in parts:
         if part not in layers.values():
             raise TokenGateError(
@@ -103,12 +107,14 @@ def llava_targets(
                 "model of transformers, or name the layers to tokengate.patch yourself."
             )
     unused = _unused(model)
+    unused |= {name for name in layers if name.rpartition(".")[0] in unused}  # their slices
     chosen = set()
     for pattern in patterns:
         if pattern == ALL_LINEAR:
-            chosen |= {name for name in layers if name not in unused and _reachable(model, name)}
+            whole = (name for module, name in first.items() if is_linear(module))
+            chosen |= {name for name in whole if name not in unused and _reachable(model, name)}
             continue
-        hits = {name for name in layers if matches(pattern, name)}
+        hits = {first[module] for module in matched(pattern, named)}
         if not hits:
             raise TokenGateError(
                 f"target {show(pattern)} matches no linear layer in the {' or '.join(parts)} part "

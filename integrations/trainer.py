@@ -17,14 +17,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, reduce
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import (
     Trainer,
@@ -61,12 +61,13 @@ def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
 
     Args:
         model: a patched model, before or after `accelerator.prepare`.
-        accelerator: of a single process or of data parallelism.
+        accelerator: of a single process, of data parallelism, or of FSDP2.
 
     Raises:
-        TokenGateError: no layer of the model is patched, or the model is sharded.
+        TokenGateError: no layer of the model is patched, or the model is sharded in another way.
     """
-    _check_not_sharded(accelerator.distributed_type)
+    if not getattr(accelerator, "is_fsdp2", False):
+        _check_not_sharded(accelerator.distributed_type)
     _set_unit(model, accelerator.num_processes, accelerator.scaler)
 
 
@@ -259,7 +260,7 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Add what `TokenGateTrainer` has not added before."""
-        added = self.add_to(context["logs"], context["model"], args.world_size)
+        added = self.add_to(context["logs"])
         if not added:
             return
         if state.log_history:
@@ -290,7 +291,7 @@ class TokenGateCallback(TrainerCallback):
     ) -> None:
         """`Trainer.predict` logs nothing: its metrics are added to here."""
         if self._evaluation.runs:
-            self.add_to(metrics, context["model"], args.world_size)
+            self.add_to(metrics)
         self._evaluation.drop()
 
     def on_train_end(
@@ -304,7 +305,7 @@ class TokenGateCallback(TrainerCallback):
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
         self._evaluation.start(model)
 
-    def add_to(self, logs: dict[str, Any], model: Any, processes: int) -> dict[str, float]:
+    def add_to(self, logs: dict[str, Any]) -> dict[str, float]:
         """Add to `logs` what belongs there, once, and return that.
 
         Called by every process, with the same keys, if there are several.
@@ -312,9 +313,9 @@ class TokenGateCallback(TrainerCallback):
         added: dict[str, float] = {}
         prefix = _evaluated(logs)
         if prefix and f"{prefix}_sparsity" not in logs:
-            added |= _sparsity(f"{prefix}_sparsity", self._evaluation.take(), model, processes)
+            added |= _sparsity(f"{prefix}_sparsity", self._evaluation.take())
         elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
-            added |= _sparsity("sparsity", self._training.take(), model, processes)
+            added |= _sparsity("sparsity", self._training.take())
             added |= self._steps.statistics()
             if self._norm is not None and "grad_norm" in logs:
                 added["grad_norm"] = self._norm.item()
@@ -360,7 +361,7 @@ class TokenGateTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with sparsity and tau."""
-        self._callback().add_to(logs, self.model, self.args.world_size)
+        self._callback().add_to(logs)
         super().log(logs, *args, **kwargs)
 
     def _callback(self) -> TokenGateCallback:
@@ -416,7 +417,8 @@ def _check_not_sharded(kind: DistributedType) -> None:
     if str(kind.value) in _REFUSED:
         raise TokenGateError(
             f"the model is trained under {kind.value}, where a tau is no parameter of its own or "
-            "its gradient not an average over processes: use data parallelism."
+            "its gradient not an average over processes: use data parallelism, or FSDP2 in a loop "
+            "of your own."
         )
 
 
@@ -447,29 +449,12 @@ def _evaluated(logs: Mapping[str, Any]) -> str | None:
     return prefixes[0] if prefixes and prefixes[0] != "train" else None
 
 
-def _sparsity(
-    key: str, recorder: Recorder | None, model: nn.Module, processes: int
-) -> dict[str, float]:
-    """Eq. 23 over all processes: averaged over samples, then over the modules that were called."""
+def _sparsity(key: str, recorder: Recorder | None) -> dict[str, float]:
+    """Eq. 23 over all processes; nothing where none of them had anything to run."""
     if recorder is None:
         return {}
-    counts = torch.tensor(list(_counts(recorder, model)), dtype=torch.float64)
-    if processes > 1:
-        device = next(model.parameters()).device
-        counts = reduce(counts.to(device), reduction="sum").cpu()
-    samples, summed = counts[counts[:, 0] > 0].unbind(1)
-    return {key: (summed / samples).mean().item()} if len(samples) else {}
-
-
-def _counts(recorder: Recorder, model: nn.Module) -> Iterator[tuple[float, float]]:
-    """For every layer its samples and their summed sparsity."""
     try:
-        modules = recorder.report().modules
-    except TokenGateError:  # this process had nothing to run
-        modules = {}
-    for name in tokengate.layers(model):
-        module = modules.get(name)
-        if module is None or module.samples == 0:
-            yield 0.0, 0.0
-        else:
-            yield module.samples, module.samples * module.sparsity
+        sparsity = recorder.report(reduce=True).sparsity
+    except TokenGateError:
+        return {}
+    return {} if math.isnan(sparsity) else {key: sparsity}

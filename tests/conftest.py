@@ -1,5 +1,10 @@
 """What every test starts from."""
 
+import multiprocessing
+import os
+import pathlib
+from multiprocessing import forkserver
+
 import pytest
 import torch
 
@@ -9,6 +14,21 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Forked from one that has imported everything, which takes longer than what they do."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed_runs", "trainer_runs"])
+    forkserver.ensure_running()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return context
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from models import Net, away_from_initialisation
 from torch import nn
 
 import tokengate
+from tokengate.integrations.attention import split_attention
 
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 hooks = pytest.importorskip("accelerate.hooks")
@@ -234,6 +235,33 @@ def test_what_is_offloaded_cannot_be_trained(tmp_path):
     tokengate.patch(model, ["fc1"], train=["blocks.1.norm"])
     model(torch.randn(2, 3, 8, dtype=torch.float64)).sum().backward()
     assert model.blocks[1].norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", [on_cpu, on_disk])
+def test_an_attention_that_was_split_before(way, method, tmp_path):
+    """Its hook is on the attention, which holds the weights of the projections."""
+
+    def split():
+        torch.manual_seed(0)
+        return split_attention(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).double())
+
+    def output(model):
+        torch.manual_seed(1)
+        tokengate.patch(model, ["q_proj", "v_proj"], method, rank=2, dropout=0.0, tau=0.01)
+        away_from_initialisation(model)
+        return model(torch.linspace(-1, 1, 48, dtype=torch.float64).view(2, 3, 8))
+
+    wanted = output(split())
+    model = dispatched(way, tmp_path, split())
+    assert model.self_attn.q_proj.weight.is_meta
+    got = output(model)
+    assert not any(p.is_meta for p in parameters(model).values())
+    assert model.self_attn.q_proj.weight.is_meta
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, split()(torch.linspace(-1, 1, 48).double().view(2, 3, 8)))
+    got.square().sum().backward()
+    assert all(p.grad is not None for p in parameters(model).values())
 
 
 def test_other_forwards_on_the_instance_are_refused():

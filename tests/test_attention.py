@@ -254,6 +254,35 @@ def test_deepcopy_and_pickle(make, monkeypatch):
     assert isinstance(model["attn"], make)
 
 
+@pytest.mark.parametrize("train", ["in_proj_weight", "in_proj_bias"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_projection_is_a_view_of_is_not_trained(train, grad):
+    module = split_attention(nn.Sequential(attention()))
+    before = snapshot(module)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(tokengate.TokenGateError, match=r"'0\.q_proj' is both a target"),
+    ):
+        tokengate.patch(module, ["q_proj"], train=[train])
+    assert snapshot(module) == before
+    tokengate.patch(module, "all-linear", train=[train])
+    assert list(tokengate.layers(module)) == ["0.out_proj"]
+    assert [n for n, p in module.named_parameters() if p.requires_grad and "0.out" not in n] == [
+        f"0.{train}"
+    ]
+    tokengate.unpatch(module)
+    tokengate.patch(module, ["q_proj"], train=["out_proj"])
+    assert module[0].out_proj.weight.requires_grad
+
+
+def test_separate_weights_may_be_trained_but_a_target_s():
+    module = split_attention(nn.Sequential(attention(kdim=4, vdim=6)))
+    tokengate.patch(module, ["q_proj"], train=["k_proj_weight"])
+    assert module[0].k_proj_weight.requires_grad
+    with pytest.raises(tokengate.TokenGateError, match="is both a target"):
+        tokengate.patch(module, ["k_proj"], train=["k_proj_weight"])
+
+
 def test_compiles_without_a_graph_break():
     layer, x = nn.TransformerEncoderLayer(E, H, 16, batch_first=True).eval(), torch.randn(B, L, E)
     tokengate.patch(split_attention(layer), ["q_proj", "out_proj"], rank=2, tau=0.1)

@@ -184,6 +184,28 @@ def test_one_part_or_all(family, parts):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("version", ["2", "2.5", "3"])
+@pytest.mark.parametrize("targets", [["qkv.q", "attn.qkv.v"], ["*.qkv.[qv]"], "*.qkv.q"])
+def test_slices_of_fused_layers(version, targets):
+    """The same as `patch` finds, in one part."""
+    model = qwen(version)
+    found = llava_targets(model, "vision", targets)
+    assert found[0] == "model.visual.blocks.0.attn.qkv.q"
+    assert len(found) == 2 * (2 if isinstance(targets, list) else 1)
+    tokengate.patch(model, targets)
+    assert list(tokengate.layers(model)) == found
+    # Patched, they are found as they were.
+    assert llava_targets(model, "vision", targets) == found
+    tokengate.unpatch(model)
+    # A whole that is matched is not its slices; nor is a single word one of them.
+    assert llava_targets(model, "vision", "*attn*") == [
+        f"model.visual.blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")
+    ]
+    assert not any("qkv." in name for name in llava_targets(model, "vision", "all-linear"))
+    with pytest.raises(tokengate.TokenGateError, match="target 'q' matches no linear layer"):
+        llava_targets(model, "vision", "q")
+
+
 def paligemma():
     config = transformers.PaliGemmaConfig(
         vision_config=VISION

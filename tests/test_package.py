@@ -85,6 +85,7 @@ def test_imports_point_one_way():
         "precision",
         "patterns",
         "tally",
+        "sharding",
         "recomputation",
         "gate",
         "factors",

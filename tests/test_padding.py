@@ -262,6 +262,46 @@ def test_a_mask_of_four_dimensions_from_the_user(kind):
     assert positions(four_dimensions(kind, causal & left[:, None])) == 13
 
 
+class Lenient(nn.Module):
+    """Takes whatever mask and ids, and uses the mask for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.proj = nn.Embedding(64, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None):
+        return self.proj(self.embed(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("shape", "ids", "real"),
+    [
+        ((3, 2, 6, 6), (3, 6), 15),
+        ((1, 2, 6, 6), (3, 6), 15),
+        # What is not of these positions masks none.
+        ((2, 1, 6, 6), (3, 6), 18),
+        ((6, 1, 6, 6), (3, 6), 18),
+        ((3, 1, 6, 6), (1, 6), 6),
+        ((3, 1, 5, 6), (3, 6), 18),
+        ((3, 1, 6, 6), (6,), 6),
+        ((1, 1, 6, 6), (6,), 6),
+        ((1, 1, 1, 1), (), 1),
+        ((2, 6), (6,), 6),
+        ((2, 6), (), 1),
+    ],
+)
+@pytest.mark.parametrize("cache", [None, object()])
+def test_a_mask_of_other_sizes_stops_no_forward(shape, ids, real, cache):
+    """What the model takes, it is given, whatever that says of positions."""
+    model = tokengate.patch(Lenient(), ["proj"], rank=2)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., -1, :] = False  # in four dimensions: the last position attends to nothing
+    with tokengate.record(model) as rec:
+        out = model(torch.ones(ids, dtype=torch.long), mask, cache)
+    assert out.shape == (*ids, 8)
+    assert rec.report().modules["proj"].positions == real
+
+
 def test_a_bias_of_four_dimensions_masks_nothing():
     model = llama()
     distance = torch.arange(6)[:, None] - torch.arange(6)

@@ -2,12 +2,7 @@
 
 import copy
 import json
-import multiprocessing
-import os
-import pathlib
 import signal
-import socket
-from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 
 import trainer_runs as runs  # noqa: E402
+import two_ranks  # noqa: E402
 from accelerate_state import reset  # noqa: E402
 from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
@@ -27,21 +23,6 @@ from tokengate.integrations.tau_steps import TauSteps  # noqa: E402
 
 TokenGateCallback, TokenGateTrainer = integration.TokenGateCallback, integration.TokenGateTrainer
 set_penalty_unit = integration.set_penalty_unit
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Forked from one that has imported everything, which takes longer than what they do."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(pathlib.Path(runs.__file__).parent)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer_runs"])
-    forkserver.ensure_running()
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
-    return context
 
 
 # One thread as in the processes started here.
@@ -159,16 +140,9 @@ def test_micro_batches(tmp_path):
 
 
 def test_two_processes(tmp_path, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [processes.Process(target=runs.ranked, args=(tmp_path, r, port)) for r in ("0", "1")]
-    for rank in ranks:
-        rank.start()
+    ranks = two_ranks.start(processes, runs.ranked, tmp_path)
     one, expected = trained(tmp_path, per_device_train_batch_size=4)
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    two_ranks.wait_for(ranks)
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
     ours, without = torch.tensor(found[0]["True"]), torch.tensor(found[0]["False"])

@@ -51,7 +51,11 @@ def _bound(module: nn.Module, kind: type[nn.Module]) -> MethodType:
 
 @contextlib.contextmanager
 def weights_present(module: nn.Module) -> Iterator[None]:
-    """Within this context an offloaded module has its weights, on the device that it runs on."""
+    """Within this context an offloaded module has its weights, on the device that it runs on.
+
+    A layer whose weights are views of another module's says so by an attribute `weight_holder`.
+    """
+    module = getattr(module, "weight_holder", module)
     if not any(_says(hook, "offload") for hook in _hooks(module)):
         yield
         return

@@ -15,6 +15,7 @@ from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.precision import KeepsFloat32
 from tokengate.recomputation import in_backward
+from tokengate.sharding import number_here
 from tokengate.tally import by_sample, tally
 
 
@@ -154,8 +155,9 @@ class TokenGate(KeepsFloat32):
         return h
 
     def extra_repr(self) -> str:
-        # tau may live on the meta device, where it has no value.
-        value = "" if self.tau.is_meta else f"tau={self.tau.item():.4g}, "
+        # tau may live on the meta device, where it has no value, or on another rank.
+        tau = number_here(self.tau)
+        value = "" if tau is None else f"tau={tau:.4g}, "
         return f"{value}penalty={self.penalty:g}"
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import require_layers
 from tokengate.modifications import AdaLoRA
+from tokengate.sharding import gathered
 
 
 def adalora_layers(model: nn.Module, asked: str) -> dict[str, AdaLoRA]:
@@ -34,13 +35,14 @@ def orthogonality(model: nn.Module) -> Tensor:
     The mean, over all P and Q of the model, of ||P'P - I|| and ||QQ' - I|| (Frobenius norms; Zhang
     et al., 2023, section 3.1). The paper squares the norms; not squared and averaged, as here, is
     what its authors' code and Hugging Face PEFT compute, so their weights (0.1 to 0.5) carry over.
+    Under FSDP2 every rank calls it, after the model's forward.
 
     Raises:
         TokenGateError: no layer of the model has an AdaLoRA.
     """
     distances = []
     for modification in adalora_layers(model, "orthogonality").values():
-        P, Q = modification.P, modification.Q
+        P, Q = gathered(modification.P), gathered(modification.Q)
         for gram in (P.T @ P, Q @ Q.T):
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             distances.append(torch.linalg.vector_norm(gram - identity))

@@ -169,7 +169,7 @@ def _bind(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if followed.inverted is not None:
         mask = _real(bound.get(followed.inverted))
     cached = any(bound.get(name) is not None for name in _CACHES)
-    if mask is not None and cached and first is not None:
+    if mask is not None and cached and first is not None and first.dim() > 1:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
     if isinstance(bound.get("target_mapping"), Tensor):  # XLNet's layers see its targets, too
@@ -200,7 +200,10 @@ def _attending(mask: Any, first: Tensor) -> Tensor | None:
     """
     if isinstance(mask, dict) and mask:  # one for each kind of layer: each attends to itself
         mask = next(iter(mask.values()))
-    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == first.shape[1]):
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and first.dim() > 1):
+        return None
+    # One for all samples, or one for each. Whether others fit is for the model to say.
+    if mask.shape[0] not in (1, first.shape[0]) or mask.shape[2] != first.shape[1]:
         return None
     if mask.is_floating_point():  # added to the scores; a bias may be negative, too
         mask = mask > torch.finfo(mask.dtype).min / 2

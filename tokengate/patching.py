@@ -15,8 +15,8 @@ from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import attach, detach, layers, require_layers
-from tokengate.linear_like import LinearSlice, whole
+from tokengate.gated_linear import Gated, attach, detach, layers, require_layers
+from tokengate.linear_like import LinearLike, LinearSlice, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
@@ -24,6 +24,7 @@ from tokengate.options import options_by_layer
 from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
+from tokengate.sharding import is_sharded
 from tokengate.sliced_linear import attach_slice, detach_slice
 from tokengate.slices import Slices
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
@@ -100,8 +101,7 @@ def patch(
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
     for name, layer in list(chosen.items()):
-        own = whole(layer)
-        if any(p is own.weight or p is own.bias for p in trained.values()):
+        if any(_has(whole(layer), parameter) for parameter in trained.values()):
             if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(
                     f"{name!r} is both a target and named by train=: a target's own weight stays "
@@ -158,9 +158,11 @@ def unpatch(model: _Model) -> _Model:
     """Take all modifications out: the same module and parameter objects, trainable as before.
 
     Raises:
-        TokenGateError: no layer of the model is patched.
+        TokenGateError: no layer of the model is patched, or it is wrapped by
+            DistributedDataParallel or sharded.
     """
     patched, roots = layers(model), _patched_roots(model)
+    _check_can_unpatch(model, patched)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:
         patched = require_layers(model, "unpatch")
@@ -210,6 +212,8 @@ _WRAPPERS = {
     "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
+# Those that gather parameters, or reduce their gradients, as they found them.
+_HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
 
 
 def check_can_patch(model: nn.Module, caller: str) -> None:
@@ -223,13 +227,31 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
             f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
+    for name, wrapper in _wrapped(model):
+        raise TokenGateError(
+            f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
+            "first, then wrap."
+        )
+
+
+def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
+    held = [(name, wrapper) for name, wrapper in _wrapped(model) if wrapper in _HOLDING]
+    for name, layer in patched.items():  # of a part, too, of what is sharded as a whole
+        if any(is_sharded(p) for p in layer.modification.parameters()):
+            held.append((name or "the layer", "fully_shard"))
+    for name, wrapper in held:
+        raise TokenGateError(
+            f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters that "
+            "unpatch takes out: unpatch a model that is not wrapped, or use disabled()."
+        )
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What in `model` is wrapped, by name, and by what."""
     for name, module in model.named_modules():
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                raise TokenGateError(
-                    f"{name or 'the model'!r} is wrapped by {_WRAPPERS[base.__name__]} already, "
-                    "which would not see new parameters: patch first, then wrap."
-                )
+                yield name or "the model", _WRAPPERS[base.__name__]
 
 
 def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
@@ -260,6 +282,12 @@ def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
                 f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
             )
     return named
+
+
+def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
+    """Whether the layer's weight or bias is the parameter, or a view of it."""
+    own = (t for t in (layer.weight, layer.bias) if t is not None)
+    return any(parameter is t or parameter is getattr(t, "_base", None) for t in own)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
 from tokengate.orthogonality import adalora_layers
+from tokengate.sharding import divided_as, gathered
 
 _FACTORS = ("P", "E", "Q")
 
@@ -138,13 +139,20 @@ class RankAllocator:
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: save it beside the optimiser's own state."""
+        """Everything needed to go on exactly: save it beside the optimiser's own state.
+
+        The same on one process and, called by all, on many: nothing in it is sharded.
+        """
+
+        def whole(layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+            return {n: {f: gathered(t) for f, t in own.items()} for n, own in layers.items()}
+
         state = {
             "step": self.step,
             "schedule": self._schedule,
             "masks": self.masks,
-            "sensitivity": self._sensitivity,
-            "uncertainty": self._uncertainty,
+            "sensitivity": whole(self._sensitivity),
+            "uncertainty": whole(self._uncertainty),
         }
         return copy.deepcopy(state)
 
@@ -182,17 +190,18 @@ class RankAllocator:
                             f"{tuple(parameter.shape)}: patch it as it was patched then."
                         )
 
-        def on_device(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             factors = self._factors(name)
-            return {k: t.to(factors[k].device, copy=True) for k, t in tensors.items()}
+            copies = {k: t.to(factors[k].device, copy=True) for k, t in tensors.items()}
+            return {k: divided_as(t, factors[k]) for k, t in copies.items()}
 
         self.step = int(state["step"])
         self.masks = {
             name: mask.to(self.masks[name].device, copy=True)
             for name, mask in state["masks"].items()
         }
-        self._sensitivity = {n: on_device(n, t) for n, t in state["sensitivity"].items()}
-        self._uncertainty = {n: on_device(n, t) for n, t in state["uncertainty"].items()}
+        self._sensitivity = {n: own(n, t) for n, t in state["sensitivity"].items()}
+        self._uncertainty = {n: own(n, t) for n, t in state["uncertainty"].items()}
 
     def __repr__(self) -> str:
         return (
@@ -295,7 +304,8 @@ class RankAllocator:
             self._allocate()
         if allocates or self.step > self._last:
             for name, modification in self._modifications.items():
-                modification.E.masked_fill_(~self.masks[name], 0.0)
+                E = modification.E
+                E.masked_fill_(divided_as(~self.masks[name], E), 0.0)
         if self.step >= self._last:
             self._sensitivity, self._uncertainty = {}, {}
 
@@ -333,6 +343,7 @@ class RankAllocator:
     def _scores(self, name: str) -> Tensor:
         """One score for each singular value of a layer, `(rank,)`."""
         if name not in self._sensitivity:
-            return torch.zeros_like(self._modifications[name].E)
-        s = {f: self._sensitivity[name][f] * self._uncertainty[name][f] for f in _FACTORS}
+            return torch.zeros_like(self.masks[name], dtype=self._modifications[name].E.dtype)
+        # Gathered before they are averaged, so that the order of summation is one process's.
+        s = {f: gathered(self._sensitivity[name][f] * self._uncertainty[name][f]) for f in _FACTORS}
         return s["E"] + s["P"].mean(0) + s["Q"].mean(1)

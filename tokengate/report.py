@@ -24,7 +24,8 @@ class ModuleSparsity:
     modified: int
     """Those of them that the modification was added to."""
     tau: float | None
-    """The threshold at the time of the report; None without a gate."""
+    """The threshold at the time of the report; None without a gate, and where FSDP2 keeps it on
+    another rank than the one that reports alone."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.fused import known_slices
 from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearSlice, features_of, is_linear
-from tokengate.patterns import as_patterns, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
 from tokengate.sliced_linear import Sliced, slices_of
 from tokengate.slices import Slices
 
@@ -99,7 +99,18 @@ def _check_fits(name: str, layer: Any, slices: Slices) -> None:
         )
 
 
-def is_new_slice(module: nn.Module) -> bool:
+def matched(pattern: Pattern, named: Iterable[tuple[str, nn.Module]]) -> set[nn.Module]:
+    """What `pattern` means among the modules and slices that `with_slices` names.
+
+    "gate" is a layer of this name, "gate_up_proj.gate" a slice.
+    """
+    one_word = is_one_word(pattern)
+    return without_parts_of_wholes(
+        {m for name, m in named if matches(pattern, name) and not (one_word and _is_new_slice(m))}
+    )
+
+
+def _is_new_slice(module: nn.Module) -> bool:
     """Whether `module` is a slice that is not patched."""
     return isinstance(module, LinearSlice) and not isinstance(module, Gated)
 

@@ -11,6 +11,7 @@ from tokengate.arguments import count, finite, switch
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import require_layers
+from tokengate.sharding import gathered
 
 # Found in simulation (tests/test_sparsity_controller.py): how hard an error pulls, in units of what
 # the loss itself pulls; how fast a lasting one adds up, up to which limit, and from which size on
@@ -55,7 +56,7 @@ class SparsityController:
 
     Raises:
         TokenGateError: no layer has a gate whose tau is trained; the optimiser does not hold a tau;
-            a number is out of its range.
+            a number is out of its range. In the first step: no tau has a gradient.
     """
 
     def __init__(
@@ -148,6 +149,12 @@ class SparsityController:
         if found_inf is not None and bool(found_inf > 0):
             return
         loss_scale = getattr(optimizer, "grad_scale", None)
+        if self.step == 0 and all(gate.tau.grad is None for gate in gates):
+            raise TokenGateError(
+                f"no gradient of tau was seen in any of the {len(gates)} gates that the "
+                "SparsityController leads: call loss.backward() before optimizer.step(), and train "
+                "without DeepSpeed's ZeRO, which keeps gradients to itself."
+            )
         gradients = self._gradients() / (1.0 if loss_scale is None else loss_scale)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(tallies)
@@ -181,12 +188,12 @@ class SparsityController:
         """dL/dtau of every layer, `(layers,)`; 0 where there is none."""
         found = []
         for gate in self._gates.values():
-            gradient: Any = gate.tau.grad
+            gradient = gate.tau.grad
             if gradient is None:
                 found.append(torch.zeros((), dtype=self._dtype, device=self._device))
             else:
-                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                found.append(whole.detach().reshape(()).to(self._device, self._dtype))
+                whole = gathered(gradient).detach()
+                found.append(whole.reshape(()).to(self._device, self._dtype))
         return torch.stack(found)
 
     def _zeros(self) -> Tensor:

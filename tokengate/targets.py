@@ -14,11 +14,11 @@ from tokengate.experts import stacked_expert
 from tokengate.gated_linear import Gated
 from tokengate.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.owners import reads_weight, returns_tuple
-from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, is_one_word, nearest, show
 from tokengate.quantised import blocks_gradients
 from tokengate.slice_targets import (
     check_slices,
-    is_new_slice,
+    matched,
     unknown_slice,
     with_slices,
     without_parts_of_wholes,
@@ -67,7 +67,7 @@ def find_targets(
                 f"target {label} matches only what exclude= leaves out: drop one of the two."
             )
         # Other modules may share a linear layer's name; without one, each of them is a mistake.
-        linear = [m for m in wanted if _is_target(m)]
+        linear = [m for m in wanted if is_target(m)]
         for module in linear or wanted:
             refusal = names.refusal(module)
             if refusal is not None:
@@ -139,20 +139,15 @@ class _Names:
             return {"<callable>": without_parts_of_wholes(chosen)}
         found = {}
         for pattern in as_patterns(argument, patterns):
-            # "gate" is a layer of this name, "gate_up_proj.gate" a slice.
-            hits = {
-                module
-                for name, module in self.named
-                if matches(pattern, name) and not (is_one_word(pattern) and is_new_slice(module))
-            }
+            hits = matched(pattern, self.named)
             if not hits:
-                linear = [name for name, module in self.named if _is_target(module)]
+                linear = [name for name, module in self.named if is_target(module)]
                 raise TokenGateError(
                     f"{argument.removesuffix('s')} {show(pattern)} matches no module of this "
                     f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}"
                     f"{unknown_slice(pattern, linear)}."
                 )
-            found[show(pattern)] = without_parts_of_wholes(hits)
+            found[show(pattern)] = hits
         if not found and argument == "targets":
             raise TokenGateError(
                 f'{argument}={patterns!r} names no layer: pass names, e.g. ["q_proj", "v_proj"].'
@@ -181,7 +176,7 @@ class _Names:
                     "tokengate.unpatch(model) first, or exclude it"
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
-        if not _is_target(module):
+        if not is_target(module):
             inside = (name for name, m in module.named_modules() if is_linear(m))
             example = next(inside, None)
             remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
@@ -224,7 +219,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if callable(get_head) else None
 
 
-def _is_target(module: nn.Module) -> bool:
+def is_target(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer or a slice of a fused one."""
     return is_linear(module) or isinstance(module, LinearSlice)
 
 

@@ -1,0 +1,290 @@
+"""Trainings on one process or on two, for test_distributed.py: what runs in processes of their own.
+
+The two see one half each of every batch, so that averaged they see what the one sees.
+"""
+
+import copy
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from models import Net, away_from_initialisation
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tokengate
+
+METHODS = ["lora", "dora", "adalora", "adapter"]
+STEPS = 10
+
+
+def join(rank, port):
+    """What torchrun and `accelerate launch` tell a process, and a group of two."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(x):
+    """This rank's part of a batch."""
+    return x.chunk(ranks())[dist.get_rank()] if dist.is_initialized() else x
+
+
+def averaged(loss):
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    return loss.item() / ranks()
+
+
+def patched(method="lora", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    options = {"rank": 4, "tau": 0.2, "penalty": 1e-4, **options}
+    tokengate.patch(model, ["q_proj", "v_proj", "fc1"], method, **options)
+    return away_from_initialisation(model, 0.3)
+
+
+def wrapped(model, engine):
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    if engine == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def batch(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, 8, generator=generator).to(dtype)
+
+
+def taus(model):
+    found = [layer.gate.tau.detach() for layer in tokengate.layers(model).values()]
+    return torch.cat([t.full_tensor() if hasattr(t, "full_tensor") else t for t in found])
+
+
+def step_of(run, model, optimizer, x, orthogonal=False):
+    """One step of training; the loss of the whole batch."""
+    optimizer.zero_grad()
+    loss = run(share(x)).float().square().mean()
+    if orthogonal:
+        loss = loss + 0.1 * tokengate.orthogonality(model)
+    loss.backward()
+    optimizer.step()
+    return averaged(loss)
+
+
+def training(
+    method, engine, unit=True, dtype=torch.float32, controller=None, adam=False, budget=True
+):
+    """Losses, taus and what else changes, at every step."""
+    model = patched(method, dtype)
+    run = wrapped(model, engine)
+    tokengate.scale_penalty(model, ranks() if unit else 1)
+    groups = tokengate.param_groups(model, lr=1e-2, s=1e-2)
+    own = tokengate.TauAdam(groups.pop()["params"], s=1e-2) if adam else None
+    optimizer = torch.optim.AdamW(groups)
+    path = {"losses": [], "taus": [], "masks": [], "penalties": [], "sparsity": []}
+    allocator = led = None
+    budget = budget and method == "adalora"
+    if budget:
+        allocator = tokengate.RankAllocator(model, optimizer, total_steps=STEPS)
+    if controller is not None:
+        # Not where a sum's last digit decides: the rule has a step at an error of 0.15 = 6 / 40.
+        led = tokengate.SparsityController(model, optimizer, 0.51, **controller)
+    for step in range(STEPS):
+        path["losses"].append(step_of(run, model, optimizer, batch(step, dtype), budget))
+        if own is not None:
+            own.step()
+        path["taus"].append(taus(model).tolist())
+        if allocator is not None:
+            path["masks"].append({n: mask.tolist() for n, mask in allocator.masks.items()})
+        if led is not None:
+            path["penalties"].append(list(led.penalties.values()))
+            path["sparsity"].append(led.sparsity)
+        if allocator is not None and step == STEPS // 2:
+            state = allocator.state_dict()
+            path["allocator"] = copy.deepcopy(state)
+            allocator.detach()
+            allocator = tokengate.RankAllocator(model, optimizer, total_steps=STEPS)
+            allocator.load_state_dict(state)
+    return path
+
+
+def some(name, shape):
+    """For `record(groups=...)`: the first samples have a group of their own."""
+    first = torch.zeros(shape[0], shape[1:].numel(), dtype=torch.bool)
+    first[:1] = name.endswith("q_proj")
+    return {f"rank {dist.get_rank() if dist.is_initialized() else '-'}": first, "all": True}
+
+
+def refusal(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except tokengate.TokenGateError as error:
+        return str(error)
+
+
+def reports(engine):
+    """What all ranks say together, and what one says alone."""
+    found = {}
+    model = patched()
+    run = wrapped(model, engine)
+    with tokengate.record(model, groups=some) as rec, torch.no_grad():
+        run(share(batch(0)))
+    found["together"] = rec.report(reduce=True).to_dict()
+    if engine:
+        found["process group"] = rec.report(reduce=dist.group.WORLD).to_dict()
+        found["mine"] = rec.report().to_dict()
+    found["groups"] = {n: r.to_dict() for n, r in rec.reports(reduce=True).items()}
+    found["refused"] = refusal(rec.report, reduce="sum")
+    return model, run, found
+
+
+def alone(engine):
+    """What one rank asks while the other does not answer, and what both are refused."""
+    model, run, found = reports(engine)
+    with tokengate.record(model) as rec:
+        # A forward of a sharded model is everybody's.
+        if engine == "ddp" and dist.get_rank() == 0:
+            model(batch(0))
+        found["nothing"] = refusal(rec.report)
+        found["one ran"] = refusal(rec.report, reduce=True)
+        if not found["one ran"]:
+            found["one ran"] = rec.report(reduce=True).to_dict()
+    dist.barrier()
+    if dist.get_rank() == 1:
+        found["gate"] = repr(model.blocks[0].q_proj.gate)
+        found["sharded"] = hasattr(model.blocks[0].q_proj.gate.tau, "full_tensor")
+        with tokengate.record(model) as rec:
+            rec._counts = {None: {"blocks.0.q_proj": torch.tensor([1.0, 0.5, 4.0, 2.0])}}
+        found["alone"] = rec.report().to_dict()
+    dist.barrier()
+    found["unpatch"] = refusal(tokengate.unpatch, run)
+    if engine == "fsdp2":  # a layer of DDP's does not know what it is in
+        found["a part"] = refusal(tokengate.unpatch, model.blocks[0].q_proj)
+    found["still"] = len(tokengate.layers(model))
+    with tokengate.disabled(model), torch.no_grad():
+        found["disabled"] = run(batch(0)).tolist()
+    return found
+
+
+def saved(engine, folder):
+    """After some training one ordinary file, and what the model that it is of computes."""
+    from safetensors.torch import save_file
+
+    model = patched("dora", train=["head"])
+    run = wrapped(model, engine)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
+    for step in range(3):
+        step_of(run, model, optimizer, batch(step))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        save_file(state, folder / "adapter.safetensors")
+    with torch.no_grad():
+        return {"outputs": run(batch(0)).tolist(), "B": len(model.blocks[0].q_proj.modification.B)}
+
+
+def everything(folder, engine, rank, port):
+    join(rank, port)
+    found = {}
+    for method in METHODS:
+        found[method] = training(method, engine)
+        found[f"{method} without the unit"] = training(method, engine, unit=False)
+    for per_layer in (False, True):
+        found[f"per_layer={per_layer}"] = training(
+            "lora", engine, controller={"per_layer": per_layer, "warmup_steps": 2}
+        )
+    found["bfloat16"] = training("lora", engine, dtype=torch.bfloat16)
+    found["TauAdam"] = training("lora", engine, adam=True)
+    found["reports"] = alone(engine)
+    found["saved"] = saved(engine, folder)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def with_accelerate(folder, rank, port):
+    """The README's loop, under data parallelism and under FSDP2."""
+    join(rank, port)
+    import accelerate
+    from accelerate_state import reset
+
+    from tokengate.integrations.trainer import set_penalty_unit
+
+    found = {}
+    for kind in ("ddp", "fsdp2"):
+        reset()
+        accelerator = accelerate.Accelerator(cpu=True)
+        if kind == "fsdp2":
+            # Which Accelerate itself reserves for GPUs.
+            accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Block"],
+            )  # fmt: skip
+            accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        model = patched()
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
+        data = torch.cat([batch(step) for step in range(STEPS)])
+        loader = torch.utils.data.DataLoader(data, batch_size=4)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        found[kind] = []
+        for x in loader:
+            set_penalty_unit(model, accelerator)
+            optimizer.zero_grad()
+            accelerator.backward(model(x).square().mean())
+            optimizer.step()
+            found[kind].append(taus(model).tolist())
+        found[f"{kind} is"] = type(model).__name__
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def with_zero(folder, rank, port):
+    """DeepSpeed's ZeRO, which clips gradients unless it is told not to."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    join(rank, port)
+    import deepspeed
+
+    found = {}
+    for stage in (1, 2, 3):
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        for method in METHODS:
+            model = patched(method)
+            optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            tokengate.scale_penalty(model, 2)
+            for step in range(STEPS):
+                engine.backward(engine(share(batch(step))).square().mean())
+                engine.step()
+            own = [layer.gate.tau for layer in tokengate.layers(model).values()]
+            with deepspeed.zero.GatheredParameters(own):
+                found[stage, method] = torch.cat(own).tolist()
+    for kind in ("RankAllocator", "SparsityController"):
+        model = patched("adalora")
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
+        if kind == "RankAllocator":
+            tokengate.RankAllocator(model, optimizer, total_steps=STEPS)
+        else:
+            tokengate.SparsityController(model, optimizer, 0.5)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine.backward(engine(share(batch(0))).square().mean())
+        found[kind] = refusal(engine.step)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()

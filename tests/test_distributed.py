@@ -1,0 +1,191 @@
+"""DDP, FSDP2, Accelerate and ZeRO: two processes train what one trains on the whole batch."""
+
+import distributed_runs as runs
+import pytest
+import torch
+import two_ranks
+
+import tokengate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ENGINES = ["ddp", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def found(processes, tmp_path_factory):
+    """What each rank found, by engine; and where."""
+    folders = {engine: tmp_path_factory.mktemp(engine) for engine in ENGINES}
+    started = {e: two_ranks.start(processes, runs.everything, folders[e], e) for e in ENGINES}
+    for ranks in started.values():
+        two_ranks.wait_for(ranks)
+    return {e: (both(folder), folder) for e, folder in folders.items()}
+
+
+def both(folder):
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def distance(one, other):
+    return (torch.tensor(one) - torch.tensor(other)).abs().max().item()
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_are_one(found, engine, method):
+    (first, second), _ = found[engine]
+    one, ours = runs.training(method, ""), first[method]
+    assert distance(first[f"{method} without the unit"]["taus"], one["taus"]) > 1e-3
+    assert distance(one["taus"][-1], one["taus"][0]) > 0.01
+    assert distance(ours["taus"], one["taus"]) < 1e-6
+    assert distance(ours["losses"], one["losses"]) < 1e-6
+    assert ours["taus"] == second[method]["taus"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adalora_s_masks_are_one_process_s(found, engine):
+    """Over an allocator whose state is saved half-way and loaded into a new one."""
+    (first, second), _ = found[engine]
+    one, ours = runs.training("adalora", ""), first["adalora"]
+    kept = [sum(map(sum, masks.values())) for masks in one["masks"]]
+    assert kept[0] == 24
+    assert kept[-1] == 12
+    assert len({tuple(mask) for mask in one["masks"][-1].values()}) > 1
+    assert ours["masks"] == second["adalora"]["masks"] == one["masks"]
+    for what in ("sensitivity", "uncertainty"):
+        for name, factors in one["allocator"][what].items():
+            for factor, expected in factors.items():
+                got = ours["allocator"][what][name][factor]
+                assert type(got) is torch.Tensor
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_lambda_on_all_ranks(found, engine, per_layer):
+    (first, second), _ = found[engine]
+    options = {"per_layer": per_layer, "warmup_steps": 2}
+    one = runs.training("lora", "", controller=options)
+    ours = first[f"per_layer={per_layer}"]
+    assert ours["penalties"] == second[f"per_layer={per_layer}"]["penalties"]
+    assert distance(one["penalties"], 0.0) > 1e-3
+    assert ours["sparsity"] == pytest.approx(one["sparsity"], abs=1e-12)
+    assert distance(ours["penalties"], one["penalties"]) < 1e-6
+    assert distance(ours["taus"], one["taus"]) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_16_bit_base(found, engine):
+    (first, second), _ = found[engine]
+    one = runs.training("lora", "", dtype=torch.bfloat16)
+    assert first["bfloat16"]["taus"] == second["bfloat16"]["taus"]
+    # The low-rank gradients of 16 bits are summed in another order.
+    assert distance(first["bfloat16"]["taus"], one["taus"]) < 1e-3
+    assert distance(one["taus"][-1], one["taus"][0]) > 0.01
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tau_adam(found, engine):
+    (first, _), _ = found[engine]
+    one = runs.training("lora", "", adam=True)
+    assert distance(first["TauAdam"]["taus"], one["taus"]) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reports_of_all_ranks(found, engine):
+    (first, second), _ = found[engine]
+    first, second = first["reports"], second["reports"]
+    _, _, one = runs.reports("")
+    assert first["mine"]["modules"] != second["mine"]["modules"]
+    for ours in (first, second):
+        same(ours["together"], one["together"])
+        same(ours["process group"], one["together"])
+        same(ours["groups"]["all"], one["groups"]["all"])
+        assert sorted(ours["groups"]) == ["all", "rank 0", "rank 1"]
+        samples = {m["samples"] for m in ours["groups"]["rank 1"]["modules"].values()}
+        assert samples == {1}
+        assert ours["refused"] == one["refused"]
+        assert ours["refused"].startswith("reduce='sum' was asked: pass True")
+    # The rank that ran nothing gets the report of the one that ran it all.
+    if engine == "ddp":
+        assert (first["nothing"], second["nothing"][:20]) == (None, "nothing was recorded")
+        same(second["one ran"], one["together"])
+    else:
+        assert second["one ran"].startswith("nothing was recorded")
+
+
+def same(ours, one):
+    """The same counts; shares add up in another order."""
+    for name, module in one["modules"].items():
+        assert ours["modules"][name] == pytest.approx(module, abs=1e-12)
+    assert ours["sparsity"] == pytest.approx(one["sparsity"], abs=1e-12)
+    assert 0 < one["sparsity"] < 1
+
+
+def test_one_rank_alone_waits_for_nobody(found):
+    seen = {engine: found[engine][0][1]["reports"] for engine in ENGINES}
+    assert {engine: seen[engine]["sharded"] for engine in ENGINES} == {"ddp": False, "fsdp2": True}
+    assert seen["ddp"]["gate"] == "TokenGate(tau=0.2, penalty=0.0001)"
+    assert seen["fsdp2"]["gate"] == "TokenGate(penalty=0.0001)"
+    taus = {e: seen[e]["alone"]["modules"]["blocks.0.q_proj"]["tau"] for e in ENGINES}
+    assert taus == {"ddp": pytest.approx(0.2), "fsdp2": None}
+    assert seen["fsdp2"]["together"]["modules"]["blocks.0.q_proj"]["tau"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_wrapped_model_is_disabled_but_not_unpatched(found, engine):
+    by = {"ddp": "DistributedDataParallel", "fsdp2": "fully_shard"}[engine]
+    (ours, _), _ = found[engine]
+    ours = ours["reports"]
+    assert ours["unpatch"].startswith(f"'the model' is wrapped by {by}, which")
+    if engine == "fsdp2":
+        assert ours["a part"].startswith("'the layer' is wrapped by fully_shard, which")
+    assert ours["still"] == 6
+    model = runs.patched()
+    with torch.no_grad():
+        assert distance(ours["disabled"], model(runs.batch(0)).tolist()) > 0.01
+        base = tokengate.unpatch(model)(runs.batch(0)).tolist()
+    assert distance(ours["disabled"], base) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_ordinary_file(found, engine):
+    from safetensors.torch import load_file
+
+    (first, second), folder = found[engine]
+    assert len(second["saved"]["outputs"]) == 8
+    state = load_file(folder / "adapter.safetensors")
+    model = runs.patched("dora", train=["head"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(state) == trained
+    with torch.no_grad():
+        assert distance(model(runs.batch(0)).tolist(), first["saved"]["outputs"]) > 0.01
+        model.load_state_dict(state, strict=False)
+        got = model(runs.batch(0)).tolist()
+    assert distance(got, first["saved"]["outputs"]) < 1e-6
+
+
+def test_accelerate(processes, tmp_path):
+    pytest.importorskip("accelerate", reason="the transformers extra is not installed")
+    pytest.importorskip("transformers", reason="the transformers extra is not installed")
+    two_ranks.wait_for(two_ranks.start(processes, runs.with_accelerate, tmp_path))
+    first, second = both(tmp_path)
+    one = runs.training("lora", "")["taus"]
+    assert (first["ddp is"], first["fsdp2 is"]) == ("DistributedDataParallel", "FSDPNet")
+    for engine in ENGINES:
+        assert first[engine] == second[engine]
+        assert distance(first[engine], one) < 1e-6
+
+
+def test_zero(processes, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    two_ranks.wait_for(two_ranks.start(processes, runs.with_zero, tmp_path))
+    first, second = both(tmp_path)
+    assert first == second
+    assert first.pop("RankAllocator").startswith("no gradient was seen at step 1")
+    assert first.pop("SparsityController").startswith("no gradient of tau was seen in any of the 6")
+    assert set(first) == {(stage, method) for stage in (1, 2, 3) for method in runs.METHODS}
+    ones = {method: runs.training(method, "", budget=False)["taus"] for method in runs.METHODS}
+    for (_, method), taus in first.items():
+        assert distance(ones[method][-1], ones[method][0]) > 0.01
+        assert distance(taus, ones[method][-1]) < 1e-6
