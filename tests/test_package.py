@@ -60,6 +60,7 @@ def test_public_names():
         "TokenGate",
         "TokenGateError",
         "UnreachedLayerWarning",
+        "calibrate",
         "disabled",
         "layers",
         "load",
@@ -122,6 +123,8 @@ def test_imports_point_one_way():
         "adapter_folder",
         "saving",
         "loading",
+        "batches",
+        "calibration",
     ]
     found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
     assert found - {"__init__"} == set(order)

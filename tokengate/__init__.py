@@ -1,5 +1,6 @@
 """tokengate decides which tokens a fine-tuning method may touch."""
 
+from tokengate.calibration import calibrate as calibrate
 from tokengate.coverage import UnreachedLayerWarning as UnreachedLayerWarning
 from tokengate.coverage import verify as verify
 from tokengate.errors import TokenGateError as TokenGateError

@@ -80,6 +80,18 @@ def open_positions(w: Tensor, m: Tensor, tau: Tensor) -> Tensor:
         return ~(torch.ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
 
 
+def ratios(w: Tensor, m: Tensor) -> Tensor:
+    """r = ||m_i|| / ||w_i|| of eq. 4: `(..., C), (..., C) -> (...)`.
+
+    Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
+    """
+    with torch.no_grad():
+        m_norm, m_exponent = _scaled_norm(m, accumulation_dtype(w, m))
+        w_norm, w_exponent = _scaled_norm(w, accumulation_dtype(w, m))
+        found = torch.ldexp(m_norm, m_exponent - w_exponent) / w_norm
+        return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
+
+
 class TokenGate(KeepsFloat32):
     """The gate of one layer: its threshold `tau`, of shape (1,), and its `penalty` lambda.
 
@@ -103,6 +115,9 @@ class TokenGate(KeepsFloat32):
     _unit: Tensor | None = None
     _controlled: Tensor | None = None
     _tally: Tensor | None = None
+    # While somebody asks for r: that of the last call, which whoever asks takes away.
+    measures: bool = False
+    measured: Tensor | None = None
 
     def __init__(
         self,
@@ -141,6 +156,8 @@ class TokenGate(KeepsFloat32):
 
     def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
         """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""
+        if self.measures:
+            self.measured = ratios(w, m)
         return open_positions(w, m, self.tau)
 
     def forward(

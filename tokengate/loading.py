@@ -23,6 +23,7 @@ from tokengate.patching import check_can_patch, install
 from tokengate.patterns import nearest
 from tokengate.precision import trainable_dtype
 from tokengate.saving import class_name, fingerprint, trained_beside
+from tokengate.sharding import divided_as
 from tokengate.slices import Slices
 from tokengate.targets import find_targets
 
@@ -313,9 +314,5 @@ def _fill_one(owner: nn.Module, attribute: str, value: Tensor) -> None:
         if isinstance(there, nn.Parameter):
             new = nn.Parameter(new, requires_grad=there.requires_grad)
         setattr(owner, attribute, new)
-    elif hasattr(there, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        there.copy_(distribute_tensor(value.to(there.device), there.device_mesh, there.placements))
     else:
-        there.copy_(value)
+        there.copy_(divided_as(value.to(there.device), there))

@@ -22,6 +22,7 @@ from tokengate.gated_linear import Gated, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
 from tokengate.patching import asked_of
+from tokengate.sharding import gathered, is_sharded
 from tokengate.slices import Slices
 
 # As safetensors names them in its files.
@@ -71,7 +72,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         train=sorted(trained_beside(model, patched)),
     )
     text = _as_json(config)
-    if any(_is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+    if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
@@ -132,7 +133,7 @@ def _tensors(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Tensor]:
     return {name: _whole(name, tensor) for name, tensor in found.items()}
 
 
-def _whole(name: str, tensor: Any) -> Tensor:
+def _whole(name: str, tensor: Tensor) -> Tensor:
     """On the CPU, contiguous and of its own; checked."""
     if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
         where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
@@ -144,19 +145,13 @@ def _whole(name: str, tensor: Any) -> Tensor:
             f"save found {name!r} of dtype {tensor.dtype}: only floating-point values are saved, "
             "so keep others in a buffer with persistent=False."
         )
-    if _is_sharded(tensor):
-        tensor = tensor.full_tensor()
-    copied: Tensor = tensor.detach().to("cpu", copy=True).contiguous()
+    copied = gathered(tensor).detach().to("cpu", copy=True).contiguous()
     if not all_finite(copied):
         raise TokenGateError(
             f"save found a value that is not finite in {name!r}, and wrote nothing: go back to the "
             "last adapter before training diverged."
         )
     return copied
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
 
 
 def _layer_config(name: str, layer: Gated) -> LayerConfig:

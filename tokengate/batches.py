@@ -1,0 +1,45 @@
+"""Running a model over a user's batches, to look at it and not to train it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokengate.errors import TokenGateError, brief
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context nothing is dropped and nothing kept for backward; then all is as was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The model's output: of a dict by keyword, of a list or tuple by position, else of itself."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)):
+        return model(*batch)
+    return model(batch)
+
+
+def check_batches(asked: str, batches: Any) -> None:
+    """An error, which names the function that was called, if these cannot be iterated over."""
+    if not isinstance(batches, Iterable) or isinstance(
+        batches, (str, bytes, Mapping, torch.Tensor)
+    ):
+        raise TokenGateError(
+            f"{asked} was given {brief(batches)}: pass several batches, e.g. a DataLoader or a "
+            "list of what the model is called with."
+        )
