@@ -1,7 +1,6 @@
 """calibrate: tau is the quantile of r that eq. 23 asks for."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,13 +72,12 @@ def test_tau_splits_the_ratios_of_the_reference(seed, sparsity, scale, lengths):
 
 def reference_ratio(w, m):
     """||m|| / ||w||, summed up by hand."""
-    square = [sum(float(value) ** 2 for value in vector) for vector in (m, w)]
+    square = [sum(float(value) ** 2 for value in vector) for vector in (m.detach(), w.detach())]
     return (square[0] / square[1]) ** 0.5
 
 
 def test_the_reference_and_the_gate_agree_about_the_ratio():
-    model, x = patched(), batches(1)[0]
-    layer = model.blocks[0].fc1
+    layer = patched().blocks[0].fc1
     w, m = torch.randn(4, 8), torch.randn(4, 8)
     tau = reference_ratio(w[0], m[0])
     for sign in (-1, 1):
@@ -87,8 +85,6 @@ def test_the_reference_and_the_gate_agree_about_the_ratio():
             layer.gate.tau.fill_(tau * (1 + sign * 1e-5))
         is_open = layer.gate.open_positions(w[:1], m[:1])
         assert bool(is_open) is (sign < 0)
-    assert reference.__doc__
-    assert x.numel()
 
 
 def test_padding_does_not_count():
