@@ -48,6 +48,7 @@ def test_public_names():
         "DifferentBaseWarning",
         "DoRA",
         "Factors",
+        "Folding",
         "GatedLinear",
         "LoRA",
         "MixedPositionsWarning",
@@ -62,6 +63,7 @@ def test_public_names():
         "UnreachedLayerWarning",
         "calibrate",
         "disabled",
+        "fold",
         "layers",
         "load",
         "orthogonality",
@@ -97,6 +99,7 @@ def test_imports_point_one_way():
         "class_swap",
         "modifications",
         "gated_linear",
+        "folded",
         "sliced_linear",
         "fused",
         "slice_targets",
@@ -125,6 +128,7 @@ def test_imports_point_one_way():
         "loading",
         "batches",
         "calibration",
+        "folding",
     ]
     found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
     assert found - {"__init__"} == set(order)

@@ -5,6 +5,8 @@ from tokengate.coverage import UnreachedLayerWarning as UnreachedLayerWarning
 from tokengate.coverage import verify as verify
 from tokengate.errors import TokenGateError as TokenGateError
 from tokengate.factors import Factors as Factors
+from tokengate.folding import Folding as Folding
+from tokengate.folding import fold as fold
 from tokengate.gate import TokenGate as TokenGate
 from tokengate.gate import token_gate as token_gate
 from tokengate.gated_linear import GatedLinear as GatedLinear

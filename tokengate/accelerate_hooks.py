@@ -56,7 +56,7 @@ def weights_present(module: nn.Module) -> Iterator[None]:
     A layer whose weights are views of another module's says so by an attribute `weight_holder`.
     """
     module = getattr(module, "weight_holder", module)
-    if not any(_says(hook, "offload") for hook in _hooks(module)):
+    if not is_offloaded(module):
         yield
         return
     offloaded = dict(module._parameters), dict(module._buffers)
@@ -69,6 +69,11 @@ def weights_present(module: nn.Module) -> Iterator[None]:
         # The objects too: nothing has been changed yet.
         module._parameters.update(offloaded[0])
         module._buffers.update(offloaded[1])
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether its own hook takes its weights away between calls."""
+    return any(_says(hook, "offload") for hook in _hooks(module))
 
 
 def offloaded_parameters(model: nn.Module) -> set[int]:
@@ -95,7 +100,7 @@ def offloaded_whole(model: nn.Module) -> dict[nn.Module, str]:
 
 def check_resident(part: nn.Module) -> None:
     """An error if `part` of a patched layer was itself offloaded, after patching."""
-    if any(_says(hook, "offload") for hook in _hooks(part)):
+    if is_offloaded(part):
         raise _offloaded_too()
 
 

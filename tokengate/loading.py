@@ -14,6 +14,7 @@ from tokengate.accelerate_hooks import weights_present
 from tokengate.adapter_config import LayerConfig
 from tokengate.adapter_folder import SavedAdapter, read_adapter
 from tokengate.errors import TokenGateError, brief
+from tokengate.folded import folded
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, layers
 from tokengate.linear_like import LinearLike, features_of, is_linear, whole
@@ -65,6 +66,11 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
     """
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
+    if folded(model):
+        raise TokenGateError(
+            "load was asked of a model that is folded: call the folding's undo() or "
+            "tokengate.unpatch(model) first."
+        )
     saved = read_adapter(folder)
     fit = _Fit(saved, strict)
     patched = layers(model)

@@ -14,6 +14,7 @@ from tokengate.arguments import finite, non_negative, switch
 from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
+from tokengate.folded import folded, unfold
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, attach, detach, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, whole
@@ -100,7 +101,13 @@ def patch(
     check_options(kind, options)
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
+    plain = {each.layer: name for name, each in folded(model).items()}
     for name, layer in list(chosen.items()):
+        if whole(layer) in plain:
+            raise TokenGateError(
+                f"{name!r} is folded, with another weight than W0 in place: call "
+                "tokengate.unpatch(model) or the folding's undo() first."
+            )
         if any(_has(whole(layer), parameter) for parameter in trained.values()):
             if not (isinstance(targets, str) and targets == ALL_LINEAR):
                 raise TokenGateError(
@@ -161,6 +168,7 @@ def unpatch(model: _Model) -> _Model:
         TokenGateError: no layer of the model is patched, or it is wrapped by
             DistributedDataParallel or sharded.
     """
+    unfold(model)
     patched, roots = layers(model), _patched_roots(model)
     _check_can_unpatch(model, patched)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
@@ -187,9 +195,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         TokenGateError: no layer of the model is patched.
     """
-    patched = require_layers(model, "disabled").values()
+    merged = [(each, each.merged) for each in folded(model).values()]
+    patched = layers(model).values() if merged else require_layers(model, "disabled").values()
     before = {layer: layer.__dict__.get("_enabled") for layer in patched}
     try:
+        for each, _ in merged:
+            each.put(merged=False)
         for layer in before:
             layer._enabled = False
         settle_fast_paths(model)
@@ -200,6 +211,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
                 layer._enabled = enabled
             else:
                 layer.__dict__.pop("_enabled", None)
+        for each, was_merged in merged:
+            each.put(was_merged)
         settle_fast_paths(model)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +20,7 @@ from tokengate.adapter_folder import CONFIG, METADATA, PREVIOUS, SHA256, WEIGHTS
 from tokengate.atomic_write import write_atomically
 from tokengate.class_swap import Swapped
 from tokengate.errors import TokenGateError, brief
+from tokengate.folded import Folded, folded
 from tokengate.gated_linear import Gated, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
@@ -55,7 +58,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
             or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
-    patched = require_layers(model, "save")
+    # What is merged is written as a modification that is added everywhere, which is what it is.
+    patched: dict[str, Gated | Folded] = {
+        name: replace(each, gate=None)
+        for name, each in folded(model).items()
+        if each.other is not None
+    }
+    patched |= layers(model) if patched else require_layers(model, "save")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
@@ -111,7 +120,9 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
 
 
-def trained_beside(model: nn.Module, patched: dict[str, Gated]) -> dict[str, nn.Parameter]:
+def trained_beside(
+    model: nn.Module, patched: Mapping[str, Gated | Folded]
+) -> dict[str, nn.Parameter]:
     """What is trained apart from modifications and taus, by name."""
     own = {
         id(p)
@@ -123,7 +134,7 @@ def trained_beside(model: nn.Module, patched: dict[str, Gated]) -> dict[str, nn.
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
-def _tensors(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, patched: Mapping[str, Gated | Folded]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in patched.items():
         for part, module in (("modification", layer.modification), ("gate", layer.gate)):
@@ -154,7 +165,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return copied
 
 
-def _layer_config(name: str, layer: Gated) -> LayerConfig:
+def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
     kind = type(layer.modification)
     method = name_of(kind)
     if method is None:

@@ -39,6 +39,8 @@ class AdaLoRA(Modification):
         TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
     """
 
+    linear = True
+
     def __init__(
         self,
         linear: nn.Linear,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Modification(KeepsFloat32):
         linear: the layer that is to be modified; it is only read.
     """
 
+    linear: ClassVar[bool] = False
+    """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
 

@@ -36,6 +36,8 @@ class LoRA(Modification):
         TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
     """
 
+    linear = True
+
     def __init__(
         self,
         linear: nn.Linear,

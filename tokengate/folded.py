@@ -1,0 +1,87 @@
+"""Layers whose modification is in their weight, or was dropped, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokengate.gate import TokenGate
+from tokengate.gated_linear import Gated, attach, detach
+from tokengate.modifications import Modification
+
+# On the model that was folded: {name: Folded}.
+_FOLDED = "_tokengate_folded"
+
+
+@dataclass
+class Folded:
+    """One layer that is plain again, and what it was."""
+
+    layer: Any
+    modification: Modification
+    gate: TokenGate | None
+    other: Tensor | None
+    """Of W0 and the merged weight the one that is not in place; None if nothing was merged."""
+    merged: bool = False
+    """Whether the merged one is in place."""
+
+    def put(self, merged: bool) -> None:
+        """The merged weight in place, or W0, in the same parameter; nothing is copied.
+
+        A weight that was moved or cast since takes the other along.
+        """
+        if self.other is not None and merged != self.merged:
+            weight = self.layer.weight
+            other = self.other.to(weight)
+            self.other, weight.data, self.merged = weight.data, other, merged
+
+
+def folded(model: nn.Module) -> dict[str, Folded]:
+    """The layers of `model` that are folded, by name."""
+    found: dict[str, Folded] = {}
+    for prefix, module in model.named_modules():
+        for name, each in module.__dict__.get(_FOLDED, {}).items():
+            found[f"{prefix}.{name}" if prefix else name] = each
+    return found
+
+
+def fold_layer(model: nn.Module, name: str, layer: Gated, merged: Tensor | None) -> None:
+    """Make `layer` plain again, with the weight `merged`, or without its modification."""
+    entry = Folded(layer, layer.modification, layer.gate, merged)
+    detach(layer)
+    entry.put(merged=True)
+    model.__dict__.setdefault(_FOLDED, {})[name] = entry
+
+
+def unfold(model: nn.Module) -> None:
+    """Patch every folded layer in `model` again as it was, on its weight W0."""
+    entries = folded(model).values()
+    for module in model.modules():
+        module.__dict__.pop(_FOLDED, None)
+    for each in entries:
+        _reattach(each)
+
+
+@contextlib.contextmanager
+def unfolded(model: nn.Module) -> Iterator[None]:
+    """Within this context the folded layers of `model` are patched as they were."""
+    entries = folded(model).values()
+    try:
+        for each in entries:
+            _reattach(each)
+        yield
+    finally:
+        for each in entries:
+            detach(each.layer)
+            each.put(merged=True)
+
+
+def _reattach(each: Folded) -> None:
+    each.put(merged=False)
+    device = each.layer.weight.device
+    gate = None if each.gate is None else each.gate.to(device)
+    attach(each.layer, each.modification.to(device), gate)
