@@ -265,7 +265,7 @@ def test_a_merge_that_goes_wrong_leaves_everything_as_it_was(monkeypatch):
         assert folding.error > 0.01
         folding.undo()
     with torch.no_grad():
-        model.blocks[1].q_proj.modification.B[0, 0] = float("nan")
+        model.blocks[1].q_proj.modification.B[0, 0] = float("inf")
     before = snapshot(model)
     refused_fold("'blocks.1.q_proj' that is not finite", DATA)
     refused_fold("'blocks.1.q_proj' that is not finite", DATA, safe=False)
