@@ -1,5 +1,7 @@
 """What a step allocates, as PyTorch's profiler sees it."""
 
+import gc
+
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -19,6 +21,7 @@ def peak_allocation(step):
 
 def _allocations(step):
     """Bytes in the order of time, negative where they are given back."""
+    gc.collect()  # or what an earlier step left as garbage is given back in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()

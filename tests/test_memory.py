@@ -1,11 +1,12 @@
 """What one layer keeps for backward, and what a training step allocates."""
 
+import gc
 import pathlib
 import re
 
 import pytest
 import torch
-from allocations import largest_allocation
+from allocations import largest_allocation, peak_allocation
 from models import away_from_initialisation
 from torch import nn
 
@@ -132,3 +133,23 @@ def test_no_temporary_of_the_weight_s_size(method, dtype, bias):
 def test_such_a_temporary_would_be_seen():
     weight = torch.randn(512, 512)
     assert largest_allocation(lambda: weight + 1) >= 512 * 512
+
+
+def test_a_peak_is_not_lowered_by_the_garbage_of_another():
+    """As a patched layer may be, which a collection in the middle of a later step frees."""
+
+    def makes_garbage():
+        cycle = [torch.empty(2**20)]
+        cycle.append(cycle)
+
+    def collects():
+        gc.collect()
+        return torch.empty(512)
+
+    gc.disable()
+    try:
+        assert peak_allocation(makes_garbage) >= 4 * 2**20
+        peak = peak_allocation(collects)
+    finally:
+        gc.enable()
+    assert peak >= 4 * 512
