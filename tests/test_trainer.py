@@ -133,6 +133,57 @@ def test_tau_s_gradient_shrinks_nobody_s(tmp_path):
     assert norms[False, 10.0] < 0.1 * norms[False, 0.0]
 
 
+@pytest.mark.parametrize("kind", [transformers.Trainer, TokenGateTrainer])
+def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
+    """Another training with the same arguments clips as they say."""
+
+    class Interrupts(transformers.TrainerCallback):
+        armed = True
+
+        def interrupt(self, gradient):
+            if self.armed:
+                raise KeyboardInterrupt
+
+        def on_step_begin(self, args, state, control, **context):
+            seen.append(args.max_grad_norm)
+            if state.global_step == 2 and not self.armed:
+                control.should_training_stop = True
+
+    seen, interrupts = [], Interrupts()
+    made, _ = trainer(tmp_path, kind=kind, more=[interrupts], max_grad_norm=1e-3)
+    layer = next(iter(tokengate.layers(made.model).values()))
+    layer.modification.B.register_hook(interrupts.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert seen == [1e-3]
+    assert made.args.max_grad_norm == 1e-3
+
+    norms = {}
+    for name, callback in (("plain", False), ("ours", None)):
+        other, _ = trainer(tmp_path, kind=transformers.Trainer, callback=callback, max_steps=1)
+        other.args = made.args
+        other.add_callback(Norms(norms.setdefault(name, [])))
+        other.train()
+    assert 0.5e-3 < norms["plain"][0] < 0.99e-3  # the taus have their share
+    assert norms["ours"][0] == pytest.approx(1e-3, rel=1e-3)
+    # And the one that was interrupted goes on.
+    interrupts.armed = False
+    made.train()
+    assert "clip_grad_norm_" not in vars(made.accelerator)
+
+
+class Norms(transformers.TrainerCallback):
+    """The norm of the adapters' gradients before each step."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_pre_optimizer_step(self, args, state, control, **context):
+        named = context["model"].named_parameters()
+        held = [p.grad for n, p in named if p.grad is not None and not n.endswith("tau")]
+        self.seen.append(torch.nn.utils.get_total_norm(held).item())
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
 def test_any_optimizer(tmp_path, optim):
     made, path = trained(tmp_path, optim=optim, max_steps=3)
@@ -530,6 +581,11 @@ def test_refused(tmp_path):
     made, _ = trainer(tmp_path, callback=False, kind=TokenGateTrainer)
     with pytest.raises(TokenGateError, match="no TokenGateCallback"):
         made.train()
+    model = language_model()
+    context = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    state = transformers.TrainerState(max_steps=1)
+    with pytest.raises(TokenGateError, match="called by no transformers"):
+        TokenGateCallback().on_train_begin(made.args, state, None, **context)
     for options in ({"s": -1.0}, {"betas": (1.0, 0.9)}, {"schedule": 1}, {"orthogonality": -0.1}):
         with pytest.raises(TokenGateError):
             TokenGateCallback(**options)
