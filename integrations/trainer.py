@@ -19,6 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -39,9 +40,10 @@ from transformers.trainer_utils import has_length
 
 import tokengate
 from tokengate import AdaLoRA, RankAllocator, SparsityController, TokenGateError
-from tokengate.arguments import count, non_negative, switch
+from tokengate.arguments import count, non_negative, share, switch
 from tokengate.gated_linear import require_layers
 from tokengate.integrations.tau_steps import KEY, TauSteps, state_of
+from tokengate.param_groups import slope_for
 from tokengate.recording import Recorder
 
 _log = logging.getLogger(__name__)
@@ -94,7 +96,8 @@ class TokenGateCallback(TrainerCallback):
     What a callback cannot do is left to `TokenGateTrainer`.
 
     Args:
-        s: slope of eq. 11, the farthest tau moves in one step; see `tokengate.param_groups`.
+        s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` chooses
+            for as many `total_steps` as the Trainer takes.
         alpha: learning rate of eq. 22, which multiplies s.
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
@@ -102,7 +105,8 @@ class TokenGateCallback(TrainerCallback):
         orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
-        target_warmup: steps before that controller sets in.
+        target_warmup: steps before that controller sets in: an int for their number, a float in
+            [0, 1) for their share of the training's.
 
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
@@ -116,7 +120,7 @@ class TokenGateCallback(TrainerCallback):
 
     def __init__(
         self,
-        s: float = 4e-5,
+        s: float | None = None,
         *,
         alpha: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
@@ -125,16 +129,18 @@ class TokenGateCallback(TrainerCallback):
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
-        target_warmup: int = 0,
+        target_warmup: int | float = 0,
     ) -> None:
         # Made for its checks alone: tau's numbers are wrong here and not after an hour.
-        tokengate.TauAdam([torch.zeros(1)], non_negative("s", s), alpha, betas, eps)
+        known = 0.0 if s is None else non_negative("s", s)
+        tokengate.TauAdam([torch.zeros(1)], known, alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._schedule = switch("schedule", schedule)
         self._weight = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        self._target_warmup = count("target_warmup", target_warmup, least=0)
+        check = share if isinstance(target_warmup, float) else partial(count, least=0)
+        self._target_warmup = check("target_warmup", target_warmup)
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
@@ -155,7 +161,10 @@ class TokenGateCallback(TrainerCallback):
         patched = require_layers(model, "TokenGateCallback")
         _check_not_sharded(AcceleratorState().distributed_type)
         base = _unwrapped(optimizer)
-        steps = TauSteps(model, base, self._numbers, self._schedule)
+        numbers = dict(self._numbers)
+        if numbers["s"] is None:
+            numbers["s"] = slope_for(state.max_steps)
+        steps = TauSteps(model, base, numbers, self._schedule)
         saved: dict[str, Any] = state_of(base).get(KEY, {})
         resumed = state.global_step > 0
         if resumed and not saved:
@@ -176,9 +185,10 @@ class TokenGateCallback(TrainerCallback):
                     model, base, total_steps=state.max_steps, **self._allocation
                 )
             if self._target is not None:
-                self.controller = SparsityController(
-                    model, base, self._target, warmup_steps=self._target_warmup
-                )
+                warmup = self._target_warmup
+                if isinstance(warmup, float):
+                    warmup = int(warmup * state.max_steps)
+                self.controller = SparsityController(model, base, self._target, warmup_steps=warmup)
             for name, part in steps.others(self.allocator, self.controller).items():
                 if resumed:
                     if name not in saved:

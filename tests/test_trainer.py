@@ -24,6 +24,7 @@ from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
 from tokengate.integrations import trainer as integration  # noqa: E402
 from tokengate.integrations.tau_steps import TauSteps  # noqa: E402
+from tokengate.param_groups import slope_for  # noqa: E402
 
 TokenGateCallback, TokenGateTrainer = integration.TokenGateCallback, integration.TokenGateTrainer
 set_penalty_unit = integration.set_penalty_unit
@@ -94,6 +95,19 @@ def test_it_is_the_plain_loop(tmp_path, schedule):
         if name.endswith("tau"):
             assert (other[name] - value).abs() > 1e-3
     assert made.args.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 8}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_s_follows_from_the_number_of_steps(tmp_path, options):
+    made, path = trained(tmp_path, callback=TokenGateCallback(), **options)
+    assert made.state.max_steps == 8
+    # Adam's first step is s, whatever the gradient.
+    start = taus(language_model())
+    model = language_model()
+    s = tokengate.param_groups(model, lr=0.0, total_steps=8)[-1]["lr"]
+    assert s == 0.4 / 8
+    torch.testing.assert_close((path[0] - start).abs(), torch.full_like(start, s))
+    assert slope_for(10**6) == 4e-5
 
 
 def test_the_trainer_alone_does_otherwise(tmp_path):
@@ -444,12 +458,13 @@ def test_the_allocator_s_options(tmp_path):
         assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
 
 
-def test_a_wanted_sparsity(tmp_path):
+@pytest.mark.parametrize("warmup", [3, 0.4])
+def test_a_wanted_sparsity(tmp_path, warmup):
     """tau is held for the warm-up and led afterwards; a resumed run ends alike."""
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=3)
+        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
         made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
         assert callback.controller.step == 8
@@ -586,7 +601,16 @@ def test_refused(tmp_path):
     state = transformers.TrainerState(max_steps=1)
     with pytest.raises(TokenGateError, match="called by no transformers"):
         TokenGateCallback().on_train_begin(made.args, state, None, **context)
-    for options in ({"s": -1.0}, {"betas": (1.0, 0.9)}, {"schedule": 1}, {"orthogonality": -0.1}):
+    for options in (
+        {"s": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"schedule": 1},
+        {"orthogonality": -0.1},
+        {"target_warmup": 1.0},
+        {"target_warmup": -0.1},
+        {"target_warmup": -1},
+        {"target_warmup": True},
+    ):
         with pytest.raises(TokenGateError):
             TokenGateCallback(**options)
 
