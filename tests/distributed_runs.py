@@ -20,6 +20,7 @@ import tokengate
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 STEPS = 10
+CLIP = 0.01  # of a norm
 
 
 def join(rank, port):
@@ -85,13 +86,15 @@ def taus(model):
     return torch.cat([t.full_tensor() if hasattr(t, "full_tensor") else t for t in found])
 
 
-def step_of(run, model, optimizer, x, orthogonal=False):
+def step_of(run, model, optimizer, x, orthogonal=False, clip=None):
     """One step of training; the loss of the whole batch."""
     optimizer.zero_grad()
     loss = run(share(x)).float().square().mean()
     if orthogonal:
         loss = loss + 0.1 * tokengate.orthogonality(model)
     loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     return averaged(loss)
 
@@ -105,6 +108,7 @@ def training(
     adam=False,
     budget=True,
     again=False,
+    clip=None,
 ):
     """Losses, taus and what else changes, at every step."""
     model = patched(method, dtype)
@@ -124,7 +128,7 @@ def training(
     for step in range(STEPS):
         # The first step alone, as a report costs as much as a step.
         with tokengate.record(model) if step == 0 else contextlib.nullcontext() as rec:
-            path["losses"].append(step_of(run, model, optimizer, batch(step, dtype), budget))
+            path["losses"].append(step_of(run, model, optimizer, batch(step, dtype), budget, clip))
         if rec is not None:
             path["recorded"] = rec.report(reduce=True).sparsity
         if own is not None:
@@ -267,6 +271,7 @@ def with_accelerate(folder, rank, port):
             set_penalty_unit(model, accelerator)
             optimizer.zero_grad()
             accelerator.backward(model(x).square().mean())
+            accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
             optimizer.step()
             found[kind].append(taus(model).tolist())
         found[f"{kind} is"] = type(model).__name__

@@ -183,7 +183,8 @@ def test_accelerate(processes, tmp_path):
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     two_ranks.wait_for(two_ranks.start(processes, runs.with_accelerate, tmp_path))
     first, second = both(tmp_path)
-    one = runs.training("lora", "")["taus"]
+    one = runs.training("lora", "", clip=runs.CLIP)["taus"]
+    assert distance(one, runs.training("lora", "")["taus"]) > 1e-5, "it is clipped"
     assert (first["ddp is"], first["fsdp2 is"]) == ("DistributedDataParallel", "FSDPNet")
     for engine in ENGINES:
         assert first[engine] == second[engine]
