@@ -69,10 +69,13 @@ def checkpointed(model):
 def wrapped(model, engine):
     if engine == "ddp":
         return DistributedDataParallel(model)
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "hsdp"):
+        mesh = None
+        if engine == "hsdp":  # replicas of what is sharded
+            mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
         for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model
 
 
@@ -235,6 +238,8 @@ def everything(folder, engine, rank, port):
         )
     found["bfloat16"] = training("lora", engine, dtype=torch.bfloat16)
     found["checkpointed"] = training("dora", engine, controller={}, again=True)
+    if engine == "fsdp2":
+        found["hsdp"] = training("adalora", "hsdp", controller={})
     found["TauAdam"] = training("lora", engine, adam=True)
     found["reports"] = alone(engine)
     found["saved"] = saved(engine, folder)

@@ -97,6 +97,14 @@ def test_checkpointing(found, engine):
     assert distance(ours["losses"], one["losses"]) < 1e-6
 
 
+def test_a_mesh_of_two_dimensions(found):
+    (first, second), _ = found["fsdp2"]
+    one, ours = runs.training("adalora", "", controller={}), first["hsdp"]
+    assert ours["masks"] == second["hsdp"]["masks"] == one["masks"]
+    for what in ("losses", "taus", "penalties"):
+        assert distance(ours[what], one[what]) < 1e-6
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tau_adam(found, engine):
     (first, _), _ = found[engine]
