@@ -631,8 +631,7 @@ def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **option
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts, **options)
     accelerator.scaler = scaler
     model = language_model()
-    groups = tokengate.param_groups(model, lr=1e-2, s=5e-3)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=5e-3))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [lambda step: 1 - step / 8, lambda step: 1.0]
     )
@@ -651,7 +650,7 @@ def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **option
             batch["labels"] = batch["input_ids"]
             accelerator.backward(model(**batch).loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(groups[0]["params"], clip)
+                accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

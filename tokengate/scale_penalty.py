@@ -18,8 +18,8 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
     the whole optimiser step (eq. 17). Micro-batches whose losses are divided by their number add
     up to just that, so accumulation needs no factor. Two things do:
 
-    - Data parallelism averages gradients over R ranks, and each rank counts its own positions
-      only: factor R.
+    - Data parallelism (DDP, FSDP2, ZeRO) averages gradients over R ranks, and each rank counts its
+      own positions only: factor R.
     - A GradScaler multiplies the loss, hence mu's part alone, and divides gradients before the
       step: factor `scaler.get_scale()`, before each step's first forward. A tensor is copied
       without waiting for the device.
