@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> dict:
     train = train[: args.rows]
     model, tokenizer = build(args)
     steps = int(-(-len(train) // args.batch_size) * args.epochs)
-    s = args.s or max(4e-5, 0.4 / steps)
 
     def metrics_of(prediction) -> dict[str, float]:
         scores = prediction.predictions
@@ -114,9 +113,9 @@ def run(args: argparse.Namespace) -> dict:
         compute_metrics=metrics_of,
         callbacks=[
             TokenGateCallback(
-                s=s,
+                s=args.s,
                 target_sparsity=args.target_sparsity,
-                target_warmup=int(args.hold_tau * steps),
+                target_warmup=args.hold_tau,
             )
         ],
     )
@@ -132,7 +131,6 @@ def run(args: argparse.Namespace) -> dict:
             k: v if isinstance(v, bool | int | float | None) else str(v)
             for k, v in vars(args).items()
         },
-        "s": s,
         "steps": steps,
         "metrics": metrics,
         "report": report.to_dict(),

@@ -17,7 +17,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Mapping
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,9 +40,10 @@ from transformers.trainer_utils import has_length
 
 import tokengate
 from tokengate import AdaLoRA, RankAllocator, SparsityController, TokenGateError
-from tokengate.arguments import count, non_negative, switch
+from tokengate.arguments import count, non_negative, share, switch
 from tokengate.gated_linear import require_layers
 from tokengate.integrations.tau_steps import KEY, TauSteps, state_of
+from tokengate.param_groups import slope_for
 from tokengate.recording import Recorder
 
 _log = logging.getLogger(__name__)
@@ -77,7 +81,7 @@ class TokenGateCallback(TrainerCallback):
     - tau moves by eq. 18-22 with learning rate alpha * s, constant under any scheduler, without
       weight decay, whatever `optim` is.
     - tau's gradient is no part of the norm by which `max_grad_norm` clips the others, and is not
-      clipped. For that, `args.max_grad_norm` is infinite while a step's gradients are computed.
+      clipped: what the Trainer's accelerator clips is all but the taus.
     - lambda has its unit: tau moves alike on 1 or 8 processes, with 1 or 16 micro-batches, and
       under a GradScaler, whose skipped steps leave tau and its Adam state as they were.
     - AdaLoRA layers get their penalty and a `RankAllocator` over `state.max_steps`. The penalty's
@@ -93,7 +97,8 @@ class TokenGateCallback(TrainerCallback):
     What a callback cannot do is left to `TokenGateTrainer`.
 
     Args:
-        s: slope of eq. 11, the farthest tau moves in one step; see `tokengate.param_groups`.
+        s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` chooses
+            for as many `total_steps` as the Trainer takes.
         alpha: learning rate of eq. 22, which multiplies s.
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
@@ -101,7 +106,8 @@ class TokenGateCallback(TrainerCallback):
         orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
-        target_warmup: steps before that controller sets in.
+        target_warmup: steps before that controller sets in: an int for their number, a float in
+            [0, 1) for their share of the training's.
 
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
@@ -115,7 +121,7 @@ class TokenGateCallback(TrainerCallback):
 
     def __init__(
         self,
-        s: float = 4e-5,
+        s: float | None = None,
         *,
         alpha: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
@@ -124,24 +130,26 @@ class TokenGateCallback(TrainerCallback):
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
-        target_warmup: int = 0,
+        target_warmup: int | float = 0,
     ) -> None:
         # Made for its checks alone: tau's numbers are wrong here and not after an hour.
-        tokengate.TauAdam([torch.zeros(1)], non_negative("s", s), alpha, betas, eps)
+        known = 0.0 if s is None else non_negative("s", s)
+        tokengate.TauAdam([torch.zeros(1)], known, alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._schedule = switch("schedule", schedule)
         self._weight = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        self._target_warmup = count("target_warmup", target_warmup, least=0)
+        check = share if isinstance(target_warmup, float) else partial(count, least=0)
+        self._target_warmup = check("target_warmup", target_warmup)
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
         self._others: list[nn.Parameter] = []
         self._factors: list[nn.Parameter] = []
-        self._max_norm: float | None = None
-        self._norm: Tensor | None = None
         self._distance: Tensor | None = None
+        self._penalised = False
+        self._clipping = contextlib.ExitStack()
         self._training, self._evaluation = _Recording(), _Recording()
         self._warned = False
 
@@ -154,7 +162,10 @@ class TokenGateCallback(TrainerCallback):
         patched = require_layers(model, "TokenGateCallback")
         _check_not_sharded(AcceleratorState().distributed_type)
         base = _unwrapped(optimizer)
-        steps = TauSteps(model, base, self._numbers, self._schedule)
+        numbers = dict(self._numbers)
+        if numbers["s"] is None:
+            numbers["s"] = slope_for(state.max_steps)
+        steps = TauSteps(model, base, numbers, self._schedule)
         saved: dict[str, Any] = state_of(base).get(KEY, {})
         resumed = state.global_step > 0
         if resumed and not saved:
@@ -175,9 +186,10 @@ class TokenGateCallback(TrainerCallback):
                     model, base, total_steps=state.max_steps, **self._allocation
                 )
             if self._target is not None:
-                self.controller = SparsityController(
-                    model, base, self._target, warmup_steps=self._target_warmup
-                )
+                warmup = self._target_warmup
+                if isinstance(warmup, float):
+                    warmup = int(warmup * state.max_steps)
+                self.controller = SparsityController(model, base, self._target, warmup_steps=warmup)
             for name, part in steps.others(self.allocator, self.controller).items():
                 if resumed:
                     if name not in saved:
@@ -194,6 +206,7 @@ class TokenGateCallback(TrainerCallback):
         self._others = [p for p in held if id(p) not in taus]
         self._factors = [p for m in adalora for p in (m.P, m.Q)] if self._weight else []
         steps.attach()
+        self._clip_apart(_trainer_that_calls().accelerator, model)
         _set_unit(model, args.world_size)
         if args.eval_on_start:
             self._evaluation.start(model)
@@ -203,9 +216,6 @@ class TokenGateCallback(TrainerCallback):
     ) -> None:
         """Before the first micro-batch of a step."""
         self._evaluation.drop()
-        # Infinite, not 0: the Trainer still unscales a GradScaler's gradients for their norm.
-        if args.max_grad_norm and args.max_grad_norm != math.inf:
-            self._max_norm, args.max_grad_norm = args.max_grad_norm, math.inf
         scaler = getattr(context["optimizer"], "scaler", None)
         if scaler is not None:
             _set_unit(context["model"], args.world_size, scaler)
@@ -217,16 +227,9 @@ class TokenGateCallback(TrainerCallback):
     ) -> None:
         """After the last micro-batch, with gradients summed up, averaged and unscaled."""
         self._training.stop()
-        if self._factors:
-            distance = tokengate.orthogonality(context["model"])
-            gradients = torch.autograd.grad(self._weight * distance, self._factors)
-            for factor, gradient in zip(self._factors, gradients, strict=True):
-                factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
-            self._distance = distance.detach()
-        self._norm = None
-        if self._max_norm is not None:
-            self._norm = nn.utils.clip_grad_norm_(self._others, self._max_norm)
-            args.max_grad_norm, self._max_norm = self._max_norm, None
+        if self._factors and not self._penalised:  # nothing was clipped
+            self._add_penalty(context["model"])
+        self._penalised = False
         if self._steps is not None:
             self._steps.seen = False
 
@@ -317,14 +320,40 @@ class TokenGateCallback(TrainerCallback):
         elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
             added |= _sparsity("sparsity", self._training.take())
             added |= self._steps.statistics()
-            if self._norm is not None and "grad_norm" in logs:
-                added["grad_norm"] = self._norm.item()
             if self._distance is not None:
                 added["orthogonality"] = self._distance.item()
         logs.update(added)
         return added
 
+    def _clip_apart(self, accelerator: Accelerator, model: nn.Module) -> None:
+        """Let the Trainer's own clipping leave the taus out, and see the penalty's gradient.
+
+        On the accelerator, which is one Trainer's: the arguments may be another training's too,
+        also after this one was interrupted, and are never changed.
+        """
+        plain = accelerator.clip_grad_norm_
+
+        def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            if not self._factors:
+                return plain(self._others, max_norm, norm_type)
+            accelerator.unscale_gradients()
+            self._add_penalty(model)
+            return nn.utils.clip_grad_norm_(self._others, max_norm, norm_type)
+
+        accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+        self._clipping.callback(delattr, accelerator, "clip_grad_norm_")
+
+    def _add_penalty(self, model: nn.Module) -> None:
+        """To gradients that are summed up, averaged and unscaled."""
+        distance = tokengate.orthogonality(model)
+        gradients = torch.autograd.grad(self._weight * distance, self._factors)
+        for factor, gradient in zip(self._factors, gradients, strict=True):
+            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+        self._distance, self._penalised = distance.detach(), True
+
     def _end(self) -> None:
+        self._clipping.close()
+        self._penalised = False
         if self._steps is not None:
             self._steps.detach()
             for part in (self.allocator, self.controller):
@@ -400,6 +429,19 @@ class _Recording:
         recorder = self._recorder
         self.drop()
         return recorder
+
+
+def _trainer_that_calls() -> Trainer:
+    """It calls its callbacks without telling them who it is, but it is on the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    raise TokenGateError(
+        "TokenGateCallback was called by no transformers.Trainer: give it to one as a callback."
+    )
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ def peak_allocation(step):
 
 def _allocations(step):
     """Bytes in the order of time, negative where they are given back."""
-    gc.collect()  # or what was garbage before is given back in the middle
+    gc.collect()  # or what an earlier step left as garbage is given back in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()

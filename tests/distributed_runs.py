@@ -3,6 +3,7 @@
 The two see one half each of every batch, so that averaged they see what the one sees.
 """
 
+import contextlib
 import copy
 import datetime
 import os
@@ -13,11 +14,13 @@ from models import Net, away_from_initialisation
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import tokengate
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 STEPS = 10
+CLIP = 0.01  # of a norm
 
 
 def join(rank, port):
@@ -27,7 +30,7 @@ def join(rank, port):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 
 
 def ranks():
@@ -49,18 +52,30 @@ def averaged(loss):
 def patched(method="lora", dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = Net().to(dtype)
-    options = {"rank": 4, "tau": 0.2, "penalty": 1e-4, **options}
+    tau = 0.9 if method == "dora" else 0.2  # some open, some closed
+    options = {"rank": 4, "tau": tau, "penalty": 1e-4, **options}
     tokengate.patch(model, ["q_proj", "v_proj", "fc1"], method, **options)
     return away_from_initialisation(model, 0.3)
+
+
+def checkpointed(model):
+    """Each block computes its forward again in backward."""
+    for block in model.blocks:
+        plain = block.forward
+        block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+    return model
 
 
 def wrapped(model, engine):
     if engine == "ddp":
         return DistributedDataParallel(model)
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "hsdp"):
+        mesh = None
+        if engine == "hsdp":  # replicas of what is sharded
+            mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
         for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model
 
 
@@ -74,23 +89,33 @@ def taus(model):
     return torch.cat([t.full_tensor() if hasattr(t, "full_tensor") else t for t in found])
 
 
-def step_of(run, model, optimizer, x, orthogonal=False):
+def step_of(run, model, optimizer, x, orthogonal=False, clip=None):
     """One step of training; the loss of the whole batch."""
     optimizer.zero_grad()
     loss = run(share(x)).float().square().mean()
     if orthogonal:
         loss = loss + 0.1 * tokengate.orthogonality(model)
     loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     return averaged(loss)
 
 
 def training(
-    method, engine, unit=True, dtype=torch.float32, controller=None, adam=False, budget=True
+    method,
+    engine,
+    unit=True,
+    dtype=torch.float32,
+    controller=None,
+    adam=False,
+    budget=True,
+    again=False,
+    clip=None,
 ):
     """Losses, taus and what else changes, at every step."""
     model = patched(method, dtype)
-    run = wrapped(model, engine)
+    run = wrapped(checkpointed(model) if again else model, engine)
     tokengate.scale_penalty(model, ranks() if unit else 1)
     groups = tokengate.param_groups(model, lr=1e-2, s=1e-2)
     own = tokengate.TauAdam(groups.pop()["params"], s=1e-2) if adam else None
@@ -104,7 +129,11 @@ def training(
         # Not where a sum's last digit decides: the rule has a step at an error of 0.15 = 6 / 40.
         led = tokengate.SparsityController(model, optimizer, 0.51, **controller)
     for step in range(STEPS):
-        path["losses"].append(step_of(run, model, optimizer, batch(step, dtype), budget))
+        # The first step alone, as a report costs as much as a step.
+        with tokengate.record(model) if step == 0 else contextlib.nullcontext() as rec:
+            path["losses"].append(step_of(run, model, optimizer, batch(step, dtype), budget, clip))
+        if rec is not None:
+            path["recorded"] = rec.report(reduce=True).sparsity
         if own is not None:
             own.step()
         path["taus"].append(taus(model).tolist())
@@ -208,6 +237,9 @@ def everything(folder, engine, rank, port):
             "lora", engine, controller={"per_layer": per_layer, "warmup_steps": 2}
         )
     found["bfloat16"] = training("lora", engine, dtype=torch.bfloat16)
+    found["checkpointed"] = training("dora", engine, controller={}, again=True)
+    if engine == "fsdp2":
+        found["hsdp"] = training("adalora", "hsdp", controller={})
     found["TauAdam"] = training("lora", engine, adam=True)
     found["reports"] = alone(engine)
     found["saved"] = saved(engine, folder)
@@ -244,6 +276,7 @@ def with_accelerate(folder, rank, port):
             set_penalty_unit(model, accelerator)
             optimizer.zero_grad()
             accelerator.backward(model(x).square().mean())
+            accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
             optimizer.step()
             found[kind].append(taus(model).tolist())
         found[f"{kind} is"] = type(model).__name__

@@ -39,7 +39,10 @@ def test_two_processes_are_one(found, engine, method):
     assert distance(one["taus"][-1], one["taus"][0]) > 0.01
     assert distance(ours["taus"], one["taus"]) < 1e-6
     assert distance(ours["losses"], one["losses"]) < 1e-6
-    assert ours["taus"] == second[method]["taus"]
+    assert 0.01 < one["recorded"] < 0.99
+    assert ours["recorded"] == pytest.approx(one["recorded"], abs=1e-12)
+    for what in ("taus", "losses", "recorded"):
+        assert ours[what] == second[method][what]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -82,6 +85,24 @@ def test_a_16_bit_base(found, engine):
     # The low-rank gradients of 16 bits are summed in another order.
     assert distance(first["bfloat16"]["taus"], one["taus"]) < 1e-3
     assert distance(one["taus"][-1], one["taus"][0]) > 0.01
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_checkpointing(found, engine):
+    (first, _), _ = found[engine]
+    one, ours = runs.training("dora", "", controller={}), first["checkpointed"]
+    assert 0 < one["sparsity"][0] < 1
+    assert ours["sparsity"] == pytest.approx(one["sparsity"], abs=1e-12)
+    assert distance(ours["taus"], one["taus"]) < 1e-6
+    assert distance(ours["losses"], one["losses"]) < 1e-6
+
+
+def test_a_mesh_of_two_dimensions(found):
+    (first, second), _ = found["fsdp2"]
+    one, ours = runs.training("adalora", "", controller={}), first["hsdp"]
+    assert ours["masks"] == second["hsdp"]["masks"] == one["masks"]
+    for what in ("losses", "taus", "penalties"):
+        assert distance(ours[what], one[what]) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -170,7 +191,8 @@ def test_accelerate(processes, tmp_path):
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     two_ranks.wait_for(two_ranks.start(processes, runs.with_accelerate, tmp_path))
     first, second = both(tmp_path)
-    one = runs.training("lora", "")["taus"]
+    one = runs.training("lora", "", clip=runs.CLIP)["taus"]
+    assert distance(one, runs.training("lora", "")["taus"]) > 1e-5, "it is clipped"
     assert (first["ddp is"], first["fsdp2 is"]) == ("DistributedDataParallel", "FSDPNet")
     for engine in ENGINES:
         assert first[engine] == second[engine]

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import socket
 
 import pytest
 import torch
@@ -46,11 +47,30 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 2
+    assert len(CODE) == 3
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
     assert str(scope["allocator"].ranks) in capsys.readouterr().out
+
+
+def test_the_example_of_several_processes(monkeypatch):
+    """On one process, which sees whether it runs; tests/test_distributed.py has two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    joining = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in joining.items():
+        monkeypatch.setenv(name, value)
+    ids = torch.arange(3, 9)[None]
+    scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
+    try:
+        exec(CODE[2], scope)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {m.positions for m in scope["report"].modules.values()} == {6}
+    for layer in tokengate.layers(scope["model"]).values():
+        assert layer.gate.tau.full_tensor().item() == pytest.approx(4e-5, rel=1e-3)
 
 
 def test_the_table_of_methods():

@@ -152,3 +152,24 @@ def test_refused(factor):
         tokengate.scale_penalty(model, factor)
     with pytest.raises(TokenGateError, match="without a patched layer"):
         tokengate.scale_penalty(nn.Linear(2, 2), 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -2.0, 0.0])
+def test_a_tensor_is_refused_where_its_value_is_known(value):
+    model, _, _ = model_and_data()
+    tokengate.scale_penalty(model, 3.0)
+    for factor in (torch.tensor(value), torch.tensor([value]), nn.Parameter(torch.tensor(value))):
+        with pytest.raises(TokenGateError, match=r"^factor=\S+ is not "):
+            tokengate.scale_penalty(model, factor)
+    assert all(layer.gate._unit == 3 for layer in tokengate.layers(model).values())
+
+    # Not where there is no value, or none yet: reading one would fail, or break a graph.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        tokengate.scale_penalty(model, torch.tensor(value))
+    with torch.device("meta"):
+        bare = tokengate.patch(nn.Linear(4, 4), "all-linear", rank=2)
+        tokengate.scale_penalty(bare, torch.tensor(value))
+    with torch._subclasses.FakeTensorMode():
+        bare = tokengate.patch(nn.Linear(4, 4), "all-linear", rank=2)
+        tokengate.scale_penalty(bare, torch.tensor(value))

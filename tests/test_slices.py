@@ -364,6 +364,16 @@ def test_a_plain_name_means_layers_only():
         (["qkv", "qkv.q"], {"slices": {"qkv": QKV}}, "names 'qkv' and its slice 'qkv.q'"),
         (["qkv"], {"slices": {"qkv": QKV}}, "no slice of it is a target: name one, e.g. 'qkv.q'"),
         (["qkv"], {"slices": {"qkv": QKV}, "exclude": ["qkv.k"]}, "'qkv.k', a slice of 'qkv'"),
+        (
+            ["qkv"],
+            {"slices": {"qkv": QKV}, "exclude": "*.k"},
+            "exclude matches 'qkv.k'.* nothing of",
+        ),
+        (
+            ["qkv"],
+            {"slices": {"qkv": QKV}, "exclude": lambda n, m: n == "qkv.v"},
+            "matches 'qkv.v'",
+        ),
         (["qkv.q"], {"slices": {"qkv": QKV}, "exclude": ["qkv"]}, "only what exclude= leaves out"),
         (["qkv.q"], {"slices": {"qkv": Slices(q=3)}}, "is 3 outputs, but it has 12: correct"),
         (["qkv.q"], {"slices": {"kv": QKV}}, "matches no linear layer of this Fused"),

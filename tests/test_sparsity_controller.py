@@ -277,6 +277,15 @@ def test_refused():
         controller.load_state_dict(state)
 
 
+def test_a_step_without_gradients_is_refused():
+    model, optimizer = net()
+    controller = tokengate.SparsityController(model, optimizer, 0.5)
+    model(torch.randn(4, 5, 6))
+    with pytest.raises(TokenGateError, match="no gradient of tau was seen in any of the 2 gates"):
+        optimizer.step()
+    assert controller.step == 0
+
+
 def test_s_from_the_number_of_steps():
     model, _ = net()
     assert tokengate.param_groups(model, lr=1.0)[1]["lr"] == 4e-5

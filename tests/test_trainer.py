@@ -20,6 +20,7 @@ from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
 from tokengate.integrations import trainer as integration  # noqa: E402
 from tokengate.integrations.tau_steps import TauSteps  # noqa: E402
+from tokengate.param_groups import slope_for  # noqa: E402
 
 TokenGateCallback, TokenGateTrainer = integration.TokenGateCallback, integration.TokenGateTrainer
 set_penalty_unit = integration.set_penalty_unit
@@ -77,6 +78,19 @@ def test_it_is_the_plain_loop(tmp_path, schedule):
     assert made.args.max_grad_norm == 1.0
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 8}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_s_follows_from_the_number_of_steps(tmp_path, options):
+    made, path = trained(tmp_path, callback=TokenGateCallback(), **options)
+    assert made.state.max_steps == 8
+    # Adam's first step is s, whatever the gradient.
+    start = taus(language_model())
+    model = language_model()
+    s = tokengate.param_groups(model, lr=0.0, total_steps=8)[-1]["lr"]
+    assert s == 0.4 / 8
+    torch.testing.assert_close((path[0] - start).abs(), torch.full_like(start, s))
+    assert slope_for(10**6) == 4e-5
+
+
 def test_the_trainer_alone_does_otherwise(tmp_path):
     """Tau decayed, at the adapters' learning rate, and in the norm that clips them."""
     expected, _ = by_hand(5e-3)
@@ -112,6 +126,57 @@ def test_tau_s_gradient_shrinks_nobody_s(tmp_path):
     assert norms[None, 0.0] > 0
     assert norms[None, 10.0] == pytest.approx(norms[None, 0.0], rel=1e-5)
     assert norms[False, 10.0] < 0.1 * norms[False, 0.0]
+
+
+@pytest.mark.parametrize("kind", [transformers.Trainer, TokenGateTrainer])
+def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
+    """Another training with the same arguments clips as they say."""
+
+    class Interrupts(transformers.TrainerCallback):
+        armed = True
+
+        def interrupt(self, gradient):
+            if self.armed:
+                raise KeyboardInterrupt
+
+        def on_step_begin(self, args, state, control, **context):
+            seen.append(args.max_grad_norm)
+            if state.global_step == 2 and not self.armed:
+                control.should_training_stop = True
+
+    seen, interrupts = [], Interrupts()
+    made, _ = trainer(tmp_path, kind=kind, more=[interrupts], max_grad_norm=1e-3)
+    layer = next(iter(tokengate.layers(made.model).values()))
+    layer.modification.B.register_hook(interrupts.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert seen == [1e-3]
+    assert made.args.max_grad_norm == 1e-3
+
+    norms = {}
+    for name, callback in (("plain", False), ("ours", None)):
+        other, _ = trainer(tmp_path, kind=transformers.Trainer, callback=callback, max_steps=1)
+        other.args = made.args
+        other.add_callback(Norms(norms.setdefault(name, [])))
+        other.train()
+    assert 0.5e-3 < norms["plain"][0] < 0.99e-3  # the taus have their share
+    assert norms["ours"][0] == pytest.approx(1e-3, rel=1e-3)
+    # And the one that was interrupted goes on.
+    interrupts.armed = False
+    made.train()
+    assert "clip_grad_norm_" not in vars(made.accelerator)
+
+
+class Norms(transformers.TrainerCallback):
+    """The norm of the adapters' gradients before each step."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_pre_optimizer_step(self, args, state, control, **context):
+        named = context["model"].named_parameters()
+        held = [p.grad for n, p in named if p.grad is not None and not n.endswith("tau")]
+        self.seen.append(torch.nn.utils.get_total_norm(held).item())
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
@@ -367,12 +432,13 @@ def test_the_allocator_s_options(tmp_path):
         assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
 
 
-def test_a_wanted_sparsity(tmp_path):
+@pytest.mark.parametrize("warmup", [3, 0.4])
+def test_a_wanted_sparsity(tmp_path, warmup):
     """tau is held for the warm-up and led afterwards; a resumed run ends alike."""
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=3)
+        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
         made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
         assert callback.controller.step == 8
@@ -504,7 +570,21 @@ def test_refused(tmp_path):
     made, _ = trainer(tmp_path, callback=False, kind=TokenGateTrainer)
     with pytest.raises(TokenGateError, match="no TokenGateCallback"):
         made.train()
-    for options in ({"s": -1.0}, {"betas": (1.0, 0.9)}, {"schedule": 1}, {"orthogonality": -0.1}):
+    model = language_model()
+    context = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    state = transformers.TrainerState(max_steps=1)
+    with pytest.raises(TokenGateError, match="called by no transformers"):
+        TokenGateCallback().on_train_begin(made.args, state, None, **context)
+    for options in (
+        {"s": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"schedule": 1},
+        {"orthogonality": -0.1},
+        {"target_warmup": 1.0},
+        {"target_warmup": -0.1},
+        {"target_warmup": -1},
+        {"target_warmup": True},
+    ):
         with pytest.raises(TokenGateError):
             TokenGateCallback(**options)
 
@@ -551,8 +631,7 @@ def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **option
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts, **options)
     accelerator.scaler = scaler
     model = language_model()
-    groups = tokengate.param_groups(model, lr=1e-2, s=5e-3)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=5e-3))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [lambda step: 1 - step / 8, lambda step: 1.0]
     )
@@ -571,7 +650,7 @@ def accelerated(folder=None, stop=None, parts=1, scaler=None, clip=1.0, **option
             batch["labels"] = batch["input_ids"]
             accelerator.backward(model(**batch).loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(groups[0]["params"], clip)
+                accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -14,7 +14,7 @@ def start(processes, target, *args):
     return ranks
 
 
-def wait_for(ranks, seconds=120):
+def wait_for(ranks, seconds=300):
     for rank in ranks:
         rank.join(seconds)
     for rank in ranks:

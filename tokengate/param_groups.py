@@ -88,4 +88,9 @@ def _slope(s: float | None, total_steps: int | None) -> float:
             f"s={s} and total_steps={total_steps} were both given, and s would follow from "
             "total_steps: pass one of them."
         )
+    return slope_for(total_steps)
+
+
+def slope_for(total_steps: int) -> float:
+    """The s with which tau can travel 0.4 in all these steps; at least the paper's."""
     return max(_PAPER, _TRAVEL / count("total_steps", total_steps))

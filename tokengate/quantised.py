@@ -119,7 +119,8 @@ def _four_bit_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
         # Transposed there, so that row j of W0 has column j.
         absmax = state.absmax.T
     else:
-        absmax = state.absmax
+        # What bitsandbytes unpacks again, for a state dict, it leaves in two dimensions.
+        absmax = state.absmax.reshape(-1)
         if state.nested:  # small: one number for each quantisation block
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     # A quantisation block is `blocksize` consecutive elements, across rows: begin with a whole one.
@@ -131,7 +132,8 @@ def _four_bit_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
         part = data[first // 2 : -(-last // 2)]
         own = functional.QuantState(
             absmax=None,
-            shape=torch.Size((stop - start, in_features)),
+            # As one row: on CPUs with AVX512 it misreads rows that are no whole blocks.
+            shape=torch.Size((1, last - first)),
             code=state.code,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
@@ -146,7 +148,7 @@ def _four_bit_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
         else:
             own.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
         # The library takes a single byte for a transposed weight.
-        yield functional.dequantize_4bit(part.view(-1, 1), own).reshape(own.shape)
+        yield functional.dequantize_4bit(part.view(-1, 1), own).reshape(-1, in_features)
 
 
 def _plain(weight: Tensor) -> Tensor:

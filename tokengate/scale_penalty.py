@@ -18,8 +18,8 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
     the whole optimiser step (eq. 17). Micro-batches whose losses are divided by their number add
     up to just that, so accumulation needs no factor. Two things do:
 
-    - Data parallelism averages gradients over R ranks, and each rank counts its own positions
-      only: factor R.
+    - Data parallelism (DDP, FSDP2, ZeRO) averages gradients over R ranks, and each rank counts its
+      own positions only: factor R.
     - A GradScaler multiplies the loss, hence mu's part alone, and divides gradients before the
       step: factor `scaler.get_scale()`, before each step's first forward. A tensor is copied
       without waiting for the device.
@@ -31,7 +31,8 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
         factor: a positive number, or a tensor of one element; 1 takes it back.
 
     Raises:
-        TokenGateError: no layer of the model is patched, or `factor` is no positive number.
+        TokenGateError: no layer of the model is patched, or `factor` is no positive number, which
+            is known of numbers and of tensors on the CPU; others are not waited for.
     """
     if isinstance(factor, Tensor):
         if factor.numel() != 1 or not factor.is_floating_point():
@@ -39,11 +40,19 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
                 f"factor has shape {tuple(factor.shape)} and dtype {factor.dtype}: pass one "
                 "floating-point number."
             )
+        if _readable(factor):
+            positive("factor", factor.item())
     else:
         factor = positive("factor", factor)
     for layer in require_layers(model, "scale_penalty").values():
         if layer.gate is not None:
             _set(layer.gate, factor)
+
+
+def _readable(factor: Tensor) -> bool:
+    """Whether its value is known without waiting for a device, and is no graph's to compute."""
+    plain = type(factor) in (Tensor, nn.Parameter)
+    return plain and factor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @torch.no_grad()

@@ -137,8 +137,9 @@ def check_slices(
                 )
             if module in excluded:
                 raise TokenGateError(
-                    f"exclude names {name!r}, a slice of {whole!r}, which is a target as a whole: "
-                    "name the slices that are to be patched, as targets."
+                    f"exclude matches {name!r}, a slice of {whole!r}, which is a target as a whole"
+                    ": name the slices that are to be patched as targets, or let exclude= match "
+                    f"all of {whole!r} or nothing of it."
                 )
     divided = {module.fused for module in chosen if isinstance(module, LinearSlice)}
     for pattern in as_patterns("slices", given or ()):

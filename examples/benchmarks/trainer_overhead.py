@@ -2,7 +2,9 @@
 
 The same patched model is trained by the same Trainer, which without the callback steps the taus as
 any parameter. The two are trained in turns, a round each, so that what else the machine does meets
-both; peak memory is that of a process of its own for each.
+both. A round's overhead is that of its median step; what is reported is the median over rounds, and
+how far they are apart. Processor time counts what this process computes, and not what it waits for
+on a machine that others use too. Peak memory is that of a process of its own for each.
 
     python examples/benchmarks/trainer_overhead.py --rounds 5
 
@@ -44,25 +46,29 @@ class Texts(Dataset):
 
 
 class Clock(transformers.TrainerCallback):
-    """Seconds from the beginning of a step to the beginning of the next, logging included."""
+    """Seconds, of the clock and of the processor, from the beginning of a step to the next's.
+
+    With what a step logs.
+    """
 
     def __init__(self) -> None:
-        self.begun: list[float] = []
+        self.begun: list[tuple[float, float]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Note the time, when all that was asked of a GPU is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.begun.append(time.perf_counter())
+        self.begun.append((time.perf_counter(), time.process_time()))
 
-    def seconds(self, warmup: int) -> list[float]:
-        """Of each step after the first few."""
+    def median(self, warmup: int) -> list[float]:
+        """Both, of the steps after the first few."""
         pairs = zip(self.begun[warmup:], self.begun[warmup + 1 :], strict=False)
-        return [after - before for before, after in pairs]
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairs]
+        return [statistics.median(seconds) for seconds in zip(*steps, strict=True)]
 
 
 def train(options: argparse.Namespace, gated: bool) -> list[float]:
-    """One training; the seconds of its steps."""
+    """One training; the seconds of its median step, of the clock and of the processor."""
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=options.width,
@@ -92,7 +98,7 @@ def train(options: argparse.Namespace, gated: bool) -> list[float]:
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return clock.seconds(warmup=3)
+    return clock.median(warmup=3)
 
 
 def peak_memory(options: argparse.Namespace) -> float:
@@ -124,26 +130,22 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         memory[kind] = float(found.split()[-1])
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    train(options, False)  # what is done once in a process
+    rounds: dict[str, list[list[float]]] = {"without": [], "with": []}
     for turn in range(options.rounds):
         for kind in ("without", "with") if turn % 2 else ("with", "without"):
-            seconds[kind] += train(options, kind == "with")
-    print("callback   ms/step (mean)   (median)   peak MiB")
-    for kind, each in seconds.items():
-        mean, median = 1e3 * statistics.fmean(each), 1e3 * statistics.median(each)
-        print(f"{kind:8} {mean:15.1f} {median:10.1f} {memory[kind]:10.1f}")
-    for what, number in (
-        (
-            "mean step time",
-            statistics.fmean(seconds["with"]) / statistics.fmean(seconds["without"]),
-        ),
-        (
-            "median step time",
-            statistics.median(seconds["with"]) / statistics.median(seconds["without"]),
-        ),
-        ("peak memory", memory["with"] / memory["without"]),
-    ):
-        print(f"{what}: {100 * (number - 1):+.2f} %")
+            rounds[kind].append(train(options, kind == "with"))
+    print("callback   wall ms/step   processor ms/step   peak MiB")
+    for kind, each in rounds.items():
+        wall, processor = (1e3 * statistics.median(s) for s in zip(*each, strict=True))
+        print(f"{kind:8} {wall:14.1f} {processor:19.1f} {memory[kind]:10.1f}")
+    for index, what in enumerate(("wall time", "processor time")):
+        pairs = zip(rounds["with"], rounds["without"], strict=True)
+        more = sorted(100 * (one[index] / other[index] - 1) for one, other in pairs)
+        print(
+            f"{what}: {statistics.median(more):+.2f} %, rounds {more[0]:+.2f} to {more[-1]:+.2f} %"
+        )
+    print(f"peak memory: {100 * (memory['with'] / memory['without'] - 1):+.2f} %")
 
 
 if __name__ == "__main__":
