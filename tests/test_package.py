@@ -75,6 +75,7 @@ def test_public_names():
         "scale_penalty",
         "token_gate",
         "unpatch",
+        "use",
         "verify",
     }
 
@@ -98,8 +99,10 @@ def test_imports_point_one_way():
         "linear_like",
         "class_swap",
         "modifications",
+        "rows",
         "gated_linear",
         "folded",
+        "named_adapters",
         "sliced_linear",
         "fused",
         "slice_targets",

@@ -20,6 +20,7 @@ from tokengate.modifications import DoRA as DoRA
 from tokengate.modifications import LoRA as LoRA
 from tokengate.modifications import Modification as Modification
 from tokengate.modifications import register as register
+from tokengate.named_adapters import use as use
 from tokengate.orthogonality import orthogonality as orthogonality
 from tokengate.param_groups import param_groups as param_groups
 from tokengate.patching import disabled as disabled

@@ -40,6 +40,11 @@ class Folded:
             self.other, weight.data, self.merged = weight.data, other, merged
 
 
+def is_folded(module: nn.Module) -> bool:
+    """Whether `module` is one that was given to `fold`."""
+    return _FOLDED in module.__dict__
+
+
 def folded(model: nn.Module) -> dict[str, Folded]:
     """The layers of `model` that are folded, by name."""
     found: dict[str, Folded] = {}

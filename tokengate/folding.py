@@ -17,6 +17,7 @@ from tokengate.errors import TokenGateError
 from tokengate.folded import fold_layer, folded, unfold, unfolded
 from tokengate.gated_linear import Gated, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, is_transposed, row_blocks
+from tokengate.named_adapters import adapter_names
 from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.quantised import is_quantised
 from tokengate.recording import record
@@ -124,6 +125,11 @@ def fold(
     switch("safe", safe)
     if folded(model):
         raise TokenGateError("fold was asked of a model that is folded already: undo() that first.")
+    if len(adapter_names(model)) > 1:
+        raise TokenGateError(
+            "fold was asked of a model with several adapters, which could not be exchanged any "
+            "more: fold a model that has loaded one."
+        )
     if force is not None:
         share("1 - force", 1 - force)
     batches = None

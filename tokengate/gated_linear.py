@@ -16,6 +16,7 @@ from tokengate.gate import TokenGate
 from tokengate.linear_like import LinearLike
 from tokengate.modifications import Modification
 from tokengate.recomputation import MaskMemory
+from tokengate.rows import Rows
 
 # What a recorder is told after each call: S, of shape (...), or None where there is no gate; the
 # output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None. The
@@ -24,9 +25,9 @@ Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
 
 
 # What only an active context puts on a layer; a copy made meanwhile does not have it.
-_TRANSIENT = ("_enabled", "_observers")
+_TRANSIENT = ("_enabled", "_observers", "_rows")
 # What it may have from `patch` on, and so has a copy.
-_LASTING = ("_memory", "_sequence_first")
+_LASTING = ("_memory", "_sequence_first", "_adapters", "_in_use")
 # What a layer has from the start, and a copy anew.
 _FRESH = {"_reached": False, "_mask": None, "_mask_from": None, "_others": None}
 
@@ -43,8 +44,15 @@ class Gated(Swapped):
     """
 
     bias: Any
+    # None in a layer that the adapter in use does not modify; such a layer is not in `layers`.
     modification: Modification
     gate: TokenGate | None
+
+    # All of its adapters by name, where it has had several; and which of them is in use.
+    _adapters: dict[str, Any] | None = None
+    _in_use: str | None = "default"
+    # While one batch has rows of several adapters: which.
+    _rows: Rows | None = None
 
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
@@ -66,35 +74,73 @@ class Gated(Swapped):
         if not torch.compiler.is_compiling() and not self._reached:
             self._reached = True
         out: Tensor = super().forward(input, *args, **kwargs)
-        if not self._enabled:
+        if not self._enabled or (self.modification is None and self._rows is None):
             return out
-        if "_hf_hook" in self.modification.__dict__:
-            check_resident(self.modification)
-        w = without_bias(out, self.bias)
         mask = self._mask_of(input)
-        at_positions = None
-        if mask is not None:
-            at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
-        factors = self.modification.factors(input, w, cast(LinearLike, self))
-        is_open: Tensor | None = None
-        h: Tensor
-        if factors is not None and self.gate is not None:
-            h, is_open = factors.add_where_open(out, w, self.bias, self.gate, at_positions)
+        if self._rows is None:
+            h, is_open = self._modified(input, out, mask, self.modification, self.gate)
         else:
-            m = _whole(self.modification, input, w) if factors is None else factors.product(w)
-            if self.gate is None:
-                h = out + m.to(out.dtype)
-            else:
-                is_open = self.gate.open_positions(w, m)
-                h = self.gate(out, m, is_open, at_positions)
+            h, is_open = self._modified_by_rows(input, out, mask, self._rows)
         seen, at = h, is_open
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
         for observe in self._observers:
             observe(at, seen, mask)
-        if self.training and self.gate is not None and at is not None:
+        if self.training and self._rows is None and self.gate is not None and at is not None:
             self.gate.count(at, mask)
         return h
+
+    def _modified(
+        self,
+        input: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        modification: Modification,
+        gate: TokenGate | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """h, `(..., out_features)`, and S, `(...)`, or None without a gate."""
+        if "_hf_hook" in modification.__dict__:
+            check_resident(modification)
+        w = without_bias(out, self.bias)
+        at_positions = None
+        if mask is not None:
+            at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
+        factors = modification.factors(input, w, cast(LinearLike, self))
+        if factors is not None and gate is not None:
+            return factors.add_where_open(out, w, self.bias, gate, at_positions)
+        m = _whole(modification, input, w) if factors is None else factors.product(w)
+        if gate is None:
+            return out + m.to(out.dtype), None
+        is_open = gate.open_positions(w, m)
+        h: Tensor = gate(out, m, is_open, at_positions)
+        return h, is_open
+
+    def _modified_by_rows(
+        self, input: Tensor, out: Tensor, mask: Tensor | None, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """The same, of each row's own adapter; S is False in the rows of none."""
+        dim = 1 if self._sequence_first and input.dim() == 3 else 0
+        is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+        h = out
+        for name, at in rows.of(input, dim):
+            adapter: Any = (self._adapters or {}).get(name)
+            if adapter is None:
+                continue
+            own_mask = mask
+            if mask is not None:  # (B, T), also where the input is flattened
+                own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
+            part, opened = self._modified(
+                input.index_select(dim, at),
+                out.index_select(dim, at),
+                own_mask,
+                adapter.modification,
+                adapter.gate,
+            )
+            h = h.index_copy(dim, at, part)
+            if opened is None:
+                opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)
+            is_open = is_open.index_copy(dim, at, opened)
+        return h, is_open
 
     def _mask_of(self, input: Tensor) -> Tensor | None:
         """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`.
@@ -139,12 +185,22 @@ def layers(model: nn.Module) -> dict[str, Gated]:
     """The patched layers of `model` by name, in the model's order; a shared layer once."""
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
+    return {n: m for n, m in all_layers(model).items() if m.modification is not None}
+
+
+def all_layers(model: nn.Module) -> dict[str, Gated]:
+    """Those, too, that the adapter in use does not modify."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
 
 
 def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     """`layers(model)`; an error that names the function `asked` if there is none."""
     patched = layers(model)
+    if not patched and all_layers(model):
+        raise TokenGateError(
+            f"{asked} was asked of a model none of whose adapters is in use: call "
+            "tokengate.use(model, name) first."
+        )
     if not patched:
         raise TokenGateError(
             f"{asked} was asked of a {type(model).__name__} without a patched layer: call "
@@ -163,7 +219,8 @@ def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None
 
 def detach(layer: Gated) -> None:
     """Turn `layer` back into what it was."""
-    del layer._modules["modification"], layer._modules["gate"]
+    for name in ("modification", "gate", "adapters"):
+        layer._modules.pop(name, None)
     for name in (*_TRANSIENT, *_FRESH, *_LASTING):
         layer.__dict__.pop(name, None)
     swap_back(layer)

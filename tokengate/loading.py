@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,35 @@ from tokengate.adapter_folder import SavedAdapter, read_adapter
 from tokengate.errors import TokenGateError, brief
 from tokengate.folded import folded
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, layers
+from tokengate.gated_linear import Gated, all_layers, require_layers
 from tokengate.linear_like import LinearLike, features_of, is_linear, whole
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import check_options, find_method, name_of, with_defaults
+from tokengate.named_adapters import (
+    DEFAULT,
+    adapter_names,
+    add_adapter,
+    check_name,
+    put_in_use,
+    rename,
+    use,
+)
 from tokengate.patching import check_can_patch, install
 from tokengate.patterns import nearest
 from tokengate.precision import trainable_dtype
 from tokengate.saving import class_name, fingerprint, trained_beside
-from tokengate.sharding import divided_as
+from tokengate.sharding import divided_as, gathered
 from tokengate.slices import Slices
 from tokengate.targets import find_targets
-
-_Part: TypeAlias = tuple[Modification, TokenGate | None]
 
 
 class DifferentBaseWarning(UserWarning):
     """A model has other linear layers than the one that an adapter was trained on."""
 
 
-def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[str, str]:
+def load(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, strict: bool = True
+) -> dict[str, str]:
     """Give `model` the adapter that `save` wrote into `folder`, in place.
 
     A model without a patched layer is patched as the saved one was: what the adapter has is
@@ -52,6 +62,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
     Args:
         model: the base model, or one that is patched.
         folder: what `save` was given.
+        name: of the adapter; by default it is the one in use, or the first.
         strict: False skips the layers and parameters that do not fit this model.
 
     Returns:
@@ -71,21 +82,16 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
             "load was asked of a model that is folded: call the folding's undo() or "
             "tokengate.unpatch(model) first."
         )
+    if name is not None:
+        check_name(name)
     saved = read_adapter(folder)
     fit = _Fit(saved, strict)
-    patched = layers(model)
-    planned: dict[str, tuple[Any, Modification, TokenGate | None]]
-    if patched:
-        planned = fit.patched_layers(patched)
+    known = adapter_names(model)
+    if known and (name is None or name in known):
+        with contextlib.nullcontext() if name is None else use(model, name):
+            _replace(model, fit)
     else:
-        check_can_patch(model, "load")
-        planned = fit.new_layers(model)
-    extras = fit.extras(model, trained_beside(model, patched) if patched else None)
-    if not (planned or extras):
-        raise TokenGateError(
-            f"nothing of the adapter in {str(saved.folder)!r} fits this {type(model).__name__}: "
-            f"{next(iter(fit.misfits.values()), 'it is empty')}."
-        )
+        _add(model, fit, name or DEFAULT)
     if fingerprint(model) != saved.config.base_fingerprint:
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
@@ -94,32 +100,91 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
             DifferentBaseWarning,
             stacklevel=2,
         )
-    for name, (_, modification, gate) in planned.items():
-        _fill(modification, fit.values(f"{name}.modification.", modification))
-        if gate is not None:
-            _fill(gate, fit.values(f"{name}.gate.", gate))
-            gate.penalty = cast(float, saved.config.layers[name].penalty)
-            gate.s = saved.config.layers[name].s
-    for name in extras:
-        owner, _, attribute = name.rpartition(".")
-        _fill_one(model.get_submodule(owner), attribute, saved.tensors[name])
-    if not patched:
-        asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
-        install(model, list(planned.values()), extras, asked)
     return fit.misfits
+
+
+def _replace(model: nn.Module, fit: _Fit) -> None:
+    """New values for the adapter in use."""
+    patched = require_layers(model, "load")
+    found = fit.patched_layers(patched)
+    extras = fit.extras(model, trained_beside(model, patched))
+    fit.check_any(model, [*found, *extras])
+    for name, layer in found.items():
+        fit.fill(name, layer.modification, layer.gate)
+    fit.fill_extras(model, extras)
+
+
+def _add(model: nn.Module, fit: _Fit, own_name: str) -> None:
+    """Another adapter, or the first."""
+    check_can_patch(model, "load")
+    others = all_layers(model)
+    in_use = next((layer._in_use for layer in others.values()), own_name)
+    planned = fit.new_layers(model, others)
+    extras = fit.extras(model, None)
+    fit.check_any(model, [*planned, *extras])
+    for name, parameter in extras.items():
+        if others and not fit.agrees(name, parameter):
+            raise TokenGateError(
+                f"the adapter in {str(fit.saved.folder)!r} has trained {name!r}, which is not one "
+                "layer's, and the model's other adapters would get its values, too: load it into a "
+                "model of its own."
+            )
+    for name, (_, modification, gate) in planned.items():
+        fit.fill(name, modification, gate)
+    fit.fill_extras(model, extras)
+    for name in planned.keys() & others.keys():
+        add_adapter(others[name], own_name, *planned[name][1:])
+    new = {name: plan for name, plan in planned.items() if name not in others}
+    if new or not others:
+        asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
+        install(model, list(new.values()), extras, asked)
+    for name in new:
+        layer = all_layers(model)[name]
+        rename(layer, own_name)
+        put_in_use(layer, in_use)
 
 
 class _Fit:
     """What of an adapter fits a model; of a strict load, the first that does not is the error."""
 
     def __init__(self, saved: SavedAdapter, strict: bool) -> None:
-        self._saved, self._strict = saved, strict
+        self.saved, self._strict = saved, strict
         self.misfits: dict[str, str] = {}
 
-    def patched_layers(self, patched: dict[str, Gated]) -> dict[str, Any]:
+    def check_any(self, model: nn.Module, found: list[str]) -> None:
+        """An error if nothing fits."""
+        if not found:
+            reason = next(iter(self.misfits.values()), "it is empty")
+            raise TokenGateError(
+                f"nothing of the adapter in {str(self.saved.folder)!r} fits this "
+                f"{type(model).__name__}: {reason}."
+            )
+
+    def fill(self, name: str, modification: Modification, gate: TokenGate | None) -> None:
+        """Give a layer's parts what the adapter has for them."""
+        _fill(modification, self._values(f"{name}.modification.", modification))
+        if gate is not None:
+            _fill(gate, self._values(f"{name}.gate.", gate))
+            gate.penalty = cast(float, self.saved.config.layers[name].penalty)
+            gate.s = self.saved.config.layers[name].s
+
+    def fill_extras(self, model: nn.Module, extras: dict[str, nn.Parameter]) -> None:
+        """The same for parameters of the model."""
+        for name in extras:
+            owner, _, attribute = name.rpartition(".")
+            _fill_one(model.get_submodule(owner), attribute, self.saved.tensors[name])
+
+    def agrees(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter of the model has the adapter's values already."""
+        value = self.saved.tensors[name]
+        return not parameter.is_meta and torch.equal(
+            gathered(parameter).detach().cpu(), value.to(parameter.dtype)
+        )
+
+    def patched_layers(self, patched: dict[str, Gated]) -> dict[str, Gated]:
         """The layers whose values can be replaced."""
-        found: dict[str, Any] = {}
-        for name, config in self._saved.config.layers.items():
+        found: dict[str, Gated] = {}
+        for name, config in self.saved.config.layers.items():
             layer = patched.get(name)
             if layer is None:
                 near = nearest(name, patched)
@@ -127,16 +192,19 @@ class _Fit:
             elif reason := _other_patch(layer, config):
                 self._reject(name, reason)
             elif self._holds(name, layer.modification, layer.gate):
-                found[name] = (layer, layer.modification, layer.gate)
-        for name in patched.keys() - self._saved.config.layers.keys():
+                found[name] = layer
+        for name in patched.keys() - self.saved.config.layers.keys():
             self._reject(name, "is patched in the model and not in the adapter")
         return found
 
-    def new_layers(self, model: nn.Module) -> dict[str, Any]:
-        """The layers that can be patched, each with its modification and gate, without values."""
+    def new_layers(self, model: nn.Module, others: dict[str, Gated]) -> dict[str, Any]:
+        """The layers that can be patched, each with its modification and gate, without values.
+
+        Those that other adapters have patched already, too.
+        """
         wanted = {}
         modules = dict(model.named_modules(remove_duplicate=False))
-        for name, config in self._saved.config.layers.items():
+        for name, config in self.saved.config.layers.items():
             reason = _unfit(name, config, modules)
             if reason:
                 self._reject(name, reason)
@@ -149,12 +217,14 @@ class _Fit:
         }
         if not wanted:
             return {}
-        chosen = find_targets(
-            model,
-            [_exactly(name) for name in wanted],
-            None,
-            {_exactly(name): each for name, each in slices.items()} or None,
-        )
+        chosen: dict[str, Any] = {name: others[name] for name in wanted if name in others}
+        if new := [_exactly(name) for name in wanted if name not in others]:
+            given = {
+                _exactly(name): each
+                for name, each in slices.items()
+                if any(n.startswith(f"{name}.") and n not in others for n in wanted)
+            }
+            chosen |= find_targets(model, new, None, given or None)
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
             config = wanted[name]
@@ -181,8 +251,8 @@ class _Fit:
         """The other parameters that get values; of a patched model those that it trains."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {}
-        for name in self._saved.config.train:
-            value = self._saved.tensors.get(name)
+        for name in self.saved.config.train:
+            value = self.saved.tensors.get(name)
             if value is None:
                 self._reject(name, "was trained, and its values are not in the adapter")
             elif name not in parameters:
@@ -196,9 +266,9 @@ class _Fit:
                 found[name] = parameters[name]
         return found
 
-    def values(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    def _values(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
         """What the adapter has for a module's state."""
-        return {key: self._saved.tensors[prefix + key] for key in module.state_dict()}
+        return {key: self.saved.tensors[prefix + key] for key in module.state_dict()}
 
     def _holds(self, name: str, modification: Modification | None, gate: TokenGate | None) -> bool:
         """Whether the adapter has just what these have, in their shapes."""
@@ -206,7 +276,7 @@ class _Fit:
             if module is None:
                 continue
             prefix = f"{name}.{part}."
-            saved = {k: t for k, t in self._saved.tensors.items() if k.startswith(prefix)}
+            saved = {k: t for k, t in self.saved.tensors.items() if k.startswith(prefix)}
             expected = {prefix + key: t for key, t in module.state_dict().items()}
             for key in sorted(saved.keys() | expected.keys()):
                 if key not in saved:
@@ -224,7 +294,7 @@ class _Fit:
     def _reject(self, name: str, reason: str) -> None:
         if self._strict:
             raise TokenGateError(
-                f"the adapter in {str(self._saved.folder)!r} does not fit: {name!r} {reason}; load "
+                f"the adapter in {str(self.saved.folder)!r} does not fit: {name!r} {reason}; load "
                 "it into the model it was saved from, or pass strict=False to skip what does not "
                 "fit."
             )

@@ -16,7 +16,7 @@ from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.folded import folded, unfold
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, attach, detach, layers, require_layers
+from tokengate.gated_linear import Gated, all_layers, attach, detach, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
@@ -169,7 +169,7 @@ def unpatch(model: _Model) -> _Model:
             DistributedDataParallel or sharded.
     """
     unfold(model)
-    patched, roots = layers(model), _patched_roots(model)
+    patched, roots = all_layers(model), _patched_roots(model)
     _check_can_unpatch(model, patched)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:
@@ -196,7 +196,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
         TokenGateError: no layer of the model is patched.
     """
     merged = [(each, each.merged) for each in folded(model).values()]
-    patched = layers(model).values() if merged else require_layers(model, "disabled").values()
+    patched = all_layers(model).values()
+    if not (merged or patched):
+        require_layers(model, "disabled")
     before = {layer: layer.__dict__.get("_enabled") for layer in patched}
     try:
         for each, _ in merged:
@@ -250,7 +252,8 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
 def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
     held = [(name, wrapper) for name, wrapper in _wrapped(model) if wrapper in _HOLDING]
     for name, layer in patched.items():  # of a part, too, of what is sharded as a whole
-        if any(is_sharded(p) for p in layer.modification.parameters()):
+        own = () if layer.modification is None else layer.modification.parameters()
+        if any(is_sharded(p) for p in own):
             held.append((name or "the layer", "fully_shard"))
     for name, wrapper in held:
         raise TokenGateError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ from tokengate.folded import Folded, folded
 from tokengate.gated_linear import Gated, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
+from tokengate.named_adapters import use
 from tokengate.patching import asked_of
 from tokengate.sharding import gathered, is_sharded
 from tokengate.slices import Slices
@@ -37,7 +39,7 @@ _DTYPES = {
 }
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
     """Write the adapter of a patched model into `folder`: what `load` needs beside the base model.
 
     `adapter_model.safetensors` has the modifications, the taus, and the other parameters that
@@ -51,6 +53,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: a patched model.
         folder: made if it is not there.
+        name: of several adapters, see `use`; that in use by default.
 
     Raises:
         TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
@@ -58,6 +61,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
             or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
+    with contextlib.nullcontext() if name is None else use(model, name):
+        _save(model, Path(folder))
+
+
+def _save(model: nn.Module, folder: Path) -> None:
     # What is merged is written as a modification that is added everywhere, which is what it is.
     patched: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
@@ -65,7 +73,6 @@ def save(model: nn.Module, folder: str | Path) -> None:
         if each.other is not None
     }
     patched |= layers(model) if patched else require_layers(model, "save")
-    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
     tensors = _tensors(model, patched)
