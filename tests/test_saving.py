@@ -304,6 +304,9 @@ def test_a_16_bit_base_and_a_wider_one(tmp_path):
                 assert torch.equal(loaded[key], saved[key].to(loaded[key].dtype))
         assert other.head.weight.dtype == dtype
     tokengate.save(other, tmp_path)  # now float64
+    double = fresh().double()
+    tokengate.load(double, tmp_path)
+    assert same(values(double), values(other))
     text = refused(fresh(), tmp_path, "blocks.0.q_proj.modification.A", "float64", "float32")
     assert "[8, 8]" in text
 

@@ -231,7 +231,7 @@ class _Fit:
             method = find_method(config.method)
             check_options(method, config.options)
             # On the meta device first: an adapter may claim any size.
-            if not self._holds(name, _on_meta(method, config), None):
+            if not self._holds(name, _on_meta(method, config, layer), None):
                 continue
             with weights_present(whole(layer)):
                 weight = layer.weight
@@ -365,9 +365,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _on_meta(method: type[Modification], config: LayerConfig) -> Modification | None:
+def _on_meta(
+    method: type[Modification], config: LayerConfig, layer: LinearLike
+) -> Modification | None:
     """The modification without memory; None if the method needs a real layer to be made."""
-    stub = nn.Linear(config.in_features, config.out_features, bias=False, device="meta")
+    dtype = trainable_dtype(layer.weight)
+    stub = nn.Linear(
+        config.in_features, config.out_features, bias=False, device="meta", dtype=dtype
+    )
     try:
         return method(stub, **config.options)
     except TokenGateError:
