@@ -5,8 +5,8 @@
 On GPUs one process each, without GPUs all on the CPU. The order is what matters: patch, wrap, then
 tell lambda how many processes there are, then make the optimiser. The text is this project's own
 license, byte by byte; the model comes from a config, so nothing is downloaded. What is left is one
-ordinary file with everything that was trained, whatever the number of processes, and the sparsity
-over all of them.
+ordinary adapter, which `tokengate.load` takes anywhere, whatever the number of processes, and the
+sparsity over all of them.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import pathlib
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -98,13 +96,10 @@ def main():
         for ids in batches(text, 4, args.batch, length, rank, ranks):
             run(input_ids=ids.to(device), use_cache=False)
     report = rec.report(reduce=True)  # called by every process, as is the next line
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    trained = get_model_state_dict(model, options=options)
+    tokengate.save(model, args.out)
     if rank == 0:
         print(report)
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_file(trained, args.out / "adapter.safetensors")
-        print(f"{len(trained)} tensors in {args.out / 'adapter.safetensors'}")
+        print(f"the adapter is in {args.out}")
     dist.destroy_process_group()
 
 

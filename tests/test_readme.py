@@ -47,11 +47,20 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 3
+    assert len(CODE) == 4
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
     assert str(scope["allocator"].ranks) in capsys.readouterr().out
+
+
+def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(CODE[2], scope)
+    assert (tmp_path / "outputs" / "adapter" / "adapter_config.json").exists()
+    assert "1 kept" in capsys.readouterr().out
+    assert list(tokengate.layers(scope["model"])) == ["0"]
 
 
 def test_the_example_of_several_processes(monkeypatch):
@@ -65,7 +74,7 @@ def test_the_example_of_several_processes(monkeypatch):
     ids = torch.arange(3, 9)[None]
     scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
     try:
-        exec(CODE[2], scope)
+        exec(CODE[3], scope)
     finally:
         torch.distributed.destroy_process_group()
     assert {m.positions for m in scope["report"].modules.values()} == {6}
@@ -82,7 +91,7 @@ def test_the_table_of_methods():
     assert set(options) == {"lora", "dora", "adalora", "adapter"}
     for method in ("lora", "adalora", "adapter"):
         named = re.findall(r"`(\w+)`", options[method])
-        assert named == registry._options_of(registry.find_method(method))
+        assert named == list(registry._options_of(registry.find_method(method)))
 
 
 def test_the_api_table_names_what_there_is():
@@ -95,6 +104,7 @@ def test_the_api_table_names_what_there_is():
         "Slices",
         "scale_penalty",
         "SparsityController",
+        *["save", "load", "use", "fold", "calibrate"],
     ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
