@@ -64,14 +64,20 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
     """
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
-    saved = read_adapter(folder)
+    return load_saved(model, read_adapter(folder), "load", strict=strict)
+
+
+def load_saved(
+    model: nn.Module, saved: SavedAdapter, caller: str, *, strict: bool
+) -> dict[str, str]:
+    """As `load`, with what was read; without a fingerprint, any base is the right one."""
     fit = _Fit(saved, strict)
     patched = layers(model)
     planned: dict[str, tuple[Any, Modification, TokenGate | None]]
     if patched:
         planned = fit.patched_layers(patched)
     else:
-        check_can_patch(model, "load")
+        check_can_patch(model, caller)
         planned = fit.new_layers(model)
     extras = fit.extras(model, trained_beside(model, patched) if patched else None)
     if not (planned or extras):
@@ -79,13 +85,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
             f"nothing of the adapter in {str(saved.folder)!r} fits this {type(model).__name__}: "
             f"{next(iter(fit.misfits.values()), 'it is empty')}."
         )
-    if fingerprint(model) != saved.config.base_fingerprint:
+    if saved.config.base_fingerprint not in ("", fingerprint(model)):
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
             f"whose linear layers are not all those of this {class_name(model)}: make sure that "
             "it is the same base.",
             DifferentBaseWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     for name, (_, modification, gate) in planned.items():
         _fill(modification, fit.values(f"{name}.modification.", modification))
@@ -95,7 +101,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> dict[s
             gate.s = saved.config.layers[name].s
     for name in extras:
         owner, _, attribute = name.rpartition(".")
-        _fill_one(model.get_submodule(owner), attribute, saved.tensors[name])
+        holder = model.get_submodule(owner)
+        _fill_one(holder, attribute, saved.tensors[name])
+        extras[name] = getattr(holder, attribute)  # another object, where it was on the meta device
     if not patched:
         asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
         install(model, list(planned.values()), extras, asked)
@@ -154,7 +162,7 @@ class _Fit:
             method = find_method(config.method)
             check_options(method, config.options)
             # On the meta device first: an adapter may claim any size.
-            if not self._holds(name, _on_meta(method, config), None):
+            if not self._holds(name, _on_meta(method, config, whole(layer).weight), None):
                 continue
             with weights_present(whole(layer)):
                 weight = layer.weight
@@ -288,9 +296,13 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _on_meta(method: type[Modification], config: LayerConfig) -> Modification | None:
+def _on_meta(
+    method: type[Modification], config: LayerConfig, weight: Tensor
+) -> Modification | None:
     """The modification without memory; None if the method needs a real layer to be made."""
-    stub = nn.Linear(config.in_features, config.out_features, bias=False, device="meta")
+    dtype = trainable_dtype(weight)
+    sizes = config.in_features, config.out_features
+    stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
     try:
         return method(stub, **config.options)
     except TokenGateError:

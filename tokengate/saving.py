@@ -58,7 +58,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
-    tensors = _tensors(model, patched)
+    tensors = values_of(model, patched, "save")
     config = AdapterConfig(
         tokengate_version=version("tokengate"),
         base_class=class_name(model),
@@ -71,7 +71,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         train=sorted(trained_beside(model, patched)),
     )
     text = _as_json(config)
-    if any(_is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+    if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
@@ -122,40 +122,42 @@ def trained_beside(model: nn.Module, patched: dict[str, Gated]) -> dict[str, nn.
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
-def _tensors(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Tensor]:
+def values_of(model: nn.Module, patched: dict[str, Gated], caller: str) -> dict[str, Tensor]:
+    """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
     found: dict[str, Tensor] = {}
     for name, layer in patched.items():
         for part, module in (("modification", layer.modification), ("gate", layer.gate)):
             if module is not None:
                 found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
     found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
-    return {name: _whole(name, tensor) for name, tensor in found.items()}
+    return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
 
 
-def _whole(name: str, tensor: Any) -> Tensor:
+def _whole(name: str, tensor: Any, caller: str) -> Tensor:
     """On the CPU, contiguous and of its own; checked."""
     if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
         where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
         raise TokenGateError(
-            f"save found no values of {name!r}, which is {where}: gather or load it first."
+            f"{caller} found no values of {name!r}, which is {where}: gather or load it first."
         )
     if tensor.dtype not in _DTYPES:
         raise TokenGateError(
-            f"save found {name!r} of dtype {tensor.dtype}: only floating-point values are saved, "
-            "so keep others in a buffer with persistent=False."
+            f"{caller} found {name!r} of dtype {tensor.dtype}: only floating-point values are "
+            "saved, so keep others in a buffer with persistent=False."
         )
-    if _is_sharded(tensor):
+    if is_sharded(tensor):
         tensor = tensor.full_tensor()
     copied: Tensor = tensor.detach().to("cpu", copy=True).contiguous()
     if not all_finite(copied):
         raise TokenGateError(
-            f"save found a value that is not finite in {name!r}, and wrote nothing: go back to the "
-            "last adapter before training diverged."
+            f"{caller} found a value that is not finite in {name!r}, and wrote nothing: go back to "
+            "the last adapter before training diverged."
         )
     return copied
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is one part of a tensor of FSDP2's."""
     return hasattr(tensor, "full_tensor")
 
 
