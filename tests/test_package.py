@@ -22,7 +22,10 @@ def loaded_by(code):
 
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
-    ["attention", "language", "llava", "roles", "tau_steps"],
+    [
+        *("attention", "hf_peft", "language", "llava"),
+        *("peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
+    ],
     ["clip", "trainer", "vision"],
 )
 
