@@ -10,6 +10,7 @@ The files are read and written here; PEFT need not be installed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,12 +80,32 @@ def import_peft(
             f"the adapter in {str(folder)!r} does not fit: {name!r} {reason}; pass the model "
             "it was saved from, or strict=False to skip what does not fit."
         )
-    tensors = {name: value for name, value in adapter.heads.items() if name not in missing}
+    saved = _as_saved(adapter, folder, tau, penalty if gate else None, leave_out=missing)
+    return missing | load_saved(model, saved, "import_peft", strict=strict)
+
+
+def read_saved(folder: str | Path) -> SavedAdapter:
+    """PEFT's adapter in `folder` as if `tokengate.save` had written it, without gates.
+
+    Raises:
+        TokenGateError: the folder is damaged, or has what has no equal here.
+    """
+    return _as_saved(read_peft(folder), folder, 0.0, None)
+
+
+def _as_saved(
+    adapter: PeftAdapter,
+    folder: str | Path,
+    tau: float,
+    penalty: float | None,
+    leave_out: Collection[str] = (),
+) -> SavedAdapter:
+    tensors = {name: value for name, value in adapter.heads.items() if name not in leave_out}
     trained = list(tensors)
     described = {}
     for name, parameters in adapter.parameters.items():
         tensors |= {f"{name}.modification.{part}": value for part, value in parameters.items()}
-        if gate:
+        if penalty is not None:
             tensors[f"{name}.gate.tau"] = torch.tensor([float(tau)])
         down, up = ("Q", "P") if adapter.method == "adalora" else ("A", "B")
         described[name] = LayerConfig(
@@ -92,18 +113,19 @@ def import_peft(
             options=adapter.options[name],
             in_features=parameters[down].shape[1],
             out_features=len(parameters[up]),
-            penalty=float(penalty) if gate else None,
+            penalty=None if penalty is None else float(penalty),
         )
+    targets = {"targets": adapter.config["target_modules"]}
     config = AdapterConfig(
         tokengate_version=version("tokengate"),
-        base_class="",
+        base_class=adapter.config.get("base_model_name_or_path") or "",
         base_fingerprint="",  # PEFT does not say
         layers=described,
         tensors={},
+        targets=[{**targets, "exclude": adapter.config.get("exclude_modules"), "train": trained}],
         train=trained,
     )
-    saved = SavedAdapter(Path(folder), config, tensors)
-    return missing | load_saved(model, saved, "import_peft", strict=strict)
+    return SavedAdapter(Path(folder), config, tensors)
 
 
 def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:

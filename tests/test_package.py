@@ -24,7 +24,7 @@ def loaded_by(code):
 WITHOUT_HOST, WITH_HOST = (
     [
         *("attention", "hf_peft", "language", "llava"),
-        *("peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
+        *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
     ["clip", "trainer", "vision"],
 )
@@ -124,6 +124,11 @@ def test_imports_point_one_way():
         "adapter_folder",
         "saving",
         "loading",
+        "text_table",
+        "inspection",
+        "difference",
+        "planning",
+        "command_line",
     ]
     found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
     assert found - {"__init__"} == set(order)
