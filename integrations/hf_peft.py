@@ -104,6 +104,8 @@ def _as_saved(
     trained = list(tensors)
     described = {}
     for name, parameters in adapter.parameters.items():
+        if name in leave_out:
+            continue
         tensors |= {f"{name}.modification.{part}": value for part, value in parameters.items()}
         if penalty is not None:
             tensors[f"{name}.gate.tau"] = torch.tensor([float(tau)])
@@ -130,7 +132,8 @@ def _as_saved(
 
 def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     """What PEFT would look for in the adapter, or change in the model, and could not here."""
-    found = {}
+    twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
+    found = dict.fromkeys(_held_twice(model, adapter.parameters), twice)
     for name, module in model.named_modules():
         if is_linear(module) and is_target(adapter.config, name) and name not in adapter.parameters:
             found[name] = "is one of its target_modules, and the adapter has no values for it"
@@ -151,6 +154,13 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
         elif name in buffers:
             found[name] = "is a buffer in the model, which has no place beside trained parameters"
     return found
+
+
+def _held_twice(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Those of the layers that are children of several modules, or of one under two names."""
+    times = Counter(id(child) for m in model.modules() for child in m._modules.values())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [name for name in names if times[id(modules.get(name))] > 1]
 
 
 def export_peft(
@@ -184,6 +194,11 @@ def export_peft(
     patched = require_layers(model, "export_peft")
     folder = Path(folder)
     method = writing.the_method(patched)
+    if twice := _held_twice(model, patched):
+        raise TokenGateError(
+            f"export_peft found {twice[0]!r} held by several modules, of which PEFT would adapt it "
+            "for the first alone: use tokengate.save."
+        )
     values = values_of(model, patched, "export_peft")
     writing.check_open(patched, values, switch("ungated", ungated))
     trained = trained_beside(model, patched)

@@ -499,6 +499,33 @@ def test_a_layer_that_peft_takes_for_a_part_of_a_head_is_not_exported(tmp_path):
     not_exported(model, tmp_path / "a", "'out.head'")
 
 
+class Twice(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Module(), nn.Module()
+        self.a.q = self.b.q = nn.Linear(4, 4)
+        self.a.v = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.a.q(x), self.b.q(x), self.a.v(x)], -1)
+
+
+def test_a_layer_in_two_places_is_neither_exported_nor_imported(tmp_path):
+    x = torch.randn(3, 4)
+    theirs = saved_by_peft(Twice(), tmp_path, targets=["q", "v"])
+    apart = (theirs(x) - theirs.base_model.model.b.q(x).repeat(1, 3)).abs().amax(0)
+    assert apart[:4].min() > 0  # adapted
+    assert apart[4:8].max() == 0  # and not adapted
+    refused(Twice(), tmp_path, "'a.q' is held by several modules")
+    model = Twice()
+    assert list(import_peft(model, tmp_path, strict=False)) == ["a.q"]
+    assert list(tokengate.layers(model)) == ["a.v"]
+    not_exported(tokengate.patch(Twice(), ["q"]), tmp_path / "b", "'a.q'", "several modules")
+    export_peft(tokengate.patch(Twice(), ["v"]), tmp_path / "b")
+
+
 def test_pruned_rows_in_a_layer_called_default_are_not_exported(tmp_path):
     model = nn.Module()
     model.default = nn.Linear(4, 4)
