@@ -134,6 +134,16 @@ def test_diff(tmp_path, capsys):
     assert lines[-1] == "2 with equal values"
 
 
+def test_diff_of_zeros(tmp_path, capsys):
+    for folder, bias in (("a", 0.0), ("b", 1.0)):
+        model = tokengate.patch(Net(), ["fc1"], train=["head.bias"])
+        torch.nn.init.constant_(model.head.bias, bias)
+        tokengate.save(model, tmp_path / folder)
+    for other, distance in (("a", 0.0), ("b", None)):
+        found = json.loads(run(capsys, "diff", tmp_path / "a", tmp_path / other, "--json"))
+        assert found["trained_beside"] == {"head.bias": {"distance": distance}}
+
+
 def test_diff_of_other_layers_and_options(tmp_path, capsys):
     saved(tmp_path / "a", rank=2)
     torch.manual_seed(0)

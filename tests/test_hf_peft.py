@@ -201,13 +201,14 @@ def test_from_peft_and_back_is_the_same_file(tmp_path, method):
     assert config["lora_alpha"] == pytest.approx(6, rel=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*'proj':RuntimeWarning")
 def test_ranks_and_alphas_by_pattern(tmp_path):
     """With keys that match several layers, of which the first counts, and rsLoRA."""
     base = base_of(llama)
     for rslora in (False, True):
         saved_by_peft(
             base, tmp_path, "lora", TARGETS[llama], use_rslora=rslora,
-            rank_pattern={r"layers\.1\..*q_proj": 5, "q_proj": 2, "v_proj": 3},
+            rank_pattern={r"layers\.1\..*q_proj": 5, "q_proj": 2, "v_proj": 3, "proj": 7},
             alpha_pattern={"^model.layers.0.self_attn.q_proj": 1, "self_attn.v_proj": 9},
         )  # fmt: skip
         ours = copy.deepcopy(base)
@@ -493,10 +494,12 @@ def test_a_layer_that_peft_takes_for_a_part_of_a_head_is_not_exported(tmp_path):
     model.out.head.fc = nn.Linear(3, 3)
     tokengate.patch(model, ["out.head.fc"], train=["head.weight", "head.bias"])
     not_exported(model, tmp_path / "a", "'out.head'", "modules_to_save=['head']")
-    model.out.wide = model.out._modules.pop("head")
-    model.out.headroom = nn.Module()
-    model.out.add_module("head", nn.Module())
-    not_exported(model, tmp_path / "a", "'out.head'")
+    # A dot in the head's name matches any character, too.
+    model = Net()
+    model.head = nn.Sequential(nn.Linear(8, 3))
+    model.head_0 = nn.Sequential(nn.Linear(3, 3))
+    tokengate.patch(model, ["head_0.0"], train=["head"])
+    not_exported(model, tmp_path / "a", "the layer 'head_0.0'", "modules_to_save=['head.0']")
 
 
 class Twice(nn.Module):
@@ -691,6 +694,14 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     refused(copy.deepcopy(base), tmp_path, "classifier.bias", "no values")
     edit(tmp_path, modules_to_save=None)
     refused(copy.deepcopy(base), tmp_path, "classifier.weight", "[3, 32]", "modules_to_save")
+
+
+def test_a_target_that_is_saved_whole_is_a_head(tmp_path):
+    base = Net()
+    saved_by_peft(base, tmp_path, targets=["fc1", "head"], modules_to_save=["head"])
+    import_peft(base, tmp_path)
+    assert list(tokengate.layers(base)) == ["blocks.0.fc1", "blocks.1.fc1"]
+    assert base.head.weight.requires_grad
 
 
 def test_tied_heads_and_buffers_are_refused(tmp_path):
