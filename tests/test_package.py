@@ -22,7 +22,10 @@ def loaded_by(code):
 
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
-    ["attention", "language", "llava", "roles", "tau_steps"],
+    [
+        *("attention", "hf_peft", "language", "llava"),
+        *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
+    ],
     ["clip", "trainer", "vision"],
 )
 
@@ -132,6 +135,11 @@ def test_imports_point_one_way():
         "batches",
         "calibration",
         "folding",
+        "text_table",
+        "inspection",
+        "difference",
+        "planning",
+        "command_line",
     ]
     found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
     assert found - {"__init__"} == set(order)

@@ -177,6 +177,23 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_peft_example(monkeypatch, tmp_path):
+    peft = pytest.importorskip("peft", reason="the test extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = small_llama()
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(small_llama(), config)
+    theirs.save_pretrained("from_peft")
+    exec(section("Hugging Face PEFT"), {"model": model})
+    assert len(tokengate.layers(model)) == 2
+    again = peft.PeftModel.from_pretrained(small_llama(), "for_peft")
+    for (name, value), (_, other) in zip(
+        theirs.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert ("lora_" not in name) or torch.equal(value, other)
+
+
 @pytest.mark.usefixtures("own_accelerate")
 def test_the_trainer_example(monkeypatch, tmp_path):
     model, arguments = small_llama(), transformers.TrainingArguments

@@ -272,6 +272,9 @@ def test_the_base_may_be_loaded_after_the_adapter(tmp_path, method):
         for parameter in part.parameters()
     )
     assert other.blocks[0].fc1.weight.is_meta
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     base = {k: v for k, v in fresh().state_dict().items() if not k.startswith("head")}
     other.load_state_dict(base, strict=False, assign=True)
     assert torch.equal(other(X), model(X))
@@ -309,6 +312,9 @@ def test_a_16_bit_base_and_a_wider_one(tmp_path):
     assert same(values(double), values(other))
     text = refused(fresh(), tmp_path, "blocks.0.q_proj.modification.A", "float64", "float32")
     assert "[8, 8]" in text
+    again = fresh().double()
+    tokengate.load(again, tmp_path)
+    assert same(values(again), values(other))
 
 
 def test_saving_again_replaces(tmp_path):

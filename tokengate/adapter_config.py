@@ -48,7 +48,7 @@ class AdapterConfig:
     base_class: str
     """The model's class, with its module."""
     base_fingerprint: str
-    """SHA-256 of names and shapes of the base model's linear layers."""
+    """SHA-256 of names and shapes of the base model's linear layers; empty where it is unknown."""
     layers: dict[str, LayerConfig]
     tensors: dict[str, TensorConfig]
     targets: list[dict[str, Any]] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,11 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
                 f"{str(path)!r} does not exist: pass a folder that tokengate.save wrote."
             )
     where = str(folder / CONFIG)
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenGateError(
-            f"{where} could not be read ({brief(str(error))}): save the adapter again."
-        ) from None
-    found = parse(text, where)
+    found = read_config(folder)
     belongs_to = found.pop(SHA256, None)
     if "format" not in found or found["format"] != "tokengate":
         from_dict(found, where)
-    metadata, present = _header(folder / WEIGHTS)
+    metadata, present = header(folder / WEIGHTS)
     config = from_dict(found, where)
     actual = digest(folder / WEIGHTS)
     if belongs_to != actual and belongs_to and metadata.get(PREVIOUS) == belongs_to:
@@ -66,7 +61,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         config = from_dict(found, where)
         actual = belongs_to
     _check_tensors(folder / WEIGHTS, config, present)
-    tensors = _finite_tensors(folder / WEIGHTS, config)
+    tensors = finite_tensors(folder / WEIGHTS, config.tensors)
     if belongs_to != actual:
         raise TokenGateError(
             f"{str(folder / WEIGHTS)!r} is not what {where} was saved with: one of them was "
@@ -74,6 +69,18 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         )
     _check_same(found, parse(metadata.get(METADATA, ""), str(folder / WEIGHTS)), where)
     return SavedAdapter(folder, config, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `adapter_config.json`, of whatever format."""
+    where = str(folder / CONFIG)
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenGateError(
+            f"{where} could not be read ({brief(str(error))}): save the adapter again."
+        ) from None
+    return parse(text, where)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -92,7 +99,9 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:
+def header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:
+    """The metadata of a file of safetensors, and its tensors without their values."""
+
     def read() -> tuple[dict[str, str], dict[str, TensorConfig]]:
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -105,10 +114,12 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:
     return found
 
 
-def _finite_tensors(path: Path, config: AdapterConfig) -> dict[str, Tensor]:
+def finite_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """These tensors of the file, checked; they may be part of the mapped file."""
+
     def read() -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in config.tensors}
+            return {key: file.get_tensor(key) for key in keys}
 
     tensors: dict[str, Tensor] = _readable(path, read)
     for key, tensor in tensors.items():

@@ -77,28 +77,39 @@ def load(
     """
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
-    if folded(model):
-        raise TokenGateError(
-            "load was asked of a model that is folded: call the folding's undo() or "
-            "tokengate.unpatch(model) first."
-        )
     if name is not None:
         check_name(name)
-    saved = read_adapter(folder)
+    return load_saved(model, read_adapter(folder), "load", name=name, strict=strict)
+
+
+def load_saved(
+    model: nn.Module,
+    saved: SavedAdapter,
+    caller: str,
+    *,
+    name: str | None = None,
+    strict: bool = True,
+) -> dict[str, str]:
+    """As `load`, with what was read; without a fingerprint, any base is the right one."""
+    if folded(model):
+        raise TokenGateError(
+            f"{caller} was asked of a model that is folded: call the folding's undo() or "
+            "tokengate.unpatch(model) first."
+        )
     fit = _Fit(saved, strict)
     known = adapter_names(model)
     if known and (name is None or name in known):
         with contextlib.nullcontext() if name is None else use(model, name):
             _replace(model, fit)
     else:
-        _add(model, fit, name or DEFAULT)
-    if fingerprint(model) != saved.config.base_fingerprint:
+        _add(model, fit, name or DEFAULT, caller)
+    if saved.config.base_fingerprint not in ("", fingerprint(model)):
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
             f"whose linear layers are not all those of this {class_name(model)}: make sure that "
             "it is the same base.",
             DifferentBaseWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return fit.misfits
 
@@ -114,9 +125,9 @@ def _replace(model: nn.Module, fit: _Fit) -> None:
     fit.fill_extras(model, extras)
 
 
-def _add(model: nn.Module, fit: _Fit, own_name: str) -> None:
+def _add(model: nn.Module, fit: _Fit, own_name: str, caller: str) -> None:
     """Another adapter, or the first."""
-    check_can_patch(model, "load")
+    check_can_patch(model, caller)
     others = all_layers(model)
     in_use = next((layer._in_use for layer in others.values()), own_name)
     planned = fit.new_layers(model, others)
@@ -172,7 +183,9 @@ class _Fit:
         """The same for parameters of the model."""
         for name in extras:
             owner, _, attribute = name.rpartition(".")
-            _fill_one(model.get_submodule(owner), attribute, self.saved.tensors[name])
+            holder = model.get_submodule(owner)
+            _fill_one(holder, attribute, self.saved.tensors[name])
+            extras[name] = getattr(holder, attribute)  # another object where it was on meta
 
     def agrees(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter of the model has the adapter's values already."""
@@ -231,7 +244,7 @@ class _Fit:
             method = find_method(config.method)
             check_options(method, config.options)
             # On the meta device first: an adapter may claim any size.
-            if not self._holds(name, _on_meta(method, config, layer), None):
+            if not self._holds(name, _on_meta(method, config, whole(layer).weight), None):
                 continue
             with weights_present(whole(layer)):
                 weight = layer.weight
@@ -366,13 +379,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _on_meta(
-    method: type[Modification], config: LayerConfig, layer: LinearLike
+    method: type[Modification], config: LayerConfig, weight: Tensor
 ) -> Modification | None:
     """The modification without memory; None if the method needs a real layer to be made."""
-    dtype = trainable_dtype(layer.weight)
-    stub = nn.Linear(
-        config.in_features, config.out_features, bias=False, device="meta", dtype=dtype
-    )
+    dtype = trainable_dtype(weight)
+    sizes = config.in_features, config.out_features
+    stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
     try:
         return method(stub, **config.options)
     except TokenGateError:

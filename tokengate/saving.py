@@ -75,7 +75,7 @@ def _save(model: nn.Module, folder: Path) -> None:
     patched |= layers(model) if patched else require_layers(model, "save")
     if folder.exists() and not folder.is_dir():
         raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
-    tensors = _tensors(model, patched)
+    tensors = values_of(model, patched, "save")
     config = AdapterConfig(
         tokengate_version=version("tokengate"),
         base_class=class_name(model),
@@ -141,33 +141,36 @@ def trained_beside(
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
-def _tensors(model: nn.Module, patched: Mapping[str, Gated | Folded]) -> dict[str, Tensor]:
+def values_of(
+    model: nn.Module, patched: Mapping[str, Gated | Folded], caller: str
+) -> dict[str, Tensor]:
+    """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
     found: dict[str, Tensor] = {}
     for name, layer in patched.items():
         for part, module in (("modification", layer.modification), ("gate", layer.gate)):
             if module is not None:
                 found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
     found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
-    return {name: _whole(name, tensor) for name, tensor in found.items()}
+    return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
 
 
-def _whole(name: str, tensor: Tensor) -> Tensor:
+def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
     """On the CPU, contiguous and of its own; checked."""
     if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
         where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
         raise TokenGateError(
-            f"save found no values of {name!r}, which is {where}: gather or load it first."
+            f"{caller} found no values of {name!r}, which is {where}: gather or load it first."
         )
     if tensor.dtype not in _DTYPES:
         raise TokenGateError(
-            f"save found {name!r} of dtype {tensor.dtype}: only floating-point values are saved, "
-            "so keep others in a buffer with persistent=False."
+            f"{caller} found {name!r} of dtype {tensor.dtype}: only floating-point values are "
+            "saved, so keep others in a buffer with persistent=False."
         )
     copied = gathered(tensor).detach().to("cpu", copy=True).contiguous()
     if not all_finite(copied):
         raise TokenGateError(
-            f"save found a value that is not finite in {name!r}, and wrote nothing: go back to the "
-            "last adapter before training diverged."
+            f"{caller} found a value that is not finite in {name!r}, and wrote nothing: go back to "
+            "the last adapter before training diverged."
         )
     return copied
 
