@@ -21,14 +21,13 @@ from tokengate import TokenGateError, layers
 from tokengate.adapter_config import AdapterConfig, LayerConfig
 from tokengate.adapter_folder import SavedAdapter
 from tokengate.arguments import finite, non_negative, switch
-from tokengate.gated_linear import require_layers
 from tokengate.integrations import peft_writing as writing
 from tokengate.integrations.peft_format import KEYS, PREFIX, is_module_to_save, is_target
 from tokengate.integrations.peft_reading import PeftAdapter, read_peft
 from tokengate.linear_like import is_linear
 from tokengate.loading import load_saved
 from tokengate.patching import check_can_patch
-from tokengate.saving import trained_beside, values_of
+from tokengate.saving import trained_beside, values_of, what_modifies
 from tokengate.sharding import is_sharded
 
 
@@ -174,7 +173,7 @@ def export_peft(
 ) -> None:
     """Write the adapter of a patched model as PEFT would, so that PEFT loads it to equal outputs.
 
-    PEFT has no gates. So every gate must be open for sure (`gate=False`, or tau <= 0), or
+    PEFT has no gates. So every gate must be open for sure (`gate=False`, tau <= 0, or folded), or
     `ungated=True` says that every position shall be modified. Each layer keeps its own rank and
     scale. AdaLoRA's rows that were pruned are left out; its schedule is not PEFT's, so set
     `total_step` and the rest before training goes on there. Trained parameters become
@@ -192,7 +191,7 @@ def export_peft(
             what was trained beside the layers is no whole module; nothing is written.
         OSError: the folder cannot be written.
     """
-    patched = require_layers(model, "export_peft")
+    patched = what_modifies(model, "export_peft")
     folder = Path(folder)
     method = writing.the_method(patched)
     if twice := _held_twice(model, patched):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokengate import TokenGateError
 from tokengate.adapter_folder import CONFIG, WEIGHTS, read_config
 from tokengate.atomic_write import write_atomically
 from tokengate.errors import brief
+from tokengate.folded import Folded
 from tokengate.gated_linear import Gated
 from tokengate.integrations.peft_format import (
     HEADS,
@@ -28,7 +30,7 @@ from tokengate.linear_like import LinearSlice, is_transposed
 from tokengate.modifications.registry import name_of
 
 
-def the_method(patched: dict[str, Gated]) -> str:
+def the_method(patched: Mapping[str, Gated | Folded]) -> str:
     """The one method of all layers; an error if PEFT has none like it, or there are several."""
     first: tuple[str, str] | None = None
     for name, layer in patched.items():
@@ -52,7 +54,9 @@ def the_method(patched: dict[str, Gated]) -> str:
     return first[1]
 
 
-def check_open(patched: dict[str, Gated], values: dict[str, Tensor], ungated: bool) -> None:
+def check_open(
+    patched: Mapping[str, Gated | Folded], values: dict[str, Tensor], ungated: bool
+) -> None:
     """An error if a gate may close, since PEFT would load the adapter without it."""
     taus = {n: values[f"{n}.gate.tau"].item() for n, m in patched.items() if m.gate is not None}
     closing = {name: tau for name, tau in taus.items() if tau > 0}
@@ -125,7 +129,7 @@ def target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:
     return layers
 
 
-def lora_config(patched: dict[str, Gated]) -> dict[str, Any]:
+def lora_config(patched: Mapping[str, Gated | Folded]) -> dict[str, Any]:
     """Rank and alpha: the most frequent, and for other layers patterns that match them alone."""
     ranks = {name: layer.modification.rank for name, layer in patched.items()}
     alphas = {name: _alpha(layer.modification) for name, layer in patched.items()}
@@ -145,7 +149,9 @@ def _alpha(modification: Any) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def adalora_config(patched: dict[str, Gated], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def adalora_config(
+    patched: Mapping[str, Gated | Folded], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
     """Ranks and alpha; `tensors`, with PEFT's keys, are changed so that they fit them.
 
     PEFT has one scale for all layers: what a layer's is more goes into its E. Rows whose E is 0,
@@ -181,7 +187,13 @@ def adalora_config(patched: dict[str, Gated], tensors: dict[str, Tensor]) -> dic
     }
 
 
-def shared_config(model: nn.Module, patched: dict[str, Gated], heads: list[str]) -> dict[str, Any]:
+def _is_transposed(layer: Gated | Folded) -> bool:
+    return is_transposed(layer.layer if isinstance(layer, Folded) else layer)
+
+
+def shared_config(
+    model: nn.Module, patched: Mapping[str, Gated | Folded], heads: list[str]
+) -> dict[str, Any]:
     """What both kinds of configuration have."""
     dropouts = {layer.modification.dropout: name for name, layer in patched.items()}
     if len(dropouts) > 1:
@@ -192,7 +204,7 @@ def shared_config(model: nn.Module, patched: dict[str, Gated], heads: list[str])
         )
     return {
         "bias": "none",
-        "fan_in_fan_out": all(is_transposed(layer) for layer in patched.values()),
+        "fan_in_fan_out": all(_is_transposed(layer) for layer in patched.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": next(iter(dropouts)),

@@ -409,6 +409,25 @@ def test_a_gated_adapter_is_exported_only_when_asked(tmp_path):
     close(theirs, logits(ours))
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folded_adapter_is_exported_as_what_it_is(tmp_path, make, method):
+    base = base_of(make)
+    model = tokengate.patch(copy.deepcopy(base), list(TARGETS[make]), method=method, rank=4)
+    away_from_initialisation(model, 0.2)
+    layers = list(tokengate.layers(model).values())
+    for layer in layers:
+        layer.gate.tau.data.fill_(-1.0)
+    layers[0].gate.tau.data.fill_(1e6)
+    ids = torch.randint(3, 60, (2, 7))
+    folding = tokengate.fold(model, [{"input_ids": ids}])
+    assert len(folding.names("merged")) == len(layers) - 1
+    assert len(folding.names("dropped")) == 1
+    export_peft(model, tmp_path)
+    assert (logits(model) - logits(base)).abs().max() > 1e-2
+    close(logits(loaded_by_peft(base, tmp_path)), logits(model))
+
+
 def not_exported(model, folder, *words, **options):
     before = set(folder.iterdir()) if folder.exists() else None
     with pytest.raises(TokenGateError) as error:

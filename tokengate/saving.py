@@ -66,13 +66,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
 
 
 def _save(model: nn.Module, folder: Path) -> None:
-    # What is merged is written as a modification that is added everywhere, which is what it is.
-    patched: dict[str, Gated | Folded] = {
-        name: replace(each, gate=None)
-        for name, each in folded(model).items()
-        if each.other is not None
-    }
-    patched |= layers(model) if patched else require_layers(model, "save")
+    patched = what_modifies(model, "save")
     if folder.exists() and not folder.is_dir():
         raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
     tensors = values_of(model, patched, "save")
@@ -104,6 +98,16 @@ def _save(model: nn.Module, folder: Path) -> None:
     write_atomically(folder / WEIGHTS, write_weights)
     whole = json.dumps({**json.loads(text), SHA256: found}, indent=1)
     write_atomically(folder / CONFIG, lambda path: _write(path, whole))
+
+
+def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
+    """The layers with a modification; what is merged has one that is added everywhere."""
+    merged: dict[str, Gated | Folded] = {
+        name: replace(each, gate=None)
+        for name, each in folded(model).items()
+        if each.other is not None
+    }
+    return merged | (layers(model) if merged else require_layers(model, caller))
 
 
 def _write(path: Path, text: str) -> None:
