@@ -306,6 +306,7 @@ class TokenGateCallback(TrainerCallback):
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
+        self._evaluation.drop()  # of one that failed, or of what ran in between
         self._evaluation.start(model)
 
     def add_to(self, logs: dict[str, Any]) -> dict[str, float]:

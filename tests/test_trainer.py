@@ -506,6 +506,21 @@ def test_what_is_logged(tmp_path):
         assert not any(layer._observers for layer in tokengate.layers(model).values())
 
 
+def test_an_evaluation_that_failed_is_no_part_of_the_next(tmp_path):
+    made, _ = trainer(tmp_path, language_model(tau=0.5), kind=TokenGateTrainer)
+    expected = made.evaluate(runs.Texts(12))["eval_sparsity"]
+
+    def fails(prediction):
+        raise ArithmeticError
+
+    made.compute_metrics = fails
+    with pytest.raises(ArithmeticError):
+        made.evaluate(runs.Texts(64))
+    made.compute_metrics = None
+    assert made.evaluate(runs.Texts(12))["eval_sparsity"] == expected
+    assert made.evaluate(runs.Texts(64))["eval_sparsity"] != expected
+
+
 def test_the_logged_step_s_sparsity_by_hand(tmp_path):
     """Of the batch of step 4, by the taus before it, over real positions."""
     made, _ = trainer(tmp_path, language_model(tau=0.5), logging_steps=4, max_steps=4)
