@@ -145,7 +145,6 @@ class TokenGateCallback(TrainerCallback):
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
-        self._others: list[nn.Parameter] = []
         self._factors: list[nn.Parameter] = []
         self._distance: Tensor | None = None
         self._penalised = False
@@ -160,6 +159,7 @@ class TokenGateCallback(TrainerCallback):
         self._end()
         model, optimizer = context["model"], context["optimizer"]
         patched = require_layers(model, "TokenGateCallback")
+        accelerator = _trainer_that_calls().accelerator
         _check_not_sharded(AcceleratorState().distributed_type)
         base = _unwrapped(optimizer)
         numbers = dict(self._numbers)
@@ -201,12 +201,9 @@ class TokenGateCallback(TrainerCallback):
         except BaseException:
             self._end()
             raise
-        taus = {id(tau) for tau in steps.taus.values()}
-        held = [p for group in base.param_groups for p in group["params"]]
-        self._others = [p for p in held if id(p) not in taus]
         self._factors = [p for m in adalora for p in (m.P, m.Q)] if self._weight else []
         steps.attach()
-        self._clip_apart(_trainer_that_calls().accelerator, model)
+        self._clip_apart(accelerator, steps, model)
         _set_unit(model, args.world_size)
         if args.eval_on_start:
             self._evaluation.start(model)
@@ -326,23 +323,30 @@ class TokenGateCallback(TrainerCallback):
         logs.update(added)
         return added
 
-    def _clip_apart(self, accelerator: Accelerator, model: nn.Module) -> None:
+    def _clip_apart(self, accelerator: Accelerator, steps: TauSteps, model: nn.Module) -> None:
         """Let the Trainer's own clipping leave the taus out, and see the penalty's gradient.
 
         On the accelerator, which is one Trainer's: the arguments may be another training's too,
-        also after this one was interrupted, and are never changed.
+        also after this one was interrupted, and are never changed. What else somebody clips by it
+        is clipped as asked.
         """
-        plain = accelerator.clip_grad_norm_
+        plain, own = accelerator.clip_grad_norm_, vars(accelerator).get("clip_grad_norm_")
+        taus = {id(tau) for tau in steps.taus.values()}
 
         def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-            if not self._factors:
-                return plain(self._others, max_norm, norm_type)
+            asked = [parameters] if isinstance(parameters, Tensor) else parameters
+            others = [p for p in asked if id(p) not in taus]
+            if not self._factors or self._penalised:
+                return plain(others, max_norm, norm_type)
             accelerator.unscale_gradients()
             self._add_penalty(model)
-            return nn.utils.clip_grad_norm_(self._others, max_norm, norm_type)
+            return nn.utils.clip_grad_norm_(others, max_norm, norm_type)
 
         accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
-        self._clipping.callback(delattr, accelerator, "clip_grad_norm_")
+        if own is None:
+            self._clipping.callback(delattr, accelerator, "clip_grad_norm_")
+        else:  # somebody else's, which goes on when this is over
+            self._clipping.callback(setattr, accelerator, "clip_grad_norm_", own)
 
     def _add_penalty(self, model: nn.Module) -> None:
         """To gradients that are summed up, averaged and unscaled."""

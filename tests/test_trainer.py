@@ -179,6 +179,34 @@ class Norms(transformers.TrainerCallback):
         self.seen.append(torch.nn.utils.get_total_norm(held).item())
 
 
+def test_what_else_is_clipped_is_clipped_as_asked(tmp_path):
+    """By a Trainer with a second model, say; whose own way of clipping is there afterwards."""
+    other, norms, calls = torch.nn.Linear(3, 3), [], []
+
+    class Two(transformers.Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            other.zero_grad()
+            other(torch.ones(2, 3)).sum().mul(1000).backward()
+            for parameters in (other.parameters(), other.bias):
+                self.accelerator.clip_grad_norm_(parameters, 1.0)
+                norms.append(torch.nn.utils.get_total_norm([other.bias.grad]).item())
+            return loss
+
+    made, _ = trainer(tmp_path, language_model("adalora"), kind=Two, max_steps=3)
+    plain = made.accelerator.clip_grad_norm_
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    made.accelerator.clip_grad_norm_ = own
+    made.train()
+    assert max(norms) <= 1
+    assert calls
+    assert made.accelerator.clip_grad_norm_ is own
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
 def test_any_optimizer(tmp_path, optim):
     made, path = trained(tmp_path, optim=optim, max_steps=3)
