@@ -225,6 +225,11 @@ class TokenGateCallback(TrainerCallback):
         """After the last micro-batch, with gradients summed up, averaged and unscaled."""
         self._training.stop()
         if self._factors and not self._penalised:  # nothing was clipped
+            optimizer = context["optimizer"]
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is not None:
+                with contextlib.suppress(RuntimeError):  # unscaled by somebody else
+                    scaler.unscale_(_unwrapped(optimizer))
             self._add_penalty(context["model"])
         self._penalised = False
         if self._steps is not None:

@@ -450,6 +450,30 @@ def test_the_penalty_is_the_loss_s(tmp_path):
             assert (without - value).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_the_penalty_is_not_scaled(tmp_path, optim, unscaled):
+    """Under a GradScaler that nothing has asked to unscale, because nothing is clipped."""
+
+    def unclipped(kind):
+        class Unclipped(kind):
+            def _clip_grad_norm(self, model):
+                if unscaled:
+                    self.accelerator.unscale_gradients()
+
+            def _get_grad_norm(self, model, grad_norm=None):
+                return grad_norm
+
+        model = language_model("adalora")
+        callback = TokenGateCallback(s=5e-3, orthogonality=1.0)
+        reset()
+        options = {"kind": Unclipped, "max_steps": 4, "optim": optim}
+        return trained(tmp_path, model, callback, **options)[0].state.log_history[0]
+
+    expected = unclipped(transformers.Trainer)["orthogonality"]
+    assert unclipped(Scaled)["orthogonality"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_the_allocator_s_options(tmp_path):
     options = {"initial_warmup": 1, "final_warmup": 2}
     callback = TokenGateCallback(allocator=options)
