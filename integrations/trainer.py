@@ -246,6 +246,8 @@ class TokenGateCallback(TrainerCallback):
                 f"{type(_unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
                 "that tau never moves: train with an optimizer whose step() updates the parameters."
             )
+        if skipped and self.controller is not None:
+            self.controller.skip_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any

@@ -308,6 +308,26 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
     assert moments
 
 
+def test_a_skipped_step_is_not_counted(tmp_path):
+    """By an optimiser that is not fused, whose hooks are not run then."""
+
+    class Left(transformers.TrainerCallback):
+        """Positions that the controller has counted, after steps that were taken or skipped."""
+
+        def on_optimizer_step(self, args, state, control, **context):
+            left[context["optimizer"].step_was_skipped].extend(
+                layer.gate._tally[2].item() for layer in tokengate.layers(context["model"]).values()
+            )
+
+    left = {True: [], False: []}
+    callback = TokenGateCallback(target_sparsity=0.5)
+    options = {"kind": Huge, "max_steps": 60, "optim": "adamw_torch"}
+    trained(tmp_path, callback=callback, more=[Left()], **options)
+    assert len(left[True]) > 5
+    assert len(left[False]) > 5
+    assert not any(left[True] + left[False])
+
+
 # Checkpoints
 
 
