@@ -91,6 +91,9 @@ class TokenGateCallback(TrainerCallback):
       `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
       all processes. `sparsity` is that of the step that is logged alone, in training mode, with
       dropout and before its update, because counting at every step would cost time at every step.
+      It is missing where that step is not known before: with `logging_strategy="epoch"` and data
+      without a length. On several processes `eval_sparsity` counts twice the samples that
+      Accelerate repeats to fill their last batches.
     - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
       that was never stopped.
 
@@ -305,8 +308,13 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Give the optimiser back, with the state that a later training goes on from."""
+        self.end_training(context["model"])
+
+    def end_training(self, model: nn.Module) -> None:
+        """Leave nothing behind; `TokenGateTrainer` calls it where a training is interrupted."""
         self._end()
-        tokengate.scale_penalty(context["model"], 1)
+        if tokengate.layers(model):
+            tokengate.scale_penalty(model, 1)
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
@@ -383,8 +391,9 @@ class TokenGateTrainer(Trainer):
 
     TensorBoard and the other reporters are told of a log before any callback of the user's, and
     `evaluate` and `predict` outside of a training announce themselves to nobody. Here the reporters
-    get sparsity and tau, too, and both have a `*_sparsity` among their metrics. For another kind of
-    Trainer: `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
+    get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
+    interrupted or fails leaves the model as one that ended. For another kind of Trainer:
+    `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
 
     Raises:
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
@@ -392,8 +401,12 @@ class TokenGateTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        self._callback()
-        return super().train(*args, **kwargs)
+        callback = self._callback()
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            callback.end_training(self.model)
+            raise
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counted."""

@@ -167,6 +167,30 @@ def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
     assert "clip_grad_norm_" not in vars(made.accelerator)
 
 
+def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypatch):
+    """Another callback takes the model over, as after a training that ended."""
+    monkeypatch.setattr(integration, "_will_be_logged", lambda *args: True)
+
+    class Interrupted(TokenGateTrainer, Scaled):
+        def training_step(self, *args, **kwargs):
+            gates = [layer.gate for layer in tokengate.layers(self.model).values()]
+            assert all(gate._unit > 1 and gate._controlled is not None for gate in gates)
+            raise KeyboardInterrupt
+
+    model = language_model()
+    callback = TokenGateCallback(target_sparsity=0.5)
+    made, _ = trainer(tmp_path, model, callback, Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    for layer in tokengate.layers(model).values():
+        assert layer.gate._unit is None
+        assert layer.gate._controlled is None
+        assert not layer._observers
+    assert not hooks(made.optimizer)
+    reset()
+    trained(tmp_path, model, TokenGateCallback(target_sparsity=0.5), max_steps=1)
+
+
 class Norms(transformers.TrainerCallback):
     """The norm of the adapters' gradients before each step."""
 
