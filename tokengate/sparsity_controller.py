@@ -232,6 +232,7 @@ def _trained_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
             )
         if gate._controlled is not None:
             raise TokenGateError(
-                f"{name!r} has a SparsityController already: call its detach() first."
+                f"{name!r} has a SparsityController already: call its detach() first (that of an "
+                "interrupted Trainer's callback is callback.controller)."
             )
     return gates
