@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> dict:
     train, held_out = load(args.task, args.data)
     train = train[: args.rows]
     model, tokenizer = build(args)
-    steps = int(-(-len(train) // args.batch_size) * args.epochs)
+    steps = math.ceil(math.ceil(len(train) / args.batch_size) * args.epochs)
 
     def metrics_of(prediction) -> dict[str, float]:
         scores = prediction.predictions
@@ -195,6 +196,8 @@ def main() -> None:
     if args.paper:
         options.set_defaults(**paper(args.task, args.method))
         args = options.parse_args()
+    if args.ungated and args.target_sparsity is not None:
+        options.error("--target-sparsity wants gates, which --ungated leaves out: drop one of them")
     results = run(args)
     print(f"sparsity {100 * results['report']['sparsity']:.1f} %, {results['metrics']}")
 

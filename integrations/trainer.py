@@ -91,6 +91,9 @@ class TokenGateCallback(TrainerCallback):
       `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
       all processes. `sparsity` is that of the step that is logged alone, in training mode, with
       dropout and before its update, because counting at every step would cost time at every step.
+      It is missing where that step is not known before: with `logging_strategy="epoch"` and data
+      without a length. On several processes `eval_sparsity` counts twice the samples that
+      Accelerate repeats to fill their last batches.
     - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
       that was never stopped.
 
@@ -145,7 +148,6 @@ class TokenGateCallback(TrainerCallback):
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
-        self._others: list[nn.Parameter] = []
         self._factors: list[nn.Parameter] = []
         self._distance: Tensor | None = None
         self._penalised = False
@@ -160,6 +162,7 @@ class TokenGateCallback(TrainerCallback):
         self._end()
         model, optimizer = context["model"], context["optimizer"]
         patched = require_layers(model, "TokenGateCallback")
+        accelerator = _trainer_that_calls().accelerator
         _check_not_sharded(AcceleratorState().distributed_type)
         base = _unwrapped(optimizer)
         numbers = dict(self._numbers)
@@ -201,12 +204,9 @@ class TokenGateCallback(TrainerCallback):
         except BaseException:
             self._end()
             raise
-        taus = {id(tau) for tau in steps.taus.values()}
-        held = [p for group in base.param_groups for p in group["params"]]
-        self._others = [p for p in held if id(p) not in taus]
         self._factors = [p for m in adalora for p in (m.P, m.Q)] if self._weight else []
         steps.attach()
-        self._clip_apart(_trainer_that_calls().accelerator, model)
+        self._clip_apart(accelerator, steps, model)
         _set_unit(model, args.world_size)
         if args.eval_on_start:
             self._evaluation.start(model)
@@ -228,6 +228,11 @@ class TokenGateCallback(TrainerCallback):
         """After the last micro-batch, with gradients summed up, averaged and unscaled."""
         self._training.stop()
         if self._factors and not self._penalised:  # nothing was clipped
+            optimizer = context["optimizer"]
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is not None:
+                with contextlib.suppress(RuntimeError):  # unscaled by somebody else
+                    scaler.unscale_(_unwrapped(optimizer))
             self._add_penalty(context["model"])
         self._penalised = False
         if self._steps is not None:
@@ -244,6 +249,8 @@ class TokenGateCallback(TrainerCallback):
                 f"{type(_unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
                 "that tau never moves: train with an optimizer whose step() updates the parameters."
             )
+        if skipped and self.controller is not None:
+            self.controller.skip_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -301,11 +308,17 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Give the optimiser back, with the state that a later training goes on from."""
+        self.end_training(context["model"])
+
+    def end_training(self, model: nn.Module) -> None:
+        """Leave nothing behind; `TokenGateTrainer` calls it where a training is interrupted."""
         self._end()
-        tokengate.scale_penalty(context["model"], 1)
+        if tokengate.layers(model):
+            tokengate.scale_penalty(model, 1)
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
+        self._evaluation.drop()  # of one that failed, or of what ran in between
         self._evaluation.start(model)
 
     def add_to(self, logs: dict[str, Any]) -> dict[str, float]:
@@ -325,23 +338,30 @@ class TokenGateCallback(TrainerCallback):
         logs.update(added)
         return added
 
-    def _clip_apart(self, accelerator: Accelerator, model: nn.Module) -> None:
+    def _clip_apart(self, accelerator: Accelerator, steps: TauSteps, model: nn.Module) -> None:
         """Let the Trainer's own clipping leave the taus out, and see the penalty's gradient.
 
         On the accelerator, which is one Trainer's: the arguments may be another training's too,
-        also after this one was interrupted, and are never changed.
+        also after this one was interrupted, and are never changed. What else somebody clips by it
+        is clipped as asked.
         """
-        plain = accelerator.clip_grad_norm_
+        plain, own = accelerator.clip_grad_norm_, vars(accelerator).get("clip_grad_norm_")
+        taus = {id(tau) for tau in steps.taus.values()}
 
         def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-            if not self._factors:
-                return plain(self._others, max_norm, norm_type)
+            asked = [parameters] if isinstance(parameters, Tensor) else parameters
+            others = [p for p in asked if id(p) not in taus]
+            if not self._factors or self._penalised:
+                return plain(others, max_norm, norm_type)
             accelerator.unscale_gradients()
             self._add_penalty(model)
-            return nn.utils.clip_grad_norm_(self._others, max_norm, norm_type)
+            return nn.utils.clip_grad_norm_(others, max_norm, norm_type)
 
         accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
-        self._clipping.callback(delattr, accelerator, "clip_grad_norm_")
+        if own is None:
+            self._clipping.callback(delattr, accelerator, "clip_grad_norm_")
+        else:  # somebody else's, which goes on when this is over
+            self._clipping.callback(setattr, accelerator, "clip_grad_norm_", own)
 
     def _add_penalty(self, model: nn.Module) -> None:
         """To gradients that are summed up, averaged and unscaled."""
@@ -371,8 +391,9 @@ class TokenGateTrainer(Trainer):
 
     TensorBoard and the other reporters are told of a log before any callback of the user's, and
     `evaluate` and `predict` outside of a training announce themselves to nobody. Here the reporters
-    get sparsity and tau, too, and both have a `*_sparsity` among their metrics. For another kind of
-    Trainer: `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
+    get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
+    interrupted or fails leaves the model as one that ended. For another kind of Trainer:
+    `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
 
     Raises:
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
@@ -380,8 +401,12 @@ class TokenGateTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        self._callback()
-        return super().train(*args, **kwargs)
+        callback = self._callback()
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            callback.end_training(self.model)
+            raise
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counted."""

@@ -168,3 +168,27 @@ def test_packages_on_disk_are_the_packages_listed():
     assert set(listed) == on_disk
     assert (ROOT / "integrations" / "__init__.py").exists()
     assert f'version = "{tokengate.__version__}"' in text
+
+
+def test_the_examples_extra_is_what_the_examples_import():
+    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+
+    def extra(name):
+        return ast.literal_eval(text.split(f"\n{name} = ")[1].split("\n")[0])
+
+    first, *wanted = extra("examples")
+    for name in first.removeprefix("tokengate[").removesuffix("]").split(","):
+        wanted += extra(name)
+    installed = {requirement.split(">=")[0] for requirement in wanted}
+    files = list((ROOT / "examples").glob("*.py"))
+    imported = set()
+    for file in files:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    known = {"tokengate", "torch", "safetensors", *(file.stem for file in files)}
+    # What scikit-learn brings along is asked for by its name.
+    imported = {"scikit-learn" if n in ("sklearn", "numpy", "scipy") else n for n in imported}
+    assert imported - known - set(sys.stdlib_module_names) <= installed

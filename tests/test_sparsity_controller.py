@@ -235,6 +235,26 @@ def test_skipped_steps_change_nothing():
         assert (before == after) == (factor != 1.0)
 
 
+def test_a_skipped_step_s_positions_are_not_the_next_one_s():
+    ends = []
+    for broken in ((), (3, 4)):
+        model, optimizer = net()
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        controller = tokengate.SparsityController(model, optimizer, 0.6)
+        for step in range(6):
+            x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(step))
+            for factor in (float("inf"), 1.0) if step in broken else (1.0,):
+                optimizer.zero_grad()
+                tokengate.scale_penalty(model, before := scaler.get_scale())
+                scaler.scale(model(x).square().mean() * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                if scaler.get_scale() < before:
+                    controller.skip_step()
+        ends.append((controller.sparsity, *controller.penalties.values()))
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+
+
 def train_nothing(model):
     return [layer.gate.tau.item() for layer in tokengate.layers(model).values()]
 

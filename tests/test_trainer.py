@@ -167,6 +167,30 @@ def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
     assert "clip_grad_norm_" not in vars(made.accelerator)
 
 
+def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypatch):
+    """Another callback takes the model over, as after a training that ended."""
+    monkeypatch.setattr(integration, "_will_be_logged", lambda *args: True)
+
+    class Interrupted(TokenGateTrainer, Scaled):
+        def training_step(self, *args, **kwargs):
+            gates = [layer.gate for layer in tokengate.layers(self.model).values()]
+            assert all(gate._unit > 1 and gate._controlled is not None for gate in gates)
+            raise KeyboardInterrupt
+
+    model = language_model()
+    callback = TokenGateCallback(target_sparsity=0.5)
+    made, _ = trainer(tmp_path, model, callback, Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    for layer in tokengate.layers(model).values():
+        assert layer.gate._unit is None
+        assert layer.gate._controlled is None
+        assert not layer._observers
+    assert not hooks(made.optimizer)
+    reset()
+    trained(tmp_path, model, TokenGateCallback(target_sparsity=0.5), max_steps=1)
+
+
 class Norms(transformers.TrainerCallback):
     """The norm of the adapters' gradients before each step."""
 
@@ -177,6 +201,34 @@ class Norms(transformers.TrainerCallback):
         named = context["model"].named_parameters()
         held = [p.grad for n, p in named if p.grad is not None and not n.endswith("tau")]
         self.seen.append(torch.nn.utils.get_total_norm(held).item())
+
+
+def test_what_else_is_clipped_is_clipped_as_asked(tmp_path):
+    """By a Trainer with a second model, say; whose own way of clipping is there afterwards."""
+    other, norms, calls = torch.nn.Linear(3, 3), [], []
+
+    class Two(transformers.Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            other.zero_grad()
+            other(torch.ones(2, 3)).sum().mul(1000).backward()
+            for parameters in (other.parameters(), other.bias):
+                self.accelerator.clip_grad_norm_(parameters, 1.0)
+                norms.append(torch.nn.utils.get_total_norm([other.bias.grad]).item())
+            return loss
+
+    made, _ = trainer(tmp_path, language_model("adalora"), kind=Two, max_steps=3)
+    plain = made.accelerator.clip_grad_norm_
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    made.accelerator.clip_grad_norm_ = own
+    made.train()
+    assert max(norms) <= 1
+    assert calls
+    assert made.accelerator.clip_grad_norm_ is own
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
@@ -278,6 +330,26 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
             moments += len(old) == 4
             assert all(bool(value.isfinite().all()) for value in state.values())
     assert moments
+
+
+def test_a_skipped_step_is_not_counted(tmp_path):
+    """By an optimiser that is not fused, whose hooks are not run then."""
+
+    class Left(transformers.TrainerCallback):
+        """Positions that the controller has counted, after steps that were taken or skipped."""
+
+        def on_optimizer_step(self, args, state, control, **context):
+            left[context["optimizer"].step_was_skipped].extend(
+                layer.gate._tally[2].item() for layer in tokengate.layers(context["model"]).values()
+            )
+
+    left = {True: [], False: []}
+    callback = TokenGateCallback(target_sparsity=0.5)
+    options = {"kind": Huge, "max_steps": 60, "optim": "adamw_torch"}
+    trained(tmp_path, callback=callback, more=[Left()], **options)
+    assert len(left[True]) > 5
+    assert len(left[False]) > 5
+    assert not any(left[True] + left[False])
 
 
 # Checkpoints
@@ -422,6 +494,30 @@ def test_the_penalty_is_the_loss_s(tmp_path):
             assert (without - value).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_the_penalty_is_not_scaled(tmp_path, optim, unscaled):
+    """Under a GradScaler that nothing has asked to unscale, because nothing is clipped."""
+
+    def unclipped(kind):
+        class Unclipped(kind):
+            def _clip_grad_norm(self, model):
+                if unscaled:
+                    self.accelerator.unscale_gradients()
+
+            def _get_grad_norm(self, model, grad_norm=None):
+                return grad_norm
+
+        model = language_model("adalora")
+        callback = TokenGateCallback(s=5e-3, orthogonality=1.0)
+        reset()
+        options = {"kind": Unclipped, "max_steps": 4, "optim": optim}
+        return trained(tmp_path, model, callback, **options)[0].state.log_history[0]
+
+    expected = unclipped(transformers.Trainer)["orthogonality"]
+    assert unclipped(Scaled)["orthogonality"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_the_allocator_s_options(tmp_path):
     options = {"initial_warmup": 1, "final_warmup": 2}
     callback = TokenGateCallback(allocator=options)
@@ -504,6 +600,21 @@ def test_what_is_logged(tmp_path):
             assert "eval_sparsity" not in metrics
             assert "test_sparsity" not in predicted
         assert not any(layer._observers for layer in tokengate.layers(model).values())
+
+
+def test_an_evaluation_that_failed_is_no_part_of_the_next(tmp_path):
+    made, _ = trainer(tmp_path, language_model(tau=0.5), kind=TokenGateTrainer)
+    expected = made.evaluate(runs.Texts(12))["eval_sparsity"]
+
+    def fails(prediction):
+        raise ArithmeticError
+
+    made.compute_metrics = fails
+    with pytest.raises(ArithmeticError):
+        made.evaluate(runs.Texts(64))
+    made.compute_metrics = None
+    assert made.evaluate(runs.Texts(12))["eval_sparsity"] == expected
+    assert made.evaluate(runs.Texts(64))["eval_sparsity"] != expected
 
 
 def test_the_logged_step_s_sparsity_by_hand(tmp_path):

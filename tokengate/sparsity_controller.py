@@ -42,6 +42,9 @@ class SparsityController:
 
     tau must be able to get there: it travels s in a step at the most. See `param_groups`.
 
+    A step that a GradScaler skips is never seen here, so say it: `controller.skip_step()`, after a
+    `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
+
     Args:
         model: a patched model with gates.
         optimizer: the `torch.optim.Optimizer` that holds the taus.
@@ -110,6 +113,11 @@ class SparsityController:
         for gate in self._gates.values():
             gate._controlled = gate._tally = None
 
+    def skip_step(self) -> None:
+        """Forget what was counted for a step that is not taken: it is no part of the next one."""
+        for seen in self._tallies:
+            seen.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on as if it had not stopped."""
         return {
@@ -142,8 +150,7 @@ class SparsityController:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gates = self._gates.values()
         tallies = torch.stack([seen.to(self._device) for seen in self._tallies])
-        for seen in self._tallies:
-            seen.zero_()
+        self.skip_step()
         # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf > 0):
@@ -225,6 +232,7 @@ def _trained_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
             )
         if gate._controlled is not None:
             raise TokenGateError(
-                f"{name!r} has a SparsityController already: call its detach() first."
+                f"{name!r} has a SparsityController already: call its detach() first (that of an "
+                "interrupted Trainer's callback is callback.controller)."
             )
     return gates
