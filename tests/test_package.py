@@ -131,6 +131,7 @@ def test_imports_point_one_way():
         "adapter_config",
         "adapter_folder",
         "saving",
+        "fitting",
         "loading",
         "batches",
         "calibration",
