@@ -23,7 +23,7 @@ def loaded_by(code):
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
     ["attention", "language", "llava", "roles", "tau_steps"],
-    ["clip", "trainer", "vision"],
+    ["clip", "sparsity_logs", "trainer", "vision"],
 )
 
 
