@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -36,15 +35,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import has_length
 
 import tokengate
 from tokengate import AdaLoRA, RankAllocator, SparsityController, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.gated_linear import require_layers
+from tokengate.integrations.sparsity_logs import (
+    Recording,
+    evaluated,
+    sparsity_of,
+    will_be_logged,
+)
 from tokengate.integrations.tau_steps import KEY, TauSteps, state_of
 from tokengate.param_groups import slope_for
-from tokengate.recording import Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +155,7 @@ class TokenGateCallback(TrainerCallback):
         self._distance: Tensor | None = None
         self._penalised = False
         self._clipping = contextlib.ExitStack()
-        self._training, self._evaluation = _Recording(), _Recording()
+        self._training, self._evaluation = Recording(), Recording()
         self._warned = False
 
     def on_train_begin(
@@ -219,7 +222,7 @@ class TokenGateCallback(TrainerCallback):
         scaler = getattr(context["optimizer"], "scaler", None)
         if scaler is not None:
             _set_unit(context["model"], args.world_size, scaler)
-        if _will_be_logged(args, state, context.get("train_dataloader")):
+        if will_be_logged(args, state, context.get("train_dataloader")):
             self._training.start(context["model"])
 
     def on_pre_optimizer_step(
@@ -327,11 +330,11 @@ class TokenGateCallback(TrainerCallback):
         Called by every process, with the same keys, if there are several.
         """
         added: dict[str, float] = {}
-        prefix = _evaluated(logs)
+        prefix = evaluated(logs)
         if prefix and f"{prefix}_sparsity" not in logs:
-            added |= _sparsity(f"{prefix}_sparsity", self._evaluation.take())
+            added |= sparsity_of(f"{prefix}_sparsity", self._evaluation.take())
         elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
-            added |= _sparsity("sparsity", self._training.take())
+            added |= sparsity_of("sparsity", self._training.take())
             added |= self._steps.statistics()
             if self._distance is not None:
                 added["orthogonality"] = self._distance.item()
@@ -428,34 +431,6 @@ class TokenGateTrainer(Trainer):
         )
 
 
-class _Recording:
-    """A `tokengate.record` that begins in one event and ends in another."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._recorder: Recorder | None = None
-        self.runs = False
-
-    def start(self, model: nn.Module) -> None:
-        if not self.runs:
-            self._recorder = self._stack.enter_context(tokengate.record(model))
-            self.runs = True
-
-    def stop(self) -> None:
-        self._stack.close()
-        self.runs = False
-
-    def drop(self) -> None:
-        self.stop()
-        self._recorder = None
-
-    def take(self) -> Recorder | None:
-        """What was recorded up to here; nothing of it is taken again."""
-        recorder = self._recorder
-        self.drop()
-        return recorder
-
-
 def _trainer_that_calls() -> Trainer:
     """It calls its callbacks without telling them who it is, but it is on the stack."""
     frame: FrameType | None = sys._getframe()
@@ -496,32 +471,3 @@ def _set_unit(model: nn.Module, processes: int, scaler: Any = None) -> None:
     # As a tensor: get_scale() would wait for the device.
     device = next(model.parameters()).device
     tokengate.scale_penalty(model, scaler.scale(torch.full((), float(processes), device=device)))
-
-
-def _will_be_logged(args: Any, state: Any, loader: Any) -> bool:
-    """Whether the Trainer is going to log after the step that begins."""
-    step = state.global_step + 1
-    if args.logging_strategy == "steps":
-        first = step == 1 and args.logging_first_step
-        return bool(first or step % state.logging_steps == 0)
-    if args.logging_strategy != "epoch" or not has_length(loader):
-        return False
-    per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
-    return bool(step % per_epoch == 0 or step == state.max_steps)
-
-
-def _evaluated(logs: Mapping[str, Any]) -> str | None:
-    """The prefix of an evaluation's metrics, or None if these are not an evaluation's."""
-    prefixes = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]
-    return prefixes[0] if prefixes and prefixes[0] != "train" else None
-
-
-def _sparsity(key: str, recorder: Recorder | None) -> dict[str, float]:
-    """Eq. 23 over all processes; nothing where none of them had anything to run."""
-    if recorder is None:
-        return {}
-    try:
-        sparsity = recorder.report(reduce=True).sparsity
-    except TokenGateError:
-        return {}
-    return {} if math.isnan(sparsity) else {key: sparsity}

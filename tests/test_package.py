@@ -26,7 +26,7 @@ WITHOUT_HOST, WITH_HOST = (
         *("attention", "hf_peft", "language", "llava"),
         *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
-    ["clip", "trainer", "vision"],
+    ["clip", "sparsity_logs", "trainer", "vision"],
 )
 
 
