@@ -17,7 +17,6 @@ import functools
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,11 +105,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (model(images).argmax(-1) == labels).float().mean().item()
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training has changed, by name; the projections are drawn anew from their seed."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def main() -> None:
     """Pretrain, patch with VeRA, train it gated, save it, load it elsewhere, take it out again."""
     parser = argparse.ArgumentParser(
@@ -132,23 +126,19 @@ def main() -> None:
     train(base, groups, upright[rest], labels[rest], "upright")
     before = accuracy(base, turned[test], labels[test])
 
-    def patched() -> Reader:
-        return tokengate.patch(copy.deepcopy(base), "all-linear", "vera", train=["head"])
-
-    model = patched()
+    model = tokengate.patch(copy.deepcopy(base), "all-linear", "vera", train=["head"])
     groups = tokengate.param_groups(model, lr=2e-2, s=1e-3)
     train(model, groups, turned[rest], labels[rest], "on their side")
     with tokengate.record(model) as rec:
         after = accuracy(model, turned[test], labels[test])
     print(f"digits on their side: {before:.1f} % before, {after:.1f} % after\n\n{rec.report()}\n")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "vera.safetensors"
-    save_file(trained(model), file)
-    other = patched()
-    other.load_state_dict(load_file(file), strict=False)
+    tokengate.save(model, arguments.output)
+    size = sum(file.stat().st_size for file in arguments.output.glob("adapter_*")) / 1024
+    other = copy.deepcopy(base)
+    tokengate.load(other, arguments.output)
     assert torch.equal(other(turned[test]), model(turned[test]))
-    print(f"{file}: {file.stat().st_size / 1024:.0f} KiB; loaded into a new copy, it is the same")
+    print(f"{arguments.output}: {size:.0f} KiB; loaded into a new copy, it is the same")
 
     # The head was trained itself; all else is as it was.
     tokengate.unpatch(model).head = base.head
