@@ -169,7 +169,7 @@ def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
 
 def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypatch):
     """Another callback takes the model over, as after a training that ended."""
-    monkeypatch.setattr(integration, "_will_be_logged", lambda *args: True)
+    monkeypatch.setattr(integration, "will_be_logged", lambda *args: True)
 
     class Interrupted(TokenGateTrainer, Scaled):
         def training_step(self, *args, **kwargs):
