@@ -109,7 +109,8 @@ class use:
         trace: TracebackType | None,
     ) -> None:
         for layer, name, rows in self._before:
-            put_in_use(layer, name, rows)
+            if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
+                put_in_use(layer, name, rows)
 
 
 def _without_parts_of_layers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
