@@ -1,5 +1,6 @@
 """save and load: what comes back is what was there, or an error that says what is wrong."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -521,22 +522,37 @@ def test_another_base_is_said(tmp_path):
         tokengate.load(model, tmp_path)
 
 
-def test_a_claim_of_any_size_costs_no_memory(tmp_path):
-    """The digests and the metadata fit, and only the shapes tell."""
-    import hashlib
-
-    tokengate.save(trained(), tmp_path)
-    path = tmp_path / "adapter_config.json"
+def forge(folder, change):
+    """Another configuration, with the digests and the metadata that fit it."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     config = json.loads(path.read_text())
     del config["sha256"]
-    config["layers"]["blocks.0.fc1"]["options"]["rank"] = 10**13
-    weights = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file(tensors, weights, {"tokengate": json.dumps(config), "previous": ""})
+    change(config)
+    save_file(load_file(weights), weights, {"tokengate": json.dumps(config), "previous": ""})
     config["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     path.write_text(json.dumps(config))
+
+
+def test_a_claim_of_any_size_costs_no_memory(tmp_path):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.0.fc1"]["options"].update(rank=10**13))
     refused(fresh(), tmp_path, KEY, SHAPE, "10000000000000")
     refused(trained(), tmp_path, "rank=10000000000000")
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 10**400])
+def test_a_forged_penalty_is_refused_before_values_change(tmp_path, penalty):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(penalty=penalty))
+    other = tokengate.patch(fresh(), ["q_proj", "fc1"])
+    for model in (fresh(), other):
+        refused(model, tmp_path, "the penalty of 'blocks.1.fc1'")
+
+
+def test_forged_names_of_trained_parameters_are_refused(tmp_path):
+    tokengate.save(trained(train=["head"]), tmp_path)
+    forge(tmp_path, lambda c: c.update(train=[["head"]]))
+    refused(fresh(), tmp_path, "for train")
 
 
 # Imports torch once, and is forked for every kill.
