@@ -182,6 +182,23 @@ def test_several_patches_and_slices(tmp_path):
     assert snapshot(tokengate.unpatch(other))["values"] == snapshot(build())["values"]
 
 
+DIVISIONS = [Slices(q=4, k=4, v=4), Slices(groups=2, q=2, k=2, v=2)]
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("name", [None, "other"])
+def test_a_layer_that_is_divided_otherwise_is_refused(tmp_path, part, name):
+    """Of the same shapes, so that only the order of the outputs tells."""
+    models = [nn.Sequential(nn.Linear(8, 12)) for _ in DIVISIONS]
+    for model, own, slices in zip(models, ["q", part], DIVISIONS, strict=True):
+        tokengate.patch(model, [f"0.{own}"], slices={"0": slices})
+        away_from_initialisation(model)
+    tokengate.save(models[0], tmp_path)
+    words = ["Slices(q=4"] if name or part == "q" else []
+    refused(models[1], tmp_path, *words, name=name)
+    assert tokengate.load(nn.Sequential(nn.Linear(8, 12)), tmp_path) == {}
+
+
 def test_what_was_asked_is_on_record(tmp_path):
     import re
 
@@ -538,6 +555,14 @@ def test_a_claim_of_any_size_costs_no_memory(tmp_path):
     forge(tmp_path, lambda c: c["layers"]["blocks.0.fc1"]["options"].update(rank=10**13))
     refused(fresh(), tmp_path, KEY, SHAPE, "10000000000000")
     refused(trained(), tmp_path, "rank=10000000000000")
+
+
+@pytest.mark.parametrize("slices", [{"self": 8}, {"groups": 8}, {"q": 0}, {"q.k": 8}, {}])
+def test_forged_slices_are_refused(tmp_path, slices):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(slices=slices))
+    for model in (fresh(), trained()):
+        refused(model, tmp_path)
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 10**400])

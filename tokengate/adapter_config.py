@@ -105,7 +105,9 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
     config: AdapterConfig = _made(AdapterConfig, parts, where)
     for name, layer in config.layers.items():
         sizes = layer.slices or {}
-        if "groups" in sizes or any(type(size) is not int for size in sizes.values()):
+        if sizes.keys() & {"self", "groups"} or any(
+            type(size) is not int for size in sizes.values()
+        ):
             raise _wrong(where, f"the slices of {name!r}", sizes)
         if layer.penalty is not None:
             try:

@@ -18,7 +18,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.folded import folded
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, all_layers, require_layers
-from tokengate.linear_like import LinearLike, features_of, is_linear, whole
+from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import check_options, find_method, name_of, with_defaults
 from tokengate.named_adapters import (
@@ -35,6 +35,7 @@ from tokengate.patterns import nearest
 from tokengate.precision import trainable_dtype
 from tokengate.saving import class_name, fingerprint, trained_beside
 from tokengate.sharding import divided_as, gathered
+from tokengate.sliced_linear import Sliced, slices_of
 from tokengate.slices import Slices
 from tokengate.targets import find_targets
 
@@ -224,9 +225,9 @@ class _Fit:
             else:
                 wanted[name] = config
         slices = {
-            name.rpartition(".")[0]: Slices(groups=config.groups, **config.slices)
+            name.rpartition(".")[0]: divided
             for name, config in wanted.items()
-            if config.slices is not None
+            if (divided := _slices_of(config)) is not None
         }
         if not wanted:
             return {}
@@ -330,11 +331,12 @@ def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str
         return f"is a {type(layer).__name__} in the model, which is no linear layer"
     there = features_of(cast(LinearLike, layer))
     outputs = config.out_features
-    if config.slices is not None:
-        slices = Slices(groups=config.groups, **config.slices)
+    if (slices := _slices_of(config)) is not None:
         part = name.rpartition(".")[2]
         if slices.sizes.get(part, 0) * slices.groups != outputs:
             return f"is no slice of {slices} with {outputs} outputs"
+        if isinstance(layer, Sliced) and slices != slices_of(layer):
+            return _otherwise_divided(slices, slices_of(layer))
         outputs = slices.out_features
     saved = (config.in_features, outputs)
     if saved != there:
@@ -342,8 +344,19 @@ def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str
     return None
 
 
+def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
+    return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
+
+
+def _slices_of(config: LayerConfig) -> Slices | None:
+    return None if config.slices is None else Slices(groups=config.groups, **config.slices)
+
+
 def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
     """How a patched layer differs from how the saved one was patched."""
+    saved, own = _slices_of(config), layer.slices if isinstance(layer, LinearSlice) else None
+    if saved != own:
+        return _otherwise_divided(saved, own)
     kind = type(layer.modification)
     if name_of(kind) != config.method:
         return f"is {config.method!r} in the adapter and {name_of(kind) or kind.__name__!r} here"
