@@ -367,3 +367,12 @@ def test_layers_may_become_plain_within_the_context(used, away):
         tokengate.unpatch(model) if away == "unpatch" else tokengate.fold(model, [X])
     assert all(type(block.fc1) is nn.Linear for block in model.blocks)
     assert not any(hasattr(block.fc1, "_adapters") for block in model.blocks)
+
+
+def test_what_is_assigned_while_out_of_use_is_trained_in_use(model):
+    tokengate.use(model, "b")
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    tokengate.use(model, "a")
+    model.load_state_dict({n: v.clone() for n, v in model.state_dict().items()}, assign=True)
+    tokengate.use(model, "b")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
