@@ -115,6 +115,16 @@ def test_disabled_is_the_base():
     assert torch.equal(outputs(model), folded)
 
 
+@pytest.mark.parametrize("way", ["undo", "unpatch"])
+def test_what_is_undone_while_disabled_keeps_w0(way):
+    model = mixed()
+    before, base = outputs(model), outputs(tokengate.unpatch(mixed()))
+    folding = tokengate.fold(model, DATA)
+    with tokengate.disabled(model):
+        folding.undo() if way == "undo" else tokengate.unpatch(model)
+    assert torch.equal(outputs(model), before if way == "undo" else base)
+
+
 def test_a_model_folded_whole_is_plain_and_still_ours():
     torch.manual_seed(0)
     model = tokengate.patch(Net(), ["fc1", "fc2"], gate=False)

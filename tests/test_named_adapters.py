@@ -357,3 +357,22 @@ def test_parameters_beside_the_layers_are_one_adapters(folders, tmp_path):
     with torch.no_grad():
         model.head.weight.mul_(2)
     tokengate.load(model, tmp_path, name="b")
+
+
+@pytest.mark.parametrize("used", ["default", ["default"] * 4])
+@pytest.mark.parametrize("away", ["unpatch", "fold"])
+def test_layers_may_become_plain_within_the_context(used, away):
+    model = tokengate.patch(fresh(), ["fc1"], gate=False)
+    with tokengate.use(model, used):
+        tokengate.unpatch(model) if away == "unpatch" else tokengate.fold(model, [X])
+    assert all(type(block.fc1) is nn.Linear for block in model.blocks)
+    assert not any(hasattr(block.fc1, "_adapters") for block in model.blocks)
+
+
+def test_what_is_assigned_while_out_of_use_is_trained_in_use(model):
+    tokengate.use(model, "b")
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    tokengate.use(model, "a")
+    model.load_state_dict({n: v.clone() for n, v in model.state_dict().items()}, assign=True)
+    tokengate.use(model, "b")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted

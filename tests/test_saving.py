@@ -1,5 +1,6 @@
 """save and load: what comes back is what was there, or an error that says what is wrong."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -179,6 +180,23 @@ def test_several_patches_and_slices(tmp_path):
     assert not torch.equal(other(X), build()(X))
     assert list(tokengate.layers(other)) == list(tokengate.layers(model))
     assert snapshot(tokengate.unpatch(other))["values"] == snapshot(build())["values"]
+
+
+DIVISIONS = [Slices(q=4, k=4, v=4), Slices(groups=2, q=2, k=2, v=2)]
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("name", [None, "other"])
+def test_a_layer_that_is_divided_otherwise_is_refused(tmp_path, part, name):
+    """Of the same shapes, so that only the order of the outputs tells."""
+    models = [nn.Sequential(nn.Linear(8, 12)) for _ in DIVISIONS]
+    for model, own, slices in zip(models, ["q", part], DIVISIONS, strict=True):
+        tokengate.patch(model, [f"0.{own}"], slices={"0": slices})
+        away_from_initialisation(model)
+    tokengate.save(models[0], tmp_path)
+    words = ["Slices(q=4"] if name or part == "q" else []
+    refused(models[1], tmp_path, *words, name=name)
+    assert tokengate.load(nn.Sequential(nn.Linear(8, 12)), tmp_path) == {}
 
 
 def test_what_was_asked_is_on_record(tmp_path):
@@ -521,22 +539,45 @@ def test_another_base_is_said(tmp_path):
         tokengate.load(model, tmp_path)
 
 
-def test_a_claim_of_any_size_costs_no_memory(tmp_path):
-    """The digests and the metadata fit, and only the shapes tell."""
-    import hashlib
-
-    tokengate.save(trained(), tmp_path)
-    path = tmp_path / "adapter_config.json"
+def forge(folder, change):
+    """Another configuration, with the digests and the metadata that fit it."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     config = json.loads(path.read_text())
     del config["sha256"]
-    config["layers"]["blocks.0.fc1"]["options"]["rank"] = 10**13
-    weights = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file(tensors, weights, {"tokengate": json.dumps(config), "previous": ""})
+    change(config)
+    save_file(load_file(weights), weights, {"tokengate": json.dumps(config), "previous": ""})
     config["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     path.write_text(json.dumps(config))
+
+
+def test_a_claim_of_any_size_costs_no_memory(tmp_path):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.0.fc1"]["options"].update(rank=10**13))
     refused(fresh(), tmp_path, KEY, SHAPE, "10000000000000")
     refused(trained(), tmp_path, "rank=10000000000000")
+
+
+@pytest.mark.parametrize("slices", [{"self": 8}, {"groups": 8}, {"q": 0}, {"q.k": 8}, {}])
+def test_forged_slices_are_refused(tmp_path, slices):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(slices=slices))
+    for model in (fresh(), trained()):
+        refused(model, tmp_path)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 10**400])
+def test_a_forged_penalty_is_refused_before_values_change(tmp_path, penalty):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(penalty=penalty))
+    other = tokengate.patch(fresh(), ["q_proj", "fc1"])
+    for model in (fresh(), other):
+        refused(model, tmp_path, "the penalty of 'blocks.1.fc1'")
+
+
+def test_forged_names_of_trained_parameters_are_refused(tmp_path):
+    tokengate.save(trained(train=["head"]), tmp_path)
+    forge(tmp_path, lambda c: c.update(train=[["head"]]))
+    refused(fresh(), tmp_path, "for train")
 
 
 # Imports torch once, and is forked for every kill.

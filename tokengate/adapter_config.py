@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 
 FORMAT = 1
@@ -104,10 +105,19 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
     config: AdapterConfig = _made(AdapterConfig, parts, where)
     for name, layer in config.layers.items():
         sizes = layer.slices or {}
-        if "groups" in sizes or any(type(size) is not int for size in sizes.values()):
+        if sizes.keys() & {"self", "groups"} or any(
+            type(size) is not int for size in sizes.values()
+        ):
             raise _wrong(where, f"the slices of {name!r}", sizes)
+        if layer.penalty is not None:
+            try:
+                non_negative("penalty", layer.penalty)
+            except TokenGateError:
+                raise _wrong(where, f"the penalty of {name!r}", layer.penalty) from None
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
+    if any(type(name) is not str for name in config.train):
+        raise _wrong(where, "train", config.train)
     for name, tensor in config.tensors.items():
         if any(type(size) is not int or size < 0 for size in tensor.shape):
             raise _wrong(where, f"tensors {name!r}", tensor.shape)

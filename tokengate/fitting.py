@@ -14,12 +14,13 @@ from tokengate.adapter_folder import SavedAdapter
 from tokengate.errors import TokenGateError, brief
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated
-from tokengate.linear_like import LinearLike, features_of, is_linear, whole
+from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import check_options, find_method, name_of, with_defaults
 from tokengate.patterns import nearest
 from tokengate.precision import trainable_dtype
 from tokengate.sharding import divided_as, gathered
+from tokengate.sliced_linear import Sliced, slices_of
 from tokengate.slices import Slices
 from tokengate.targets import find_targets
 
@@ -93,9 +94,9 @@ class Fit:
             else:
                 wanted[name] = config
         slices = {
-            name.rpartition(".")[0]: Slices(groups=config.groups, **config.slices)
+            name.rpartition(".")[0]: divided
             for name, config in wanted.items()
-            if config.slices is not None
+            if (divided := _slices_of(config)) is not None
         }
         if not wanted:
             return {}
@@ -199,11 +200,12 @@ def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str
         return f"is a {type(layer).__name__} in the model, which is no linear layer"
     there = features_of(cast(LinearLike, layer))
     outputs = config.out_features
-    if config.slices is not None:
-        slices = Slices(groups=config.groups, **config.slices)
+    if (slices := _slices_of(config)) is not None:
         part = name.rpartition(".")[2]
         if slices.sizes.get(part, 0) * slices.groups != outputs:
             return f"is no slice of {slices} with {outputs} outputs"
+        if isinstance(layer, Sliced) and slices != slices_of(layer):
+            return _otherwise_divided(slices, slices_of(layer))
         outputs = slices.out_features
     saved = (config.in_features, outputs)
     if saved != there:
@@ -211,8 +213,19 @@ def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str
     return None
 
 
+def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
+    return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
+
+
+def _slices_of(config: LayerConfig) -> Slices | None:
+    return None if config.slices is None else Slices(groups=config.groups, **config.slices)
+
+
 def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
     """How a patched layer differs from how the saved one was patched."""
+    saved, own = _slices_of(config), layer.slices if isinstance(layer, LinearSlice) else None
+    if saved != own:
+        return _otherwise_divided(saved, own)
     kind = type(layer.modification)
     if name_of(kind) != config.method:
         return f"is {config.method!r} in the adapter and {name_of(kind) or kind.__name__!r} here"

@@ -25,24 +25,29 @@ class Adapter(nn.Module):
     def __init__(self, modification: Modification, gate: TokenGate | None) -> None:
         super().__init__()
         self.modification, self.gate = modification, gate
-        # What of it is trained while it is in use; otherwise nothing is.
-        self.trained: list[nn.Parameter] = []
+        # Where it has what is trained while it is in use; otherwise nothing is. Not the parameters
+        # themselves, in whose place others may come: by sharding, or load_state_dict(assign=True).
+        self.trained: list[tuple[nn.Module, str]] = []
 
     def rest(self) -> None:
         """Train nothing of it, until it is in use again."""
         # Past nn.Module's own ways, which would take longer than all the rest of a switch.
-        self.__dict__["trained"] = [p for p in _parameters(self) if p.requires_grad]
-        for parameter in self.trained:
-            parameter.requires_grad_(False)
+        self.__dict__["trained"] = [
+            (module, name) for module, name, p in _parameters(self) if p.requires_grad
+        ]
+        self._set_trained(False)
 
     def resume(self) -> None:
         """Train what was trained."""
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
+        self._set_trained(True)
+
+    def _set_trained(self, trained: bool) -> None:
+        for module, name in self.trained:
+            cast(nn.Parameter, module._parameters[name]).requires_grad_(trained)
 
 
-def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    yield from (p for p in module._parameters.values() if p is not None)
+def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
     for child in module._modules.values():
         if child is not None:
             yield from _parameters(child)
@@ -109,7 +114,8 @@ class use:
         trace: TracebackType | None,
     ) -> None:
         for layer, name, rows in self._before:
-            put_in_use(layer, name, rows)
+            if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
+                put_in_use(layer, name, rows)
 
 
 def _without_parts_of_layers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:

@@ -213,8 +213,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
                 layer._enabled = enabled
             else:
                 layer.__dict__.pop("_enabled", None)
+        # What was undone or unpatched meanwhile has W0 for good.
+        remaining = {id(each) for each in folded(model).values()}
         for each, was_merged in merged:
-            each.put(was_merged)
+            if id(each) in remaining:
+                each.put(was_merged)
         settle_fast_paths(model)
 
 
