@@ -101,6 +101,20 @@ def test_it_is_undone_exactly(way):
     assert type(model.blocks[0].q_proj) is nn.Linear
 
 
+def test_what_is_undone_has_its_adapters_name(tmp_path):
+    tokengate.save(mixed(), tmp_path)
+    model = Net()
+    tokengate.load(model, tmp_path, name="french")
+    before = snapshot(model)
+    tokengate.fold(model, DATA).undo()
+    assert snapshot(model) == before
+    base = outputs(model)
+    with tokengate.use(model, None):
+        assert not torch.equal(outputs(model), base)
+    tokengate.use(model, "french")
+    assert torch.equal(outputs(model), base)
+
+
 def test_disabled_is_the_base():
     model = mixed()
     base = outputs(tokengate.unpatch(mixed()))
