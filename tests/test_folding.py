@@ -139,6 +139,19 @@ def test_what_is_undone_while_disabled_keeps_w0(way):
     assert torch.equal(outputs(model), before if way == "undo" else base)
 
 
+def test_a_refused_unpatch_leaves_the_model_folded():
+    class DistributedDataParallel(nn.Sequential):  # by whose name wrappers are found
+        __module__ = "torch.nn.parallel"
+
+    model = mixed()
+    tokengate.fold(model, DATA)
+    wrapped = DistributedDataParallel(model)
+    before = snapshot(wrapped)
+    with pytest.raises(TokenGateError, match="is wrapped by"):
+        tokengate.unpatch(wrapped)
+    assert snapshot(wrapped) == before
+
+
 def test_a_model_folded_whole_is_plain_and_still_ours():
     torch.manual_seed(0)
     model = tokengate.patch(Net(), ["fc1", "fc2"], gate=False)
