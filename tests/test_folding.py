@@ -101,6 +101,20 @@ def test_it_is_undone_exactly(way):
     assert type(model.blocks[0].q_proj) is nn.Linear
 
 
+def test_what_is_undone_has_its_adapters_name(tmp_path):
+    tokengate.save(mixed(), tmp_path)
+    model = Net()
+    tokengate.load(model, tmp_path, name="french")
+    before = snapshot(model)
+    tokengate.fold(model, DATA).undo()
+    assert snapshot(model) == before
+    base = outputs(model)
+    with tokengate.use(model, None):
+        assert not torch.equal(outputs(model), base)
+    tokengate.use(model, "french")
+    assert torch.equal(outputs(model), base)
+
+
 def test_disabled_is_the_base():
     model = mixed()
     base = outputs(tokengate.unpatch(mixed()))
@@ -123,6 +137,19 @@ def test_what_is_undone_while_disabled_keeps_w0(way):
     with tokengate.disabled(model):
         folding.undo() if way == "undo" else tokengate.unpatch(model)
     assert torch.equal(outputs(model), before if way == "undo" else base)
+
+
+def test_a_refused_unpatch_leaves_the_model_folded():
+    class DistributedDataParallel(nn.Sequential):  # by whose name wrappers are found
+        __module__ = "torch.nn.parallel"
+
+    model = mixed()
+    tokengate.fold(model, DATA)
+    wrapped = DistributedDataParallel(model)
+    before = snapshot(wrapped)
+    with pytest.raises(TokenGateError, match="is wrapped by"):
+        tokengate.unpatch(wrapped)
+    assert snapshot(wrapped) == before
 
 
 def test_a_model_folded_whole_is_plain_and_still_ours():

@@ -376,3 +376,11 @@ def test_what_is_assigned_while_out_of_use_is_trained_in_use(model):
     model.load_state_dict({n: v.clone() for n, v in model.state_dict().items()}, assign=True)
     tokengate.use(model, "b")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+
+
+def test_rows_after_inference_mode_have_gradients(model):
+    with tokengate.use(model, ["a", None, "a", "a"]):
+        with torch.inference_mode():
+            model(X)
+        model(X).sum().backward()
+    assert model.blocks[0].fc1.modification.A.grad is not None

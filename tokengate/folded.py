@@ -15,6 +15,8 @@ from tokengate.modifications import Modification
 
 # On the model that was folded: {name: Folded}.
 _FOLDED = "_tokengate_folded"
+# What a layer has on itself once its adapters have names.
+_NAMED = ("_adapters", "_in_use")
 
 
 @dataclass
@@ -26,6 +28,10 @@ class Folded:
     gate: TokenGate | None
     other: Tensor | None
     """Of W0 and the merged weight the one that is not in place; None if nothing was merged."""
+    named: dict[str, Any]
+    """What the layer knows of its adapter's name; empty if that is the default."""
+    resting: nn.Module | None
+    """Its child for adapters that are out of use; None where they have no names."""
     merged: bool = False
     """Whether the merged one is in place."""
 
@@ -56,7 +62,10 @@ def folded(model: nn.Module) -> dict[str, Folded]:
 
 def fold_layer(model: nn.Module, name: str, layer: Gated, merged: Tensor | None) -> None:
     """Make `layer` plain again, with the weight `merged`, or without its modification."""
-    entry = Folded(layer, layer.modification, layer.gate, merged)
+    named = {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__}
+    entry = Folded(
+        layer, layer.modification, layer.gate, merged, named, layer._modules.get("adapters")
+    )
     detach(layer)
     entry.put(merged=True)
     model.__dict__.setdefault(_FOLDED, {})[name] = entry
@@ -90,3 +99,6 @@ def _reattach(each: Folded) -> None:
     device = each.layer.weight.device
     gate = None if each.gate is None else each.gate.to(device)
     attach(each.layer, each.modification.to(device), gate)
+    if each.resting is not None:
+        each.layer.__dict__ |= each.named
+        each.layer.register_module("adapters", each.resting)

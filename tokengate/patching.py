@@ -168,9 +168,9 @@ def unpatch(model: _Model) -> _Model:
         TokenGateError: no layer of the model is patched, or it is wrapped by
             DistributedDataParallel or sharded.
     """
+    _check_can_unpatch(model, all_layers(model))
     unfold(model)
     patched, roots = all_layers(model), _patched_roots(model)
-    _check_can_unpatch(model, patched)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:
         patched = require_layers(model, "unpatch")

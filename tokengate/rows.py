@@ -44,7 +44,8 @@ class Rows:
             for place, name in enumerate(each):
                 if name is not None:
                     places.setdefault(name, []).append(place)
-            self._known[key] = [
-                (name, torch.tensor(own, device=input.device)) for name, own in places.items()
-            ]
+            with torch.inference_mode(False):  # a later forward may be trained through
+                self._known[key] = [
+                    (name, torch.tensor(own, device=input.device)) for name, own in places.items()
+                ]
         return iter(self._known[key])
