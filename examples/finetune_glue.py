@@ -128,10 +128,7 @@ def run(args: argparse.Namespace) -> dict:
     args.output.mkdir(parents=True, exist_ok=True)
     draw(report, args.output / "sparsity.png")
     results = {
-        "arguments": {
-            k: v if isinstance(v, bool | int | float | None) else str(v)
-            for k, v in vars(args).items()
-        },
+        "arguments": plain(args),
         "steps": steps,
         "metrics": metrics,
         "report": report.to_dict(),
@@ -189,13 +186,27 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Train and evaluate once."""
-    options = parser()
+def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given, before the paper's settings, before the defaults."""
     args = options.parse_args()
     if args.paper:
         options.set_defaults(**paper(args.task, args.method))
         args = options.parse_args()
+    return args
+
+
+def plain(args: argparse.Namespace) -> dict[str, bool | int | float | str | None]:
+    """The arguments as JSON has them."""
+    return {
+        name: value if isinstance(value, bool | int | float | None) else str(value)
+        for name, value in vars(args).items()
+    }
+
+
+def main() -> None:
+    """Train and evaluate once."""
+    options = parser()
+    args = parse(options)
     if args.ungated and args.target_sparsity is not None:
         options.error("--target-sparsity wants gates, which --ungated leaves out: drop one of them")
     results = run(args)

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-from finetune_glue import parser, run
+from finetune_glue import parse, parser, plain, run
 from glue_data import TASKS
 
 matplotlib.use("Agg")
@@ -28,10 +28,19 @@ def measure(args: argparse.Namespace, target: float | None, seed: int) -> dict:
     """The results of one run, from its file if it is there."""
     name = UNGATED if target is None else f"target-{target}"
     folder = args.output / name / f"seed-{seed}"
+    own = {"target_sparsity": target, "ungated": target is None, "seed": seed, "output": folder}
+    one = argparse.Namespace(**{**vars(args), **own})
     if not (folder / "results.json").exists():
-        one = {"target_sparsity": target, "ungated": target is None, "seed": seed, "output": folder}
-        run(argparse.Namespace(**{**vars(args), **one}))
-    return json.loads((folder / "results.json").read_text())
+        run(one)
+    results = json.loads((folder / "results.json").read_text())
+    for option, value in plain(one).items():
+        found = results["arguments"].get(option, value)
+        if found != value and option not in ("targets", "seeds", "output"):
+            raise SystemExit(
+                f"{folder} has a run with {option}={found}, and {value} was asked: pass another "
+                "--output."
+            )
+    return results
 
 
 def in_training(results: dict) -> float:
@@ -65,7 +74,7 @@ def main() -> None:
     options.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.set_defaults(output=Path("outputs/glue_sparsities"))
-    args = options.parse_args()
+    args = parse(options)
     wanted = (None, *args.targets)
     each = {seed: [measure(args, target, seed) for target in wanted] for seed in args.seeds}
     metric = TASKS[args.task].metrics[0]

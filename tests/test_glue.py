@@ -1,6 +1,8 @@
 """The GLUE example: its tasks are read as they are spelt, whoever made the files."""
 
+import importlib
 import importlib.util
+import json
 import lzma
 import pathlib
 import sys
@@ -105,3 +107,31 @@ def test_the_real_files_have_as_many_rows_as_their_authors_say(glue, name):
     for rows, count in zip(glue.load(name, DATA / folder), counts, strict=True):
         assert (len(rows), sum(label for _, label in rows)) == count
         assert all(text for texts, _ in rows for text in texts)
+
+
+def test_a_sweep_goes_on_only_with_the_settings_it_began_with(monkeypatch, tmp_path):
+    for needed in ("matplotlib", "transformers"):
+        pytest.importorskip(needed, reason="the examples extra is not installed")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sweep = importlib.import_module("glue_sparsities")
+    ran = []
+
+    def run(args):
+        ran.append((args.seed, args.target_sparsity, args.ungated))
+        args.output.mkdir(parents=True)
+        results = {"arguments": sweep.plain(args)}
+        (args.output / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sys, "argv", ["glue_sparsities", "--output", str(tmp_path), "--lr", "0.1"])
+    args = sweep.parse(sweep.parser())
+    for target in (None, 0.5, None, 0.5):
+        sweep.measure(args, target, 3)
+    assert ran == [(3, None, True), (3, 0.5, False)]
+    args.lr = 0.2
+    with pytest.raises(SystemExit, match=r"lr=0.1, and 0.2 was asked"):
+        sweep.measure(args, 0.5, 3)
+    # The paper's settings come before the defaults, and after what was asked for.
+    monkeypatch.setattr(sys, "argv", ["glue_sparsities", "--paper", "--task", "rte", "--lr", "0.1"])
+    args = sweep.parse(sweep.parser())
+    assert (args.epochs, args.lr, args.model) == (80, 0.1, "microsoft/deberta-v3-base")
