@@ -183,13 +183,13 @@ def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
 
 def layers(model: nn.Module) -> dict[str, Gated]:
     """The patched layers of `model` by name, in the model's order; a shared layer once."""
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
     return {n: m for n, m in all_layers(model).items() if m.modification is not None}
 
 
 def all_layers(model: nn.Module) -> dict[str, Gated]:
     """Those, too, that the adapter in use does not modify."""
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
     return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
 
 
