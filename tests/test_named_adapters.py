@@ -384,3 +384,13 @@ def test_rows_after_inference_mode_have_gradients(model):
             model(X)
         model(X).sum().backward()
     assert model.blocks[0].fc1.modification.A.grad is not None
+
+
+def test_what_is_of_one_adapter_refuses_rows(model, tmp_path):
+    with tokengate.use(model, ["a", "b", None, None]):
+        before = snapshot(model)
+        with pytest.raises(TokenGateError, match="rows have their own adapters"):
+            tokengate.calibrate(model, [X])
+        assert snapshot(model) == before
+    with pytest.raises(TokenGateError, match="cannot be an adapter's"):
+        tokengate.save(model, tmp_path, name=["b"])
