@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -137,6 +138,58 @@ def test_what_is_undone_while_disabled_keeps_w0(way):
     with tokengate.disabled(model):
         folding.undo() if way == "undo" else tokengate.unpatch(model)
     assert torch.equal(outputs(model), before if way == "undo" else base)
+
+
+def interrupted_at(place, monkeypatch, name, call):
+    """`place.name` raises KeyboardInterrupt at its second call within `call`."""
+    real, calls = getattr(place, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patching:
+        patching.setattr(place, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+def test_an_interrupted_fold_is_none(monkeypatch):
+    model = mixed()
+    before = snapshot(model)
+    module = sys.modules["tokengate.folding"]
+    interrupted_at(module, monkeypatch, "fold_layer", lambda: tokengate.fold(model, DATA))
+    assert snapshot(model) == before
+
+
+def test_an_interrupted_undo_can_be_called_again(monkeypatch):
+    model = mixed()
+    before = snapshot(model)
+    folding = tokengate.fold(model, DATA)
+    interrupted_at(sys.modules["tokengate.folded"], monkeypatch, "_reattach", folding.undo)
+    folding.undo()
+    assert snapshot(model) == before
+
+
+def test_what_was_offloaded_since_is_not_unfolded_to_something_else():
+    accelerate = pytest.importorskip("accelerate")
+    model = tokengate.patch(Net(), ["fc1"], gate=False)
+    away_from_initialisation(model)
+    folding = tokengate.fold(model, DATA)
+    folded = outputs(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+    def disable():
+        with tokengate.disabled(model):
+            pass
+
+    for way in (folding.undo, lambda: tokengate.unpatch(model), disable):
+        with pytest.raises(TokenGateError, match="offloaded after it was folded"):
+            way()
+    with torch.no_grad():
+        assert torch.equal(torch.cat([model(x) for x in DATA]), folded)
 
 
 def test_a_refused_unpatch_leaves_the_model_folded():

@@ -10,6 +10,7 @@ from torch import nn
 
 import tokengate
 from tokengate import Slices, TokenGateError
+from tokengate.named_adapters import put_in_use
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 # Of each adapter its targets, method and options; they overlap in fc1.
@@ -384,3 +385,28 @@ def test_rows_after_inference_mode_have_gradients(model):
             model(X)
         model(X).sum().backward()
     assert model.blocks[0].fc1.modification.A.grad is not None
+
+
+def test_what_is_of_one_adapter_refuses_rows(model, tmp_path):
+    with tokengate.use(model, ["a", "b", None, None]):
+        before = snapshot(model)
+        with pytest.raises(TokenGateError, match="rows have their own adapters"):
+            tokengate.calibrate(model, [X])
+        assert snapshot(model) == before
+    with pytest.raises(TokenGateError, match="cannot be an adapter's"):
+        tokengate.save(model, tmp_path, name=["b"])
+
+
+def test_an_interrupted_use_is_none(model, monkeypatch):
+    before, calls = snapshot(model), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return put_in_use(*args)
+
+    monkeypatch.setattr("tokengate.named_adapters.put_in_use", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokengate.use(model, "b")
+    assert snapshot(model) == before

@@ -44,8 +44,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         The new tau of every layer by name. A layer whose r is 0 everywhere keeps its gate open.
 
     Raises:
-        TokenGateError: no layer of the model has a gate; there are no batches, or a layer was
-            called in none of them; an argument is wrong. The taus are then as they were.
+        TokenGateError: no layer of the model has a gate; `use` was given rows; there are no
+            batches, or a layer was called in none of them; an argument is wrong. The taus are then
+            as they were.
     """
     share("sparsity", sparsity)
     check_batches("calibrate", batches)
@@ -58,6 +59,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         raise TokenGateError(
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates: patch it "
             "without gate=False."
+        )
+    if any(layer._rows is not None for layer, _ in gated.values()):
+        raise TokenGateError(
+            "calibrate was asked of a model whose rows have their own adapters: call "
+            "tokengate.use(model, name) first, with the one whose taus are to be set."
         )
     counted = {name: _Ratios() for name in gated}
     taus = {name: gate.tau.detach().clone() for name, (_, gate) in gated.items()}

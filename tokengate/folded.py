@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, attach, detach
 from tokengate.modifications import Modification
@@ -39,9 +40,17 @@ class Folded:
         """The merged weight in place, or W0, in the same parameter; nothing is copied.
 
         A weight that was moved or cast since takes the other along.
+
+        Raises:
+            TokenGateError: the weight has no values, being on the meta device.
         """
         if self.other is not None and merged != self.merged:
             weight = self.layer.weight
+            if weight.is_meta:
+                raise TokenGateError(
+                    f"a {type(self.layer).__name__} was offloaded after it was folded, so that W0 "
+                    "cannot take its weight's place: take the offloading's hooks off first."
+                )
             other = self.other.to(weight)
             self.other, weight.data, self.merged = weight.data, other, merged
 
@@ -73,11 +82,12 @@ def fold_layer(model: nn.Module, name: str, layer: Gated, merged: Tensor | None)
 
 def unfold(model: nn.Module) -> None:
     """Patch every folded layer in `model` again as it was, on its weight W0."""
-    entries = folded(model).values()
-    for module in model.modules():
+    for module in list(model.modules()):
+        entries = module.__dict__.get(_FOLDED, {})
+        for name in list(entries):
+            _reattach(entries[name])
+            del entries[name]  # only now: whoever is interrupted can call it again
         module.__dict__.pop(_FOLDED, None)
-    for each in entries:
-        _reattach(each)
 
 
 @contextlib.contextmanager

@@ -156,17 +156,17 @@ def fold(
         if done[name].action == "merged":
             merged[name], error = _merged(name, layer, safe)
             done[name] = FoldedLayer(done[name].sparsity, "merged", done[name].reason, error)
-    for name, each in done.items():
-        if each.action != "kept":
-            fold_layer(model, name, patched[name], merged.get(name))
-    _settle(model)
     folding = Folding(model, done, None)
-    if batches is not None:
-        try:
+    try:
+        for name, each in done.items():
+            if each.action != "kept":
+                fold_layer(model, name, patched[name], merged.get(name))
+        _settle(model)
+        if batches is not None:
             folding.error = _output_error(model, batches)
-        except BaseException:
-            folding.undo()
-            raise
+    except BaseException:
+        folding.undo()
+        raise
     return folding
 
 

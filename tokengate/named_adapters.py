@@ -101,8 +101,12 @@ class use:
                 )
         self._before = [(layer, layer._in_use, layer._rows) for layer in self._layers]
         shared = None if rows is None else Rows(rows)
-        for layer in self._layers:
-            put_in_use(layer, layer._in_use if rows is not None else name, shared)  # type: ignore[arg-type]
+        try:
+            for layer in self._layers:
+                put_in_use(layer, layer._in_use if rows is not None else name, shared)  # type: ignore[arg-type]
+        except BaseException:  # an interruption, after which layers would be of two adapters
+            self._give_back()
+            raise
 
     def __enter__(self) -> None:
         return None
@@ -113,6 +117,9 @@ class use:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
         for layer, name, rows in self._before:
             if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
                 put_in_use(layer, name, rows)

@@ -25,7 +25,7 @@ from tokengate.folded import Folded, folded
 from tokengate.gated_linear import Gated, layers, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
-from tokengate.named_adapters import use
+from tokengate.named_adapters import check_name, use
 from tokengate.patching import asked_of
 from tokengate.sharding import gathered, is_sharded
 from tokengate.slices import Slices
@@ -61,6 +61,8 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
             or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
+    if name is not None:
+        check_name(name)
     with contextlib.nullcontext() if name is None else use(model, name):
         _save(model, Path(folder))
 
