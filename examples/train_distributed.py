@@ -95,8 +95,9 @@ def main():
     with tokengate.record(model) as rec, torch.no_grad():
         for ids in batches(text, 4, args.batch, length, rank, ranks):
             run(input_ids=ids.to(device), use_cache=False)
-    report = rec.report(reduce=True)  # called by every process, as is the next line
-    tokengate.save(model, args.out)
+    report = rec.report(reduce=True)  # called by every process
+    if args.engine == "fsdp2" or rank == 0:  # what is sharded is gathered from all
+        tokengate.save(model, args.out)
     if rank == 0:
         print(report)
         print(f"the adapter is in {args.out}")

@@ -252,6 +252,18 @@ def test_saved_and_loaded_it_computes_the_same(tmp_path):
     refused(model, tmp_path / "plain", "folded", "undo")
 
 
+def test_what_was_dropped_whole_is_nothing_to_save(tmp_path):
+    model = mixed()
+    for layer in tokengate.layers(model).values():
+        layer.gate.tau.data.fill_(1e4)
+    folding = tokengate.fold(model, DATA)
+    assert len(folding.names("dropped")) == 6
+    with pytest.raises(TokenGateError, match="were dropped by fold"):
+        tokengate.save(model, tmp_path / "a")
+    folding.undo()
+    tokengate.save(model, tmp_path / "a")
+
+
 def test_a_report_is_as_good_as_its_data():
     model = mixed()
     model.eval()

@@ -138,20 +138,56 @@ def test_rows_have_gradients(model):
             assert torch.allclose(found.grad, expected.grad, atol=1e-5)
 
 
-def test_rows_of_a_flattened_batch_and_of_padding(model):
-    layer = model.blocks[0].fc1
-    flat = torch.randn(20, 8)
-    expected = torch.cat([
-        run(alone("a").blocks[0].fc1, flat[:10]), run(alone("b").blocks[0].fc1, flat[10:]),
-    ])  # fmt: skip
+def test_rows_of_another_number_are_refused(model):
     with tokengate.use(model, ["a", "b"]):
-        assert torch.allclose(run(layer, flat), expected, atol=1e-5)
         with pytest.raises(
             TokenGateError, match=r"2 rows, and a layer was called with 3 .*3, 5, 8"
         ):
             run(model, X[:3])
-        with pytest.raises(TokenGateError, match="2 rows, and a layer was called with 21"):
-            run(layer, torch.randn(21, 8))
+        # Positions of whatever rows, for all that is known.
+        with pytest.raises(TokenGateError, match="2 rows, and a layer was called with 20"):
+            run(model.blocks[0].fc1, torch.randn(20, 8))
+
+
+def test_rows_of_a_batch_that_is_flattened_beside_its_mask():
+    """As OPT's feed-forward sees it."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.OPTConfig(
+        hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+        word_embed_proj_dim=16, max_position_embeddings=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tokengate.patch(transformers.OPTModel(config).eval(), ["fc1"], rank=4)
+    ids = torch.randint(3, 40, (2, 6))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        base = model(ids, attention_mask=mask).last_hidden_state
+        away_from_initialisation(model)
+        own = model(ids, attention_mask=mask).last_hidden_state
+        with tokengate.use(model, [None, "default"]):
+            found = model(ids, attention_mask=mask).last_hidden_state
+    assert not torch.allclose(own, base, atol=1e-2)
+    assert torch.allclose(found, torch.stack([base[0], own[1]]), atol=1e-5)
+
+
+def test_rows_of_routed_experts_are_refused():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)]), "q": nn.Linear(8, 8)})
+    tokengate.patch(model, "all-linear")
+    with pytest.raises(TokenGateError, match=r"'experts.0' is an expert's"):
+        tokengate.use(model, ["default", None])
+    tokengate.use(model, None)
+
+
+def test_further_layers_are_of_the_adapter_in_use(folders):
+    model = fresh()
+    tokengate.load(model, folders["a"], name="a")
+    tokengate.patch(model, ["fc2"])
+    assert "blocks.0.fc2" in tokengate.layers(model)
+    tokengate.use(model, None)
+    with pytest.raises(TokenGateError, match=r"patch was asked of a model none of whose"):
+        tokengate.patch(model, ["v_proj"])
+    tokengate.use(model, "a")
+    assert "blocks.0.fc2" in tokengate.layers(model)
 
 
 def test_the_rows_of_a_language_model_are_served_as_apart(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokengate.accelerate_hooks import check_trainable
 from tokengate.errors import TokenGateError
+from tokengate.experts import is_expert
 from tokengate.gated_linear import Gated, layers, require_layers
 from tokengate.sliced_linear import Sliced
 
@@ -56,7 +57,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         TokenGateError: a layer is not reached, a parameter gets no gradient, or what is trained was
             offloaded.
     """
-    patched = {n: m for n, m in require_layers(model, "verify").items() if not _is_expert(n)}
+    patched = {n: m for n, m in require_layers(model, "verify").items() if not is_expert(n)}
     check_trainable(model)
     with _as_it_was(model):
         for training, gradients in ((False, False), (False, True), (True, True)):
@@ -85,7 +86,7 @@ def _report_once(model: nn.Module, args: Any, output: Any) -> None:
     if torch.is_grad_enabled():
         check_trainable(model)
     unwatch(model)
-    missed = [n for n, m in layers(model).items() if not m._reached and not _is_expert(n)]
+    missed = [n for n, m in layers(model).items() if not m._reached and not is_expert(n)]
     if missed:
         warnings.warn(
             f"in the first forward of this {type(model).__name__}, {_unreached(model, missed)}.",
@@ -134,11 +135,6 @@ def _listed(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:_SHOWN])
     more = len(names) - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _is_expert(name: str) -> bool:
-    # Which experts run is the router's choice in every forward anew.
-    return any(part in ("expert", "experts") for part in name.split("."))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -1,10 +1,15 @@
-"""Experts that a mixture holds together in 3-D parameters, where no linear layer can be patched."""
+"""A mixture's experts: which layers are theirs, and those held together in 3-D parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from torch import nn
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer is an expert's, which sees the positions that a router sends there."""
+    return any(part in ("expert", "experts") for part in name.split("."))
 
 
 def stacked_expert(

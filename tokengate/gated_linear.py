@@ -122,7 +122,7 @@ class Gated(Swapped):
         dim = 1 if self._sequence_first and input.dim() == 3 else 0
         is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
         h = out
-        for name, at in rows.of(input, dim):
+        for name, at in rows.of(input, dim, None if self._sequence_first else mask):
             adapter: Any = (self._adapters or {}).get(name)
             if adapter is None:
                 continue

@@ -19,7 +19,6 @@ from tokengate.named_adapters import (
     add_adapter,
     check_name,
     put_in_use,
-    rename,
     use,
 )
 from tokengate.patching import check_can_patch, install
@@ -138,8 +137,7 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> None:
     new = {name: plan for name, plan in planned.items() if name not in others}
     if new or not others:
         asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
-        install(model, list(new.values()), extras, asked)
+        install(model, list(new.values()), extras, asked, own_name)
     patched = all_layers(model)
     for name in new:
-        rename(patched[name], own_name)
         put_in_use(patched[name], in_use)

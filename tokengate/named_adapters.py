@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.experts import is_expert
 from tokengate.folded import is_folded
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, all_layers
@@ -65,7 +66,8 @@ class use:
     Nothing is copied or made: the modules that were loaded change places. What is not in use is not
     trained, and no part of `layers`, `param_groups`, `save` and the rest; it is in the model's
     `state_dict`, under `adapters`. For rows of several adapters the base layer computes all rows at
-    once, and each adapter its own.
+    once, and each adapter its own. `backward` belongs inside the context, too, where activations
+    are computed again. A copy of the model has no rows.
 
     Args:
         model: a patched model.
@@ -98,6 +100,13 @@ class use:
                 raise TokenGateError(
                     f"use was given {brief(each)}, and the model's adapters are "
                     f"{', '.join(map(repr, known))}: pass one of these, or None for the base model."
+                )
+        if rows is not None:
+            routed = next(filter(is_expert, all_layers(model)), None)
+            if routed is not None:
+                raise TokenGateError(
+                    f"use was given one name for each row, and {routed!r} is an expert's, which "
+                    "sees positions without their rows: pass one name for all."
                 )
         self._before = [(layer, layer._in_use, layer._rows) for layer in self._layers]
         shared = None if rows is None else Rows(rows)
@@ -162,6 +171,17 @@ def add_adapter(
     adapter.rest()
     adapters_of(layer)[name] = adapter
     cast(nn.ModuleDict, layer.adapters).add_module(name, adapter)
+
+
+def current_name(model: nn.Module) -> str:
+    """What new layers' adapter is to be called: as the one in use."""
+    names = {layer._in_use for layer in all_layers(model).values()} or {DEFAULT}
+    if None in names:
+        raise TokenGateError(
+            "patch was asked of a model none of whose adapters is in use: call "
+            "tokengate.use(model, name) first, with the one that is to have the new layers."
+        )
+    return cast(str, next(iter(names)))
 
 
 def rename(layer: Gated, name: str) -> None:

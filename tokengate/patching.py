@@ -21,6 +21,7 @@ from tokengate.linear_like import LinearLike, LinearSlice, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
+from tokengate.named_adapters import current_name, rename
 from tokengate.options import options_by_layer
 from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
@@ -99,6 +100,7 @@ def patch(
     check_can_patch(model, "patch")
     kind = find_method(method)
     check_options(kind, options)
+    adapter = current_name(model)
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
     plain = {each.layer: name for name, each in folded(model).items()}
@@ -132,7 +134,7 @@ def patch(
                 )
             planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
     asked = {"targets": targets, "exclude": exclude, "train": train}
-    install(model, planned, trained, [asked])
+    install(model, planned, trained, [asked], adapter)
     return model
 
 
@@ -141,14 +143,19 @@ def install(
     planned: list[tuple[Any, Modification, TokenGate | None]],
     trained: dict[str, nn.Parameter],
     asked: list[dict[str, Any]],
+    adapter: str,
 ) -> None:
-    """Patch what was planned and checked: each layer with its modification and gate."""
+    """Patch what was planned and checked: each layer with its modification and gate.
+
+    All of them are of the adapter with the name `adapter`.
+    """
     _freeze_all_but(model, trained)
     for layer, modification, layer_gate in planned:
         if isinstance(layer, LinearSlice):
             attach_slice(layer, modification, layer_gate)
         else:
             attach(layer, modification, layer_gate)
+        rename(layer, adapter)
     model.__dict__.setdefault(_ASKED, []).extend(asked)
     settle_fast_paths(model)
     follow_masks(model)

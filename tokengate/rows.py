@@ -21,16 +21,17 @@ class Rows:
         self.names = list(names)
         self._known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
 
-    def of(self, input: Tensor, dim: int) -> Iterator[tuple[str, Tensor]]:
+    def of(self, input: Tensor, dim: int, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """For each adapter, which places along `dim` of a layer's input are its own.
 
-        A layer may see a batch flattened, `(B T, in_features)`, with each row's positions together.
+        A batch may come flattened, `(B T, in_features)`, if its padding mask `(B, T)` says so:
+        otherwise positions could be any, as those that are routed to an expert.
 
         Raises:
             TokenGateError: the batch has another number of rows.
         """
         count, rows = input.shape[dim], len(self.names)
-        flattened = input.dim() == 2 and count % rows == 0
+        flattened = input.dim() == 2 and mask is not None and len(mask) == rows
         if count != rows and not flattened:
             raise TokenGateError(
                 f"tokengate.use was given adapters for {rows} rows, and a layer was called with "

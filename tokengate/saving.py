@@ -47,6 +47,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
     there already is replaced, in an instant: a process that is killed while saving leaves the old
     one or the new one. Nothing is pickled.
 
+    One process at a time may save into a folder: of two at once, each may replace one of the files.
     A model sharded by FSDP2 is gathered tensor by tensor: call it on every process, of which the
     first writes. Otherwise call it on one.
 
@@ -109,6 +110,11 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
         for name, each in folded(model).items()
         if each.other is not None
     }
+    if not (merged or layers(model)) and folded(model):
+        raise TokenGateError(
+            f"{caller} was asked of a model all of whose modifications were dropped by fold, so "
+            "that it is its base: call the folding's undo() for what they were."
+        )
     return merged | (layers(model) if merged else require_layers(model, caller))
 
 
