@@ -3,6 +3,7 @@
 import gc
 import pathlib
 import re
+import weakref
 
 import pytest
 import torch
@@ -24,17 +25,18 @@ def kept_for_backward(layer):
     """KiB that a 16-bit layer of 1024 -> 1536 features keeps beyond its input and parameters."""
     x = torch.randn(512, 1024, dtype=torch.bfloat16, requires_grad=True)
     own = {t.untyped_storage().data_ptr() for t in [x, *layer.parameters()]}
-    kept = {}
+    packed = []
 
     def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes() / 1024
+        packed.append(weakref.ref(t))
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         h = layer(x)
     assert h.requires_grad
+    # What is still there: of what was let go, the address may be another's by now.
+    storages = [t.untyped_storage() for ref in packed if (t := ref()) is not None]
+    kept = {s.data_ptr(): s.nbytes() / 1024 for s in storages if s.data_ptr() not in own}
     return sum(kept.values())
 
 

@@ -13,6 +13,7 @@ from tokengate.errors import TokenGateError
 from tokengate.fitting import Fit
 from tokengate.folded import folded
 from tokengate.gated_linear import all_layers, require_layers
+from tokengate.mixing import warn_of_mixing
 from tokengate.named_adapters import (
     DEFAULT,
     adapter_names,
@@ -91,7 +92,7 @@ def load_saved(
         with contextlib.nullcontext() if name is None else use(model, name):
             _replace(model, fit)
     else:
-        _add(model, fit, name or DEFAULT, caller)
+        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=4)
     if saved.config.base_fingerprint not in ("", fingerprint(model)):
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
@@ -114,8 +115,8 @@ def _replace(model: nn.Module, fit: Fit) -> None:
     fit.fill_extras(model, extras)
 
 
-def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> None:
-    """Another adapter, or the first."""
+def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Module]:
+    """Another adapter, or the first; the layers that it is the first to patch."""
     check_can_patch(model, caller)
     others = all_layers(model)
     in_use = next((layer._in_use for layer in others.values()), own_name)
@@ -141,3 +142,4 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> None:
     patched = all_layers(model)
     for name in new:
         put_in_use(patched[name], in_use)
+    return {patched[name] for name in new}

@@ -27,8 +27,11 @@ class MixedPositionsWarning(UserWarning):
     """A layer was patched that mixes tokens or heads, so that its positions are no tokens."""
 
 
-def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module]) -> None:
-    """Warn, once for all of them, of those of the `chosen` layers that mix tokens or heads."""
+def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module], stacklevel: int = 3) -> None:
+    """Warn, once for all of them, of those of the `chosen` layers that mix tokens or heads.
+
+    By default at the line that called the caller.
+    """
     found = [
         f"{name}.{attribute}" if name else attribute
         for name, owner in model.named_modules()
@@ -42,7 +45,7 @@ def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module]) -> None:
             f"{shown}{more} mix tokens or heads, so that the gates there decide about channels "
             "instead of tokens: exclude them unless that is meant.",
             MixedPositionsWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -135,6 +135,7 @@ def patch(
             planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
+    warn_of_mixing(model, {layer for layer, *_ in planned})
     return model
 
 
@@ -160,7 +161,6 @@ def install(
     settle_fast_paths(model)
     follow_masks(model)
     watch(model)
-    warn_of_mixing(model, {layer for layer, *_ in planned})
 
 
 def asked_of(model: nn.Module) -> list[dict[str, Any]]:
