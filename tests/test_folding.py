@@ -344,15 +344,16 @@ def test_sixteen_bits_merge_to_their_rounding():
     assert 0 < folding.error < 0.02
 
 
+def refused_fold(model, before, match, *args, **options):
+    with pytest.raises(TokenGateError, match=match):
+        tokengate.fold(model, *args, **options)
+    assert snapshot(model) == before
+
+
 def test_a_merge_that_goes_wrong_leaves_everything_as_it_was(monkeypatch):
     model = mixed()
     outputs(model)
     before = snapshot(model)
-
-    def refused_fold(match, *args, **options):
-        with pytest.raises(TokenGateError, match=match):
-            tokengate.fold(model, *args, **options)
-        assert snapshot(model) == before
 
     with monkeypatch.context() as patch:
         # A method that says that it is a matrix and is none.
@@ -362,15 +363,15 @@ def test_a_merge_that_goes_wrong_leaves_everything_as_it_was(monkeypatch):
             "forward",
             lambda self, x, w: (x @ self.A.T.to(x)) ** 2 @ self.B.T.to(x),
         )
-        refused_fold("differs from its modification by .* safe=False", DATA)
+        refused_fold(model, before, "differs from its modification by .* safe=False", DATA)
         folding = tokengate.fold(model, DATA, safe=False)
         assert folding.error > 0.01
         folding.undo()
     with torch.no_grad():
         model.blocks[1].q_proj.modification.B[0, 0] = float("inf")
     before = snapshot(model)
-    refused_fold("'blocks.1.q_proj' that is not finite", DATA)
-    refused_fold("'blocks.1.q_proj' that is not finite", DATA, safe=False)
+    refused_fold(model, before, "'blocks.1.q_proj' that is not finite", DATA)
+    refused_fold(model, before, "'blocks.1.q_proj' that is not finite", DATA, safe=False)
 
 
 def test_bad_input_is_refused():
@@ -378,19 +379,14 @@ def test_bad_input_is_refused():
     outputs(model)
     before = snapshot(model)
 
-    def refused_fold(match, *args, **options):
-        with pytest.raises(TokenGateError, match=match):
-            tokengate.fold(model, *args, **options)
-        assert snapshot(model) == before
-
     report = tokengate.SparsityReport({})
-    refused_fold("report without 'blocks.0.q_proj'", report)
-    refused_fold("force=0.9 with a report", report, force=0.9)
-    refused_fold("1 - force", DATA, force=1.5)
-    refused_fold("safe=1 is neither", DATA, safe=1)
-    refused_fold("gone through once", iter(DATA))
-    refused_fold("pass several batches", ELSEWHERE)
-    refused_fold("nothing was recorded", [])
+    refused_fold(model, before, "report without 'blocks.0.q_proj'", report)
+    refused_fold(model, before, "force=0.9 with a report", report, force=0.9)
+    refused_fold(model, before, "1 - force", DATA, force=1.5)
+    refused_fold(model, before, "safe=1 is neither", DATA, safe=1)
+    refused_fold(model, before, "gone through once", iter(DATA))
+    refused_fold(model, before, "pass several batches", ELSEWHERE)
+    refused_fold(model, before, "nothing was recorded", [])
     with pytest.raises(TokenGateError, match="without a patched layer"):
         tokengate.fold(Net(), DATA)
     tokengate.fold(model, DATA)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, snapshot
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_saving import edit, rewrite
 from torch import nn
 
 import tokengate
@@ -123,18 +124,6 @@ def close(a, b, dtype=torch.float64):
 
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
-
-
-def edit(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def rewrite(folder, change):
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -49,10 +49,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     where = str(folder / CONFIG)
     found = read_config(folder)
     belongs_to = found.pop(SHA256, None)
-    if "format" not in found or found["format"] != "tokengate":
-        from_dict(found, where)
-    metadata, present = header(folder / WEIGHTS)
     config = from_dict(found, where)
+    metadata, present = header(folder / WEIGHTS)
     actual = digest(folder / WEIGHTS)
     if belongs_to != actual and belongs_to and metadata.get(PREVIOUS) == belongs_to:
         # `save` was killed after it had put the weights in place: they are whole, and newer.

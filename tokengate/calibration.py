@@ -14,7 +14,7 @@ from tokengate.arguments import share
 from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, require_layers
+from tokengate.gated_linear import Gated, observing, require_layers
 from tokengate.tally import by_sample
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
@@ -68,13 +68,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     counted = {name: _Ratios() for name in gated}
     taus = {name: gate.tau.detach().clone() for name, (_, gate) in gated.items()}
     observers = {
-        name: partial(_observe, layer, gate, counted[name]) for name, (layer, gate) in gated.items()
+        layer: partial(_observe, layer, gate, counted[name])
+        for name, (layer, gate) in gated.items()
     }
     try:
-        for name, (layer, gate) in gated.items():
-            gate.measures, layer._observers = True, (*layer._observers, observers[name])
+        for _, gate in gated.values():
+            gate.measures = True
             gate.tau.data.zero_()
-        with evaluating(model):
+        with evaluating(model), observing(observers):
             for batch in batches:
                 run(model, batch)
         uncalled = [name for name, ratios in counted.items() if not ratios.total]
@@ -89,15 +90,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         }
         return {name: tau.item() for name, tau in taus.items()}
     finally:
-        for name, (layer, gate) in gated.items():
+        for name, (_, gate) in gated.items():
             gate.tau.data.copy_(taus[name])
             for transient in ("measures", "measured"):
                 gate.__dict__.pop(transient, None)
-            left = tuple(
-                o for o in layer.__dict__.pop("_observers", ()) if o is not observers[name]
-            )
-            if left:
-                layer._observers = left
 
 
 class _Ratios:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.accelerate_hooks import is_offloaded
+from tokengate.adapter_folder import all_finite
 from tokengate.arguments import share, switch
 from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
@@ -155,7 +156,7 @@ def fold(
         done[name] = _decide(name, layer, seen, threshold, owners)
         if done[name].action == "merged":
             merged[name], error = _merged(name, layer, safe)
-            done[name] = FoldedLayer(done[name].sparsity, "merged", done[name].reason, error)
+            done[name] = replace(done[name], error=error)
     folding = Folding(model, done, None)
     try:
         for name, each in done.items():
@@ -244,7 +245,7 @@ def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
         try:
             matrix = _matrix(layer, W0)
             total = (W0 + matrix).to(layer.weight.dtype)
-            if not total.isfinite().all():
+            if not all_finite(total):
                 raise TokenGateError(
                     f"fold found a merged weight of {name!r} that is not finite: nothing was "
                     "folded; look for a modification that diverged."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -184,6 +185,27 @@ def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
 def layers(model: nn.Module) -> dict[str, Gated]:
     """The patched layers of `model` by name, in the model's order; a shared layer once."""
     return {n: m for n, m in all_layers(model).items() if m.modification is not None}
+
+
+@contextlib.contextmanager
+def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
+    """Within this context each of these layers also tells its own observer of every call."""
+    try:
+        for layer, observer in observers.items():
+            layer._observers = (*layer._observers, observer)
+        yield
+    finally:
+        for layer, observer in observers.items():
+            # From the instance: the layer may have been unpatched in the meantime.
+            left = tuple(o for o in layer.__dict__.pop("_observers", ()) if o is not observer)
+            if left:
+                layer._observers = left
+
+
+def own_parameters(patched: Iterable[Any]) -> set[int]:
+    """The ids of what modifications and gates have, of patched or folded layers."""
+    parts = (part for layer in patched for part in (layer.modification, layer.gate))
+    return {id(p) for part in parts if part is not None for p in part.parameters()}
 
 
 def all_layers(model: nn.Module) -> dict[str, Gated]:

@@ -16,7 +16,15 @@ from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
 from tokengate.folded import folded, unfold
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, all_layers, attach, detach, layers, require_layers
+from tokengate.gated_linear import (
+    Gated,
+    all_layers,
+    attach,
+    detach,
+    layers,
+    own_parameters,
+    require_layers,
+)
 from tokengate.linear_like import LinearLike, LinearSlice, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
@@ -325,10 +333,7 @@ def _prefixes(name: str) -> list[str]:
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     # What an earlier patch left trainable stays so: its taus and modifications, its `train`.
     settled = {id(p) for root in _patched_roots(model) for p in root.parameters()}
-    for layer in layers(model).values():
-        settled |= {
-            id(p) for part in (layer.modification, layer.gate) if part for p in part.parameters()
-        }
+    settled |= own_parameters(layers(model).values())
     keep = {id(p) for p in trained.values()}
     before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
     for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.gated_linear import require_layers
+from tokengate.gated_linear import observing, require_layers
 from tokengate.recomputation import in_backward
 from tokengate.report import ModuleSparsity, SparsityReport
 from tokengate.sharding import number_here
@@ -189,15 +189,8 @@ def record(
         TokenGateError: no layer of the model is patched.
     """
     recorder = Recorder(model, positions, groups)
-    added = {}
-    try:
-        for name, layer in recorder._layers.items():
-            added[layer] = partial(recorder._observe, name)
-            layer._observers = (*layer._observers, added[layer])
+    observers = {
+        layer: partial(recorder._observe, name) for name, layer in recorder._layers.items()
+    }
+    with observing(observers):
         yield recorder
-    finally:
-        for layer, observer in added.items():
-            # From the instance: the layer may have been unpatched in the meantime.
-            left = tuple(o for o in layer.__dict__.pop("_observers", ()) if o is not observer)
-            if left:
-                layer._observers = left

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tokengate.text_table import text_table
+
 
 @dataclass(frozen=True)
 class ModuleSparsity:
@@ -126,15 +128,7 @@ class SparsityReport:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def __str__(self) -> str:
-        grid = self._grid()
-        widths = [max(len(cell) for cell in column) for column in zip(*grid, strict=True)]
-        lines = [
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-            )
-            for line in grid
-        ]
+        head, *body = self._grid()
         called = len(_present(self.by_module.values()))
         summary = (
             f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
@@ -143,7 +137,7 @@ class SparsityReport:
         uncalled = len(self.modules) - called
         if uncalled:
             summary += f"; {uncalled} modules were never called"
-        return "\n".join(["sparsity (%)", *lines, summary])
+        return "\n".join(["sparsity (%)", text_table(head, body), summary])
 
     def _grid(self) -> list[list[str]]:
         table = self.table

@@ -17,12 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
-from tokengate.adapter_folder import CONFIG, METADATA, PREVIOUS, SHA256, WEIGHTS, all_finite, digest
+from tokengate.adapter_folder import (
+    CONFIG,
+    METADATA,
+    PREVIOUS,
+    SHA256,
+    WEIGHTS,
+    all_finite,
+    digest,
+    read_config,
+)
 from tokengate.atomic_write import write_atomically
 from tokengate.class_swap import Swapped
 from tokengate.errors import TokenGateError, brief
 from tokengate.folded import Folded, folded
-from tokengate.gated_linear import Gated, layers, require_layers
+from tokengate.gated_linear import Gated, layers, own_parameters, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
 from tokengate.named_adapters import check_name, use
@@ -99,7 +108,7 @@ def _save(model: nn.Module, folder: Path) -> None:
     # The weights come first and know their own configuration, and whose place they took: between
     # the two renamings `load` can tell that they are the newer ones.
     write_atomically(folder / WEIGHTS, write_weights)
-    whole = json.dumps({**json.loads(text), SHA256: found}, indent=1)
+    whole = json.dumps({**config.to_dict(), SHA256: found}, indent=1)
     write_atomically(folder / CONFIG, lambda path: _write(path, whole))
 
 
@@ -143,13 +152,7 @@ def trained_beside(
     model: nn.Module, patched: Mapping[str, Gated | Folded]
 ) -> dict[str, nn.Parameter]:
     """What is trained apart from modifications and taus, by name."""
-    own = {
-        id(p)
-        for layer in patched.values()
-        for part in (layer.modification, layer.gate)
-        if part is not None
-        for p in part.parameters()
-    }
+    own = own_parameters(patched.values())
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
@@ -241,7 +244,6 @@ def _shown(call: dict[str, Any]) -> dict[str, Any]:
 def _previous(folder: Path) -> str:
     """The digest of the weights that the configuration in `folder` belongs to; empty if none."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return str(found[SHA256])
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return str(read_config(folder).get(SHA256, ""))
+    except TokenGateError:  # none there, or none that could be read
         return ""
