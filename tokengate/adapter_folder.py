@@ -27,7 +27,7 @@ class SavedAdapter:
     folder: Path
     config: AdapterConfig
     tensors: dict[str, Tensor]
-    """On the CPU, where they may be part of the mapped file: copy, never change them."""
+    """On the CPU; `load` may make them a model's own."""
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -113,11 +113,15 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:
 
 
 def finite_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """These tensors of the file, checked; they may be part of the mapped file."""
+    """These tensors of the file, checked, in memory of their own."""
 
     def read() -> dict[str, Tensor]:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
+        found = {}
+        for key in keys:
+            # Opened for each, so that there is never more than one of them mapped beside its copy.
+            with safe_open(path, "pt") as file:
+                found[key] = file.get_tensor(key).clone()
+        return found
 
     tensors: dict[str, Tensor] = _readable(path, read)
     for key, tensor in tensors.items():

@@ -41,11 +41,13 @@ class Fit:
                 f"{type(model).__name__}: {reason}."
             )
 
-    def fill(self, name: str, modification: Modification, gate: TokenGate | None) -> None:
-        """Give a layer's parts what the adapter has for them."""
-        _fill(modification, self._values(f"{name}.modification.", modification))
+    def fill(
+        self, name: str, modification: Modification, gate: TokenGate | None, fresh: bool
+    ) -> None:
+        """Give a layer's parts what the adapter has for them; to fresh ones without a copy."""
+        _fill(modification, self._values(f"{name}.modification.", modification), fresh)
         if gate is not None:
-            _fill(gate, self._values(f"{name}.gate.", gate))
+            _fill(gate, self._values(f"{name}.gate.", gate), fresh)
             gate.penalty = cast(float, self.saved.config.layers[name].penalty)
             gate.s = self.saved.config.layers[name].s
 
@@ -275,19 +277,21 @@ def _on_meta(
         return None
 
 
-def _fill(module: nn.Module, values: dict[str, Tensor]) -> None:
+def _fill(module: nn.Module, values: dict[str, Tensor], fresh: bool) -> None:
     for key, value in values.items():
         owner, _, attribute = key.rpartition(".")
-        _fill_one(module.get_submodule(owner), attribute, value)
+        _fill_one(module.get_submodule(owner), attribute, value, fresh)
 
 
 @torch.no_grad()
-def _fill_one(owner: nn.Module, attribute: str, value: Tensor) -> None:
+def _fill_one(owner: nn.Module, attribute: str, value: Tensor, fresh: bool = False) -> None:
     there = getattr(owner, attribute)
     if there.is_meta:
         new = value.to(there.dtype, copy=True)
         if isinstance(there, nn.Parameter):
             new = nn.Parameter(new, requires_grad=there.requires_grad)
         setattr(owner, attribute, new)
+    elif fresh and there.device == value.device and there.dtype == value.dtype:
+        there.data = value  # nothing was in it yet
     else:
         there.copy_(divided_as(value.to(there.device), there))

@@ -111,7 +111,7 @@ def _replace(model: nn.Module, fit: Fit) -> None:
     extras = fit.extras(model, trained_beside(model, patched))
     fit.check_any(model, [*found, *extras])
     for name, layer in found.items():
-        fit.fill(name, layer.modification, layer.gate)
+        fit.fill(name, layer.modification, layer.gate, fresh=False)
     fit.fill_extras(model, extras)
 
 
@@ -131,7 +131,7 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Modul
                 "model of its own."
             )
     for name, (_, modification, gate) in planned.items():
-        fit.fill(name, modification, gate)
+        fit.fill(name, modification, gate, fresh=True)
     fit.fill_extras(model, extras)
     for name in planned.keys() & others.keys():
         add_adapter(others[name], own_name, *planned[name][1:])
