@@ -205,6 +205,37 @@ def test_a_refused_unpatch_leaves_the_model_folded():
     assert snapshot(wrapped) == before
 
 
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "FSDP2", "compile"])
+def test_a_wrapped_model_is_refused(wrap):
+    model = mixed()
+    outputs(model)
+    if wrap == "compile":
+        wrapped, wrapper = torch.compile(model), "torch.compile"
+    else:
+        name, wrapper = (wrap, wrap) if wrap[0] == "D" else ("FSDPModule", "fully_shard")
+        # By whose name wrappers are found.
+        kind = type(name, (nn.Sequential,), {"__module__": "torch.nn.parallel"})
+        wrapped = kind(model)
+    before = snapshot(wrapped)
+    refused_fold(wrapped, before, f"^fold found '.*' wrapped by {wrapper}, .*wrap it then", DATA)
+    tokengate.fold(model, DATA)
+    assert snapshot(wrapped) != before
+
+
+def test_fold_within_disabled_is_refused():
+    model = mixed()
+    outputs(model)
+    before = snapshot(model)
+    base = outputs(tokengate.unpatch(mixed()))
+    with tokengate.disabled(model):
+        with pytest.raises(TokenGateError, match="outside of tokengate.disabled"):
+            tokengate.fold(model, DATA)
+        assert torch.equal(outputs(model), base)
+    assert snapshot(model) == before
+    with tokengate.disabled(model.blocks[1]), pytest.raises(TokenGateError, match="blocks.1"):
+        tokengate.fold(model, DATA)
+
+
 def test_a_model_folded_whole_is_plain_and_still_ours():
     torch.manual_seed(0)
     model = tokengate.patch(Net(), ["fc1", "fc2"], gate=False)
@@ -382,7 +413,9 @@ def test_bad_input_is_refused():
     report = tokengate.SparsityReport({})
     refused_fold(model, before, "report without 'blocks.0.q_proj'", report)
     refused_fold(model, before, "force=0.9 with a report", report, force=0.9)
-    refused_fold(model, before, "1 - force", DATA, force=1.5)
+    refused_fold(model, before, r"^force=1.5 is above 1: pass a share", DATA, force=1.5)
+    refused_fold(model, before, r"^force=0 is not above 0", DATA, force=0)
+    refused_fold(model, before, r"^force='all' is not a finite number", DATA, force="all")
     refused_fold(model, before, "safe=1 is neither", DATA, safe=1)
     refused_fold(model, before, "gone through once", iter(DATA))
     refused_fold(model, before, "pass several batches", ELSEWHERE)

@@ -13,16 +13,22 @@ from tokengate.errors import TokenGateError, brief
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context nothing is dropped and nothing kept for backward; then all is as was."""
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """After this context every module is in training or evaluation as it was before."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context nothing is dropped and nothing kept for backward; then all is as was."""
+    with keeping_modes(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def run(model: nn.Module, batch: Any) -> Any:

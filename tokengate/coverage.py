@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.accelerate_hooks import check_trainable
+from tokengate.batches import keeping_modes
 from tokengate.errors import TokenGateError
 from tokengate.experts import is_expert
 from tokengate.gated_linear import Gated, layers, require_layers
@@ -160,7 +161,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
-    modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
@@ -168,11 +168,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     unwatch(model)
     devices = [t.device for t in gradients if t.device.type == "cuda"]
     try:
-        with torch.random.fork_rng(devices=set(devices)):
+        with keeping_modes(model), torch.random.fork_rng(devices=set(devices)):
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)

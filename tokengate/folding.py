@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from tokengate.accelerate_hooks import is_offloaded
 from tokengate.adapter_folder import all_finite
-from tokengate.arguments import share, switch
+from tokengate.arguments import positive, switch
 from tokengate.batches import check_batches, evaluating, run
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, brief
 from tokengate.folded import fold_layer, folded, unfold, unfolded
 from tokengate.gated_linear import Gated, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, is_transposed, row_blocks
 from tokengate.named_adapters import adapter_names
 from tokengate.padding import follow_masks, unfollow_masks
+from tokengate.patching import check_can_fold
 from tokengate.quantised import is_quantised
 from tokengate.recording import record
 from tokengate.report import SparsityReport
@@ -118,11 +119,12 @@ def fold(
         What was done, with the measured error.
 
     Raises:
-        TokenGateError: no layer is patched; an argument is wrong; the report is of other layers;
-            W0 of a layer to be merged is quantised; a merged weight is not finite, or with
+        TokenGateError: no layer is patched, or it is wrapped (DDP, FSDP), compiled or within
+            `disabled`; an argument is wrong; the report is of other layers; W0 of a layer to be merged is quantised; a merged weight is not finite, or with
             `safe=True` not right. The model is then as it was.
     """
     patched = require_layers(model, "fold")
+    check_can_fold(model)
     switch("safe", safe)
     if folded(model):
         raise TokenGateError("fold was asked of a model that is folded already: undo() that first.")
@@ -131,8 +133,8 @@ def fold(
             "fold was asked of a model with several adapters, which could not be exchanged any "
             "more: fold a model that has loaded one."
         )
-    if force is not None:
-        share("1 - force", 1 - force)
+    if force is not None and positive("force", force) > 1:
+        raise TokenGateError(f"force={brief(force)} is above 1: pass a share, e.g. force=0.95.")
     batches = None
     if not isinstance(seen, SparsityReport):
         check_batches("fold", seen)

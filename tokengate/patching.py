@@ -267,13 +267,25 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
         )
 
 
+def check_can_fold(model: nn.Module) -> None:
+    """An error if nothing may be folded now."""
+    patched = all_layers(model)
+    for name, layer in patched.items():
+        if not layer._enabled:
+            raise TokenGateError(
+                f"fold was called while {name!r} is disabled, where W0 has to stay in place: call "
+                "it outside of tokengate.disabled."
+            )
+    for name, wrapper in (*_wrapped(model), *_sharded(patched)):
+        raise TokenGateError(
+            f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes out: fold "
+            "a model that is not wrapped, and wrap it then."
+        )
+
+
 def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
-    held = [(name, wrapper) for name, wrapper in _wrapped(model) if wrapper in _HOLDING]
-    for name, layer in patched.items():  # of a part, too, of what is sharded as a whole
-        own = () if layer.modification is None else layer.modification.parameters()
-        if any(is_sharded(p) for p in own):
-            held.append((name or "the layer", "fully_shard"))
-    for name, wrapper in held:
+    held = (each for each in _wrapped(model) if each[1] in _HOLDING)
+    for name, wrapper in (*held, *_sharded(patched)):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters that "
             "unpatch takes out: unpatch a model that is not wrapped, or use disabled()."
@@ -286,6 +298,14 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
                 yield name or "the model", _WRAPPERS[base.__name__]
+
+
+def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:
+    """The layers in a part of what is sharded as a whole, in the same form."""
+    for name, layer in patched.items():
+        own = () if layer.modification is None else layer.modification.parameters()
+        if any(is_sharded(p) for p in own):
+            yield name or "the layer", "fully_shard"
 
 
 def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
