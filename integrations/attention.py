@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import tokengate
 from tokengate import TokenGateError
 from tokengate.class_swap import Swapped, swap, swap_back
+from tokengate.folded import folded
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -87,7 +88,7 @@ def merge_attention(model: _Model) -> _Model:
 
     Raises:
         TokenGateError: nothing in it is split, or a layer that would no longer be called is still
-            patched. Nothing was changed.
+            patched or folded. Nothing was changed.
     """
     _check_module("merge_attention", model)
     split = [m for m in model.modules() if isinstance(m, SplitAttention)]
@@ -104,6 +105,12 @@ def merge_attention(model: _Model) -> _Model:
             raise TokenGateError(
                 f"merge_attention was called while {name!r} is patched, which would then never be "
                 "called: call tokengate.unpatch(model) first."
+            )
+    for name, each in folded(model).items():
+        if each.layer in called:
+            raise TokenGateError(
+                f"merge_attention was called while {name!r} is folded, which could then not be "
+                "undone: call the folding's undo() or tokengate.unpatch(model) first."
             )
     for attention in split:
         for name in _PROJECTIONS:

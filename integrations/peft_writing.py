@@ -16,7 +16,7 @@ from tokengate import TokenGateError
 from tokengate.adapter_folder import CONFIG, WEIGHTS, read_config
 from tokengate.atomic_write import write_atomically
 from tokengate.errors import brief
-from tokengate.folded import Folded
+from tokengate.folded import Folded, base_layer
 from tokengate.gated_linear import Gated
 from tokengate.integrations.peft_format import (
     HEADS,
@@ -36,8 +36,9 @@ def the_method(patched: Mapping[str, Gated | Folded]) -> str:
     for name, layer in patched.items():
         kind = type(layer.modification)
         method = name_of(kind)
-        if isinstance(layer, LinearSlice) or not name or method not in KEYS:
-            what = "a slice of a fused layer" if isinstance(layer, LinearSlice) else "modified"
+        is_slice = isinstance(base_layer(layer), LinearSlice)
+        if is_slice or not name or method not in KEYS:
+            what = "a slice of a fused layer" if is_slice else "modified"
             what = what if name else "the whole model,"
             raise TokenGateError(
                 f"export_peft found {name!r}, {what} by {method or kind.__name__!r}, which PEFT "
@@ -187,10 +188,6 @@ def adalora_config(
     }
 
 
-def _is_transposed(layer: Gated | Folded) -> bool:
-    return is_transposed(layer.layer if isinstance(layer, Folded) else layer)
-
-
 def shared_config(
     model: nn.Module, patched: Mapping[str, Gated | Folded], heads: list[str]
 ) -> dict[str, Any]:
@@ -204,7 +201,7 @@ def shared_config(
         )
     return {
         "bias": "none",
-        "fan_in_fan_out": all(_is_transposed(layer) for layer in patched.values()),
+        "fan_in_fan_out": all(is_transposed(base_layer(layer)) for layer in patched.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": next(iter(dropouts)),

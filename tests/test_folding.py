@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from test_saving import refused, same, values
 from torch import nn
 
 import tokengate
-from tokengate import Slices, TokenGateError
+from tokengate import TokenGateError
 
 LINEAR = ["lora", "dora", "adalora"]
 DATA = [torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -140,39 +139,6 @@ def test_what_is_undone_while_disabled_keeps_w0(way):
     assert torch.equal(outputs(model), before if way == "undo" else base)
 
 
-def interrupted_at(place, monkeypatch, name, call):
-    """`place.name` raises KeyboardInterrupt at its second call within `call`."""
-    real, calls = getattr(place, name), []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patching:
-        patching.setattr(place, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            call()
-
-
-def test_an_interrupted_fold_is_none(monkeypatch):
-    model = mixed()
-    before = snapshot(model)
-    module = sys.modules["tokengate.folding"]
-    interrupted_at(module, monkeypatch, "fold_layer", lambda: tokengate.fold(model, DATA))
-    assert snapshot(model) == before
-
-
-def test_an_interrupted_undo_can_be_called_again(monkeypatch):
-    model = mixed()
-    before = snapshot(model)
-    folding = tokengate.fold(model, DATA)
-    interrupted_at(sys.modules["tokengate.folded"], monkeypatch, "_reattach", folding.undo)
-    folding.undo()
-    assert snapshot(model) == before
-
-
 def test_what_was_offloaded_since_is_not_unfolded_to_something_else():
     accelerate = pytest.importorskip("accelerate")
     model = tokengate.patch(Net(), ["fc1"], gate=False)
@@ -228,11 +194,11 @@ def test_fold_within_disabled_is_refused():
     before = snapshot(model)
     base = outputs(tokengate.unpatch(mixed()))
     with tokengate.disabled(model):
-        with pytest.raises(TokenGateError, match="outside of tokengate.disabled"):
+        with pytest.raises(TokenGateError, match=r"outside of tokengate\.disabled"):
             tokengate.fold(model, DATA)
         assert torch.equal(outputs(model), base)
     assert snapshot(model) == before
-    with tokengate.disabled(model.blocks[1]), pytest.raises(TokenGateError, match="blocks.1"):
+    with tokengate.disabled(model.blocks[1]), pytest.raises(TokenGateError, match=r"'blocks\.1\."):
         tokengate.fold(model, DATA)
 
 
@@ -338,7 +304,6 @@ def test_what_cannot_be_merged_is_kept_and_says_why():
     model.tied.weight = model.blocks[0].fc1.weight
     tokengate.patch(model, ["fc1"])
     tokengate.patch(model, ["fc2"], method="adapter")
-    tokengate.patch(model, ["q_proj.a"], slices={"q_proj": Slices(a=3, b=5)})
     away_from_initialisation(model)
     before = outputs(model)
     folding = tokengate.fold(model, DATA)
@@ -346,7 +311,6 @@ def test_what_cannot_be_merged_is_kept_and_says_why():
     assert folding.names("merged") == ["blocks.1.fc1"]
     assert "another module's" in reasons["blocks.0.fc1"]
     assert "Adapter is no matrix" in reasons["blocks.0.fc2"]
-    assert "slice" in reasons["blocks.1.q_proj.a"]
     assert torch.allclose(outputs(model), before, atol=1e-5)
 
 

@@ -28,15 +28,18 @@ class Swapped(nn.Module):
 
 def swap(module: nn.Module, given: type[Swapped]) -> None:
     """Put `given` before the class of `module`: its methods win, `super()` is the module's own."""
-    before = type(module)
-    module.__class__ = swapped_class(given, before)
-    reroute(module, before)
+    become(module, swapped_class(given, type(module)))
 
 
 def swap_back(module: Swapped) -> None:
     """Give `module` its own class back."""
+    become(module, module._own_class)
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give `module` the class `kind`, and what hooks keep of its forward, too."""
     before = type(module)
-    module.__class__ = module._own_class  # type: ignore[assignment]
+    module.__class__ = kind
     reroute(module, before)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.all_or_nothing import all_or_nothing
 from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, attach, detach
+from tokengate.gated_linear import Gated
+from tokengate.merged_weight import MergedWeight, merged_weight
 from tokengate.modifications import Modification
+from tokengate.sliced_linear import put_on, take_off
 
 # On the model that was folded: {name: Folded}.
 _FOLDED = "_tokengate_folded"
@@ -27,32 +29,27 @@ class Folded:
     layer: Any
     modification: Modification
     gate: TokenGate | None
-    other: Tensor | None
-    """Of W0 and the merged weight the one that is not in place; None if nothing was merged."""
+    weight: MergedWeight | None
+    """None if nothing was merged."""
     named: dict[str, Any]
     """What the layer knows of its adapter's name; empty if that is the default."""
     resting: nn.Module | None
     """Its child for adapters that are out of use; None where they have no names."""
-    merged: bool = False
-    """Whether the merged one is in place."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merged weight is in place."""
+        return self.weight is not None and self.weight.in_place
 
     def put(self, merged: bool) -> None:
-        """The merged weight in place, or W0, in the same parameter; nothing is copied.
+        """The merged weight in place, or W0; see `MergedWeight.put`."""
+        if self.weight is not None:
+            self.weight.put(merged)
 
-        A weight that was moved or cast since takes the other along.
 
-        Raises:
-            TokenGateError: the weight has no values, being on the meta device.
-        """
-        if self.other is not None and merged != self.merged:
-            weight = self.layer.weight
-            if weight.is_meta:
-                raise TokenGateError(
-                    f"a {type(self.layer).__name__} was offloaded after it was folded, so that W0 "
-                    "cannot take its weight's place: take the offloading's hooks off first."
-                )
-            other = self.other.to(weight)
-            self.other, weight.data, self.merged = weight.data, other, merged
+def base_layer(layer: Gated | Folded) -> Any:
+    """The linear layer itself, patched or plain again."""
+    return layer.layer if isinstance(layer, Folded) else layer
 
 
 def is_folded(module: nn.Module) -> bool:
@@ -69,38 +66,62 @@ def folded(model: nn.Module) -> dict[str, Folded]:
     return found
 
 
-def fold_layer(model: nn.Module, name: str, layer: Gated, merged: Tensor | None) -> None:
-    """Make `layer` plain again, with the weight `merged`, or without its modification."""
-    named = {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__}
-    entry = Folded(
-        layer, layer.modification, layer.gate, merged, named, layer._modules.get("adapters")
+@contextlib.contextmanager
+def unchanged_if_interrupted(
+    model: nn.Module, entries: Collection[Folded] | None = None
+) -> Iterator[None]:
+    """`all_or_nothing` for a model with layers that are folded, or are to be: the `entries`."""
+    entries = folded(model).values() if entries is None else entries
+    before = [(each, each.merged) for each in entries]
+    # A slice is no module of the model while it is folded.
+    with all_or_nothing([*model.modules(), *(each.layer for each in entries)]):
+        try:
+            yield
+        except BaseException:
+            for each, merged in before:
+                each.put(merged)
+            raise
+
+
+def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
+    """What `layer` is to be: plain, with the weight `merged`, or without its modification."""
+    return Folded(
+        layer,
+        layer.modification,
+        layer.gate,
+        None if merged is None else merged_weight(layer, merged),  # type: ignore[arg-type]
+        {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__},
+        layer._modules.get("adapters"),
     )
-    detach(layer)
-    entry.put(merged=True)
-    model.__dict__.setdefault(_FOLDED, {})[name] = entry
+
+
+def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
+    """Make these layers of `model` plain."""
+    model.__dict__[_FOLDED] = dict(entries)
+    for each in entries.values():
+        take_off(each.layer)
+        each.put(merged=True)
 
 
 def unfold(model: nn.Module) -> None:
     """Patch every folded layer in `model` again as it was, on its weight W0."""
-    for module in list(model.modules()):
-        entries = module.__dict__.get(_FOLDED, {})
-        for name in list(entries):
-            _reattach(entries[name])
-            del entries[name]  # only now: whoever is interrupted can call it again
-        module.__dict__.pop(_FOLDED, None)
+    with unchanged_if_interrupted(model):
+        for each in folded(model).values():
+            _reattach(each)
+        for module in model.modules():
+            module.__dict__.pop(_FOLDED, None)
 
 
 @contextlib.contextmanager
 def unfolded(model: nn.Module) -> Iterator[None]:
     """Within this context the folded layers of `model` are patched as they were."""
     entries = folded(model).values()
-    try:
+    with unchanged_if_interrupted(model, entries):
         for each in entries:
             _reattach(each)
         yield
-    finally:
         for each in entries:
-            detach(each.layer)
+            take_off(each.layer)
             each.put(merged=True)
 
 
@@ -108,7 +129,7 @@ def _reattach(each: Folded) -> None:
     each.put(merged=False)
     device = each.layer.weight.device
     gate = None if each.gate is None else each.gate.to(device)
-    attach(each.layer, each.modification.to(device), gate)
+    put_on(each.layer, each.modification.to(device), gate)
     if each.resting is not None:
         each.layer.__dict__ |= each.named
         each.layer.register_module("adapters", each.resting)

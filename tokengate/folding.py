@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,18 +15,31 @@ from tokengate.accelerate_hooks import is_offloaded
 from tokengate.adapter_folder import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.batches import check_batches, evaluating, run
+from tokengate.dequantised import compute_dtype
 from tokengate.errors import TokenGateError, brief
-from tokengate.folded import fold_layer, folded, unfold, unfolded
+from tokengate.factors import without_bias
+from tokengate.folded import (
+    as_folded,
+    fold_layers,
+    folded,
+    unchanged_if_interrupted,
+    unfold,
+    unfolded,
+)
 from tokengate.gated_linear import Gated, require_layers
-from tokengate.linear_like import LinearLike, LinearSlice, is_transposed, row_blocks
+from tokengate.linear_like import LinearLike, LinearSlice, holder, is_transposed, row_blocks, whole
 from tokengate.named_adapters import adapter_names
 from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patching import check_can_fold
-from tokengate.quantised import is_quantised
+from tokengate.quantised import is_quantised, unreadable
 from tokengate.recording import record
 from tokengate.report import SparsityReport
 from tokengate.sharding import is_sharded
+from tokengate.sliced_linear import take_off
 
+# How far 8-bit layers that round their inputs, too, may be from their dequantised weight: they
+# differ by about 0.01 of the output, and by 0.5 and more where a library misreads its own weight.
+_ROUNDED_INPUTS = 0.05
 # Columns of M's matrix that are computed at once.
 _COLUMNS = 256
 
@@ -40,7 +54,9 @@ class FoldedLayer:
     """"merged", "dropped" or "kept"."""
     reason: str
     error: float | None = None
-    """Of a merged layer: ||difference|| / ||h|| on random inputs; rounding, mostly."""
+    """Of a merged layer: ||difference|| / ||h|| on random inputs, h being W0 x + M(x); of a
+    quantised one, with W0 x as its library computes it. Rounding, mostly.
+    """
 
 
 class Folding:
@@ -64,8 +80,9 @@ class Folding:
 
     def undo(self) -> None:
         """The model as it was patched before; `unpatch` does the same and goes on."""
-        unfold(self._model)
-        _settle(self._model)
+        with unchanged_if_interrupted(self._model):
+            unfold(self._model)
+            _settle(self._model)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.layers)
@@ -90,6 +107,7 @@ def fold(
     *,
     force: float | None = None,
     safe: bool = True,
+    dequantise: bool = False,
 ) -> Folding:
     """Merge layers whose gate is open at every position seen, drop those closed at every one.
 
@@ -113,19 +131,25 @@ def fold(
         force: also fold gates that decide alike at this share of the positions, e.g. 0.95; with
             batches alone, for the error that the folding then states.
         safe: False merges also where the merged weight gives other outputs than the modification,
-            beyond the rounding of W0's dtype.
+            beyond the rounding of W0's dtype; or, of a quantised W0, beyond what its library's
+            rounding of the inputs can explain.
+        dequantise: True makes quantised layers dense where they are merged, which takes the memory
+            of a dense weight beside that of the quantised one: the sum of the dequantised W0 and
+            M's matrix, in the dtype that the layer computes in.
 
     Returns:
         What was done, with the measured error.
 
     Raises:
         TokenGateError: no layer is patched, or it is wrapped (DDP, FSDP), compiled or within
-            `disabled`; an argument is wrong; the report is of other layers; W0 of a layer to be merged is quantised; a merged weight is not finite, or with
+            `disabled`; an argument is wrong; the report is of other layers; W0 of a layer to be
+            merged is quantised, without `dequantise=True`; a merged weight is not finite, or with
             `safe=True` not right. The model is then as it was.
     """
     patched = require_layers(model, "fold")
     check_can_fold(model)
     switch("safe", safe)
+    switch("dequantise", dequantise)
     if folded(model):
         raise TokenGateError("fold was asked of a model that is folded already: undo() that first.")
     if len(adapter_names(model)) > 1:
@@ -155,21 +179,21 @@ def fold(
     done: dict[str, FoldedLayer] = {}
     merged: dict[str, Tensor] = {}
     for name, layer in patched.items():
-        done[name] = _decide(name, layer, seen, threshold, owners)
+        done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
         if done[name].action == "merged":
             merged[name], error = _merged(name, layer, safe)
             done[name] = replace(done[name], error=error)
     folding = Folding(model, done, None)
-    try:
-        for name, each in done.items():
-            if each.action != "kept":
-                fold_layer(model, name, patched[name], merged.get(name))
+    entries = {
+        name: as_folded(patched[name], merged.get(name))
+        for name, each in done.items()
+        if each.action != "kept"
+    }
+    with unchanged_if_interrupted(model, entries.values()):
+        fold_layers(model, entries)
         _settle(model)
         if batches is not None:
             folding.error = _output_error(model, batches)
-    except BaseException:
-        folding.undo()
-        raise
     return folding
 
 
@@ -187,7 +211,12 @@ def _sparsities(model: nn.Module, batches: Iterable[Any]) -> SparsityReport:
 
 
 def _decide(
-    name: str, layer: Gated, seen: SparsityReport, threshold: float, owners: Counter[int]
+    name: str,
+    layer: Gated,
+    seen: SparsityReport,
+    threshold: float,
+    owners: Counter[int],
+    dequantise: bool,
 ) -> FoldedLayer:
     found = seen.modules.get(name)
     if found is None:
@@ -199,18 +228,16 @@ def _decide(
         return FoldedLayer(found.sparsity, "kept", "no position was seen")
     closed = 1 - found.modified / found.positions
     if closed >= threshold:
-        if isinstance(layer, LinearSlice):
-            return FoldedLayer(closed, "kept", "a slice of a fused layer")
         return FoldedLayer(closed, "dropped", f"closed at {_portion(closed)}")
     if 1 - closed < threshold:
         return FoldedLayer(closed, "kept", "open at some positions, closed at others")
     reason = _unmergeable(layer, owners)
     if reason is not None:
         return FoldedLayer(closed, "kept", f"open at {_portion(1 - closed)}, but {reason}")
-    if is_quantised(cast(LinearLike, layer)):
+    if is_quantised(cast(LinearLike, layer)) and not dequantise:
         raise TokenGateError(
             f"fold would merge {name!r}, whose weight is quantised and could hold the sum only "
-            "rounded: load the base without quantisation, and the adapter into it."
+            "rounded: pass dequantise=True to make it dense, or load the base without quantisation."
         )
     return FoldedLayer(closed, "merged", f"open at {_portion(1 - closed)}")
 
@@ -220,19 +247,22 @@ def _portion(value: float) -> str:
 
 
 def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
-    weight = cast(LinearLike, layer).weight
     if not layer.modification.linear:
         return f"{type(layer.modification).__name__} is no matrix"
-    if isinstance(layer, LinearSlice):
-        return "a slice of a fused layer"
+    linear = whole(cast(LinearLike, layer))
+    weight = holder(linear)
     if is_sharded(weight):
         return "its weight is sharded"
-    if weight.is_meta or is_offloaded(layer):
+    if weight.is_meta or is_offloaded(getattr(linear, "weight_holder", linear)):
         return "its weight is elsewhere"
-    if "weight" not in layer._parameters:
-        return "its weight is part of another's"
-    if owners[id(weight)] > 1:
-        return "its weight is another module's, too"
+    if owners[id(weight)] != 1:
+        made = "made of others" if owners[id(weight)] == 0 else "another module's, too"
+        return f"its weight is {made}"
+    if is_quantised(linear):
+        if isinstance(layer, LinearSlice):
+            return "it is a slice of a quantised layer"
+        if (reason := unreadable(linear)) is not None:
+            return f"W0 is what {reason}"
     return None
 
 
@@ -246,7 +276,8 @@ def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
         layer.modification.eval()
         try:
             matrix = _matrix(layer, W0)
-            total = (W0 + matrix).to(layer.weight.dtype)
+            quantised = is_quantised(layer)
+            total = (W0 + matrix).to(compute_dtype(layer) if quantised else layer.weight.dtype)
             if not all_finite(total):
                 raise TokenGateError(
                     f"fold found a merged weight of {name!r} that is not finite: nothing was "
@@ -256,18 +287,31 @@ def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
                 64, W0.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(0)
             ).to(W0.device)
             w = x @ W0.T
-            h = w + _modification(layer, x, w)
+            found = x @ total.to(dtype).T
+            error = _distance(found, w + _modification(layer, x, w))
+            # Each entry is rounded to the dtype, which in the sum is no larger beside its norm.
+            wrong = error > 4 * torch.finfo(total.dtype).eps
+            if quantised:
+                w = _own_product(layer, x.to(total.dtype)).to(dtype)
+                error = _distance(found, w + _modification(layer, x, w))
+                wrong = wrong or error > _ROUNDED_INPUTS
         finally:
             layer.modification.train(training)
-        error = _distance(x @ total.to(dtype).T, h)
-    # A rounding of every entry to the dtype, which in the sum is no larger relative to its norm.
-    if safe and error > 4 * torch.finfo(layer.weight.dtype).eps:
+    if safe and wrong:
         raise TokenGateError(
-            f"fold found that {name!r} with a merged weight of {layer.weight.dtype} differs from "
-            f"its modification by {error:.2g} of its output: nothing was folded; pass safe=False "
+            f"fold found that {name!r} with a merged weight of {total.dtype} differs from what it "
+            f"computes now by {error:.2g} of its output: nothing was folded; pass safe=False "
             "to merge all the same."
         )
     return (total.T.contiguous() if is_transposed(layer) else total), error
+
+
+def _own_product(layer: Any, x: Tensor) -> Tensor:
+    """W0 x as the library of a quantised layer computes it in evaluation."""
+    # On a copy: bitsandbytes lays the weights out anew in the first evaluation.
+    twin = copy.deepcopy(layer)
+    take_off(twin)
+    return without_bias(twin.eval()(x), twin.bias)
 
 
 def _matrix(layer: Any, W0: Tensor) -> Tensor:

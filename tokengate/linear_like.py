@@ -65,6 +65,26 @@ def product(layer: LinearLike, right: Tensor) -> Tensor:
     return weight @ right.to(weight.dtype)
 
 
+def holder(layer: LinearLike) -> Tensor:
+    """The tensor that has the values of its weight, of which this may be a view."""
+    weight = whole(layer).weight
+    return weight if weight._base is None else weight._base
+
+
+def has_own_weight(layer: LinearLike) -> bool:
+    """Whether its weight is a parameter, and no part of another module's."""
+    return isinstance(layer.weight, nn.Parameter)
+
+
+@torch.no_grad()
+def write_rows(layer: LinearLike, rows: Tensor) -> None:
+    """Write `(out_features, in_features)` over a weight that is rows of another's, in place."""
+    if isinstance(layer, LinearSlice):
+        layer.slices.write(_dense(layer.fused).data, layer.name, rows)
+    else:
+        layer.weight.data.copy_(rows)
+
+
 def _dense(layer: LinearLike) -> Tensor:
     return layer.weight.T if is_transposed(layer) else layer.weight
 

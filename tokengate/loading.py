@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from tokengate.adapter_folder import SavedAdapter, read_adapter
+from tokengate.all_or_nothing import all_or_nothing
 from tokengate.errors import TokenGateError
 from tokengate.fitting import Fit
 from tokengate.folded import folded
@@ -110,9 +111,12 @@ def _replace(model: nn.Module, fit: Fit) -> None:
     found = fit.patched_layers(patched)
     extras = fit.extras(model, trained_beside(model, patched))
     fit.check_any(model, [*found, *extras])
-    for name, layer in found.items():
-        fit.fill(name, layer.modification, layer.gate, fresh=False)
-    fit.fill_extras(model, extras)
+    parts = [part for m in found.values() for part in (m.modification, m.gate) if part is not None]
+    written = [*extras.values(), *(t for part in parts for t in part.state_dict().values())]
+    with all_or_nothing(model.modules(), written):
+        for name, layer in found.items():
+            fit.fill(name, layer.modification, layer.gate, fresh=False)
+        fit.fill_extras(model, extras)
 
 
 def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Module]:
@@ -132,14 +136,15 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Modul
             )
     for name, (_, modification, gate) in planned.items():
         fit.fill(name, modification, gate, fresh=True)
-    fit.fill_extras(model, extras)
-    for name in planned.keys() & others.keys():
-        add_adapter(others[name], own_name, *planned[name][1:])
     new = {name: plan for name, plan in planned.items() if name not in others}
-    if new or not others:
-        asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
-        install(model, list(new.values()), extras, asked, own_name)
-    patched = all_layers(model)
-    for name in new:
-        put_in_use(patched[name], in_use)
+    with all_or_nothing(model.modules(), extras.values()):
+        fit.fill_extras(model, extras)
+        for name in planned.keys() & others.keys():
+            add_adapter(others[name], own_name, *planned[name][1:])
+        if new or not others:
+            asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
+            install(model, list(new.values()), extras, asked, own_name)
+        patched = all_layers(model)
+        for name in new:
+            put_in_use(patched[name], in_use)
     return {patched[name] for name in new}

@@ -30,19 +30,15 @@ class Adapter(nn.Module):
         # themselves, in whose place others may come: by sharding, or load_state_dict(assign=True).
         self.trained: list[tuple[nn.Module, str]] = []
 
-    def rest(self) -> None:
-        """Train nothing of it, until it is in use again."""
+    def note_trained(self) -> None:
+        """Remember what of it is trained."""
         # Past nn.Module's own ways, which would take longer than all the rest of a switch.
         self.__dict__["trained"] = [
             (module, name) for module, name, p in _parameters(self) if p.requires_grad
         ]
-        self._set_trained(False)
 
-    def resume(self) -> None:
-        """Train what was trained."""
-        self._set_trained(True)
-
-    def _set_trained(self, trained: bool) -> None:
+    def set_trained(self, trained: bool) -> None:
+        """Train what is remembered, or nothing."""
         for module, name in self.trained:
             cast(nn.Parameter, module._parameters[name]).requires_grad_(trained)
 
@@ -126,7 +122,11 @@ class use:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._give_back()
+        try:
+            self._give_back()
+        except BaseException:  # an interruption; the context is left all the same
+            self._give_back()
+            raise
 
     def _give_back(self) -> None:
         for layer, name, rows in self._before:
@@ -158,8 +158,9 @@ def _names_of(layers: Iterable[Gated]) -> list[str]:
 def adapters_of(layer: Gated) -> dict[str, Any]:
     """A layer's adapters by name, which can be added to."""
     if layer._adapters is None:
-        layer._adapters = {DEFAULT: Adapter(layer.modification, layer.gate)}
+        # The place for those out of use first: whoever is interrupted between the two begins anew.
         layer.register_module("adapters", nn.ModuleDict())
+        layer._adapters = {DEFAULT: Adapter(layer.modification, layer.gate)}
     return layer._adapters
 
 
@@ -168,7 +169,8 @@ def add_adapter(
 ) -> None:
     """Give a patched layer another adapter, out of use."""
     adapter = Adapter(modification, gate).train(layer.training)
-    adapter.rest()
+    adapter.note_trained()
+    adapter.set_trained(False)
     adapters_of(layer)[name] = adapter
     cast(nn.ModuleDict, layer.adapters).add_module(name, adapter)
 
@@ -215,12 +217,24 @@ def put_in_use(layer: Gated, name: str | None, rows: Rows | None = None) -> None
     modules: Any = layer._modules
     resting: Any = modules["adapters"]._modules
     before, after = (adapters.get(each) for each in (cast(str, layer._in_use), cast(str, name)))
+    tables = [(table, table.copy()) for table in (modules, resting)]
     if before is not None:
-        before.rest()
-        resting[layer._in_use] = before
-    if after is not None:
-        after.resume()
-        del resting[name]
-    modules["modification"] = None if after is None else after.modification
-    modules["gate"] = None if after is None else after.gate
-    layer.__dict__["_in_use"] = name
+        before.note_trained()
+    try:
+        if before is not None:
+            before.set_trained(False)
+            resting[layer._in_use] = before
+        if after is not None:
+            after.set_trained(True)
+            del resting[name]
+        modules["modification"] = None if after is None else after.modification
+        modules["gate"] = None if after is None else after.gate
+        layer.__dict__["_in_use"] = name
+    except BaseException:  # an interruption; `all_or_nothing` would take as long as all the rest
+        for table, content in tables:
+            table.clear()
+            table.update(content)
+        for adapter, trained in ((before, True), (after, False)):
+            if adapter is not None:
+                adapter.set_trained(trained)
+        raise

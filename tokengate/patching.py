@@ -10,22 +10,21 @@ import torch
 from torch import nn
 
 from tokengate.accelerate_hooks import offloaded_parameters, weights_present
+from tokengate.all_or_nothing import all_or_nothing
 from tokengate.arguments import finite, non_negative, switch
 from tokengate.coverage import unwatch, watch
 from tokengate.errors import TokenGateError
 from tokengate.fast_path import settle_fast_paths
-from tokengate.folded import folded, unfold
+from tokengate.folded import folded, unchanged_if_interrupted, unfold
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import (
     Gated,
     all_layers,
-    attach,
-    detach,
     layers,
     own_parameters,
     require_layers,
 )
-from tokengate.linear_like import LinearLike, LinearSlice, whole
+from tokengate.linear_like import LinearLike, whole
 from tokengate.mixing import warn_of_mixing
 from tokengate.modifications import Modification
 from tokengate.modifications.registry import build, check_options, find_method
@@ -35,7 +34,7 @@ from tokengate.padding import follow_masks, unfollow_masks
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.precision import trainable_dtype
 from tokengate.sharding import is_sharded
-from tokengate.sliced_linear import attach_slice, detach_slice
+from tokengate.sliced_linear import put_on, take_off
 from tokengate.slices import Slices
 from tokengate.targets import ALL_LINEAR, Targets, find_targets
 
@@ -111,7 +110,7 @@ def patch(
     adapter = current_name(model)
     trained = _named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
-    plain = {each.layer: name for name, each in folded(model).items()}
+    plain = {whole(each.layer): name for name, each in folded(model).items()}
     for name, layer in list(chosen.items()):
         if whole(layer) in plain:
             raise TokenGateError(
@@ -158,17 +157,15 @@ def install(
 
     All of them are of the adapter with the name `adapter`.
     """
-    _freeze_all_but(model, trained)
-    for layer, modification, layer_gate in planned:
-        if isinstance(layer, LinearSlice):
-            attach_slice(layer, modification, layer_gate)
-        else:
-            attach(layer, modification, layer_gate)
-        rename(layer, adapter)
-    model.__dict__.setdefault(_ASKED, []).extend(asked)
-    settle_fast_paths(model)
-    follow_masks(model)
-    watch(model)
+    with all_or_nothing(model.modules()):
+        _freeze_all_but(model, trained)
+        for layer, modification, layer_gate in planned:
+            put_on(layer, modification, layer_gate)
+            rename(layer, adapter)
+        model.__dict__.setdefault(_ASKED, []).extend(asked)
+        settle_fast_paths(model)
+        follow_masks(model)
+        watch(model)
 
 
 def asked_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -184,13 +181,19 @@ def unpatch(model: _Model) -> _Model:
             DistributedDataParallel or sharded.
     """
     _check_can_unpatch(model, all_layers(model))
+    with unchanged_if_interrupted(model):
+        _unpatch(model)
+    return model
+
+
+def _unpatch(model: nn.Module) -> None:
     unfold(model)
     patched, roots = all_layers(model), _patched_roots(model)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:
         patched = require_layers(model, "unpatch")
     for layer in patched.values():
-        (detach_slice if isinstance(layer, LinearSlice) else detach)(layer)
+        take_off(layer)
     settle_fast_paths(model)
     unfollow_masks(model)
     for root in roots:
@@ -200,7 +203,6 @@ def unpatch(model: _Model) -> _Model:
         for name, parameter in root.named_parameters():
             if name in before:
                 parameter.requires_grad_(before[name])
-    return model
 
 
 @contextlib.contextmanager
@@ -278,8 +280,8 @@ def check_can_fold(model: nn.Module) -> None:
             )
     for name, wrapper in (*_wrapped(model), *_sharded(patched)):
         raise TokenGateError(
-            f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes out: fold "
-            "a model that is not wrapped, and wrap it then."
+            f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes "
+            "out: fold a model that is not wrapped, and wrap it then."
         )
 
 

@@ -18,7 +18,7 @@ _PACKED_ROWS = 32
 
 def is_quantised(layer: nn.Linear) -> bool:
     """Whether the layer's weight stands for W0 in another form."""
-    return is_four_bit(layer) or _scales(layer) is not None or _is_torchao(layer.weight)
+    return is_four_bit(layer) or _scales(layer) is not None or is_torchao(layer.weight)
 
 
 def is_four_bit(layer: nn.Linear) -> bool:
@@ -34,7 +34,7 @@ def dequantised_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
     """
     if is_four_bit(layer):
         return _four_bit_blocks(layer, rows)
-    if _is_torchao(layer.weight):
+    if is_torchao(layer.weight):
         return _torchao_blocks(layer, rows)
     return _eight_bit_blocks(layer, rows)
 
@@ -42,7 +42,7 @@ def dequantised_blocks(layer: nn.Linear, rows: int) -> Iterator[Tensor]:
 def unreadable(layer: nn.Linear) -> str | None:
     """Why W0 has no rows to read, as the end of a sentence with a remedy; None if it has."""
     weight = layer.weight
-    if _is_torchao(weight):
+    if is_torchao(weight):
         try:
             next(_torchao_blocks(layer, 1))
         except Exception:  # each layout says in its own way what it cannot do
@@ -66,10 +66,11 @@ def blocks_gradients(layer: nn.Linear) -> bool:
     # Int8Tensor and Float8Tensor call it by the first name, IntxUnpackedToInt8Tensor by the second.
     names = ("act_quant_kwargs", "activation_quantization")
     weight = layer.weight
-    return _is_torchao(weight) and any(getattr(weight, n, None) is not None for n in names)
+    return is_torchao(weight) and any(getattr(weight, n, None) is not None for n in names)
 
 
-def _is_torchao(weight: Tensor) -> bool:
+def is_torchao(weight: Tensor) -> bool:
+    """Whether it is a tensor class of torchao's."""
     # torch.compile can neither list the classes that a plain tensor has, nor read their module.
     if type(weight) in (Tensor, nn.Parameter):
         return False

@@ -30,7 +30,7 @@ from tokengate.adapter_folder import (
 from tokengate.atomic_write import write_atomically
 from tokengate.class_swap import Swapped
 from tokengate.errors import TokenGateError, brief
-from tokengate.folded import Folded, folded
+from tokengate.folded import Folded, base_layer, folded
 from tokengate.gated_linear import Gated, layers, own_parameters, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
@@ -117,7 +117,7 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()
-        if each.other is not None
+        if each.weight is not None
     }
     if not (merged or layers(model)) and folded(model):
         raise TokenGateError(
@@ -199,7 +199,8 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
             'it: decorate the class with @tokengate.register("...").'
         )
     gate = layer.gate
-    slices: Slices | None = layer.slices if isinstance(layer, LinearSlice) else None
+    linear = base_layer(layer)
+    slices: Slices | None = linear.slices if isinstance(linear, LinearSlice) else None
     return LayerConfig(
         method=method,
         options=dict(layer.modification.options),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.gate import TokenGate
 from tokengate.gated_linear import Gated, attach, detach
-from tokengate.linear_like import LinearSlice
+from tokengate.linear_like import LinearLike, LinearSlice
 from tokengate.modifications import Modification
 from tokengate.slices import Slices
 
@@ -37,20 +37,27 @@ class SlicedLinear(Sliced, nn.Linear):
     _own_class = nn.Linear
 
 
-def attach_slice(part: LinearSlice, modification: Modification, gate: TokenGate | None) -> None:
-    """Turn `part` into a gated one, and its fused layer into a sliced one that holds it."""
-    fused = part.fused
+def put_on(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
+    """Turn `layer` into a gated one; of a slice also its fused layer into one that holds it."""
+    attach(layer, modification, gate)
+    if not isinstance(layer, LinearSlice):
+        return
+    part, fused = layer, layer.fused
     if not isinstance(fused, Sliced):
         swap(fused, SlicedLinear if isinstance(fused, nn.Linear) else Sliced)
-    attach(cast(nn.Linear, part), modification, gate)
     fused.add_module(part.name, part)
+    # In their own order, also where one comes back: optimizers count parameters.
+    for name in filter(fused._modules.__contains__, part.slices.sizes):
+        fused._modules[name] = fused._modules.pop(name)
 
 
-def detach_slice(part: Gated) -> None:
-    """Take `part` out of its fused layer, which becomes what it was after the last one."""
-    fused, name = cast(LinearSlice, part).fused, cast(LinearSlice, part).name
-    delattr(fused, name)
-    detach(part)
+def take_off(layer: Gated) -> None:
+    """Turn `layer` back into what it was; a fused layer after the last of its slices."""
+    detach(layer)
+    if not isinstance(layer, LinearSlice):
+        return
+    fused = layer.fused
+    delattr(fused, layer.name)
     if isinstance(fused, Sliced) and not _patched_slices(fused):
         swap_back(fused)
 

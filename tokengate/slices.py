@@ -65,6 +65,12 @@ class Slices:
         pieces |= {n: torch.unflatten(part, -1, (self.groups, -1)) for n, part in parts.items()}
         return torch.cat(list(pieces.values()), -1).flatten(-2)
 
+    def write(self, fused: Tensor, name: str, part: Tensor) -> None:
+        """Put one projection's part, `(groups * size, ...)`, into `fused`, `(out_features, ...)`,
+        in place.
+        """
+        self._in_groups(fused, 0)[name].copy_(torch.unflatten(part, 0, (self.groups, -1)))
+
     def _in_groups(self, fused: Tensor, dim: int = -1) -> dict[str, Tensor]:
         grouped = torch.unflatten(fused, dim, (self.groups, -1))
         within = -1 if dim == -1 else dim + 1

@@ -1,0 +1,48 @@
+"""What changes a model is done whole; interrupted, it leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def all_or_nothing(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Whoever leaves this context by an exception, Ctrl-C too, finds the modules as they were.
+
+    That is their classes, attributes, entries and hooks, and what is trained of them. Values are
+    given back to the tensors of `written` alone, which are copied for that.
+    """
+    before = [
+        (
+            module,
+            type(module),
+            dict(module.__dict__),
+            # What these hold is changed in place; they stay the objects they are.
+            {k: v.copy() for k, v in module.__dict__.items() if isinstance(v, (dict, list))},
+            [(p, p.requires_grad) for p in module._parameters.values() if p is not None],
+        )
+        for module in dict.fromkeys(modules)
+    ]
+    copies = [(tensor, tensor.detach().clone()) for tensor in written]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, contents, trained in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for key, content in contents.items():
+                held = attributes[key]
+                held.clear()
+                held.update(content) if isinstance(held, dict) else held.extend(content)
+            for parameter, flag in trained:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for tensor, value in copies:
+                tensor.copy_(value)
+        raise
