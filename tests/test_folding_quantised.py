@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from models import away_from_initialisation
-from test_quantised import BITSANDBYTES, KINDS, D, K, configuration, dequantised, folder, quantised
+from test_quantised import BITSANDBYTES, KINDS, D, K, configuration, folder, quantised
 from torch import nn
 
 import tokengate
 from tokengate import Slices, TokenGateError
+from tokengate.linear_like import row_blocks
 from tokengate.quantised import is_quantised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +39,7 @@ def stored(model):
         parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
     else:
         parts = [weight.data, *(v for v in vars(weight).values() if isinstance(v, torch.Tensor))]
-    return id(layer), type(layer), id(weight), type(weight), [p.tolist() for p in parts]
+    return id(layer), id(weight), type(weight), [p.tolist() for p in parts]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
@@ -46,7 +47,9 @@ def stored(model):
 def test_it_is_dense_and_given_back_bit_for_bit(kind, method, tmp_path):
     model = patched(kind, method)
     before = outputs(model)  # which lets bitsandbytes lay out the weight
-    as_it_was, W0 = stored(model), dequantised(model[0]).float()
+    as_it_was, W0 = stored(model), torch.cat(list(row_blocks(model[0]))).float()
+    with torch.no_grad():
+        M = model[0].modification.factors(torch.eye(K), W0.T, model[0]).product(W0.T)
     base = outputs(tokengate.unpatch(copy.deepcopy(model)))
     assert (before - base).norm() > 0.02 * base.norm()
 
@@ -61,23 +64,15 @@ def test_it_is_dense_and_given_back_bit_for_bit(kind, method, tmp_path):
     assert type(layer.weight) is nn.Parameter
     assert not layer.weight.requires_grad
     difference = outputs(model) - before
-    # Only 8-bit layers of bitsandbytes round their inputs, too.
-    rounding = 0.03 if kind == "8 bit" else 1e-5
+    # 8-bit layers of bitsandbytes round their inputs, too; some CPUs multiply 4 bits in bfloat16.
+    rounding = 0.03 if kind == "8 bit" else 5e-3 if kind in BITSANDBYTES else 1e-5
     assert difference.norm() < rounding * before.norm()
     measured = (difference.norm() / before.norm()).item()
     assert folding.error == pytest.approx(measured, rel=0.01, abs=1e-9)
     assert folding.layers["0"].error < rounding
     assert kind != "8 bit" or folding.layers["0"].error > 1e-3
 
-    def m(x):
-        modification = folded.modification.eval()
-        factors = modification.factors(x, x @ W0.T, None if method != "dora" else twin)
-        return factors.product(x @ W0.T)
-
-    folded = next(iter(model.__dict__["_tokengate_folded"].values()))
-    twin = nn.Linear(K, D)
-    twin.weight.data = W0
-    torch.testing.assert_close(layer.weight, W0 + m(torch.eye(K)).T.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.weight, W0 + M.T, rtol=0, atol=1e-5)
 
     dense = outputs(model)
     assert torch.equal(outputs(copy.deepcopy(model)), dense)
@@ -92,17 +87,15 @@ def test_it_is_dense_and_given_back_bit_for_bit(kind, method, tmp_path):
     tokengate.save(model, tmp_path)
     torch.manual_seed(0)
     other = quantised(kind).eval()
-    assert torch.equal(dequantised(other[0]).float(), W0) or kind in BITSANDBYTES
     tokengate.load(other, tmp_path)
-    torch.testing.assert_close(outputs(other), before, rtol=0, atol=2e-3)
+    torch.testing.assert_close(outputs(other), before, rtol=0, atol=1e-4)
 
     folding.undo()
-    assert stored(model)[3:] == as_it_was[3:]
-    assert stored(model)[2] == as_it_was[2]
+    assert stored(model) == as_it_was
     assert torch.equal(outputs(model), before)
     tokengate.fold(model, DATA, dequantise=True)
     tokengate.unpatch(model)
-    assert stored(model)[2:] == as_it_was[2:]
+    assert stored(model) == as_it_was
     assert type(model[0]) is type(quantised(kind)[0])
     assert torch.equal(outputs(model), base)
 
@@ -131,7 +124,7 @@ def test_a_report_evaluates_nothing():
         before = stored(model)
         folding = tokengate.fold(model, rec.report(), dequantise=True)
         assert folding.names("merged") == ["0"]
-        assert (folding.layers["0"].error > 1e-3) == (kind == "8 bit")
+        assert 0 < folding.layers["0"].error < 0.03
         folding.undo()
         assert stored(model) == before
 
@@ -145,9 +138,7 @@ def test_what_computes_with_other_weights_is_refused(monkeypatch):
     real = kind.forward
     with monkeypatch.context() as patching:
         patching.setattr(kind, "forward", lambda self, x: real(self, x).flip(-1))
-        with pytest.raises(
-            TokenGateError, match=r"differs from what it computes now by [01].*safe"
-        ):
+        with pytest.raises(TokenGateError, match=r"what it computes now by [01].*safe"):
             tokengate.fold(model, DATA, dequantise=True)
         assert stored(model) == before
         folding = tokengate.fold(model, DATA, dequantise=True, safe=False)

@@ -128,8 +128,11 @@ def unfolded(model: nn.Module) -> Iterator[None]:
 def _reattach(each: Folded) -> None:
     each.put(merged=False)
     device = each.layer.weight.device
-    gate = None if each.gate is None else each.gate.to(device)
-    put_on(each.layer, each.modification.to(device), gate)
+    for part in (each.modification, each.gate):
+        # Only where it has to be: what is moved forgets what it has computed of W0.
+        if part is not None and any(p.device != device for p in part.parameters()):
+            part.to(device)
+    put_on(each.layer, each.modification, each.gate)
     if each.resting is not None:
         each.layer.__dict__ |= each.named
         each.layer.register_module("adapters", each.resting)
