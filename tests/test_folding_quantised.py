@@ -1,11 +1,13 @@
 """fold(dequantise=True): merged, a quantised layer is dense; undone, it is what it was."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from models import away_from_initialisation
-from test_quantised import BITSANDBYTES, KINDS, D, K, configuration, folder, quantised
+from test_interruptions import Interrupted
+from test_quantised import BITSANDBYTES, KINDS, K, configuration, folder, quantised
 from torch import nn
 
 import tokengate
@@ -13,6 +15,7 @@ from tokengate import Slices, TokenGateError
 from tokengate.linear_like import row_blocks
 from tokengate.quantised import is_quantised
 
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="the test extra is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["folder"]  # a fixture
 
@@ -147,6 +150,27 @@ def test_what_computes_with_other_weights_is_refused(monkeypatch):
     assert stored(model) == before
     with pytest.raises(TokenGateError, match="dequantise=1 is neither"):
         tokengate.fold(model, DATA, dequantise=1)
+
+
+def test_interrupted_it_is_quantised_still_or_dense():
+    names = {"put", "_write", "_read", "become", "fold_layers", "unfold", "_reattach"}
+    for way in ("fold", "undo"):
+        for at in range(500):
+            model = patched("8 bit")
+            folding = None
+            outputs(model)
+            if way == "undo":
+                folding = tokengate.fold(model, DATA, dequantise=True)
+            before, held = outputs(model), stored(model)
+            with Interrupted(names, at) as interrupted, contextlib.suppress(KeyboardInterrupt):
+                folding.undo() if folding else tokengate.fold(model, DATA, dequantise=True)
+            if not interrupted.happened:
+                break
+            assert torch.equal(outputs(model), before)
+            assert stored(model) == held
+            tokengate.unpatch(model)
+            assert type(model[0]) is bitsandbytes.nn.Linear8bitLt
+        assert at > 10
 
 
 def test_slices_of_a_quantised_layer_are_kept_or_dropped():

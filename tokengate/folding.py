@@ -15,7 +15,7 @@ from tokengate.accelerate_hooks import is_offloaded
 from tokengate.adapter_folder import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.batches import check_batches, evaluating, run
-from tokengate.dequantised import compute_dtype
+from tokengate.dequantised import compute_dtype, product_error
 from tokengate.errors import TokenGateError, brief
 from tokengate.factors import without_bias
 from tokengate.folded import (
@@ -37,9 +37,6 @@ from tokengate.report import SparsityReport
 from tokengate.sharding import is_sharded
 from tokengate.sliced_linear import take_off
 
-# How far 8-bit layers that round their inputs, too, may be from their dequantised weight: they
-# differ by about 0.01 of the output, and by 0.5 and more where a library misreads its own weight.
-_ROUNDED_INPUTS = 0.05
 # Columns of M's matrix that are computed at once.
 _COLUMNS = 256
 
@@ -294,7 +291,7 @@ def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
             if quantised:
                 w = _own_product(layer, x.to(total.dtype)).to(dtype)
                 error = _distance(found, w + _modification(layer, x, w))
-                wrong = wrong or error > _ROUNDED_INPUTS
+                wrong = wrong or error > product_error(layer)
         finally:
             layer.modification.train(training)
     if safe and wrong:
