@@ -180,7 +180,8 @@ def test_what_is_folded_is_unfolded(way):
         model.__dict__["folding"] = tokengate.fold(model, DATA)
         return model
 
-    names = {*FOLDING, *ATTACHING, "undo", "unfold", "_reattach", "_unpatch"}
+    names = {*FOLDING, *ATTACHING, "undo", "unfold", "_reattach", "_unpatch", "unpatch"}
+    names |= {"all_or_nothing", "unchanged_if_interrupted"}
     at_every_line(make, act, names, finish=gives_the_base_back)
 
 

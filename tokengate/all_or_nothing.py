@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def all_or_nothing(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
+def all_or_nothing(
+    modules: Iterable[nn.Module],
+    written: Iterable[Tensor] = (),
+    undo: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Whoever leaves this context by an exception, Ctrl-C too, finds the modules as they were.
 
     That is their classes, attributes, entries and hooks, and what is trained of them. Values are
-    given back to the tensors of `written` alone, which are copied for that.
+    given back to the tensors of `written` alone, which are copied for that. What else there is to
+    take back, `undo` does before.
     """
     before = [
         (
@@ -31,6 +36,7 @@ def all_or_nothing(modules: Iterable[nn.Module], written: Iterable[Tensor] = ())
     try:
         yield
     except BaseException:
+        undo()
         for module, kind, attributes, contents, trained in before:
             module.__class__ = kind
             module.__dict__.clear()

@@ -73,14 +73,15 @@ def unchanged_if_interrupted(
     """`all_or_nothing` for a model with layers that are folded, or are to be: the `entries`."""
     entries = folded(model).values() if entries is None else entries
     before = [(each, each.merged) for each in entries]
+
+    def put_back() -> None:
+        for each, merged in before:
+            each.put(merged)
+
     # A slice is no module of the model while it is folded.
-    with all_or_nothing([*model.modules(), *(each.layer for each in entries)]):
-        try:
-            yield
-        except BaseException:
-            for each, merged in before:
-                each.put(merged)
-            raise
+    modules = [*model.modules(), *(each.layer for each in entries)]
+    with all_or_nothing(modules, undo=put_back):
+        yield
 
 
 def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
