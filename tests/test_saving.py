@@ -64,6 +64,9 @@ def rewrite(folder, change):
 
 def refused(model, folder, *words, **options):
     """The one sentence that load answers, having touched nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # away from the saved values, which would not be seen to be loaded
     before = snapshot(model)
     with pytest.raises(TokenGateError) as error:
         tokengate.load(model, folder, **options)
@@ -407,8 +410,9 @@ def test_save_and_load_refuse_what_they_cannot_do(tmp_path):
     tokengate.save(trained(), tmp_path)
     with pytest.raises(TokenGateError, match="load was given a int"):
         tokengate.load(3, tmp_path)
+    model = fresh()
     with torch.inference_mode():
-        refused(fresh(), tmp_path, "load was called under torch.inference_mode")
+        refused(model, tmp_path, "load was called under torch.inference_mode")
 
 
 KEY, SHAPE = "blocks.0.fc1.modification.A", "[8, 8]"
@@ -555,6 +559,25 @@ def test_a_claim_of_any_size_costs_no_memory(tmp_path):
     forge(tmp_path, lambda c: c["layers"]["blocks.0.fc1"]["options"].update(rank=10**13))
     refused(fresh(), tmp_path, KEY, SHAPE, "10000000000000")
     refused(trained(), tmp_path, "rank=10000000000000")
+
+
+@pytest.mark.parametrize("options", [{"rank": 8.0}, {"rank": True}, {"dropout": 5}, {"scale": "1"}])
+def test_forged_options_are_refused(tmp_path, options):
+    """Also those that equal the model's own."""
+    rank = int(options.get("rank", 8))
+    tokengate.save(trained(rank=rank), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"]["options"].update(options))
+    [(name, value)] = options.items()
+    for model in (fresh(), trained(rank=rank)):
+        refused(model, tmp_path, f"{name}={value!r}", "'blocks.1.fc1'", str(tmp_path))
+
+
+@pytest.mark.parametrize("s", [-1e-4, 10**400])
+def test_a_forged_slope_is_refused(tmp_path, s):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(s=s))
+    for model in (fresh(), trained()):
+        refused(model, tmp_path, "the s of 'blocks.1.fc1'")
 
 
 @pytest.mark.parametrize("slices", [{"self": 8}, {"groups": 8}, {"q": 0}, {"q.k": 8}, {}])
