@@ -355,6 +355,53 @@ def test_saving_again_replaces(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_what_killed_saves_left_is_taken_away_when_nobody_can_be_writing_it(tmp_path):
+    tokengate.save(trained("lora"), tmp_path)
+    names = [f".adapter_{x}.0123abcd.tmp" for x in ("model.safetensors", "config.json")]
+    names += ["notes.tmp", ".other.tmp"]
+    for hours in (0.9, 1.1):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "half").write_bytes(b"1")
+            for path in (tmp_path / name / "half", tmp_path / name):
+                os.utime(path, (time.time() - hours * 3600,) * 2)
+        tokengate.save(trained("lora"), tmp_path)
+        left = {path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"}
+        assert left == set(names if hours < 1 else names[2:])
+    # A large file may take long to write, in a folder that changed when it was begun.
+    (tmp_path / names[0]).mkdir()
+    (tmp_path / names[0] / "half").write_bytes(b"1")
+    os.utime(tmp_path / names[0], (time.time() - 7200,) * 2)
+    tokengate.save(trained("lora"), tmp_path)
+    assert (tmp_path / names[0]).exists()
+
+
+@pytest.mark.parametrize("moment", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_save_within_a_save_leaves_one_of_the_two(tmp_path, monkeypatch, moment, before):
+    """What another process does just before or after one of the two files is put in place."""
+    tokengate.save(trained("lora"), tmp_path)
+    put, others = os.replace, []
+
+    def interrupted(source, target):
+        if os.path.basename(target) != moment or others:
+            return put(source, target)
+        others.append(moment)
+        if before:
+            tokengate.save(trained("dora"), tmp_path)
+        put(source, target)
+        if not before:
+            tokengate.save(trained("dora"), tmp_path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    tokengate.save(trained("adapter"), tmp_path)
+    assert others
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    last = "adapter" if before and moment == "adapter_model.safetensors" else "dora"
+    assert same(values(other), values(trained(last)))
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     tokengate.save(trained("lora"), tmp_path)
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -603,6 +650,12 @@ def test_forged_names_of_trained_parameters_are_refused(tmp_path):
     refused(fresh(), tmp_path, "for train")
 
 
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    """It is the whole process's, of which another thread may be making a file just then."""
+    monkeypatch.setattr(os, "umask", None)
+    tokengate.save(trained(), tmp_path)
+
+
 # Imports torch once, and is forked for every kill.
 SAVER = """
 import os, sys
@@ -644,7 +697,11 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
             found = [same(values(other), each) for each in wanted]
             assert any(found)
             seen.add(found.index(True))
-            halfway += any(path.suffix == ".tmp" for path in folder.iterdir())
+            names = {path.name for path in folder.iterdir()}
+            left = {name for name in names if name.startswith(".adapter_")}
+            assert names - left == {"adapter_config.json", "adapter_model.safetensors"}
+            assert all(name.endswith(".tmp") for name in left)
+            halfway += bool(left)
         server.stdin.close()
     # They came while it was writing, and after other numbers of saves.
     assert seen == {0, 1}
