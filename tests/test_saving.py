@@ -64,6 +64,9 @@ def rewrite(folder, change):
 
 def refused(model, folder, *words, **options):
     """The one sentence that load answers, having touched nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # away from the saved values, which would not be seen to be loaded
     before = snapshot(model)
     with pytest.raises(TokenGateError) as error:
         tokengate.load(model, folder, **options)
@@ -352,6 +355,53 @@ def test_saving_again_replaces(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_what_killed_saves_left_is_taken_away_when_nobody_can_be_writing_it(tmp_path):
+    tokengate.save(trained("lora"), tmp_path)
+    names = [f".adapter_{x}.0123abcd.tmp" for x in ("model.safetensors", "config.json")]
+    names += ["notes.tmp", ".other.tmp"]
+    for hours in (0.9, 1.1):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "half").write_bytes(b"1")
+            for path in (tmp_path / name / "half", tmp_path / name):
+                os.utime(path, (time.time() - hours * 3600,) * 2)
+        tokengate.save(trained("lora"), tmp_path)
+        left = {path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"}
+        assert left == set(names if hours < 1 else names[2:])
+    # A large file may take long to write, in a folder that changed when it was begun.
+    (tmp_path / names[0]).mkdir()
+    (tmp_path / names[0] / "half").write_bytes(b"1")
+    os.utime(tmp_path / names[0], (time.time() - 7200,) * 2)
+    tokengate.save(trained("lora"), tmp_path)
+    assert (tmp_path / names[0]).exists()
+
+
+@pytest.mark.parametrize("moment", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_save_within_a_save_leaves_one_of_the_two(tmp_path, monkeypatch, moment, before):
+    """What another process does just before or after one of the two files is put in place."""
+    tokengate.save(trained("lora"), tmp_path)
+    put, others = os.replace, []
+
+    def interrupted(source, target):
+        if os.path.basename(target) != moment or others:
+            return put(source, target)
+        others.append(moment)
+        if before:
+            tokengate.save(trained("dora"), tmp_path)
+        put(source, target)
+        if not before:
+            tokengate.save(trained("dora"), tmp_path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    tokengate.save(trained("adapter"), tmp_path)
+    assert others
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    last = "adapter" if before and moment == "adapter_model.safetensors" else "dora"
+    assert same(values(other), values(trained(last)))
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     tokengate.save(trained("lora"), tmp_path)
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -407,8 +457,9 @@ def test_save_and_load_refuse_what_they_cannot_do(tmp_path):
     tokengate.save(trained(), tmp_path)
     with pytest.raises(TokenGateError, match="load was given a int"):
         tokengate.load(3, tmp_path)
+    model = fresh()
     with torch.inference_mode():
-        refused(fresh(), tmp_path, "load was called under torch.inference_mode")
+        refused(model, tmp_path, "load was called under torch.inference_mode")
 
 
 KEY, SHAPE = "blocks.0.fc1.modification.A", "[8, 8]"
@@ -557,6 +608,25 @@ def test_a_claim_of_any_size_costs_no_memory(tmp_path):
     refused(trained(), tmp_path, "rank=10000000000000")
 
 
+@pytest.mark.parametrize("options", [{"rank": 8.0}, {"rank": True}, {"dropout": 5}, {"scale": "1"}])
+def test_forged_options_are_refused(tmp_path, options):
+    """Also those that equal the model's own."""
+    rank = int(options.get("rank", 8))
+    tokengate.save(trained(rank=rank), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"]["options"].update(options))
+    [(name, value)] = options.items()
+    for model in (fresh(), trained(rank=rank)):
+        refused(model, tmp_path, f"{name}={value!r}", "'blocks.1.fc1'", str(tmp_path))
+
+
+@pytest.mark.parametrize("s", [-1e-4, 10**400])
+def test_a_forged_slope_is_refused(tmp_path, s):
+    tokengate.save(trained(), tmp_path)
+    forge(tmp_path, lambda c: c["layers"]["blocks.1.fc1"].update(s=s))
+    for model in (fresh(), trained()):
+        refused(model, tmp_path, "the s of 'blocks.1.fc1'")
+
+
 @pytest.mark.parametrize("slices", [{"self": 8}, {"groups": 8}, {"q": 0}, {"q.k": 8}, {}])
 def test_forged_slices_are_refused(tmp_path, slices):
     tokengate.save(trained(), tmp_path)
@@ -578,6 +648,12 @@ def test_forged_names_of_trained_parameters_are_refused(tmp_path):
     tokengate.save(trained(train=["head"]), tmp_path)
     forge(tmp_path, lambda c: c.update(train=[["head"]]))
     refused(fresh(), tmp_path, "for train")
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    """It is the whole process's, of which another thread may be making a file just then."""
+    monkeypatch.setattr(os, "umask", None)
+    tokengate.save(trained(), tmp_path)
 
 
 # Imports torch once, and is forked for every kill.
@@ -621,7 +697,11 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
             found = [same(values(other), each) for each in wanted]
             assert any(found)
             seen.add(found.index(True))
-            halfway += any(path.suffix == ".tmp" for path in folder.iterdir())
+            names = {path.name for path in folder.iterdir()}
+            left = {name for name in names if name.startswith(".adapter_")}
+            assert names - left == {"adapter_config.json", "adapter_model.safetensors"}
+            assert all(name.endswith(".tmp") for name in left)
+            halfway += bool(left)
         server.stdin.close()
     # They came while it was writing, and after other numbers of saves.
     assert seen == {0, 1}

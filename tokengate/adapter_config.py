@@ -109,11 +109,11 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
             type(size) is not int for size in sizes.values()
         ):
             raise _wrong(where, f"the slices of {name!r}", sizes)
-        if layer.penalty is not None:
+        for part, value in (("penalty", layer.penalty), ("s", layer.s)):
             try:
-                non_negative("penalty", layer.penalty)
+                non_negative(part, 0.0 if value is None else value)
             except TokenGateError:
-                raise _wrong(where, f"the penalty of {name!r}", layer.penalty) from None
+                raise _wrong(where, f"the {part} of {name!r}", value) from None
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
     if any(type(name) is not str for name in config.train):

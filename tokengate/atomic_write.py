@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
-import tempfile
+import shutil
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+# In seconds. Nobody who is alive leaves a file that long between writing and renaming it.
+_ABANDONED = 3600
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, and put it in the place of `path` once it is on disk.
+    """Let `write` make a file, and put it in the place of `path` once it is on disk.
 
-    A process that is killed leaves what was there before, and perhaps the file beside it.
+    It is made in a folder of its own beside `path`, with all that libraries make meanwhile. A
+    process that is killed leaves what was there before, and perhaps that folder, which a write of
+    `path` more than an hour later takes away.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    _remove_abandoned(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    beside.mkdir()
     try:
-        write(beside)
-        with open(beside, "rb+") as file:
+        new = beside / path.name
+        new.touch()
+        rights = new.stat().st_mode  # of any new file of this user's
+        write(new)
+        new.chmod(rights)  # safetensors puts a file there that is for nobody else to read
+        with open(new, "rb+") as file:
             os.fsync(file.fileno())
-        # As any new file of this user's; mkstemp's is for nobody else to read.
-        beside.chmod(0o666 & ~_umask())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _remove_abandoned(path: Path) -> None:
+    # By age: the number of a process says nothing where several machines share the folder.
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process takes it away, too
+            last = max(each.stat().st_mtime for each in (old, *old.iterdir()))
+            if time.time() - last > _ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

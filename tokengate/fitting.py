@@ -76,7 +76,10 @@ class Fit:
                 self._reject(name, f"is in the adapter and not patched in the model; {near}")
             elif reason := _other_patch(layer, config):
                 self._reject(name, reason)
-            elif self._holds(name, layer.modification, layer.gate):
+            # Options that compare equal need not be valid: a rank of 8.0 is none.
+            elif self._holds(name, self._on_meta(name, layer), None) and self._holds(
+                name, layer.modification, layer.gate
+            ):
                 found[name] = layer
         for name in patched.keys() - self.saved.config.layers.keys():
             self._reject(name, "is patched in the model and not in the adapter")
@@ -116,7 +119,7 @@ class Fit:
             method = find_method(config.method)
             check_options(method, config.options)
             # On the meta device first: an adapter may claim any size.
-            if not self._holds(name, _on_meta(method, config, whole(layer).weight), None):
+            if not self._holds(name, self._on_meta(name, layer), None):
                 continue
             with weights_present(whole(layer)):
                 weight = layer.weight
@@ -175,6 +178,22 @@ class Fit:
                 self._reject(name, reason)
                 return False
         return True
+
+    def _on_meta(self, name: str, layer: Any) -> Modification | None:
+        """The layer's modification without memory; None if the method needs a real layer for it."""
+        config = self.saved.config.layers[name]
+        dtype = trainable_dtype(whole(layer).weight)
+        sizes = config.in_features, config.out_features
+        stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
+        try:
+            return find_method(config.method)(stub, **config.options)
+        except TokenGateError as error:
+            raise TokenGateError(
+                f"the adapter in {str(self.saved.folder)!r} has options for {name!r} that "
+                f"{config.method!r} refuses: {error}"
+            ) from None
+        except Exception:
+            return None
 
     def _reject(self, name: str, reason: str) -> None:
         if self._strict:
@@ -260,21 +279,6 @@ def _unequal(wanted: Tensor, found: Tensor) -> str | None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _on_meta(
-    method: type[Modification], config: LayerConfig, weight: Tensor
-) -> Modification | None:
-    """The modification without memory; None if the method needs a real layer to be made."""
-    dtype = trainable_dtype(weight)
-    sizes = config.in_features, config.out_features
-    stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
-    try:
-        return method(stub, **config.options)
-    except TokenGateError:
-        raise
-    except Exception:
-        return None
 
 
 def _fill(module: nn.Module, values: dict[str, Tensor], fresh: bool) -> None:

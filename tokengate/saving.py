@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
+from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig, parse
 from tokengate.adapter_folder import (
     CONFIG,
     METADATA,
@@ -25,6 +26,7 @@ from tokengate.adapter_folder import (
     WEIGHTS,
     all_finite,
     digest,
+    header,
     read_config,
 )
 from tokengate.atomic_write import write_atomically
@@ -56,9 +58,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
     there already is replaced, in an instant: a process that is killed while saving leaves the old
     one or the new one. Nothing is pickled.
 
-    One process at a time may save into a folder: of two at once, each may replace one of the files.
-    A model sharded by FSDP2 is gathered tensor by tensor: call it on every process, of which the
-    first writes. Otherwise call it on one.
+    Of several processes that save into one folder at once, the last one's adapter is left there,
+    if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
+    it on every process, of which the first writes. Otherwise call it on one.
 
     Args:
         model: a patched model.
@@ -98,18 +100,23 @@ def _save(model: nn.Module, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
-    found = ""
-
-    def write_weights(path: Path) -> None:
-        nonlocal found
-        save_file(tensors, path, metadata)
-        found = digest(path)
-
     # The weights come first and know their own configuration, and whose place they took: between
     # the two renamings `load` can tell that they are the newer ones.
-    write_atomically(folder / WEIGHTS, write_weights)
-    whole = json.dumps({**config.to_dict(), SHA256: found}, indent=1)
-    write_atomically(folder / CONFIG, lambda path: _write(path, whole))
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    _write_config(folder)
+
+
+def _write_config(folder: Path) -> None:
+    """Write the configuration of the weights that are in place, as they know it themselves.
+
+    They may be another process's, which has saved meanwhile: whoever looks last puts it right.
+    """
+    written, found = "", digest(folder / WEIGHTS)
+    while written != found:
+        own = parse(header(folder / WEIGHTS)[0].get(METADATA, ""), str(folder / WEIGHTS))
+        text = json.dumps({**own, SHA256: found}, indent=1)
+        write_atomically(folder / CONFIG, partial(_write, text=text))
+        written, found = found, digest(folder / WEIGHTS)
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
