@@ -14,42 +14,51 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rounds import Measurements
 from variants import BASE, PEFT, UNGATED
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # By the name of a case, of a variant: all its measurements.
-Found = dict[str, dict[str, list[float]]]
+Found = dict[str, Measurements]
 
 
-def report(found: Found, unit: str, options: argparse.Namespace, **more: Any) -> None:
-    """Print the table; write results.json and bars.png to `--out`."""
+def report(
+    found: Found,
+    unit: str,
+    options: argparse.Namespace,
+    figure: Figure | None = None,
+    **more: Any,
+) -> None:
+    """Print the table; write results.json and figure.png, of bars unless it is given."""
     options.out.mkdir(parents=True, exist_ok=True)
     print(table(found, unit))
-    text = json.dumps({**about(), "unit": unit, "results": found, **more}, indent=1)
+    text = json.dumps({**about(options), "unit": unit, "results": found, **more}, indent=1)
     (options.out / "results.json").write_text(text)
-    bars(found, unit, options.out / "bars.png")
-    print(f"\n{options.out}: results.json, bars.png")
+    figure = figure or bars(found, unit)
+    figure.savefig(options.out / "figure.png", dpi=150)
+    plt.close(figure)
+    print(f"\n{options.out}: results.json, figure.png")
 
 
-def about() -> dict[str, Any]:
-    """The command, and what it ran on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, and what it ran on."""
     return {
-        "command": " ".join(
-            ["python", "examples/benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]
-        ),
+        "script": Path(sys.argv[0]).name,
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
         "machine": f"{os.cpu_count()} cores {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 
 def table(found: Found, unit: str) -> str:
     """Markdown: medians with quartiles, and ratios of medians."""
-    others = (PEFT, UNGATED, BASE)
+    measured = next(iter(found.values()))
+    others = [name for name in (PEFT, UNGATED, BASE) if name in measured]
     head = ["case", "variant", f"{unit} (quartiles)", *(f"/ {name}" for name in others)]
     lines = [head, [":--", ":--", "--:", *["--:"] * len(others)]]
     for case, variants in found.items():
@@ -73,7 +82,7 @@ def table(found: Found, unit: str) -> str:
     )
 
 
-def bars(found: Found, unit: str, path: Path) -> None:
+def bars(found: Found, unit: str) -> Figure:
     """A group of bars for each case, whose marks are quartiles."""
     variants = list(dict.fromkeys(name for each in found.values() for name in each))
     figure, axes = plt.subplots(figsize=(2 + 1.5 * len(found), 4), layout="constrained")
@@ -88,5 +97,4 @@ def bars(found: Found, unit: str, path: Path) -> None:
     axes.set_xticks(range(len(found)), [case.replace(", ", "\n") for case in found])
     axes.set_ylabel(unit)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

@@ -69,8 +69,8 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--methods", nargs="+", default=["lora", "dora", "adalora"])
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the base")
     options.add_argument("--dropouts", nargs="+", type=float, default=[0.05])
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument(

@@ -9,10 +9,12 @@ All take their steps in turns, in one process, and start from the same values.
 
 from __future__ import annotations
 
-from results import report
+from comparison import compare
+from results import Found
 from rounds import timed
-from settings import parser, settings
-from variants import GATED, models, sparsity, tokens, trainings
+from settings import Setting, parser
+from torch import nn
+from variants import trainings
 
 
 def main() -> None:
@@ -24,14 +26,12 @@ def main() -> None:
     options = options.parse_args()
     if options.full:
         options.dropouts, options.same_dtype = [0.05, 0.0], True
-    found, closed = {}, {}
-    for setting in settings(options):
-        variants = models(setting, options.same_dtype)
+
+    def measure(variants: dict[str, nn.Module], setting: Setting) -> Found:
         steps = {name: t.step for name, t in trainings(variants, setting).items()}
-        seconds = timed(steps, options.rounds, options.warmup, options.seed, str(setting))
-        found[str(setting)] = {n: [1e3 * s for s in times] for n, times in seconds.items()}
-        closed[str(setting)] = sparsity(variants[GATED], tokens(setting))
-    report(found, "ms", options, sparsity=closed)
+        return {str(setting): timed(steps, options, str(setting))}
+
+    compare(options, measure, "ms")
 
 
 if __name__ == "__main__":
