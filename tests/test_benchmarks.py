@@ -1,0 +1,118 @@
+"""The benchmarks run, on tiny models; and what they compare is what it is called."""
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+import torch
+
+for library, extra in (("peft", "test"), ("transformers", "test"), ("matplotlib", "viz")):
+    pytest.importorskip(library, reason=f"the {extra} extra is not installed")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
+SHAPE = [
+    *("hidden_size=32", "intermediate_size=64", "num_hidden_layers=2", "vocab_size=64"),
+    *("num_attention_heads=4", "num_key_value_heads=2"),
+]
+TINY = [
+    *("--config", *SHAPE, "--batch", "2", "--length", "16", "--rank", "4"),
+    *("--rounds", "1", "--warmup", "0", "--threads", "1"),
+]
+ALL = {"frozen base", "tokengate, gated", "tokengate, ungated", "PEFT", "PEFT, same dtype"}
+METHODS = ["lora", "dora", "adalora"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the folder's files, none of which is known before or after."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert not names & set(sys.modules)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(script, monkeypatch, tmp_path, capsys):
+    """The results of one of the scripts, which also prints and draws them."""
+
+    def run(name, *arguments):
+        argv = [f"{name}.py", *TINY, *arguments, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        script(name).main()
+        text = (tmp_path / "results.json").read_text()
+        assert str(tmp_path) not in text
+        found = json.loads(text)
+        assert (found["options"]["seed"], found["options"]["threads"]) == (0, 1)
+        assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+        printed = capsys.readouterr().out
+        for case, variants in found["results"].items():
+            for variant, numbers in variants.items():
+                assert any(case in line and variant in line for line in printed.splitlines())
+                assert len(numbers) == 1
+                assert all(0 < number < math.inf for number in numbers)
+        assert all(0 < closed < 1 for closed in found["sparsity"].values())
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "cases"),
+    [
+        ("step", METHODS, [""]),
+        ("decode", ["dora"], [", prompt", ", token"]),
+        ("memory", ["adalora"], [", kept", ", peak"]),
+    ],
+)
+def test_all_variants_of_all_settings(run, name, methods, cases):
+    more = ["--new", "2"] if name == "decode" else []
+    dtypes = ["float32", "bfloat16"]
+    found = run(name, "--methods", *methods, "--dtypes", *dtypes, "--same-dtype", *more)
+    settings = {f"{m}, {d}, dropout 0.05" for m in methods for d in dtypes}
+    assert set(found["sparsity"]) == settings
+    assert set(found["results"]) == {setting + case for setting in settings for case in cases}
+    for case, variants in found["results"].items():
+        # In float32, PEFT's adapters are of the base's dtype as they come.
+        assert set(variants) == (ALL if "bfloat16" in case else ALL - {"PEFT, same dtype"})
+
+
+def test_four_axes(run):
+    axes = {"batches": "12", "ranks": "12", "widths": ("16", "32"), "layers": "12"}
+    found = run("scaling", *(word for axis in axes for word in (f"--{axis}", *axes[axis])))
+    assert set(found["results"]) == {f"{axis} {size}" for axis in axes for size in axes[axis]}
+    for variants in found["results"].values():
+        assert set(variants) == {"frozen base", "tokengate, gated", "tokengate, ungated"}
+    assert set(found["slopes"]) == set(axes)
+    for slopes in found["slopes"].values():
+        assert set(slopes) == {"tokengate, gated", "tokengate, ungated"}
+        assert all(map(math.isfinite, slopes.values()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_is_compared(script, monkeypatch, method):
+    monkeypatch.setattr(sys, "argv", ["", *TINY, "--methods", method, "--dtypes", "float32"])
+    settings, variants = script("settings"), script("variants")
+    [setting] = settings.settings(settings.parser("", "").parse_args())
+    ids = variants.tokens(setting)
+    with torch.no_grad():
+        logits = {n: m.eval()(input_ids=ids).logits for n, m in variants.models(setting).items()}
+    base, gated = logits["frozen base"], logits["tokengate, gated"]
+    ungated, peft = logits["tokengate, ungated"], logits["PEFT"]
+    change = (ungated - base).norm()
+    # AdaLoRA's is the smallest: a product of three that are.
+    assert change > 1e-4 * base.norm()
+    assert (peft - base).norm() > 1e-4 * base.norm()
+    assert (ungated - peft).norm() < 1e-2 * change
+    # Half of the positions are left alone.
+    assert (gated - ungated).norm() > 0.1 * change
+    assert (gated - base).norm() > 0.1 * change
