@@ -11,9 +11,9 @@ _PLAIN = (Tensor, nn.Parameter)
 def is_eager(*tensors: Tensor) -> bool:
     """False where what is computed is being traced, or the tensors are not plain ones.
 
-    Compiled code wants one graph for all values; `torch.func` transforms and fake tensors have no
-    values to look at.
+    Compiled code wants one graph for all values; in `torch.func` transforms, fake tensors and on
+    the meta device there are none to look at.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)

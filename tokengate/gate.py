@@ -260,14 +260,14 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
     Where such numbers can matter, each position is first scaled by a power of two, which is exact.
     """
     if x.dtype == torch.float16 or x.numel() == 0:  # its squares fit float32
-        return _plain_norms(x, dtype)
+        return plain_norms(x, dtype)
     if x.dtype != torch.float64 and is_eager(x):
         if x.device.type == "cuda":  # in double, because looking at values would wait for them
-            return _plain_norms(x, torch.float64)
+            return plain_norms(x, torch.float64)
         if x.device.type == "cpu":
-            norm, exponent = _plain_norms(x, dtype)
-            if ((norm > 1e-15) & (norm < 1e18)).all():
-                return norm, exponent
+            found = plain_norms(x, dtype)
+            if in_range(*found):
+                return found
     _, exponent = torch.frexp(x.abs().amax(-1).to(dtype))
     limit = 1022 if x.dtype == torch.float64 else 126
     exponent = exponent.clamp(-limit, limit)
@@ -275,9 +275,15 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
     return torch.linalg.vector_norm(x * scale.unsqueeze(-1), dim=-1, dtype=dtype), exponent
 
 
-def _plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
+def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
+    """The same where no square leaves the range of `dtype`."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
     return norm, torch.zeros_like(norm, dtype=torch.int32)
+
+
+def in_range(norm: Tensor, exponent: Tensor) -> bool:
+    """Whether no square that matters has left float32's range on the way to these plain norms."""
+    return bool(((norm > 1e-15) & (norm < 1e18)).all())
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

@@ -8,13 +8,22 @@ a few rows at a time, while a processor's cache holds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokengate.gate import Norms, TokenGate, accumulation_dtype, norms, threshold_direction
+from tokengate.gate import (
+    Norms,
+    TokenGate,
+    accumulation_dtype,
+    in_range,
+    norms,
+    opened,
+    plain_norms,
+    threshold_direction,
+)
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
@@ -69,9 +78,9 @@ class GatedSum(torch.autograd.Function):
         down = (rows @ up).view(z.shape)
         if needs_up:
             # 16-bit products are quicker this way round, wider ones the other.
-            opened = _where(is_open, z).reshape(-1, z.shape[-1])
+            kept_z = _where(is_open, z).reshape(-1, z.shape[-1])
             narrow = grad.element_size() < 4
-            grad_up = (opened.T @ rows).T if narrow else rows.T @ opened
+            grad_up = (kept_z.T @ rows).T if narrow else rows.T @ kept_z
         if needs_z:
             grad_z = _where(is_open, down)
         if needs_tau:
@@ -99,32 +108,43 @@ def _add_low_rank(
 ) -> tuple[Tensor, Tensor | None]:
     is_open = None
     if gate is not None:
-        of_w = [norms(_without(bias, out[b]), accumulation_dtype(out)) for b in _blocks(out)]
+        dtype = accumulation_dtype(out)
+        blocks = [slice(None)] if bias is None else _blocks(out)
+        of_w = [norms(_without(bias, out[block]), dtype) for block in blocks]
         is_open = gate.decide(_norms_of_product(z, up), _joined(of_w))
     add = out.addmm_ if in_place else out.addmm
     return add(_where(is_open, z), up.T), is_open
 
 
 def _add_with_gain(
-    out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gain: Tensor, gate: TokenGate | None
+    out: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    up: Tensor,
+    gain: Tensor,
+    gate: TokenGate | None,
+    norms_of: Callable[[Tensor, torch.dtype], Norms] = plain_norms,
 ) -> tuple[Tensor, Tensor | None]:
-    h, opened, measured = torch.empty_like(out), [], []
+    h, opens, of_m, of_w = torch.empty_like(out), [], [], []
     dtype = accumulation_dtype(out)
     for block in _blocks(out):
         w = _without(bias, out[block])
         m = (w * gain).addmm_(z[block], up.T)
         if gate is not None:
-            is_open = gate.decide(norms(m, dtype), norms(w, dtype))
-            opened.append(is_open)
-            measured.append(gate.measured)
+            of_m.append(norms_of(m, dtype))
+            of_w.append(norms_of(w, dtype))
+            opens.append(opened(of_m[-1], of_w[-1], gate.tau))
             # A closed position's M(x) is finite, or its gate would be open.
-            m.mul_(is_open.unsqueeze(-1).to(m.dtype))
+            m.mul_(opens[-1].unsqueeze(-1).to(m.dtype))
         torch.add(out[block], m, out=h[block])
     if gate is None:
         return h, None
+    both = _joined(of_m), _joined(of_w)
+    if norms_of is plain_norms and not (in_range(*both[0]) and in_range(*both[1])):
+        return _add_with_gain(out, z, bias, up, gain, gate, norms)
     if gate.measures:
-        gate.measured = torch.cat([r for r in measured if r is not None])
-    return h, torch.cat(opened)
+        gate.decide(*both)
+    return h, torch.cat(opens)
 
 
 def _through_gain(
@@ -147,13 +167,13 @@ def _through_gain(
         products = grad[block].to(dtype) * _without(bias, out[block]).to(dtype)
         mu.append(products @ wide)
         grad_gain = grad_gain + at[block] @ products
-        added = grad[block] * gain
+        part = grad[block]
         if is_open is not None:
-            added = added * at[block].unsqueeze(-1).to(grad.dtype)
+            part = part * at[block].unsqueeze(-1).to(grad.dtype)
         if passed is None:
-            through.append(grad[block] + added)
+            through.append(torch.addcmul(grad[block], part, gain))
         else:
-            torch.add(grad[block], added, out=passed[block])
+            torch.addcmul(grad[block], part, gain, out=passed[block])
     return (
         torch.cat(through) if passed is None else passed,
         torch.cat(mu),
@@ -162,16 +182,25 @@ def _through_gain(
 
 
 def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
-    """||up z_i||, `(N, r), (C, r) -> (N,), (N,)`, from the r x r products of the columns of `up`.
+    """||up z_i||, `(N, r), (C, r) -> (N,), (N,)`, from the r x r products of the columns of `up`."""
+    if z.device.type == "mps":  # which has no double
+        return _from_gram(z, up, torch.float32)[0]
+    if z.device.type == "cpu" and z.dtype != torch.float64:
+        found, bound = _from_gram(z, up, torch.float32)
+        # Else squares may have left float32's range, or what is left of their differences is
+        # rounding.
+        if ((bound > 1e-30) & (bound < 1e30) & (found[0].square() > 1e-3 * bound)).all():
+            return found
+    return _from_gram(z, up, torch.float64)[0]
 
-    In double, where the squares of narrower numbers stay in range and their differences exact.
-    """
-    dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    up, z = up.to(dtype), z.to(dtype)
-    squares = ((z @ (up.T @ up)) * z).sum(-1)
-    # A NaN stays one.
-    norm = squares.clamp(min=0).sqrt()
-    return norm, torch.zeros_like(norm, dtype=torch.int32)
+
+def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Norms, Tensor]:
+    """||up z_i||, and its largest possible square: ||up||^2 ||z_i||^2, `(N,)`."""
+    z, up = z.to(dtype), up.to(dtype)
+    gram = up.T @ up
+    norm = ((z @ gram) * z).sum(-1).clamp(min=0).sqrt()  # a NaN stays one
+    bound = gram.diagonal().sum() * z.square().sum(-1)
+    return (norm, torch.zeros_like(norm, dtype=torch.int32)), bound
 
 
 def _joined(parts: list[Norms]) -> Norms:
@@ -188,7 +217,7 @@ def _where(is_open: Tensor | None, x: Tensor) -> Tensor:
     if is_open is None:
         return x
     # A selection: what is closed is 0, whatever it was.
-    return torch.where(is_open.reshape(*x.shape[:-1], 1), x, torch.zeros_like(x))
+    return torch.where(is_open.reshape(*x.shape[:-1], 1), x, 0)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
