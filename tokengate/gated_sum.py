@@ -33,9 +33,9 @@ class GatedSum(torch.autograd.Function):
     """h = out + S (up z + gain w), w = out - bias, and S; forward and backward as `TokenGate`'s.
 
     `(..., out_features) -> (..., out_features), (...)`. Without a gate, S is None and counts as 1
-    everywhere. Kept for backward are z, `up`, S and, with
-    a gain, `out`. Unlike `TokenGate`'s, its backward multiplies a closed position by 0: a gradient
-    that is infinite there reaches `up`, too.
+    everywhere. Kept for backward are z, `up`, S and, with a gain, `out`. Unlike `TokenGate`'s, its
+    backward multiplies a closed position by 0: a gradient that is infinite there reaches `up`, too.
+    And its forward may give a closed position 0.0 where it had -0.0.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class GatedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, is_open, mask, pull = ctx.saved_tensors
-        _, needs_bias, needs_z, needs_up, needs_gain, needs_tau, *_ = ctx.needs_input_grad
+        _, needs_bias, needs_z, needs_up, _, needs_tau, *_ = ctx.needs_input_grad
         grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau = grad, *[None] * 5
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
@@ -155,7 +155,7 @@ def _through_gain(
     is_open: Tensor | None,
     in_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `out`, `(N, C)`; <gain * G_i, w_i>, `(N,)`; the gradient of `gain`, `(C,)`."""
+    """The gradients of `out`, `(N, C)`, and of `gain`, `(C,)`; between them <gain * G_i, w_i>."""
     dtype = accumulation_dtype(grad)
     wide = gain.to(dtype)
     at = grad.new_ones(len(grad), dtype=dtype) if is_open is None else is_open.flatten().to(dtype)
@@ -182,7 +182,7 @@ def _through_gain(
 
 
 def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
-    """||up z_i||, `(N, r), (C, r) -> (N,), (N,)`, from the r x r products of the columns of `up`."""
+    """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`."""
     if z.device.type == "mps":  # which has no double
         return _from_gram(z, up, torch.float32)[0]
     if z.device.type == "cpu" and z.dtype != torch.float64:
