@@ -17,13 +17,14 @@ peft = pytest.importorskip("peft", reason="the test extra is not installed")
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 # KiB beyond the input and the parameters, for k = 1024, d = 1536, T = 512, r = 16 in bfloat16 with
-# dropout 0.05. The dropout mask alone is 512.
-LIMITS = {"lora": 700, "dora": 2300, "adalora": 750, "adapter": 700}
+# dropout 0.05. The list of what is dropped is about 205 of it: 8 bytes each.
+LIMITS = {"lora": 300, "dora": 1900, "adalora": 300, "adapter": 300}
 
 
 def kept_for_backward(layer):
     """KiB that a 16-bit layer of 1024 -> 1536 features keeps beyond its input and parameters."""
     x = torch.randn(512, 1024, dtype=torch.bfloat16, requires_grad=True)
+    torch.manual_seed(0)  # of dropout
     own = {t.untyped_storage().data_ptr() for t in [x, *layer.parameters()]}
     packed = []
 
@@ -71,8 +72,8 @@ def table_of_the_readme():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_kept_for_backward(method, gate, bias):
     kept = kept_for_backward(patched(method, gate, bias, dropout=0.05))
-    assert 512 < kept <= LIMITS[method]
-    assert kept_for_backward(patched(method, gate, bias)) <= kept - 512
+    assert 195 < kept <= LIMITS[method]
+    assert kept_for_backward(patched(method, gate, bias)) <= kept - 195
 
 
 def test_what_the_readme_says_is_kept():

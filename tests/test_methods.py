@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.modifications.dropped_linear import dropped_linear
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -80,7 +81,7 @@ def run(layer, x, mask):
     out = F.linear(x, layer.weight, layer.bias)
     w = out if layer.bias is None else out - layer.bias
     factors = layer.modification.factors(x, w, layer)
-    return factors.add_where_open(out, w, layer.bias, layer.gate, mask)
+    return factors.add_to(out, w, layer.bias, layer.gate, mask)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -223,9 +224,10 @@ def test_permuting_tokens_permutes_outputs_and_a_row_stands_alone(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
-def test_dropout_is_the_plain_one_on_the_low_rank_path(method, gate):
-    """What is kept as a mask gives the gradients of dropout in plain autograd."""
-    layer = layer_of(64, 8, True, torch.float64, method, gate=gate, dropout=0.5)
+@pytest.mark.parametrize("dropout", [0.1, 0.5], ids=["listed", "mask"])
+def test_dropout_is_the_plain_one_on_the_low_rank_path(method, gate, dropout):
+    """What is kept of dropout gives the gradients of dropout in plain autograd."""
+    layer = layer_of(64, 8, True, torch.float64, method, gate=gate, dropout=dropout)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert not torch.equal(layer(x), layer(x))
 
@@ -236,10 +238,10 @@ def test_dropout_is_the_plain_one_on_the_low_rank_path(method, gate):
     x.grad = None
 
     torch.manual_seed(7)
-    keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(0.5)
-    assert 0.3 < keep.double().mean() < 0.7
+    factor = dropped_linear(torch.ones_like(x), torch.eye(64).double(), dropout, True, x.dtype)
+    assert sorted(set(factor.flatten().tolist())) == [0, 1 / (1 - dropout)]
     p = layer.modification
-    dropped = x * keep * 2
+    dropped = x * factor
     w = F.linear(x, layer.weight)
     if method == "adapter":
         m = F.relu(dropped @ p.D.T) @ p.U.T

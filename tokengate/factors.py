@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.eager import is_eager
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
+from tokengate.gated_sum import GatedSum
 from tokengate.precision import without_autocast
 
 
@@ -56,19 +58,40 @@ class Factors:
                     f"return {shape} in {w.dtype}, as w has it."
                 )
 
-    def add_where_open(
+    def add_to(
         self,
         out: Tensor,
         w: Tensor,
         bias: Tensor | None,
-        gate: TokenGate,
+        gate: TokenGate | None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """`out` with M(x) added where `gate` is open, `(..., out_features)`; and S, `(...)`.
 
         Forward and backward are those of `TokenGate`, with w = `out` - `bias`. Kept for backward
         are z, `up`, S and, with a gain, `out`.
+
+        Args:
+            out: the layer's output, `(..., out_features)`.
+            w: `out` without the bias.
+            bias: `(out_features,)`, or None.
+            gate: decides; its tau gets the gradient of eq. 14, 15 and 17. None: M(x) is added at
+                every position, and S is None.
+            mask: `(...)`; where it is 0, a position does not count.
+            in_place: `out` is nobody else's and may be written over.
         """
+        if is_eager(out, self.z, self.up):
+            self._check(w)
+            in_place = in_place and self.gain is None and _may_be_written(out)
+            tau = None if gate is None else gate.tau
+            with without_autocast(out.device):
+                summed: tuple[Tensor, Tensor | None] = GatedSum.apply(
+                    out, bias, self.z, self.up, self.gain, tau, gate, mask, in_place
+                )
+            return summed
+        if gate is None:
+            return out + self.product(w), None
         with torch.no_grad():
             m = self.product(w)
         is_open = gate.open_positions(w, m)
@@ -77,6 +100,15 @@ class Factors:
             out, m, bias, *factors, gate.tau, is_open, gate.pull(), mask
         )
         return h, is_open
+
+
+def _may_be_written(out: Tensor) -> bool:
+    # Through a view autograd would copy, and a dispatch mode may keep what it saw.
+    return out.is_contiguous() and out._base is None and not _dispatch_mode()
+
+
+def _dispatch_mode() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,17 +6,21 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import finite, non_negative
+from tokengate.eager import is_eager
 from tokengate.errors import TokenGateError
 from tokengate.precision import KeepsFloat32
 from tokengate.recomputation import in_backward
 from tokengate.sharding import number_here
 from tokengate.tally import by_sample, tally
+
+# Of positions: see `norms`.
+Norms: TypeAlias = tuple[Tensor, Tensor]
 
 
 def token_gate(
@@ -73,23 +77,26 @@ def token_gate(
 def open_positions(w: Tensor, m: Tensor, tau: Tensor) -> Tensor:
     """S of eq. 4 as booleans: `(..., C), (..., C) -> (...)`. No gradient flows through it."""
     with torch.no_grad():
-        tau = tau.reshape(()).to(accumulation_dtype(w, m))
-        m_norm, m_exponent = _scaled_norm(m, tau.dtype)
-        w_norm, w_exponent = _scaled_norm(w, tau.dtype)
-        # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-        return ~(torch.ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+        dtype = accumulation_dtype(w, m)
+        return opened(norms(m, dtype), norms(w, dtype), tau)
 
 
-def ratios(w: Tensor, m: Tensor) -> Tensor:
-    """r = ||m_i|| / ||w_i|| of eq. 4: `(..., C), (..., C) -> (...)`.
+def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
+    """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
+    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    tau = tau.reshape(()).to(w_norm.dtype)
+    # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
+    return ~(torch.ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+
+
+def ratios(of_m: Norms, of_w: Norms) -> Tensor:
+    """r = ||m_i|| / ||w_i|| of eq. 4, `(...)`, from the norms of m and of w.
 
     Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
     """
-    with torch.no_grad():
-        m_norm, m_exponent = _scaled_norm(m, accumulation_dtype(w, m))
-        w_norm, w_exponent = _scaled_norm(w, accumulation_dtype(w, m))
-        found = torch.ldexp(m_norm, m_exponent - w_exponent) / w_norm
-        return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
+    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    found = torch.ldexp(m_norm, m_exponent - w_exponent) / w_norm
+    return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
 
 
 class TokenGate(KeepsFloat32):
@@ -156,9 +163,15 @@ class TokenGate(KeepsFloat32):
 
     def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
         """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""
+        with torch.no_grad():
+            dtype = accumulation_dtype(w, m)
+            return self.decide(norms(m, dtype), norms(w, dtype))
+
+    def decide(self, of_m: Norms, of_w: Norms) -> Tensor:
+        """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
         if self.measures:
-            self.measured = ratios(w, m)
-        return open_positions(w, m, self.tau)
+            self.measured = ratios(of_m, of_w)
+        return opened(of_m, of_w, self.tau)
 
     def forward(
         self, out: Tensor, m: Tensor, is_open: Tensor, mask: Tensor | None = None
@@ -240,20 +253,37 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _scaled_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`(..., C) -> (...), (...)`: n and an integer e with ||x_i|| = n 2^e.
+def norms(x: Tensor, dtype: torch.dtype) -> Norms:
+    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and an integer e with ||x_i|| = n 2^e.
 
-    The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's
-    range, so each position is first scaled by a power of two, which is exact.
+    The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's range.
+    Where such numbers can matter, each position is first scaled by a power of two, which is exact.
     """
     if x.dtype == torch.float16 or x.numel() == 0:  # its squares fit float32
-        norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-        return norm, torch.zeros_like(norm, dtype=torch.int32)
+        return plain_norms(x, dtype)
+    if x.dtype != torch.float64 and is_eager(x):
+        if x.device.type == "cuda":  # in double, because looking at values would wait for them
+            return plain_norms(x, torch.float64)
+        if x.device.type == "cpu":
+            found = plain_norms(x, dtype)
+            if in_range(*found):
+                return found
     _, exponent = torch.frexp(x.abs().amax(-1).to(dtype))
     limit = 1022 if x.dtype == torch.float64 else 126
     exponent = exponent.clamp(-limit, limit)
     scale = torch.ldexp(torch.ones_like(exponent, dtype=dtype), -exponent).to(x.dtype)
     return torch.linalg.vector_norm(x * scale.unsqueeze(-1), dim=-1, dtype=dtype), exponent
+
+
+def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
+    """The same where no square leaves the range of `dtype`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    return norm, torch.zeros_like(norm, dtype=torch.int32)
+
+
+def in_range(norm: Tensor, exponent: Tensor) -> bool:
+    """Whether no square that matters has left float32's range on the way to these plain norms."""
+    return bool(((norm > 1e-15) & (norm < 1e18)).all())
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

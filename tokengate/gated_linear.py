@@ -107,9 +107,11 @@ class Gated(Swapped):
         if mask is not None:
             at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
         factors = modification.factors(input, w, cast(LinearLike, self))
-        if factors is not None and gate is not None:
-            return factors.add_where_open(out, w, self.bias, gate, at_positions)
-        m = _whole(modification, input, w) if factors is None else factors.product(w)
+        if factors is not None:
+            # Others than PyTorch's own layers may keep their output for backward.
+            fresh = self._own_class is nn.Linear and self._rows is None
+            return factors.add_to(out, w, self.bias, gate, at_positions, fresh)
+        m = _whole(modification, input, w)
         if gate is None:
             return out + m.to(out.dtype), None
         is_open = gate.open_positions(w, m)

@@ -323,11 +323,9 @@ class RankAllocator:
                 smoothed = self._sensitivity[name][factor]
                 now = torch.zeros_like(smoothed)
                 if gradient is not None:
-                    now = (parameter.detach() * gradient).abs()
-                    now = torch.nan_to_num(now, nan=0.0, posinf=0.0)
-                smoothed.mul_(beta1).add_(now, alpha=1 - beta1)
-                uncertainty = self._uncertainty[name][factor]
-                uncertainty.mul_(beta2).add_((now - smoothed).abs(), alpha=1 - beta2)
+                    now = (parameter.detach() * gradient).abs_().nan_to_num_(nan=0.0, posinf=0.0)
+                smoothed.lerp_(now, 1 - beta1)
+                self._uncertainty[name][factor].lerp_(now.sub_(smoothed).abs_(), 1 - beta2)
         self._gradients = {}
 
     def _allocate(self) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.eager import is_eager
 from tokengate.precision import without_autocast
+
+# Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
+_LISTED = 1 / 8
 
 
 def dropped_linear(
@@ -17,7 +22,8 @@ def dropped_linear(
     """drop(x) weight', computed in `dtype`: `(..., in_features) -> (..., rank)`.
 
     The same as `F.linear(F.dropout(x, dropout), weight)`, but kept for backward are `x`, `weight`
-    and a mask of one byte an element, instead of the dropped copy of `x` and casts of both.
+    and which elements are dropped, at most a byte an element, instead of the dropped copy of `x`
+    and casts of both.
 
     Args:
         x: the layer's input.
@@ -26,11 +32,34 @@ def dropped_linear(
         training: whether to drop them.
         dtype: the compute dtype, that of the layer's output.
     """
-    keep = None
+    dropped = None
     if training and dropout > 0:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
-    z: Tensor = _DroppedLinear.apply(x, weight, keep, 1 / (1 - dropout), dtype)
+        if dropout <= _LISTED and x.device.type == "cpu" and is_eager(x):
+            dropped = _draw(x.numel(), dropout)
+        else:
+            dropped = torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
+    z: Tensor = _DroppedLinear.apply(x, weight, dropped, 1 / (1 - dropout), dtype)
     return z
+
+
+def _draw(n: int, share: float) -> Tensor:
+    """The numbers of 0..n-1, each with probability `share`, in rising order: `(dropped,)`.
+
+    From one number to the next it is a geometric distance, so that only those are drawn.
+    """
+    found = torch.empty(0, dtype=torch.float64)
+    last = 0.0
+    while last <= n:
+        # Enough all but once in a billion times.
+        expected = (n - last) * share
+        size = int(expected + 6 * math.sqrt(expected)) + 8
+        # In double: the steps of a uniform float32 are seen in the distances.
+        distances = torch.rand(size, dtype=torch.float64).neg_().log1p_()
+        distances = distances.div_(math.log1p(-share)).floor_().add_(1)
+        numbers = distances.cumsum_(0).add_(last)
+        last = float(numbers[-1])
+        found = numbers if not len(found) else torch.cat([found, numbers])
+    return found[: int(torch.searchsorted(found, n + 0.5))].sub_(1).long()
 
 
 class _DroppedLinear(torch.autograd.Function):
@@ -38,30 +67,39 @@ class _DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, keep: Tensor | None, scale: float, dtype: torch.dtype
+        x: Tensor, weight: Tensor, dropped: Tensor | None, scale: float, dtype: torch.dtype
     ) -> Tensor:
         with without_autocast(x.device):
-            z = F.linear(_kept(x.to(dtype), keep), weight.to(dtype))
-        return z if keep is None else z * scale
+            z = F.linear(_thinned(x.to(dtype), dropped), weight.to(dtype))
+        return z if dropped is None else z * scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, keep, ctx.scale, _ = inputs
-        ctx.save_for_backward(x, weight, keep)
+        x, weight, dropped, ctx.scale, _ = inputs
+        ctx.save_for_backward(x, weight, dropped)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, keep = ctx.saved_tensors
+        x, weight, dropped = ctx.saved_tensors
         grad_x = grad_weight = None
-        if keep is not None:
+        if dropped is not None:
             grad = grad * ctx.scale
         if ctx.needs_input_grad[0]:
-            grad_x = _kept(grad @ weight.to(grad.dtype), keep).to(x.dtype)
+            grad_x = grad @ weight.to(grad.dtype)
+            fresh = not torch.is_grad_enabled()
+            grad_x = _thinned(grad_x, dropped, in_place=fresh).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            kept = _kept(x.to(grad.dtype), keep).reshape(-1, x.shape[-1])
-            grad_weight = (grad.reshape(-1, grad.shape[-1]).T @ kept).to(weight.dtype)
+            thinned = _thinned(x.to(grad.dtype), dropped).reshape(-1, x.shape[-1])
+            grad_weight = (grad.reshape(-1, grad.shape[-1]).T @ thinned).to(weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep
+def _thinned(x: Tensor, dropped: Tensor | None, in_place: bool = False) -> Tensor:
+    """`x` with 0 at `dropped`, a mask or a list of positions in the flattened `x`."""
+    if dropped is None:
+        return x
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0) if in_place else x.masked_fill(dropped, 0)
+    flat = x.flatten()
+    flat = flat.index_fill_(0, dropped, 0) if in_place else flat.index_fill(0, dropped, 0)
+    return flat.view(x.shape)

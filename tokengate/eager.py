@@ -1,0 +1,19 @@
+"""Whether a forward may look at values: branch on them, choose shapes by them, write in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """False where what is computed is being traced, or the tensors are not plain ones.
+
+    Compiled code wants one graph for all values; in `torch.func` transforms, fake tensors and on
+    the meta device there are none to look at.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)

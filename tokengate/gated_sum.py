@@ -1,0 +1,229 @@
+"""out + S M(x) of a factored M(x) as a CPU or GPU computes it fastest, one operation after another.
+
+`factors` has the same in terms that a compiler can fuse and `torch.func` transform. Here the gate
+acts on z, which is as wide as the rank: of M(x) alone there is no copy, and its norm is that of
+z under `up' up`. Where M(x) has a gain, it is as wide as the output; it is then made and used up
+a few rows at a time, while a processor's cache holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengate.gate import (
+    Norms,
+    TokenGate,
+    accumulation_dtype,
+    in_range,
+    norms,
+    opened,
+    plain_norms,
+    threshold_direction,
+)
+
+# Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
+_BLOCK = 2**18
+
+
+class GatedSum(torch.autograd.Function):
+    """h = out + S (up z + gain w), w = out - bias, and S; forward and backward as `TokenGate`'s.
+
+    `(..., out_features) -> (..., out_features), (...)`. Without a gate, S is None and counts as 1
+    everywhere. Kept for backward are z, `up`, S and, with a gain, `out`. Unlike `TokenGate`'s, its
+    backward multiplies a closed position by 0: a gradient that is infinite there reaches `up`, too.
+    And its forward may give a closed position 0.0 where it had -0.0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        bias: Tensor | None,
+        z: Tensor,
+        up: Tensor,
+        gain: Tensor | None,
+        tau: Tensor | None,
+        gate: TokenGate | None,
+        mask: Tensor | None,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1])
+        if gain is None:
+            h, is_open = _add_low_rank(*rows, bias, up, gate, in_place)
+        else:
+            h, is_open = _add_with_gain(*rows, bias, up, gain, gate)
+        if in_place:
+            ctx.mark_dirty(out)
+        pull: Tensor | float = 0.0
+        if gate is not None and tau is not None and is_open is not None:
+            is_open = is_open.view(out.shape[:-1])
+            ctx.mark_non_differentiable(is_open)
+            ctx.tau_dtype, ctx.tau_shape, pull = tau.dtype, tau.shape, gate.pull()
+        ctx.penalty = None if isinstance(pull, Tensor) else pull
+        kept = (None, None) if gain is None else (out, bias)
+        tensor = pull if isinstance(pull, Tensor) else None
+        ctx.save_for_backward(*kept, z, up, gain, is_open, mask, tensor)
+        return out if in_place else h.view(out.shape), is_open
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, bias, z, up, gain, is_open, mask, pull = ctx.saved_tensors
+        _, needs_bias, needs_z, needs_up, _, needs_tau, *_ = ctx.needs_input_grad
+        grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau = grad, *[None] * 5
+        rows = grad.reshape(-1, grad.shape[-1])
+        down = (rows @ up).view(z.shape)
+        if needs_up:
+            # 16-bit products are quicker this way round, wider ones the other.
+            kept_z = _where(is_open, z).reshape(-1, z.shape[-1])
+            narrow = grad.element_size() < 4
+            grad_up = (kept_z.T @ rows).T if narrow else rows.T @ kept_z
+        if needs_z:
+            grad_z = _where(is_open, down)
+        if needs_tau:
+            # At closed positions too: that is how a closed gate reopens.
+            dtype = accumulation_dtype(grad, z)
+            mu = (down.detach().to(dtype) * z.detach().to(dtype)).sum(-1)
+        if gain is not None:
+            in_blocks = not torch.is_grad_enabled()  # with gradients of its own, in one
+            grad_out, mu_of_w, grad_gain = _through_gain(
+                rows, out.reshape(rows.shape), bias, gain, is_open, in_blocks
+            )
+            if needs_bias:
+                grad_bias = -(grad_out - rows).sum(0).to(bias.dtype)
+            grad_out = grad_out.view(grad.shape)
+            if needs_tau:
+                mu = mu + mu_of_w.detach().view(mu.shape)
+        if needs_tau:
+            g = threshold_direction(mu, is_open, ctx.penalty if pull is None else pull, mask)
+            grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau, None, None, None
+
+
+def _add_low_rank(
+    out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None, in_place: bool
+) -> tuple[Tensor, Tensor | None]:
+    is_open = None
+    if gate is not None:
+        dtype = accumulation_dtype(out)
+        blocks = [slice(None)] if bias is None else _blocks(out)
+        of_w = [norms(_without(bias, out[block]), dtype) for block in blocks]
+        is_open = gate.decide(_norms_of_product(z, up), _joined(of_w))
+    add = out.addmm_ if in_place else out.addmm
+    return add(_where(is_open, z), up.T), is_open
+
+
+def _add_with_gain(
+    out: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    up: Tensor,
+    gain: Tensor,
+    gate: TokenGate | None,
+    norms_of: Callable[[Tensor, torch.dtype], Norms] = plain_norms,
+) -> tuple[Tensor, Tensor | None]:
+    h, opens, of_m, of_w = torch.empty_like(out), [], [], []
+    dtype = accumulation_dtype(out)
+    for block in _blocks(out):
+        w = _without(bias, out[block])
+        m = (w * gain).addmm_(z[block], up.T)
+        if gate is not None:
+            of_m.append(norms_of(m, dtype))
+            of_w.append(norms_of(w, dtype))
+            opens.append(opened(of_m[-1], of_w[-1], gate.tau))
+            # A closed position's M(x) is finite, or its gate would be open.
+            m.mul_(opens[-1].unsqueeze(-1).to(m.dtype))
+        torch.add(out[block], m, out=h[block])
+    if gate is None:
+        return h, None
+    both = _joined(of_m), _joined(of_w)
+    if norms_of is plain_norms and not (in_range(*both[0]) and in_range(*both[1])):
+        return _add_with_gain(out, z, bias, up, gain, gate, norms)
+    if gate.measures:
+        gate.decide(*both)
+    return h, torch.cat(opens)
+
+
+def _through_gain(
+    grad: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    is_open: Tensor | None,
+    in_blocks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `out`, `(N, C)`, and of `gain`, `(C,)`; between them <gain * G_i, w_i>."""
+    dtype = accumulation_dtype(grad)
+    wide = gain.to(dtype)
+    at = grad.new_ones(len(grad), dtype=dtype) if is_open is None else is_open.flatten().to(dtype)
+    passed = torch.empty_like(grad) if in_blocks else None
+    through: list[Tensor] = []
+    mu: list[Tensor] = []
+    grad_gain = torch.zeros_like(wide)
+    for block in _blocks(grad) if in_blocks else [slice(None)]:
+        products = grad[block].to(dtype) * _without(bias, out[block]).to(dtype)
+        mu.append(products @ wide)
+        grad_gain = grad_gain + at[block] @ products
+        part = grad[block]
+        if is_open is not None:
+            part = part * at[block].unsqueeze(-1).to(grad.dtype)
+        if passed is None:
+            through.append(torch.addcmul(grad[block], part, gain))
+        else:
+            torch.addcmul(grad[block], part, gain, out=passed[block])
+    return (
+        torch.cat(through) if passed is None else passed,
+        torch.cat(mu),
+        grad_gain.to(gain.dtype),
+    )
+
+
+def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
+    """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`."""
+    if z.device.type == "mps":  # which has no double
+        return _from_gram(z, up, torch.float32)[0]
+    if z.device.type == "cpu" and z.dtype != torch.float64:
+        found, bound = _from_gram(z, up, torch.float32)
+        # Else squares may have left float32's range, or what is left of their differences is
+        # rounding.
+        if ((bound > 1e-30) & (bound < 1e30) & (found[0].square() > 1e-3 * bound)).all():
+            return found
+    return _from_gram(z, up, torch.float64)[0]
+
+
+def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Norms, Tensor]:
+    """||up z_i||, and its largest possible square: ||up||^2 ||z_i||^2, `(N,)`."""
+    z, up = z.to(dtype), up.to(dtype)
+    gram = up.T @ up
+    norm = ((z @ gram) * z).sum(-1).clamp(min=0).sqrt()  # a NaN stays one
+    bound = gram.diagonal().sum() * z.square().sum(-1)
+    return (norm, torch.zeros_like(norm, dtype=torch.int32)), bound
+
+
+def _joined(parts: list[Norms]) -> Norms:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([n for n, _ in parts]), torch.cat([e for _, e in parts])
+
+
+def _without(bias: Tensor | None, out: Tensor) -> Tensor:
+    return out if bias is None else out - bias.to(out.dtype)
+
+
+def _where(is_open: Tensor | None, x: Tensor) -> Tensor:
+    if is_open is None:
+        return x
+    # A selection: what is closed is 0, whatever it was.
+    return torch.where(is_open.reshape(*x.shape[:-1], 1), x, 0)
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Of `(N, C)`: as many rows at a time as a cache holds; on a GPU all of them."""
+    size = max(1, len(rows))
+    if rows.device.type == "cpu":
+        size = max(1, _BLOCK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), size) if len(rows) else [0]:
+        yield slice(start, start + size)
