@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig, parse
+from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
 from tokengate.adapter_folder import (
     CONFIG,
     METADATA,
@@ -26,7 +26,7 @@ from tokengate.adapter_folder import (
     WEIGHTS,
     all_finite,
     digest,
-    header,
+    own_config,
     read_config,
 )
 from tokengate.atomic_write import write_atomically
@@ -111,12 +111,11 @@ def _write_config(folder: Path) -> None:
 
     They may be another process's, which has saved meanwhile: whoever looks last puts it right.
     """
-    written, found = "", digest(folder / WEIGHTS)
-    while written != found:
-        own = parse(header(folder / WEIGHTS)[0].get(METADATA, ""), str(folder / WEIGHTS))
-        text = json.dumps({**own, SHA256: found}, indent=1)
+    written = ""
+    while written != digest(folder / WEIGHTS):
+        own, written = own_config(folder / WEIGHTS)
+        text = json.dumps({**own, SHA256: written}, indent=1)
         write_atomically(folder / CONFIG, partial(_write, text=text))
-        written, found = found, digest(folder / WEIGHTS)
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
