@@ -23,6 +23,7 @@ from peft_adapters import (
     llama,
     loaded_by_peft,
     logits,
+    peft,
     saved_by_peft,
 )
 from safetensors.torch import load_file
@@ -79,6 +80,44 @@ def test_export(tmp_path, make, method, dtype):
         ours.state_dict().items(), again.state_dict().items(), strict=True
     ):
         assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", MODELS)
+def test_a_16_bit_base(tmp_path, make, method, dtype):
+    """What was trained is kept in float32; outputs agree as the base's own dtype allows."""
+    base = base_of(make, dtype)
+    train = ["classifier"] if make is bert else []
+    ours = tokengate.patch(copy.deepcopy(base), TARGETS[make], method, rank=3, tau=-1, train=train)
+    away_from_initialisation(ours, 0.3)
+    export_peft(ours, tmp_path)
+    for key, value in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert value.dtype == (dtype if "classifier" in key else torch.float32), key
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    expected = logits(theirs)
+    change = (expected - logits(base)).norm()
+    assert (logits(ours) - expected).norm() < 0.2 * change
+    # Without the rounding of every layer's output, in the same values.
+    twin = copy.deepcopy(base).float()
+    import_peft(twin, tmp_path)
+    wide = peft.PeftModel.from_pretrained(copy.deepcopy(base).float(), tmp_path).eval()
+    close(logits(twin), logits(wide), torch.float32)
+    # As PEFT saves it, adapters in float32 and in the base's dtype.
+    for wide_adapters in (True, False):
+        theirs = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path, autocast_adapter_dtype=wide_adapters
+        ).eval()
+        theirs.save_pretrained(tmp_path / "b")
+        again = copy.deepcopy(base)
+        import_peft(again, tmp_path / "b", tau=-1)
+        values = [p for layer in tokengate.layers(again).values() for p in layer.parameters()]
+        assert {p.dtype for p in values if p.requires_grad} == {torch.float32}
+        for (name, value), (_, other) in zip(
+            ours.state_dict().items(), again.state_dict().items(), strict=True
+        ):
+            narrow = value if wide_adapters or "tau" in name else value.to(dtype).to(value.dtype)
+            assert torch.equal(other, narrow), name
 
 
 @pytest.mark.parametrize("method", METHODS)
