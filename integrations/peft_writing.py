@@ -143,9 +143,10 @@ def lora_config(patched: Mapping[str, Gated | Folded]) -> dict[str, Any]:
 
 
 def _alpha(modification: Any) -> float:
-    given = None if modification.options.get("rslora") else modification.options.get("alpha")
+    given = modification.options.get("alpha")
     # PEFT computes alpha / rank, whatever the scale came from.
-    alpha = float(modification.scale * modification.rank if given is None else given)
+    exact = given is not None and given / modification.rank == modification.scale
+    alpha = float(given if exact else modification.scale * modification.rank)
     return int(alpha) if alpha.is_integer() else alpha
 
 

@@ -156,6 +156,12 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
         close(logits(ours), expected)
         export_peft(ours, tmp_path / "b")
         close(logits(loaded_by_peft(base, tmp_path / "b")), expected)
+        # The scale counts, also where it is no longer what alpha gave.
+        for layer in tokengate.layers(ours).values():
+            layer.modification.scale *= 2
+        export_peft(ours, tmp_path / "b")
+        assert (logits(ours) - expected).abs().max() > 1e-2
+        close(logits(loaded_by_peft(base, tmp_path / "b")), logits(ours))
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
             f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
-    for name, wrapper in _wrapped(model):
+    for name, wrapper in wrapped(model):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
             "first, then wrap."
@@ -268,7 +268,7 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
 
 
 def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
-    held = [(name, wrapper) for name, wrapper in _wrapped(model) if wrapper in _HOLDING]
+    held = [(name, wrapper) for name, wrapper in wrapped(model) if wrapper in _HOLDING]
     for name, layer in patched.items():  # of a part, too, of what is sharded as a whole
         own = () if layer.modification is None else layer.modification.parameters()
         if any(is_sharded(p) for p in own):
@@ -280,7 +280,7 @@ def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
         )
 
 
-def _wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
+def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What in `model` is wrapped, by name, and by what."""
     for name, module in model.named_modules():
         for base in type(module).__mro__:
