@@ -21,6 +21,7 @@ from tokengate import TokenGateError, layers
 from tokengate.adapter_config import AdapterConfig, LayerConfig
 from tokengate.adapter_folder import SavedAdapter
 from tokengate.arguments import finite, non_negative, switch
+from tokengate.errors import brief
 from tokengate.integrations import peft_writing as writing
 from tokengate.integrations.peft_format import KEYS, PREFIX, is_module_to_save, is_target
 from tokengate.integrations.peft_reading import PeftAdapter, read_peft
@@ -168,7 +169,7 @@ def export_peft(
     folder: str | Path,
     *,
     ungated: bool = False,
-    base_model_name: str | None = None,
+    base_model_name: str | Path | None = None,
     task_type: str | None = None,
 ) -> None:
     """Write the adapter of a patched model as PEFT would, so that PEFT loads it to equal outputs.
@@ -193,6 +194,10 @@ def export_peft(
     """
     patched = what_modifies(model, "export_peft")
     folder = Path(folder)
+    if not isinstance(base_model_name, (str, Path, type(None))):
+        raise TokenGateError(
+            f"base_model_name={brief(base_model_name)} is no name: pass e.g. 'some/llama'."
+        )
     method = writing.the_method(patched)
     if twice := _held_twice(model, patched):
         raise TokenGateError(
@@ -211,7 +216,7 @@ def export_peft(
     config = {
         "peft_type": "ADALORA" if method == "adalora" else "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_model_name,
+        "base_model_name_or_path": None if base_model_name is None else str(base_model_name),
         **writing.shared_config(model, patched, heads),
     }
     if method == "adalora":

@@ -79,6 +79,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         raise TokenGateError(
             f"{where} has a pattern that is no regular expression ({error}): correct it."
         ) from None
+    except TokenGateError as error:
+        raise TokenGateError(f"{where} is not as PEFT would have written it: {error}") from None
     if astray:
         raise TokenGateError(
             f"{str(folder / WEIGHTS)!r} has values for {astray[0]!r}, which the target_modules "
@@ -92,7 +94,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     parameters = {}
     for layer in found:
         own = {p: tensors[f"{PREFIX}{layer}.{suffix}"] for p, suffix in KEYS[method].items()}
-        parameters[layer] = _unpruned(own, masks[layer]) if method == "adalora" else own
+        parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
     return PeftAdapter(
         config, method, options, parameters, {k.removeprefix(PREFIX): tensors[k] for k in heads}
     )
@@ -108,8 +110,11 @@ def _config(folder: Path) -> dict[str, Any]:
                 "any code when it is read: if you trust it, load it with PEFT and save it again, "
                 "as safetensors."
             )
+        # Of adapters that are not called "default".
+        named = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+        hint = f", e.g. {str(folder / named[0])!r}" if named else ""
         raise TokenGateError(
-            f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote."
+            f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote{hint}."
         )
     config, where = read_config(folder), str(folder / CONFIG)
     if "peft_type" not in config:
@@ -172,9 +177,9 @@ def _options(config: dict[str, Any], method: str, layer: str) -> dict[str, Any]:
 
 
 def _masks(config: dict[str, Any], layers: set[str], where: str) -> dict[str, list[bool]]:
-    """Which of the initial rows each layer still has."""
+    """Which of the initial rows the layers still have that have not all of them."""
     rank = config.get("init_r", 12)
-    masks = {layer: [True] * rank for layer in layers}
+    masks = {}
     for key, mask in (config.get("rank_pattern") or {}).items():
         layer, _, part = key.rpartition(".")
         if part != "lora_E" or layer not in layers:
@@ -227,8 +232,10 @@ def _check_shapes(
             )
 
 
-def _unpruned(own: dict[str, Tensor], mask: list[bool]) -> dict[str, Tensor]:
+def _unpruned(own: dict[str, Tensor], mask: list[bool] | None) -> dict[str, Tensor]:
     """P, E and Q with the pruned rows, which contribute nothing, back in their places."""
+    if mask is None:
+        return {**own, "E": own["E"][:, 0]}
     kept = torch.tensor(mask, dtype=torch.bool)
     full = {
         "P": own["P"].new_zeros(len(own["P"]), len(mask)),

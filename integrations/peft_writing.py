@@ -102,7 +102,7 @@ def whole_modules(model: nn.Module, trained: dict[str, nn.Parameter]) -> list[st
 
 def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str | None) -> None:
     """An error if PEFT would take other modules than `heads` for its modules_to_save."""
-    if task is not None and task not in HEADS:
+    if task is not None and task not in list(HEADS):
         raise TokenGateError(f"task_type={brief(task)} is unknown: choose of {', '.join(HEADS)}.")
     modules = [*heads, *(HEADS[task] if task else ())]
     for name, _ in model.named_modules(remove_duplicate=False):
@@ -144,9 +144,10 @@ def lora_config(patched: Mapping[str, Gated | Folded]) -> dict[str, Any]:
 
 
 def _alpha(modification: Any) -> float:
-    given = None if modification.options.get("rslora") else modification.options.get("alpha")
+    given = modification.options.get("alpha")
     # PEFT computes alpha / rank, whatever the scale came from.
-    alpha = float(modification.scale * modification.rank if given is None else given)
+    exact = given is not None and given / modification.rank == modification.scale
+    alpha = float(given if exact else modification.scale * modification.rank)
     return int(alpha) if alpha.is_integer() else alpha
 
 
@@ -224,10 +225,18 @@ def check_folder(folder: Path) -> None:
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files, each of them whole or not at all."""
+    """Both files, each of them whole or not at all; a process killed between leaves the weights.
+
+    PEFT refuses those alone, where it would take an older configuration for theirs.
+    """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+
+    def write_weights(path: Path) -> None:
+        save_file(tensors, path, {"format": "pt"})
+        (folder / CONFIG).unlink(missing_ok=True)
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(folder / WEIGHTS, write_weights)
     write_atomically(folder / CONFIG, lambda path: _write(path, text))
 
 

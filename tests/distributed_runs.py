@@ -246,6 +246,27 @@ def everything(folder, engine, rank, port):
     dist.destroy_process_group()
 
 
+def exported(folder, rank, port):
+    """For PEFT, from a sharded model of each of its methods, trained for a step."""
+    join(rank, port)
+    from tokengate.integrations.hf_peft import export_peft
+
+    found = {}
+    for method in METHODS[:3]:
+        model = patched(method, train=["head"])
+        run = wrapped(model, "fsdp2")
+        optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1, s=1e-2))
+        step_of(run, model, optimizer, batch(0))
+        found[f"refused {method}"] = refusal(export_peft, model, folder / "refused")
+        export_peft(model, folder / method, ungated=True)
+        for layer in tokengate.layers(model).values():
+            torch.nn.init.constant_(layer.gate.tau, -1.0)
+        with torch.no_grad():
+            found[method] = run(batch(1)).tolist()
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def with_accelerate(folder, rank, port):
     """The README's loop, under data parallelism and under FSDP2."""
     join(rank, port)

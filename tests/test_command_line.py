@@ -175,6 +175,18 @@ def test_refusals_are_one_sentence(tmp_path, capsys):
     assert "safetensors" in refused(capsys, "inspect", tmp_path)
 
 
+def test_a_reader_that_has_enough_may_leave(tmp_path):
+    """As `| head -1`: no traceback, of however much is left."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(300)))
+    tokengate.save(tokengate.patch(model, "all-linear", rank=1), tmp_path)
+    command = [sys.executable, "-m", "tokengate.command_line", "inspect", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout.read(1) == b"{"
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["plan", "x"], ["inspect"], ["fold", "x"]])
 def test_a_wrong_call_shows_how_to_call(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -27,7 +27,7 @@ def both(folder):
 
 
 def distance(one, other):
-    return (torch.tensor(one) - torch.tensor(other)).abs().max().item()
+    return (torch.as_tensor(one) - torch.as_tensor(other)).abs().max().item()
 
 
 @pytest.mark.parametrize("method", runs.METHODS)
@@ -183,6 +183,24 @@ def test_one_ordinary_adapter(found, engine):
     for rank in (first, second):
         assert distance(rank["saved"]["before"], got) > 0.01
         assert distance(rank["saved"]["loaded"], got) < 1e-6
+
+
+def test_a_sharded_model_is_exported_for_peft(processes, tmp_path):
+    peft = pytest.importorskip("peft", reason="the test extra is not installed")
+    two_ranks.wait_for(two_ranks.start(processes, runs.exported, tmp_path))
+    first, second = both(tmp_path)
+    assert first.keys() == second.keys()
+    assert not (tmp_path / "refused").exists()
+    x = runs.batch(1)
+    for method in ("lora", "dora", "adalora"):
+        for rank in (first, second):
+            assert "tau above 0 in 6 of 6 layers" in rank[f"refused {method}"]
+        expected = torch.tensor(first[method])
+        assert distance(expected, second[method]) < 1e-6
+        base = tokengate.unpatch(runs.patched(method))
+        assert distance(base(x), expected) > 0.01
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / method).eval()
+        assert distance(theirs(x), expected) < 1e-5
 
 
 def test_accelerate(processes, tmp_path):

@@ -136,3 +136,15 @@ def test_an_infinite_gradient_at_a_closed_position_passes_no_further_than_up():
     assert z.grad[1:].isfinite().all()
     assert z.grad[1:].all()
     assert not up.grad.isfinite().any()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_a_caller_may_write_over_the_output(method, bias):
+    layer, x = layer_of(method, bias=bias), torch.randn(2, 5, 12)
+    h = layer(x)
+    wanted = h.detach() + 1
+    h += 1  # as Falcon does
+    assert torch.equal(h, wanted)
+    h.sum().backward()
+    assert layer.modification.B.grad.any()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tokengate
-from tokengate import DifferentBaseWarning, Slices, TokenGateError
+from tokengate import DifferentBaseWarning, Slices, TokenGateError, adapter_folder
 from tokengate.modifications import registry
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
@@ -402,6 +402,33 @@ def test_a_save_within_a_save_leaves_one_of_the_two(tmp_path, monkeypatch, momen
     assert same(values(other), values(trained(last)))
 
 
+@pytest.mark.parametrize("step", ["header", "digest", "finite_tensors"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, step, method):
+    def newer():
+        model = trained(method)
+        for layer in tokengate.layers(model).values():
+            layer.gate.penalty = 0.5
+            layer.modification.A.data.neg_()
+        return model
+
+    tokengate.save(trained("lora"), tmp_path)
+    read, times = getattr(adapter_folder, step), []
+
+    def replaced(*args):
+        times.append(step)
+        if len(times) == 1:
+            tokengate.save(newer(), tmp_path)
+        return read(*args)
+
+    monkeypatch.setattr(adapter_folder, step, replaced)
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    assert len(times) > 1
+    assert same(values(other), values(newer()))
+    assert {layer.gate.penalty for layer in tokengate.layers(other).values()} == {0.5}
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     tokengate.save(trained("lora"), tmp_path)
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -460,6 +487,18 @@ def test_save_and_load_refuse_what_they_cannot_do(tmp_path):
     model = fresh()
     with torch.inference_mode():
         refused(model, tmp_path, "load was called under torch.inference_mode")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inside"), [(torch.compile, "_orig_mod"), (nn.DataParallel, "module")]
+)
+def test_a_wrapper_is_not_saved_under_names_that_no_model_has(tmp_path, wrap, inside):
+    run = wrap(trained())
+    with pytest.raises(TokenGateError, match=rf"names begin with '{inside}\.'.*its \.{inside}\.$"):
+        tokengate.save(run, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    tokengate.save(getattr(run, inside), tmp_path / "a")
+    tokengate.load(fresh(), tmp_path / "a")
 
 
 KEY, SHAPE = "blocks.0.fc1.modification.A", "[8, 8]"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import safe_open
 from torch import Tensor
@@ -35,12 +36,38 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 
     What can be named is named: a tensor that is missing, or of another shape or dtype than the
     configuration says, or not finite. Then what was changed otherwise since it was saved is found
-    by its digest.
+    by its digest. What another process replaces meanwhile is read again, so that nothing is of two
+    adapters.
 
     Raises:
         TokenGateError: the folder or one of its files is missing, damaged or was changed.
     """
     folder = Path(folder)
+    while True:
+        before = _state(folder)
+        try:
+            adapter = _read(folder)
+        except TokenGateError:
+            if before == _state(folder):
+                raise
+        else:
+            if before == _state(folder):
+                return adapter
+
+
+def _state(folder: Path) -> list[tuple[int, ...] | None]:
+    """Another one when a file has been replaced, as by a process that saves meanwhile."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG, WEIGHTS):
+        try:
+            there = os.stat(folder / name)
+            found.append((there.st_ino, there.st_size, there.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _read(folder: Path) -> SavedAdapter:
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if not path.exists():
             raise TokenGateError(
@@ -90,11 +117,29 @@ def all_finite(tensor: Tensor) -> bool:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    found = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while block := file.read(1 << 20):
+        found.update(block)
     return found.hexdigest()
+
+
+def own_config(path: Path) -> tuple[dict[str, Any], str]:
+    """What weights that `save` wrote know as their configuration, and their digest.
+
+    Both of one file, though another process may put its own there meanwhile: safetensors would
+    open it twice.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size).decode("utf-8", "replace")
+        metadata = parse(text, str(path)).get("__metadata__", {})
+        file.seek(0)
+        return parse(metadata.get(METADATA, ""), str(path)), _digest(file)
 
 
 def header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:

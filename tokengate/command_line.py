@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for warning in caught:
         print(f"tokengate {given.command}: warning: {warning.message}", file=sys.stderr)
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as of `| head`, which has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -51,11 +51,14 @@ class GatedSum(torch.autograd.Function):
         mask: Tensor | None,
         in_place: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1])
+        # Not a view, or the caller might not write over it.
+        h = out if in_place else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        width, rank = out.shape[-1], z.shape[-1]
+        rows = h.view(-1, width), out.reshape(-1, width), z.reshape(-1, rank)
         if gain is None:
-            h, is_open = _add_low_rank(*rows, bias, up, gate, in_place)
+            is_open = _add_low_rank(*rows, bias, up, gate)
         else:
-            h, is_open = _add_with_gain(*rows, bias, up, gain, gate)
+            is_open = _add_with_gain(*rows, bias, up, gain, gate)
         if in_place:
             ctx.mark_dirty(out)
         pull: Tensor | float = 0.0
@@ -67,7 +70,7 @@ class GatedSum(torch.autograd.Function):
         kept = (None, None) if gain is None else (out, bias)
         tensor = pull if isinstance(pull, Tensor) else None
         ctx.save_for_backward(*kept, z, up, gain, is_open, mask, tensor)
-        return out if in_place else h.view(out.shape), is_open
+        return h, is_open
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -104,19 +107,21 @@ class GatedSum(torch.autograd.Function):
 
 
 def _add_low_rank(
-    out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None, in_place: bool
-) -> tuple[Tensor, Tensor | None]:
+    h: Tensor, out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None
+) -> Tensor | None:
+    """Write `out` + S up z to `h`, which may be `out`; S."""
     is_open = None
     if gate is not None:
         dtype = accumulation_dtype(out)
         blocks = [slice(None)] if bias is None else _blocks(out)
         of_w = [norms(_without(bias, out[block]), dtype) for block in blocks]
         is_open = gate.decide(_norms_of_product(z, up), _joined(of_w))
-    add = out.addmm_ if in_place else out.addmm
-    return add(_where(is_open, z), up.T), is_open
+    torch.addmm(out, _where(is_open, z), up.T, out=h)
+    return is_open
 
 
 def _add_with_gain(
+    h: Tensor,
     out: Tensor,
     z: Tensor,
     bias: Tensor | None,
@@ -124,8 +129,9 @@ def _add_with_gain(
     gain: Tensor,
     gate: TokenGate | None,
     norms_of: Callable[[Tensor, torch.dtype], Norms] = plain_norms,
-) -> tuple[Tensor, Tensor | None]:
-    h, opens, of_m, of_w = torch.empty_like(out), [], [], []
+) -> Tensor | None:
+    """Write `out` + S (up z + gain w) to `h`; S."""
+    opens, of_m, of_w = [], [], []
     dtype = accumulation_dtype(out)
     for block in _blocks(out):
         w = _without(bias, out[block])
@@ -138,13 +144,13 @@ def _add_with_gain(
             m.mul_(opens[-1].unsqueeze(-1).to(m.dtype))
         torch.add(out[block], m, out=h[block])
     if gate is None:
-        return h, None
+        return None
     both = _joined(of_m), _joined(of_w)
     if norms_of is plain_norms and not (in_range(*both[0]) and in_range(*both[1])):
-        return _add_with_gain(out, z, bias, up, gain, gate, norms)
+        return _add_with_gain(h, out, z, bias, up, gain, gate, norms)
     if gate.measures:
         gate.decide(*both)
-    return h, torch.cat(opens)
+    return torch.cat(opens)
 
 
 def _through_gain(

@@ -262,7 +262,7 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
             f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
-    for name, wrapper in _wrapped(model):
+    for name, wrapper in wrapped(model):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
             "first, then wrap."
@@ -278,7 +278,7 @@ def check_can_fold(model: nn.Module) -> None:
                 f"fold was called while {name!r} is disabled, where W0 has to stay in place: call "
                 "it outside of tokengate.disabled."
             )
-    for name, wrapper in (*_wrapped(model), *_sharded(patched)):
+    for name, wrapper in (*wrapped(model), *_sharded(patched)):
         raise TokenGateError(
             f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes "
             "out: fold a model that is not wrapped, and wrap it then."
@@ -286,7 +286,7 @@ def check_can_fold(model: nn.Module) -> None:
 
 
 def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
-    held = (each for each in _wrapped(model) if each[1] in _HOLDING)
+    held = (each for each in wrapped(model) if each[1] in _HOLDING)
     for name, wrapper in (*held, *_sharded(patched)):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters that "
@@ -294,7 +294,7 @@ def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
         )
 
 
-def _wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
+def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What in `model` is wrapped, by name, and by what."""
     for name, module in model.named_modules():
         for base in type(module).__mro__:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig, parse
+from tokengate.adapter_config import AdapterConfig, LayerConfig, TensorConfig
 from tokengate.adapter_folder import (
     CONFIG,
     METADATA,
@@ -26,7 +26,7 @@ from tokengate.adapter_folder import (
     WEIGHTS,
     all_finite,
     digest,
-    header,
+    own_config,
     read_config,
 )
 from tokengate.atomic_write import write_atomically
@@ -37,7 +37,7 @@ from tokengate.gated_linear import Gated, layers, own_parameters, require_layers
 from tokengate.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.modifications.registry import name_of
 from tokengate.named_adapters import check_name, use
-from tokengate.patching import asked_of
+from tokengate.patching import asked_of, wrapped
 from tokengate.sharding import gathered, is_sharded
 from tokengate.slices import Slices
 
@@ -47,6 +47,13 @@ _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+}
+
+# What these put before all names of the model that they wrap.
+_PREFIXES = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "torch.compile": "_orig_mod",
 }
 
 
@@ -68,9 +75,10 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
         name: of several adapters, see `use`; that in use by default.
 
     Raises:
-        TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
-            know; a value is not finite, not there (on the meta device, or elsewhere under ZeRO-3)
-            or of a dtype that is not floating-point; `folder` is a file.
+        TokenGateError: no layer is patched; `model` is a wrapper, of DistributedDataParallel or
+            torch.compile, whose names no other model has; a method has no name, or an option that
+            JSON does not know; a value is not finite, not there (on the meta device, or elsewhere
+            under ZeRO-3) or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
     if name is not None:
@@ -111,16 +119,22 @@ def _write_config(folder: Path) -> None:
 
     They may be another process's, which has saved meanwhile: whoever looks last puts it right.
     """
-    written, found = "", digest(folder / WEIGHTS)
-    while written != found:
-        own = parse(header(folder / WEIGHTS)[0].get(METADATA, ""), str(folder / WEIGHTS))
-        text = json.dumps({**own, SHA256: found}, indent=1)
+    written = ""
+    while written != digest(folder / WEIGHTS):
+        own, written = own_config(folder / WEIGHTS)
+        text = json.dumps({**own, SHA256: written}, indent=1)
         write_atomically(folder / CONFIG, partial(_write, text=text))
-        written, found = found, digest(folder / WEIGHTS)
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     """The layers with a modification; what is merged has one that is added everywhere."""
+    for name, wrapper in wrapped(model):
+        if name == "the model" and wrapper in _PREFIXES:
+            prefix = _PREFIXES[wrapper]
+            raise TokenGateError(
+                f"{caller} was given what {wrapper} made of a model, in which all names begin with "
+                f"'{prefix}.', as in no plain model: pass the model inside, which is its .{prefix}."
+            )
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()
