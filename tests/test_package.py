@@ -179,7 +179,7 @@ def test_the_extras_of_the_examples_are_what_they_import(folder, extras):
     text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
 
     def extra(name):
-        return ast.literal_eval(text.split(f"\n{name} = ")[1].split("\n")[0])
+        return ast.literal_eval(text.split(f"\n{name} = ")[1].split("]\n")[0] + "]")
 
     wanted = []
     for each in extras:
