@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny models; and what they compare is what it is called."""
 
+import gc
 import importlib
 import json
 import math
@@ -98,11 +99,17 @@ def test_four_axes(run):
         assert all(map(math.isfinite, slopes.values()))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_is_compared(script, monkeypatch, method):
-    monkeypatch.setattr(sys, "argv", ["", *TINY, "--methods", method, "--dtypes", "float32"])
-    settings, variants = script("settings"), script("variants")
-    [setting] = settings.settings(settings.parser("", "").parse_args())
+@pytest.fixture(params=METHODS)
+def setting(request, script, monkeypatch):
+    """A tiny one of each method."""
+    monkeypatch.setattr(sys, "argv", ["", *TINY, "--methods", request.param, "--dtypes", "float32"])
+    settings = script("settings")
+    [found] = settings.settings(settings.parser("", "").parse_args())
+    return found
+
+
+def test_the_same_is_compared(script, setting):
+    variants = script("variants")
     ids = variants.tokens(setting)
     with torch.no_grad():
         logits = {n: m.eval()(input_ids=ids).logits for n, m in variants.models(setting).items()}
@@ -116,3 +123,17 @@ def test_the_same_is_compared(script, monkeypatch, method):
     # Half of the positions are left alone.
     assert (gated - ungated).norm() > 0.1 * change
     assert (gated - base).norm() > 0.1 * change
+
+
+def test_what_was_kept_is_given_back(script, setting):
+    variants, memory = script("variants"), script("memory")
+
+    def tensors_after(training):
+        assert memory.kept(training) > 0
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        # A layer takes the hooks for checkpointing, and remembers two channels of 32 inputs.
+        return sum(tensor.shape[-1:] != (2,) for tensor in tensors)
+
+    for training in variants.trainings(variants.models(setting), setting).values():
+        assert tensors_after(training) == tensors_after(training)

@@ -176,17 +176,24 @@ def test_packages_on_disk_are_the_packages_listed():
     assert f'version = "{tokengate.__version__}"' in text
 
 
-def test_the_examples_extra_is_what_the_examples_import():
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("examples", ["examples"]), ("examples/benchmarks", ["examples", "test"])],
+)
+def test_the_extras_of_the_examples_are_what_they_import(folder, extras):
     text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
 
     def extra(name):
-        return ast.literal_eval(text.split(f"\n{name} = ")[1].split("\n")[0])
+        return ast.literal_eval(text.split(f"\n{name} = ")[1].split("]\n")[0] + "]")
 
-    first, *wanted = extra("examples")
-    for name in first.removeprefix("tokengate[").removesuffix("]").split(","):
-        wanted += extra(name)
+    wanted = []
+    for each in extras:
+        first, *own = extra(each)
+        wanted += own
+        for name in first.removeprefix("tokengate[").removesuffix("]").split(","):
+            wanted += extra(name)
     installed = {requirement.split(">=")[0] for requirement in wanted}
-    files = list((ROOT / "examples").glob("*.py"))
+    files = list((ROOT / folder).glob("*.py"))
     imported = set()
     for file in files:
         for node in ast.parse(file.read_text()).body:

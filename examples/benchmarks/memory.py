@@ -33,6 +33,7 @@ def kept(training: Training) -> float:
     packed: list[weakref.ref[Tensor]] = []
 
     def pack(t: Tensor) -> Tensor:
+        t = t.detach()  # or a node that keeps its own output is never freed
         packed.append(weakref.ref(t))
         return t
 
