@@ -28,7 +28,9 @@ _KINDS = ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForC
 def build(name: str, architecture: str | None = None) -> nn.Module:
     """The model that `name` describes, in evaluation mode, without memory for its parameters.
 
-    Nothing is downloaded, and no code that comes with a model is run.
+    Nothing is downloaded, and no code that comes with a model is run. A base whose configuration
+    says that it is quantised is built as if it were not: names and shapes are the same, its memory
+    would be less.
 
     Args:
         name: a `config.json` of transformers, a folder that has one, or `timm:` and a name.
