@@ -1,7 +1,12 @@
 """Small models, and what a model looked like."""
 
+import contextlib
+
+import pytest
 import torch
 from torch import nn
+
+from tokengate import TokenGateError
 
 
 class Block(nn.Module):
@@ -53,3 +58,16 @@ def away_from_initialisation(model, scale=0.5):
             for parameter in layer.modification.parameters():
                 parameter.normal_(std=scale)
     return model
+
+
+@contextlib.contextmanager
+def one_sentence(*words):
+    """What is done within is answered by one sentence with these words; the list given has it."""
+    text = []
+    with pytest.raises(TokenGateError) as error:
+        yield text
+    text.append(str(error.value))
+    assert "\n" not in text[0]
+    assert text[0].endswith(".")
+    for word in words:
+        assert word in text[0], text[0]

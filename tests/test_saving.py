@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, snapshot
+from models import Net, away_from_initialisation, one_sentence, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,15 +68,10 @@ def refused(model, folder, *words, **options):
         for parameter in model.parameters():
             parameter.add_(1)  # away from the saved values, which would not be seen to be loaded
     before = snapshot(model)
-    with pytest.raises(TokenGateError) as error:
+    with one_sentence(*words) as text:
         tokengate.load(model, folder, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.endswith(".")
-    for word in words:
-        assert word in text, text
     assert snapshot(model) == before
-    return text
+    return text[0]
 
 
 @pytest.mark.parametrize("method", METHODS)

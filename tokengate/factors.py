@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tokengate.eager import is_eager
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
-from tokengate.gated_sum import GatedSum
+from tokengate.gated_sum import GatedSum, without_bias
 from tokengate.precision import without_autocast
 
 
@@ -104,16 +104,8 @@ class Factors:
 
 def _may_be_written(out: Tensor) -> bool:
     # Through a view autograd would copy, and a dispatch mode may keep what it saw.
-    return out.is_contiguous() and out._base is None and not _dispatch_mode()
-
-
-def _dispatch_mode() -> bool:
-    return bool(torch._C._len_torch_dispatch_stack())
-
-
-def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
-    """w = W0 x from a linear layer's output: `(..., out_features) -> (..., out_features)`."""
-    return out if bias is None else out - bias.to(out.dtype)
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return out.is_contiguous() and out._base is None and not watched
 
 
 class _FactoredGate(torch.autograd.Function):

@@ -17,7 +17,6 @@ from tokengate.arguments import positive, switch
 from tokengate.batches import check_batches, evaluating, run
 from tokengate.dequantised import compute_dtype, product_error
 from tokengate.errors import TokenGateError, brief
-from tokengate.factors import without_bias
 from tokengate.folded import (
     as_folded,
     fold_layers,
@@ -27,6 +26,7 @@ from tokengate.folded import (
     unfolded,
 )
 from tokengate.gated_linear import Gated, require_layers
+from tokengate.gated_sum import without_bias
 from tokengate.linear_like import LinearLike, LinearSlice, holder, is_transposed, row_blocks, whole
 from tokengate.named_adapters import adapter_names
 from tokengate.padding import follow_masks, unfollow_masks

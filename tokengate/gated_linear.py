@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tokengate.accelerate_hooks import check_resident
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
-from tokengate.factors import without_bias
 from tokengate.gate import TokenGate
+from tokengate.gated_sum import without_bias
 from tokengate.linear_like import LinearLike
 from tokengate.modifications import Modification
 from tokengate.recomputation import MaskMemory

@@ -106,6 +106,11 @@ class GatedSum(torch.autograd.Function):
         return grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau, None, None, None
 
 
+def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    """w = W0 x from a linear layer's output: `(..., out_features) -> (..., out_features)`."""
+    return out if bias is None else out - bias.to(out.dtype)
+
+
 def _add_low_rank(
     h: Tensor, out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None
 ) -> Tensor | None:
@@ -114,7 +119,7 @@ def _add_low_rank(
     if gate is not None:
         dtype = accumulation_dtype(out)
         blocks = [slice(None)] if bias is None else _blocks(out)
-        of_w = [norms(_without(bias, out[block]), dtype) for block in blocks]
+        of_w = [norms(without_bias(out[block], bias), dtype) for block in blocks]
         is_open = gate.decide(_norms_of_product(z, up), _joined(of_w))
     torch.addmm(out, _where(is_open, z), up.T, out=h)
     return is_open
@@ -134,7 +139,7 @@ def _add_with_gain(
     opens, of_m, of_w = [], [], []
     dtype = accumulation_dtype(out)
     for block in _blocks(out):
-        w = _without(bias, out[block])
+        w = without_bias(out[block], bias)
         m = (w * gain).addmm_(z[block], up.T)
         if gate is not None:
             of_m.append(norms_of(m, dtype))
@@ -170,7 +175,7 @@ def _through_gain(
     mu: list[Tensor] = []
     grad_gain = torch.zeros_like(wide)
     for block in _blocks(grad) if in_blocks else [slice(None)]:
-        products = grad[block].to(dtype) * _without(bias, out[block]).to(dtype)
+        products = grad[block].to(dtype) * without_bias(out[block], bias).to(dtype)
         mu.append(products @ wide)
         grad_gain = grad_gain + at[block] @ products
         part = grad[block]
@@ -213,10 +218,6 @@ def _joined(parts: list[Norms]) -> Norms:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([n for n, _ in parts]), torch.cat([e for _, e in parts])
-
-
-def _without(bias: Tensor | None, out: Tensor) -> Tensor:
-    return out if bias is None else out - bias.to(out.dtype)
 
 
 def _where(is_open: Tensor | None, x: Tensor) -> Tensor:
