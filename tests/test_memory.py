@@ -29,6 +29,7 @@ def kept_for_backward(layer):
     packed = []
 
     def pack(t):
+        t = t.detach()  # or a node that keeps its own output is never freed
         packed.append(weakref.ref(t))
         return t
 
