@@ -125,7 +125,7 @@ def test_an_infinite_gradient_at_a_closed_position_passes_no_further_than_up():
     z.data[0] = 1e-3
     up = torch.randn(6, 2, requires_grad=True)
     gate = TokenGate(0.1)
-    h, is_open = Factors(z, up).add_to(w, w, None, gate)
+    h, is_open = Factors(z, up).add_to(w, None, gate)
     assert (
         is_open.tolist()
         == opened(norms(z.detach() @ up.detach().T, w.dtype), norms(w, w.dtype), gate.tau).tolist()

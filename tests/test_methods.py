@@ -81,7 +81,7 @@ def run(layer, x, mask):
     out = F.linear(x, layer.weight, layer.bias)
     w = out if layer.bias is None else out - layer.bias
     factors = layer.modification.factors(x, w, layer)
-    return factors.add_to(out, w, layer.bias, layer.gate, mask)
+    return factors.add_to(out, layer.bias, layer.gate, mask)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,4 +16,4 @@ def is_eager(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
+    return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tokengate.eager import is_eager
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
-from tokengate.gated_sum import GatedSum, without_bias
+from tokengate.gated_sum import GatedSum, gated_sum, without_bias
 from tokengate.precision import without_autocast
 
 
@@ -61,7 +61,6 @@ class Factors:
     def add_to(
         self,
         out: Tensor,
-        w: Tensor,
         bias: Tensor | None,
         gate: TokenGate | None,
         mask: Tensor | None = None,
@@ -74,7 +73,6 @@ class Factors:
 
         Args:
             out: the layer's output, `(..., out_features)`.
-            w: `out` without the bias.
             bias: `(out_features,)`, or None.
             gate: decides; its tau gets the gradient of eq. 14, 15 and 17. None: M(x) is added at
                 every position, and S is None.
@@ -82,14 +80,18 @@ class Factors:
             in_place: `out` is nobody else's and may be written over.
         """
         if is_eager(out, self.z, self.up):
-            self._check(w)
+            self._check(out)
             in_place = in_place and self.gain is None and _may_be_written(out)
             tau = None if gate is None else gate.tau
             with without_autocast(out.device):
+                if not torch.is_grad_enabled():
+                    factors = (self.z, self.up, self.gain)
+                    return gated_sum(out, bias, *factors, gate, in_place)
                 summed: tuple[Tensor, Tensor | None] = GatedSum.apply(
                     out, bias, self.z, self.up, self.gain, tau, gate, mask, in_place
                 )
             return summed
+        w = without_bias(out, bias)
         if gate is None:
             return out + self.product(w), None
         with torch.no_grad():

@@ -20,7 +20,7 @@ from tokengate.sharding import number_here
 from tokengate.tally import by_sample, tally
 
 # Of positions: see `norms`.
-Norms: TypeAlias = tuple[Tensor, Tensor]
+Norms: TypeAlias = tuple[Tensor, Tensor | int]
 
 
 def token_gate(
@@ -86,7 +86,7 @@ def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
     tau = tau.reshape(()).to(w_norm.dtype)
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-    return ~(torch.ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+    return ~(_ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
 
 
 def ratios(of_m: Norms, of_w: Norms) -> Tensor:
@@ -95,8 +95,12 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
     Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
     """
     (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
-    found = torch.ldexp(m_norm, m_exponent - w_exponent) / w_norm
+    found = _ldexp(m_norm, m_exponent - w_exponent) / w_norm
     return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
+
+
+def _ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
+    return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
 
 
 class TokenGate(KeepsFloat32):
@@ -254,7 +258,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def norms(x: Tensor, dtype: torch.dtype) -> Norms:
-    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and an integer e with ||x_i|| = n 2^e.
+    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and e, integers or 0, with ||x_i|| = n 2^e.
 
     The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's range.
     Where such numbers can matter, each position is first scaled by a power of two, which is exact.
@@ -266,7 +270,7 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
             return plain_norms(x, torch.float64)
         if x.device.type == "cpu":
             found = plain_norms(x, dtype)
-            if in_range(*found):
+            if in_range(found):
                 return found
     _, exponent = torch.frexp(x.abs().amax(-1).to(dtype))
     limit = 1022 if x.dtype == torch.float64 else 126
@@ -277,13 +281,16 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
 
 def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
     """The same where no square leaves the range of `dtype`."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    return norm, torch.zeros_like(norm, dtype=torch.int32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype), 0
 
 
-def in_range(norm: Tensor, exponent: Tensor) -> bool:
+def in_range(norms: Norms) -> bool:
     """Whether no square that matters has left float32's range on the way to these plain norms."""
-    return bool(((norm > 1e-15) & (norm < 1e18)).all())
+    norm, _ = norms
+    if not norm.numel():
+        return True
+    least, largest = norm.aminmax()  # both are NaN where one of them is
+    return least.item() > 1e-15 and largest.item() < 1e18
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

@@ -102,7 +102,7 @@ class Gated(Swapped):
         """h, `(..., out_features)`, and S, `(...)`, or None without a gate."""
         if "_hf_hook" in modification.__dict__:
             check_resident(modification)
-        w = without_bias(out, self.bias)
+        w = without_bias(out, self.bias) if modification.reads_w else out
         at_positions = None
         if mask is not None:
             at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
@@ -110,7 +110,7 @@ class Gated(Swapped):
         if factors is not None:
             # Others than PyTorch's own layers may keep their output for backward.
             fresh = self._own_class is nn.Linear and self._rows is None
-            return factors.add_to(out, w, self.bias, gate, at_positions, fresh)
+            return factors.add_to(out, self.bias, gate, at_positions, fresh)
         m = _whole(modification, input, w)
         if gate is None:
             return out + m.to(out.dtype), None

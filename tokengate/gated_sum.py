@@ -8,7 +8,7 @@ a few rows at a time, while a processor's cache holds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from tokengate.gate import (
     Norms,
     TokenGate,
     accumulation_dtype,
-    in_range,
     norms,
     opened,
-    plain_norms,
     threshold_direction,
 )
 
@@ -51,19 +49,11 @@ class GatedSum(torch.autograd.Function):
         mask: Tensor | None,
         in_place: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        # Not a view, or the caller might not write over it.
-        h = out if in_place else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        width, rank = out.shape[-1], z.shape[-1]
-        rows = h.view(-1, width), out.reshape(-1, width), z.reshape(-1, rank)
-        if gain is None:
-            is_open = _add_low_rank(*rows, bias, up, gate)
-        else:
-            is_open = _add_with_gain(*rows, bias, up, gain, gate)
+        h, is_open = gated_sum(out, bias, z, up, gain, gate, in_place)
         if in_place:
             ctx.mark_dirty(out)
         pull: Tensor | float = 0.0
         if gate is not None and tau is not None and is_open is not None:
-            is_open = is_open.view(out.shape[:-1])
             ctx.mark_non_differentiable(is_open)
             ctx.tau_dtype, ctx.tau_shape, pull = tau.dtype, tau.shape, gate.pull()
         ctx.penalty = None if isinstance(pull, Tensor) else pull
@@ -106,6 +96,27 @@ class GatedSum(torch.autograd.Function):
         return grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau, None, None, None
 
 
+def gated_sum(
+    out: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    up: Tensor,
+    gain: Tensor | None,
+    gate: TokenGate | None,
+    in_place: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What `GatedSum` gives, without its gradients."""
+    # Not a view, or the caller might not write over it.
+    h = out if in_place else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    width, rank = out.shape[-1], z.shape[-1]
+    rows = h.view(-1, width), out.reshape(-1, width), z.reshape(-1, rank)
+    if gain is None:
+        is_open = _add_low_rank(*rows, bias, up, gate)
+    else:
+        is_open = _add_with_gain(*rows, bias, up, gain, gate)
+    return h, None if is_open is None else is_open.view(out.shape[:-1])
+
+
 def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
     """w = W0 x from a linear layer's output: `(..., out_features) -> (..., out_features)`."""
     return out if bias is None else out - bias.to(out.dtype)
@@ -133,7 +144,6 @@ def _add_with_gain(
     up: Tensor,
     gain: Tensor,
     gate: TokenGate | None,
-    norms_of: Callable[[Tensor, torch.dtype], Norms] = plain_norms,
 ) -> Tensor | None:
     """Write `out` + S (up z + gain w) to `h`; S."""
     opens, of_m, of_w = [], [], []
@@ -141,21 +151,20 @@ def _add_with_gain(
     for block in _blocks(out):
         w = without_bias(out[block], bias)
         m = (w * gain).addmm_(z[block], up.T)
-        if gate is not None:
-            of_m.append(norms_of(m, dtype))
-            of_w.append(norms_of(w, dtype))
-            opens.append(opened(of_m[-1], of_w[-1], gate.tau))
-            # A closed position's M(x) is finite, or its gate would be open.
-            m.mul_(opens[-1].unsqueeze(-1).to(m.dtype))
-        torch.add(out[block], m, out=h[block])
+        if gate is None:
+            torch.add(out[block], m, out=h[block])
+            continue
+        of_m.append(norms(m, dtype))
+        of_w.append(norms(w, dtype))
+        is_open = opened(of_m[-1], of_w[-1], gate.tau)
+        # A closed position's M(x) is finite, or its gate would be open.
+        torch.addcmul(out[block], m, is_open.unsqueeze(-1).to(m.dtype), out=h[block])
+        opens.append(is_open)
     if gate is None:
         return None
-    both = _joined(of_m), _joined(of_w)
-    if norms_of is plain_norms and not (in_range(*both[0]) and in_range(*both[1])):
-        return _add_with_gain(h, out, z, bias, up, gain, gate, norms)
     if gate.measures:
-        gate.decide(*both)
-    return torch.cat(opens)
+        gate.decide(_joined(of_m), _joined(of_w))
+    return opens[0] if len(opens) == 1 else torch.cat(opens)
 
 
 def _through_gain(
@@ -193,7 +202,12 @@ def _through_gain(
 
 
 def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
-    """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`."""
+    """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`.
+
+    Of few positions M(x) itself, which is less work.
+    """
+    if len(z) <= up.shape[1]:
+        return norms(z @ up.T, accumulation_dtype(z))
     if z.device.type == "mps":  # which has no double
         return _from_gram(z, up, torch.float32)[0]
     if z.device.type == "cpu" and z.dtype != torch.float64:
@@ -211,13 +225,16 @@ def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Norms, Tensor
     gram = up.T @ up
     norm = ((z @ gram) * z).sum(-1).clamp(min=0).sqrt()  # a NaN stays one
     bound = gram.diagonal().sum() * z.square().sum(-1)
-    return (norm, torch.zeros_like(norm, dtype=torch.int32)), bound
+    return (norm, 0), bound
 
 
 def _joined(parts: list[Norms]) -> Norms:
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([n for n, _ in parts]), torch.cat([e for _, e in parts])
+    exponent: Tensor | int = 0
+    if any(isinstance(e, Tensor) for _, e in parts):
+        exponent = torch.cat([n.new_zeros(len(n), dtype=torch.int32) + e for n, e in parts])
+    return torch.cat([n for n, _ in parts]), exponent
 
 
 def _where(is_open: Tensor | None, x: Tensor) -> Tensor:

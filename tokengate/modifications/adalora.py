@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
-from tokengate.factors import Factors
 from tokengate.modifications.base import Modification
-from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.maps import Maps
 from tokengate.modifications.registry import register
 from tokengate.modifications.scaling import scale_of
 
@@ -72,9 +72,9 @@ class AdaLoRA(Modification):
         nn.init.zeros_(self.E)
         nn.init.normal_(self.Q, std=0.02)
 
-    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.Q, self.dropout, self.training, w.dtype)
-        return Factors(z, (self.scale * (self.P * self.E)).to(w.dtype))
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
+        up = self.scale * (self.P * self.E)
+        return Maps(self.Q, up.to(dtype), dropout=self.dropout)
 
     def extra_repr(self) -> str:
         return (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokengate.arguments import choice, count, positive, share
-from tokengate.factors import Factors
 from tokengate.modifications.base import Modification
-from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.maps import Maps
 from tokengate.modifications.registry import register
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,9 +66,9 @@ class Adapter(Modification):
         nn.init.kaiming_uniform_(self.D, a=math.sqrt(5))
         nn.init.zeros_(self.U)
 
-    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.D, self.dropout, self.training, w.dtype)
-        return Factors(_ACTIVATIONS[self.activation](z), (self.scale * self.U).to(w.dtype))
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
+        up = (self.scale * self.U).to(dtype)
+        return Maps(self.D, up, None, self.dropout, _ACTIVATIONS[self.activation])
 
     def extra_repr(self) -> str:
         return (

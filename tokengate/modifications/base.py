@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tokengate.eager import is_eager
 from tokengate.factors import Factors
 from tokengate.linear_like import features_of
+from tokengate.modifications.maps import Maps
+from tokengate.modifications.remembered import Remembered, optimiser_steps
 from tokengate.precision import KeepsFloat32, trainable_dtype
+
+_T = TypeVar("_T")
 
 
 class Modification(KeepsFloat32):
@@ -40,9 +47,10 @@ class Modification(KeepsFloat32):
     - `reset_parameters` gives them their initial values, with which M(x) = 0 for every x.
     - `forward` gives M(x), in the shape of w.
     - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
-      what is of size rank, where it would keep all of M(x); and it may read the base layer. Of a
-      class and those it extends, the later definition of the two counts. Forward hooks on a
-      modification see calls of `forward` only.
+      what is of size rank, where it would keep all of M(x); and it may read the base layer. Where
+      its factors are `Maps`, which do not depend on x, it defines these, and they are made once for
+      all calls without gradients. Of a class and those it extends, the latest definition of the
+      three counts. Forward hooks on a modification see calls of `forward` only.
     - The base layer is not kept: what is wanted of it once is read in `__init__`.
 
     Args:
@@ -53,19 +61,24 @@ class Modification(KeepsFloat32):
     """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
+    reads_w: ClassVar[bool] = True
+    """Whether the values of w are asked for, not its dtype alone."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        first = next(c for c in cls.__mro__ if "forward" in vars(c) or "factors" in vars(c))
-        if "factors" not in vars(first):
-            # Else the inherited factors would be asked, and the new forward never run.
-            cls.factors = Modification.factors  # type: ignore[method-assign]
+        ways = {"forward", "factors", "maps"}
+        own = ways & vars(next(c for c in cls.__mro__ if ways & vars(c).keys())).keys()
+        if "factors" not in own:
+            # Else the inherited factors would be asked, and what is new never run.
+            cls.factors = Modification.factors if "maps" in own else _no_factors  # type: ignore
+        cls.reads_w = cls.factors is not Modification.factors
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = features_of(linear)
         self._dtype = trainable_dtype(linear.weight)
         self._device = linear.weight.device
+        self._ready: Remembered[Maps | None] = Remembered()
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A trainable parameter of `shape`, without values until `reset_parameters`."""
@@ -76,13 +89,18 @@ class Modification(KeepsFloat32):
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
-        """M(x) as `Factors`, or None where the method has only a `forward`.
+        """M(x) as `Factors`, or None where the method has only a `forward`; by default of `maps`.
 
         Args:
             x: the layer's input, `(..., in_features)`.
             w: W0 x, `(..., out_features)`.
             linear: the base layer; None where M is asked for apart from a layer.
         """
+        maps = self._maps(linear, w.dtype)
+        return None if maps is None else maps.factors(x, self.training)
+
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
+        """What M multiplies by, computed in `dtype`, that of w; `linear` as in `factors`."""
         return None
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -93,3 +111,57 @@ class Modification(KeepsFloat32):
                 f"{type(self).__name__} must define forward(x, w) or factors(x, w, linear)."
             )
         return factors.product(w)
+
+    def _maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
+        """`maps`; without gradients once for as long as what they are made of does not change."""
+        if torch.is_grad_enabled() or self.training:
+            return self.maps(linear, dtype)
+
+        def cast() -> Maps | None:
+            maps = self.maps(linear, dtype)
+            return None if maps is None else replace(maps, down=maps.down.to(dtype))
+
+        return self._remembered(self._ready, dtype, linear, cast)
+
+    def _remembered(
+        self,
+        last: Remembered[_T],
+        dtype: torch.dtype,
+        linear: nn.Linear | None,
+        compute: Callable[[], _T],
+    ) -> _T:
+        """What was computed last, in `dtype`, while the parameters and W0 stay what they are."""
+        parameters = tuple(self.parameters(recurse=False))
+        base = () if linear is None else self._base_key(linear)
+        if base is None or not is_eager(*parameters):
+            return compute()
+        key = (optimiser_steps(), dtype, *base, *[p.data_ptr() for p in parameters])
+        return last.of(key, parameters, compute)
+
+    def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
+        """What stays equal while that of W0 does which `maps` read; None where nothing tells."""
+        return ()
+
+    def _forget(self) -> None:
+        """Make anew what is remembered of the parameters."""
+        if "_ready" in self.__dict__:
+            self._ready.forget()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter, `scale`, or, by `train` and `eval`, `training`.
+        self._forget()
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Sharded parameters are written without raising their version.
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Modification:
+        self._forget()
+        super()._apply(fn, recurse)
+        return self
+
+
+def _no_factors(self: Modification, x: Tensor, w: Tensor, linear: nn.Linear | None) -> None:
+    return None

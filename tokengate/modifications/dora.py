@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.factors import Factors
 from tokengate.linear_like import product, whole
-from tokengate.modifications.dropped_linear import dropped_linear
 from tokengate.modifications.lora import LoRA
+from tokengate.modifications.maps import Maps
 from tokengate.modifications.registry import register
-from tokengate.modifications.row_squares import RowSquares
+from tokengate.modifications.remembered import Remembered
+from tokengate.modifications.row_squares import RowSquares, weight_key
 from tokengate.precision import without_autocast
 from tokengate.quantised import unreadable
 
@@ -36,9 +36,10 @@ class DoRA(LoRA):
 
     Parameters: `A` and `B` as in LoRA; `magnitude` (out_features,), the row norms that W0 has when
     the layer is patched. Where W0 changes afterwards, M(x) is no longer 0 at initialisation, so
-    load and cast the base first. W0 is read in every forward, and the norms of its rows are
-    remembered until it changes (not under `torch.compile`, which computes them every time).
-    PyTorch does not see a change made through `weight.data`: call `forget_base()` after one.
+    load and cast the base first. The norms of W0's rows are remembered until it changes, those of
+    W0 + scale B A until one of the three does (not under `torch.compile`, which computes them every
+    time). PyTorch does not see a change made through `.data`: call `forget_base()` after one; of A
+    and B, `train()` and `eval()` do.
 
     Args:
         linear: the layer to modify.
@@ -57,6 +58,7 @@ class DoRA(LoRA):
         self._base_squares = RowSquares()
         self._initial_squares = self._base_squares.of(linear)
         self.magnitude = self.new_parameter(self.out_features)
+        self._norms: Remembered[Tensor] = Remembered()
 
     def reset_parameters(self) -> None:
         if self._initial_squares.is_meta and not self.magnitude.is_meta:
@@ -68,7 +70,7 @@ class DoRA(LoRA):
         with torch.no_grad():
             self.magnitude.copy_(self._initial_squares.sqrt())
 
-    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
         if linear is None:
             raise TokenGateError(
                 "DoRA was called without its base layer, whose weight it reads: call the patched "
@@ -84,15 +86,18 @@ class DoRA(LoRA):
         change = torch.where(noise, change - change.detach(), change)
         gain = torch.where(directed, change, 0.0)
         up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
-        z = dropped_linear(x, self.A, self.dropout, self.training, w.dtype)
-        return Factors(z, up.to(w.dtype), gain.to(w.dtype))
+        return Maps(self.A, up.to(dtype), gain.to(dtype), self.dropout)
 
-    @torch.no_grad()
     def row_norms(self, linear: nn.Linear) -> Tensor:
-        """Norms of the rows of W0 + scale B A: `(out_features,)`.
+        """Norms of the rows of W0 + scale B A: `(out_features,)`; remembered.
 
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
+        dtype = self.magnitude.dtype
+        return self._remembered(self._norms, dtype, linear, lambda: self._row_norms(linear))
+
+    @torch.no_grad()
+    def _row_norms(self, linear: nn.Linear) -> Tensor:
         # Autocast would copy all of W0 to 16 bits.
         with without_autocast(linear.weight.device):
             B = self.scale * self.B
@@ -104,6 +109,15 @@ class DoRA(LoRA):
     def forget_base(self) -> None:
         """Compute the row norms of W0 anew in the next forward."""
         self._base_squares.forget()
+        self._forget()
+
+    def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
+        return weight_key(linear)
+
+    def _forget(self) -> None:
+        super()._forget()
+        if "_norms" in self.__dict__:
+            self._norms.forget()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The base is loaded along; sharded, it is written without raising its version.

@@ -32,6 +32,9 @@ def dropped_linear(
         training: whether to drop them.
         dtype: the compute dtype, that of the layer's output.
     """
+    if not torch.is_grad_enabled() and not (training and dropout > 0):
+        with without_autocast(x.device):
+            return F.linear(x.to(dtype), weight.to(dtype))
     dropped = None
     if training and dropout > 0:
         if dropout <= _LISTED and x.device.type == "cpu" and is_eager(x):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from tokengate.arguments import count, share
-from tokengate.factors import Factors
 from tokengate.modifications.base import Modification
-from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.maps import Maps
 from tokengate.modifications.registry import register
 from tokengate.modifications.scaling import scale_of
 
@@ -59,9 +59,8 @@ class LoRA(Modification):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
-        z = dropped_linear(x, self.A, self.dropout, self.training, w.dtype)
-        return Factors(z, (self.scale * self.B).to(w.dtype))
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
+        return Maps(self.A, (self.scale * self.B).to(dtype), dropout=self.dropout)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokengate.linear_like import LinearLike, row_blocks, whole
+from tokengate.modifications.remembered import Remembered
 from tokengate.precision import trainable_dtype
 from tokengate.quantised import is_four_bit
 
@@ -13,34 +14,45 @@ from tokengate.quantised import is_four_bit
 class RowSquares:
     """||W_j||^2 of every row of the W0 of the layer it is asked about, `(d,)`, and remembered.
 
-    What is remembered holds for one tensor object, its memory and its version, which every
-    in-place operation raises; a weight that is a view, made anew at each use, is known by the
-    tensor it is a view of. PyTorch does not see writes through `weight.data`: call `forget`
-    after those, and where a module is loaded, cast or moved, which may go that way too.
+    What is remembered holds for one tensor object, its memory and its version: see `Remembered`. A
+    weight that is a view, made anew at each use, is known by the tensor it is a view of.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
-        self._squares: Tensor | None = None
+        self._squares: Remembered[Tensor] = Remembered()
 
     def of(self, layer: LinearLike) -> Tensor:
         """In float32, or float64 for a float64 weight."""
-        # A compiled forward keeps no state.
-        key = None if torch.compiler.is_compiling() else _key(layer)
-        if key is None:
-            return _squares(layer)
-        if self._squares is None or self._key != key:
-            self._squares = _squares(layer)
-            self._key = key
-        return self._squares
+        key = weight_key(layer)
+        return (
+            _squares(layer) if key is None else self._squares.of(key, (), lambda: _squares(layer))
+        )
 
     def forget(self) -> None:
         """Compute anew when asked next."""
-        self._key = self._squares = None
+        self._squares.forget()
 
-    def __reduce__(self) -> tuple[type[RowSquares], tuple[()]]:
-        # A copy stands beside a copied weight.
-        return RowSquares, ()
+
+def weight_key(layer: LinearLike) -> tuple[object, ...] | None:
+    """What stays equal while W0 does; None where it has neither a version nor an address.
+
+    Not the tensor itself, which offloading replaces at every use to free its memory.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    layer = whole(layer)
+    weight = layer.weight
+    try:
+        owner = weight if weight._base is None else weight._base
+        if is_four_bit(layer):
+            # bitsandbytes may move it into another layout in the middle of a forward, and rounds
+            # its scales there: with norms that followed, DoRA would not be a no-op at first.
+            return id(owner), owner._version
+        place = weight.data_ptr(), weight.shape, weight.stride(), weight.device
+        return id(owner), owner._version, weight.dtype, *place
+    except RuntimeError:
+        # Inference tensors have no version, tensors inside of torch.func transforms no memory.
+        return None
 
 
 def _squares(layer: LinearLike) -> Tensor:
@@ -51,19 +63,3 @@ def _squares(layer: LinearLike) -> Tensor:
             for block in row_blocks(layer)
         ]
         return torch.cat(norms).square()
-
-
-def _key(layer: LinearLike) -> tuple[object, ...] | None:
-    layer = whole(layer)
-    weight = layer.weight
-    try:
-        owner = weight if weight._base is None else weight._base
-        if is_four_bit(layer):
-            # bitsandbytes may move it into another layout in the middle of a forward, and rounds
-            # its scales there: with norms that followed, DoRA would not be a no-op at first.
-            return id(owner), weight._version
-        place = weight.data_ptr(), weight.shape, weight.stride(), weight.device
-        return id(owner), weight._version, weight.dtype, *place
-    except RuntimeError:
-        # Inference tensors have no version, tensors inside of torch.func transforms no memory.
-        return None

@@ -1,0 +1,35 @@
+"""The maps that a low-rank method multiplies by, apart from what they are multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokengate.factors import Factors
+from tokengate.modifications.dropped_linear import dropped_linear
+
+
+@dataclass(frozen=True)
+class Maps:
+    """M(x) = up act(down drop(x)) + gain * w.
+
+    Attributes:
+        down: `(rank, in_features)`, in the dtype it is trained in.
+        up: `(out_features, rank)`, in that of w.
+        gain: `(out_features,)`, in that of w; None for 0.
+        dropout: share of the elements of x that is dropped in training.
+        activation: act; None for the identity.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+    dropout: float = 0.0
+    activation: Callable[[Tensor], Tensor] | None = None
+
+    def factors(self, x: Tensor, training: bool) -> Factors:
+        """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
+        z = dropped_linear(x, self.down, self.dropout, training, self.up.dtype)
+        return Factors(z if self.activation is None else self.activation(z), self.up, self.gain)
