@@ -133,6 +133,8 @@ def test_imports_point_one_way():
         "param_groups",
         "text_table",
         "report",
+        "call_store",
+        "samples",
         "recording",
         "atomic_write",
         "adapter_config",

@@ -12,9 +12,10 @@ def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     S of shape (B, ...) is that of B samples; (N,) that of N samples of one position, whose mean is
     that of samples of equal length.
     """
-    shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
-    closed = ~is_open.reshape(shape if mask is None else mask.shape)
-    return closed, torch.ones_like(closed) if mask is None else mask != 0
+    if mask is not None:
+        return ~is_open.reshape(mask.shape), mask != 0
+    closed = ~(is_open.flatten(1) if is_open.dim() > 1 else is_open.reshape(-1, 1))
+    return closed, torch.ones_like(closed)
 
 
 def tally(closed: Tensor, real: Tensor) -> Tensor:
