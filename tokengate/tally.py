@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Shares are rounded to multiples of it, so that up to 2^23 of them add up exactly in any order.
+_GRAIN = 2.0**-30
+
 
 def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """S and a padding mask as which positions are closed and which are real, both `(B, T)`.
@@ -29,5 +32,10 @@ def tally(closed: Tensor, real: Tensor) -> Tensor:
     closed_counts = (closed & real).sum(1, dtype=dtype)
     # A sample of padding alone is none.
     samples = (counts > 0).sum(dtype=dtype)
-    shares = (closed_counts / counts.clamp(min=1)).sum()
-    return torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
+    shares = (closed_counts / counts.clamp(min=1) / _GRAIN).round() * _GRAIN
+    return torch.stack([samples, shares.sum(), counts.sum(), closed_counts.sum()])
+
+
+def whole_grains(shares: float) -> float:
+    """The sum of shares of a tally, of which their average times their number may fall short."""
+    return round(shares / _GRAIN) * _GRAIN
