@@ -300,6 +300,26 @@ def test_compiled_code_keeps_positions_without_compiling_anew():
             torch.testing.assert_close(one, other, rtol=2e-3, atol=0)
 
 
+def test_r_is_counted_in_one_whole_graph():
+    torch.compiler.reset()
+    model = patched()
+    model(torch.randn(2, 5, 8))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    batches = [torch.randn(2, length, 8) for length in range(5, 17)]
+    reports = []
+    for run in (model, compiled):
+        with tokengate.record(model, ratios=True) as rec, torch.no_grad():
+            for x in batches:
+                run(x)
+        reports.append(rec.report())
+    assert counter.frame_count == 2
+    eager, whole = (report.histogram().counts for report in reports)
+    assert sum(eager) == sum(whole) == 4 * 2 * sum(range(5, 17))
+    # A rounding may put an r at an edge into the next bin.
+    assert sum(abs(a - b) for a, b in zip(eager, whole, strict=True)) <= 4
+
+
 def test_r_of_a_layer_with_the_positions_first():
     """As S: the samples first, also where the layer has them second."""
     torch.manual_seed(0)
