@@ -169,7 +169,8 @@ def reports(engine):
     found = {}
     model = patched()
     run = wrapped(model, engine)
-    with tokengate.record(model, groups=some) as rec, torch.no_grad():
+    everything = {"positions": True, "ratios": True, "groups": some}
+    with tokengate.record(model, **everything) as rec, torch.no_grad():
         run(share(batch(0)))
     found["together"] = rec.report(reduce=True).to_dict()
     if engine:

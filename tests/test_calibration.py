@@ -108,6 +108,22 @@ def test_padding_does_not_count():
     assert padded != pytest.approx(tokengate.calibrate(model, [{"input_ids": ids}]), rel=1e-5)
 
 
+def test_padding_does_not_count_where_the_positions_come_first():
+    x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(6)[None] >= torch.tensor([6, 2, 3])[:, None]
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        away_from_initialisation(tokengate.patch(model, ["linear1"]))
+        src = x if batch_first else x.transpose(0, 1)
+        found += [tokengate.calibrate(model, [{"src": src, "src_key_padding_mask": padding}])]
+        found += [tokengate.calibrate(model, [{"src": src}])]
+    first, unpadded, second, _ = (taus["linear1"] for taus in found)
+    assert abs(first - unpadded) > 0.01
+    assert second == pytest.approx(first, rel=1e-5)
+
+
 def test_nothing_but_tau_changes():
     model = patched().train()
     model.blocks[1].eval()

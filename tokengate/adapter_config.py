@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -60,21 +58,6 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {"format": "tokengate", "format_version": FORMAT, **asdict(self)}
-
-
-def parse(text: str, where: str) -> dict[str, Any]:
-    """A JSON object, of finite numbers and without a key twice."""
-    try:
-        found = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise TokenGateError(
-            f"{where} is no JSON that could be read ({brief(str(error))}): save the adapter again."
-        ) from None
-    if not isinstance(found, dict):
-        raise TokenGateError(
-            f"{where} holds {brief(found)} instead of an object: save the adapter again."
-        )
-    return found
 
 
 def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
@@ -153,17 +136,3 @@ def _made(kind: Any, found: Any, where: str) -> Any:
 
 def _wrong(where: str, name: str, value: Any) -> TokenGateError:
     return TokenGateError(f"{where} has {brief(value)} for {name}: save the adapter again.")
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no finite number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    for value in found.values():
-        if isinstance(value, float) and not math.isfinite(value):  # 1e999
-            raise ValueError("a number is not finite")
-    return found

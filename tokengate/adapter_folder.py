@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 from safetensors import safe_open
 from torch import Tensor
 
-from tokengate.adapter_config import AdapterConfig, TensorConfig, from_dict, parse
+from tokengate.adapter_config import AdapterConfig, TensorConfig, from_dict
 from tokengate.errors import TokenGateError, brief
+from tokengate.strict_json import parse
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # In the weights' metadata: the configuration they were saved with, and the digest of the weights

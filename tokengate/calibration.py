@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tokengate.arguments import share
 from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
-from tokengate.gate import TokenGate
-from tokengate.gated_linear import Gated, observing, require_layers
+from tokengate.gate import measuring
+from tokengate.gated_linear import Gated, last_ratios, observing, require_layers
 from tokengate.tally import by_sample
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
@@ -68,14 +68,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     counted = {name: _Ratios() for name in gated}
     taus = {name: gate.tau.detach().clone() for name, (_, gate) in gated.items()}
     observers = {
-        layer: partial(_observe, layer, gate, counted[name])
-        for name, (layer, gate) in gated.items()
+        layer: partial(_observe, layer, counted[name]) for name, (layer, _) in gated.items()
     }
     try:
         for _, gate in gated.values():
-            gate.measures = True
             gate.tau.data.zero_()
-        with evaluating(model), observing(observers):
+        with evaluating(model), measuring(g for _, g in gated.values()), observing(observers):
             for batch in batches:
                 run(model, batch)
         uncalled = [name for name, ratios in counted.items() if not ratios.total]
@@ -92,8 +90,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     finally:
         for name, (_, gate) in gated.items():
             gate.tau.data.copy_(taus[name])
-            for transient in ("measures", "measured"):
-                gate.__dict__.pop(transient, None)
 
 
 class _Ratios:
@@ -125,17 +121,14 @@ class _Ratios:
 
 def _observe(
     layer: Gated,
-    gate: TokenGate,
     ratios: _Ratios,
     is_open: Tensor | None,
     h: Tensor,
     mask: Tensor | None,
 ) -> None:
-    measured, gate.measured = gate.measured, None
-    if measured is None or is_open is None or not is_open.numel():
+    measured = None if is_open is None else last_ratios(layer, is_open)
+    if is_open is None or measured is None or not is_open.numel():
         return
-    if layer._sequence_first and measured.dim() == 2:
-        measured = measured.T
     _, real = by_sample(is_open, mask)
     weights = real.double() / real.sum(1, keepdim=True).clamp(min=1)
     ratios.add(measured.reshape(real.shape).cpu(), weights.cpu())

@@ -6,6 +6,8 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -126,8 +128,8 @@ class TokenGate(KeepsFloat32):
     _unit: Tensor | None = None
     _controlled: Tensor | None = None
     _tally: Tensor | None = None
-    # While somebody asks for r: that of the last call, which whoever asks takes away.
-    measures: bool = False
+    # How many ask for r at this time, see `measuring`; and that of the last call.
+    measures: int = 0
     measured: Tensor | None = None
 
     def __init__(
@@ -188,11 +190,35 @@ class TokenGate(KeepsFloat32):
         h: Tensor = _Gate.apply(out, m, self.tau, is_open, self.pull(), mask)
         return h
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody asks a copy for r.
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+
     def extra_repr(self) -> str:
         # tau may live on the meta device, where it has no value, or on another rank.
         tau = number_here(self.tau)
         value = "" if tau is None else f"tau={tau:.4g}, "
         return f"{value}penalty={self.penalty:g}"
+
+
+# What a gate has only within `measuring`.
+_TRANSIENT = ("measures", "measured")
+
+
+@contextlib.contextmanager
+def measuring(gates: Iterable[TokenGate]) -> Iterator[None]:
+    """Within this context each of these gates keeps r of its last call; may be nested."""
+    gates = list(gates)
+    for gate in gates:
+        gate.measures += 1
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.measures -= 1
+            if not gate.measures:
+                for name in _TRANSIENT:
+                    gate.__dict__.pop(name, None)
 
 
 class _Gate(torch.autograd.Function):

@@ -204,6 +204,19 @@ def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
                 layer._observers = left
 
 
+def last_ratios(layer: Gated, is_open: Tensor) -> Tensor | None:
+    """r of the call that an observer of `layer` is told of, in the shape of its S, `(...)`.
+
+    None where the gate in use was not `measuring`, or there were several.
+    """
+    gate = layer.gate
+    if gate is None or gate.measured is None or layer._rows is not None:
+        return None
+    if layer._sequence_first and is_open.dim() == 2:
+        return gate.measured.reshape(is_open.T.shape).T
+    return gate.measured.reshape(is_open.shape)
+
+
 def own_parameters(patched: Iterable[Any]) -> set[int]:
     """The ids of what modifications and gates have, of patched or folded layers."""
     parts = (part for layer in patched for part in (layer.modification, layer.gate))

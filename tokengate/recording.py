@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tokengate.arguments import count, switch
+from tokengate.call_store import CallStore, KeptCalls
 from tokengate.errors import TokenGateError, brief
-from tokengate.gated_linear import observing, require_layers
+from tokengate.gate import measuring
+from tokengate.gated_linear import Gated, last_ratios, observing, require_layers
+from tokengate.histogram import count_ratios
+from tokengate.module_sparsity import ModuleSparsity
+from tokengate.position_counts import PositionCounts
 from tokengate.recomputation import in_backward
-from tokengate.report import ModuleSparsity, SparsityReport
+from tokengate.report import SparsityReport
+from tokengate.samples import Sample, Samples, alike, only, within
 from tokengate.sharding import number_here
+from tokengate.sparsity_table import value
 from tokengate.tally import by_sample, tally
 
 # Of a layer's name and the shape of its S, for each group by name: which of these positions are in
@@ -22,10 +31,16 @@ from tokengate.tally import by_sample, tally
 Groups: TypeAlias = Callable[[str, torch.Size], Mapping[str, Tensor | bool]]
 
 # Per group, where None is all positions, and module: samples, their summed sparsity, positions,
-# closed positions.
+# closed positions; then, where they were asked for, how often r is where.
 _Counts: TypeAlias = dict[str | None, dict[str, Tensor]]
 # tau of every module; None without a gate, and where another rank has it.
 _Taus: TypeAlias = dict[str, float | None]
+# By module, where positions are kept.
+_Details: TypeAlias = dict[str, PositionCounts]
+_Found: TypeAlias = tuple[_Counts, _Taus, _Details]
+
+#: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
+MEMORY = 2**28
 
 
 class Recorder:
@@ -33,20 +48,89 @@ class Recorder:
 
     Attributes:
         positions: with `record(positions=True)`, for every module the list of its S, one boolean
-            tensor of shape `(...)` on the CPU for each call; otherwise empty.
+            tensor of shape `(...)` on the CPU for each call; otherwise empty. The tensors are made
+            when they are asked for.
+        ratios: with `record(positions=True, ratios=True)`, the same of r = ||M(x)|| / ||W0 x||
+            (eq. 4) in float16, for every module that has a gate: to 0.05 % from 6e-5 on and to
+            3e-8 below; what is above 65,504, and r where no tau closes the gate, is infinite.
     """
 
     def __init__(
-        self, model: nn.Module, positions: bool = False, groups: Groups | None = None
+        self,
+        model: nn.Module,
+        positions: bool = False,
+        groups: Groups | None = None,
+        ratios: bool = False,
+        memory: int = MEMORY,
+        folder: Path | str | None = None,
     ) -> None:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
         self._gates = {name: layer.gate for name, layer in self._layers.items()}
         # On the modules' devices.
         self._counts: _Counts = {}
+        self._details: _Details = {}
         self._groups = groups
-        self._keep_positions = positions
-        self.positions: dict[str, list[Tensor]] = {}
+        self._asked_ratios = switch("ratios", ratios)
+        store = CallStore(count("memory", memory), folder) if positions else None
+        self._calls = store
+        self.positions: Mapping[str, Sequence[Tensor]] = KeptCalls(store, CallStore.is_open)
+        self.ratios: Mapping[str, Sequence[Tensor]] = KeptCalls(
+            store, CallStore.ratios, CallStore.has_ratios
+        )
+
+    @property
+    def alike(self) -> list[Samples]:
+        """The samples in each set of modules that were called alike, the largest set first.
+
+        A vision tower and a language model make two of them, and so do layers before and after
+        patches are merged; an expert, which sees the positions that a router sends there one by
+        one, is alone with itself.
+
+        Raises:
+            TokenGateError: no positions were kept.
+        """
+        if self._calls is None or not self.positions:
+            raise TokenGateError(
+                "no positions were recorded: run the model inside `with tokengate.record(model, "
+                "positions=True):`."
+            )
+        called = [name for name in self._layers if name in self.positions]
+        return alike(self._calls, called, self._asked_ratios)
+
+    @property
+    def samples(self) -> Samples:
+        """All samples, in the order of calls and, within a call, of its rows: see `sample`.
+
+        Raises:
+            TokenGateError: no positions were kept; the modules were not all called alike.
+        """
+        return only(self.alike)
+
+    def sample(self, index: int, modules: Collection[str] | None = None) -> Sample:
+        """One sample in all modules: S, r and padding of its T positions.
+
+        Samples are what the report counts: each row of each call. What `generate` computes one
+        token at a time with a cache is in each call a sample of one position; run the whole text
+        once to see it as one. Of positions without samples, `(N,)`, each is one, unless the
+        padding mask tells the samples.
+
+        Args:
+            index: of the sample, in the order of calls and, within a call, of its rows.
+            modules: in these alone, which must have been called alike: as often, and with as many
+                samples, as long and as padded. None: all that were called.
+
+        Raises:
+            TokenGateError: no positions were kept; a module was not called; the modules were not
+                called alike; there is no such sample.
+        """
+        samples = self.samples if modules is None else only(within(self.alike, modules))
+        if not -len(samples) <= index < len(samples):
+            raise TokenGateError(
+                f"sample {index} was asked of a recording of {len(samples)}: pass an index below "
+                "that."
+            )
+        return samples[index]
 
     def report(self, reduce: bool | Any = False) -> SparsityReport:
         """Sparsity (eq. 23) of what was run so far.
@@ -59,8 +143,7 @@ class Recorder:
         Raises:
             TokenGateError: nothing was run; `reduce` is something else.
         """
-        counts, taus = self._collect(reduce)
-        return _report(counts, taus, None)
+        return _report(self._collect(reduce), None)
 
     def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
         """The same for each group of positions, with `record(groups=...)`.
@@ -74,50 +157,83 @@ class Recorder:
         Raises:
             TokenGateError: nothing was run; `reduce` is something else.
         """
-        counts, taus = self._collect(reduce)
-        return {group: _report(counts, taus, group) for group in counts if group is not None}
+        found = self._collect(reduce)
+        return {group: _report(found, group) for group in found[0] if group is not None}
 
-    def _collect(self, reduce: bool | Any) -> tuple[_Counts, _Taus]:
+    def _collect(self, reduce: bool | Any) -> _Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
         taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
-        found = [(self._counts, taus)]
+        found = [(self._counts, taus, self._details)]
         if reduce is not False:
-            found = _of_all_ranks(self._counts, taus, reduce)
+            found = _of_all_ranks(found[0], reduce)
         counts: _Counts = {}
-        for own, own_taus in found:
+        details: _Details = {}
+        for own, own_taus, own_details in found:
             for group, modules in own.items():
                 _add(counts.setdefault(group, {}), modules)
             for name, tau in own_taus.items():
                 if taus.get(name) is None:
                     taus[name] = tau
+            for name, detail in own_details.items():
+                details.setdefault(name, PositionCounts()).extend(detail)
         if not counts:
             raise TokenGateError(
                 "nothing was recorded: run the model inside `with tokengate.record(model):`."
             )
-        return counts, taus
+        return counts, taus, details
 
-    def _observe(self, name: str, is_open: Tensor | None, h: Tensor, mask: Tensor | None) -> None:
+    def _observe(
+        self, name: str, layer: Gated, is_open: Tensor | None, h: Tensor, mask: Tensor | None
+    ) -> None:
         if not torch.compiler.is_compiling() and in_backward():
             return  # activation checkpointing computes again what was counted in the forward
         with torch.no_grad():
+            ratios = None
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
-            if self._keep_positions:
-                self.positions.setdefault(name, []).append(is_open.cpu())
+            elif self._asked_ratios:
+                ratios = last_ratios(layer, is_open)
+                if ratios is None:
+                    raise TokenGateError(
+                        f"record(ratios=True) cannot tell r of {name!r}, which has another adapter "
+                        "than when the recording began, or one for each row: record with one "
+                        "adapter, which is in use before."
+                    )
+            closed, real = by_sample(is_open, mask)
+            if self._calls is not None:
+                _keep(self._calls, self._details, name, is_open, real, ratios)
             if is_open.numel() == 0:
                 return
-            closed, real = by_sample(is_open, mask)
             groups = {} if self._groups is None else self._groups(name, is_open.shape)
-            self._count(None, name, closed, real)
+            self._count(None, name, closed, real, ratios)
             for group, inside in groups.items():
                 if isinstance(inside, Tensor):
                     closed, real = closed.reshape(inside.shape), real.reshape(inside.shape)
                     inside = inside.to(real.device)
-                self._count(group, name, closed, real & inside)
+                self._count(group, name, closed, real & inside, ratios)
 
-    def _count(self, group: str | None, name: str, closed: Tensor, real: Tensor) -> None:
+    def _count(
+        self, group: str | None, name: str, closed: Tensor, real: Tensor, ratios: Tensor | None
+    ) -> None:
         """Add the `real` positions, `(B, T)` as those that are `closed`, to a group's."""
-        _add(self._counts.setdefault(group, {}), {name: tally(closed, real)})
+        counts = tally(closed, real)
+        if self._asked_ratios:
+            counts = torch.cat([counts, count_ratios(ratios, real)])
+        _add(self._counts.setdefault(group, {}), {name: counts})
+
+
+# Compiled code would be compiled anew for every call, which finds more of them kept than the last.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _keep(
+    calls: CallStore,
+    details: _Details,
+    name: str,
+    is_open: Tensor,
+    real: Tensor,
+    ratios: Tensor | None,
+) -> None:
+    is_open, real = calls.add(name, is_open, real, ratios)
+    details.setdefault(name, PositionCounts()).add(~is_open, real)
 
 
 def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -125,7 +241,7 @@ def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         so_far[name] = so_far[name] + counts if name in so_far else counts
 
 
-def _of_all_ranks(counts: _Counts, taus: _Taus, reduce: Any) -> list[tuple[_Counts, _Taus]]:
+def _of_all_ranks(mine: _Found, reduce: Any) -> list[_Found]:
     """What every rank has counted, and the taus that it has."""
     distributed = torch.distributed
     there = distributed.is_available()
@@ -135,37 +251,51 @@ def _of_all_ranks(counts: _Counts, taus: _Taus, reduce: Any) -> list[tuple[_Coun
             "torch.distributed."
         )
     if not (there and distributed.is_initialized()):
-        return [(counts, taus)]
+        return [mine]
     group = None if reduce is True else reduce
     # As objects, because a rank that had nothing to run knows neither modules nor groups of
     # positions; and one rank at a time, so that all of them add up in the same order.
-    mine = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
+    counts, taus, details = mine
+    counts = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
     found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, (mine, taus), group=group)
+    distributed.all_gather_object(found, (counts, taus, details), group=group)
     return found
 
 
-def _report(counts: _Counts, taus: _Taus, group: str | None) -> SparsityReport:
+def _report(found: _Found, group: str | None) -> SparsityReport:
+    counts, taus, details = found
     modules = {}
     for name, tau in taus.items():
         samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
+        ratios: list[float] = []
         if name in counts[group]:
-            samples, summed, positions, closed = counts[group][name].tolist()
+            samples, summed, positions, closed, *ratios = counts[group][name].tolist()
         if group is not None and not samples and name in counts[None]:
             continue
+        detail = details.get(name) if group is None else None
         modules[name] = ModuleSparsity(
             sparsity=summed / samples if samples else float("nan"),
             samples=int(samples),
             positions=int(positions),
             modified=int(positions - closed),
             tau=tau,
+            # Without a gate, nothing was counted.
+            ratios=tuple(map(int, ratios)) if any(ratios) else None,
+            by_sample=None if detail is None else tuple(map(value, detail.by_sample)),
+            by_position=None if detail is None else detail.by_position(),
         )
     return SparsityReport(modules)
 
 
 @contextlib.contextmanager
 def record(
-    model: nn.Module, positions: bool = False, groups: Groups | None = None
+    model: nn.Module,
+    positions: bool = False,
+    groups: Groups | None = None,
+    *,
+    ratios: bool = False,
+    memory: int = MEMORY,
+    folder: Path | str | None = None,
 ) -> Iterator[Recorder]:
     """Measure sparsity (eq. 23) of a patched model while it runs:
 
@@ -179,18 +309,29 @@ def record(
 
     Args:
         model: a patched model.
-        positions: also keep S itself, in `rec.positions`; one byte for each position and module.
+        positions: also keep S itself, in `rec.positions` and `rec.sample`; one bit for each
+            position and module, and 40 bytes for each call of one. The report then has sparsity by
+            sample and by place in the sequence, too. Compiled code has a graph break
+            there, so that `fullgraph=True` refuses it.
         groups: also count apart what this function tells apart, for `rec.reports()`. At each call
             of a layer it is given the layer's name and the shape of its S, and returns for every
             group, by name, which positions are in it: a boolean tensor `(B, T)` of as many, True
             for all of them, or False.
+        ratios: also measure r = ||M(x)|| / ||W0 x|| (eq. 4), where there is a gate; without one,
+            nothing is compared. The report then has its histogram. With `positions`, r is kept
+            beside S in `rec.ratios`, in 16 bits.
+        memory: how many bytes of what is kept may stay in memory; what is more goes to a temporary
+            file, which nobody else sees and which goes with the recorder.
+        folder: an existing one for that file; None is the system's for temporary files.
 
     Raises:
-        TokenGateError: no layer of the model is patched.
+        TokenGateError: no layer of the model is patched; an argument is wrong. With `ratios`, in a
+            forward: a layer has another adapter than at first, or one for each row.
     """
-    recorder = Recorder(model, positions, groups)
+    recorder = Recorder(model, positions, groups, ratios, memory, folder)
     observers = {
-        layer: partial(recorder._observe, name) for name, layer in recorder._layers.items()
+        layer: partial(recorder._observe, name, layer) for name, layer in recorder._layers.items()
     }
-    with observing(observers):
+    measured = [gate for gate in recorder._gates.values() if gate is not None] if ratios else []
+    with measuring(measured), observing(observers):
         yield recorder

@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from tokengate.text_table import text_table
+from tokengate.arguments import choice
+from tokengate.atomic_write import write_atomically
+from tokengate.errors import TokenGateError, brief
+from tokengate.histogram import RATIO_EDGES, Histogram, histogram_of
+from tokengate.module_sparsity import ModuleSparsity as ModuleSparsity
+from tokengate.module_sparsity import module_from_dict
+from tokengate.report_difference import ReportDifference, report_difference
+from tokengate.sparsity_table import SparsityTable, mean, percent, present, std, table_of, value
+from tokengate.strict_json import parse
+from tokengate.text_table import markdown_table, text_table
 
-
-@dataclass(frozen=True)
-class ModuleSparsity:
-    """One module's part of a `SparsityReport`."""
-
-    sparsity: float
-    """Eq. 23 averaged over samples, in [0, 1]; NaN if the module was never called."""
-    samples: int
-    """Sequences (or images) that were averaged over."""
-    positions: int
-    """Positions of all samples together."""
-    modified: int
-    """Those of them that the modification was added to."""
-    tau: float | None
-    """The threshold at the time of the report; None without a gate, and where FSDP2 keeps it on
-    another rank than the one that reports alone."""
-
-
-@dataclass(frozen=True)
-class SparsityTable:
-    """Sparsity by layer (rows) and projection (columns), in [0, 1]; None where there is none."""
-
-    rows: list[str]
-    columns: list[str]
-    values: list[list[float | None]]
-
-    @property
-    def row_averages(self) -> list[float]:
-        """Average of each layer over its projections."""
-        return [_mean(row) for row in self.values]
-
-    @property
-    def column_averages(self) -> list[float]:
-        """Average of each projection over the layers that have it."""
-        return [_mean(column) for column in zip(*self.values, strict=True)]
+_FORMAT = "tokengate report"
+_VERSION = 1
 
 
 class SparsityReport:
@@ -67,13 +45,12 @@ class SparsityReport:
     @property
     def sparsity(self) -> float:
         """Sparsity averaged over samples, then over the modules that were called (eq. 23)."""
-        return _mean(self.by_module.values())
+        return mean(self.by_module.values())
 
     @property
     def std(self) -> float:
         """Standard deviation (population) of sparsity over the modules that were called."""
-        called = _present(self.by_module.values())
-        return statistics.pstdev(called) if called else math.nan
+        return std(self.by_module.values())
 
     @property
     def token_sparsity(self) -> float:
@@ -89,27 +66,146 @@ class SparsityReport:
         A name is split at its first whole number: `model.layers.3.self_attn.q_proj` is row 3,
         column `q_proj` (as much of the end as tells the columns apart).
         """
-        split = {name: _split(name) for name in self.modules}
-        columns = _short({column for _, _, column in split.values()})
-        several = len({stem for stem, number, _ in split.values() if number}) > 1
-        cells: dict[str, dict[str, float]] = {}
-        for name, (stem, number, column) in split.items():
-            row = number if number and not several else ".".join(filter(None, (stem, number)))
-            cells.setdefault(row, {})[columns[column]] = self.modules[name].sparsity
-        heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
-        values = [[_value(row.get(head)) for head in heads] for row in cells.values()]
-        return SparsityTable(list(cells), heads, values)
+        return table_of(self.by_module)
+
+    def by_sample(self, modules: Collection[str] | None = None) -> list[float]:
+        """Sparsity of each sample, averaged over modules; NaN of one that is padding alone.
+
+        Args:
+            modules: over these; None: over all that were called.
+
+        Raises:
+            TokenGateError: the recording was without `positions`; a module is unknown, was not
+                called, or saw another number of samples than the others.
+        """
+        found = self._details("by_sample", modules, "positions=True")
+        counts = {name: len(shares) for name, shares in found.items()}
+        first, *others = counts
+        for other in others:
+            if counts[other] != counts[first]:
+                raise TokenGateError(
+                    f"sparsity by sample was asked over {first!r} with {counts[first]} samples and "
+                    f"{other!r} with {counts[other]}: pass modules= with as many samples each."
+                )
+        return [mean(shares) for shares in zip(*found.values(), strict=True)]
+
+    def by_position(self, modules: Collection[str] | None = None) -> list[float]:
+        """Share of unmodified positions at each place in the sequence, all samples together.
+
+        The first real position of a sample is at place 0, wherever its padding is.
+
+        Args:
+            modules: of these together; None: of all that were called.
+
+        Raises:
+            TokenGateError: the recording was without `positions`; a module is unknown or was not
+                called.
+        """
+        found = self._details("by_position", modules, "positions=True")
+        places = zip_longest(*found.values(), fillvalue=(0, 0))
+        sums = [[sum(counts) for counts in zip(*place, strict=True)] for place in places]
+        return [1 - modified / positions for positions, modified in sums]
+
+    def histogram(self, of: str = "r", modules: Collection[str] | None = None) -> Histogram:
+        """How often r = ||M(x)|| / ||W0 x|| (eq. 4) or tau is where.
+
+        Args:
+            of: "r": of all positions, with four bins to the octave; infinite where no tau closes
+                the gate. "tau": of the modules, with bins of one width.
+            modules: of these; None: of all that have it.
+
+        Raises:
+            TokenGateError: `of` is something else; no module has it: for r, the recording was
+                without `ratios`; a module is unknown or does not have it.
+        """
+        if choice("of", of, ("r", "tau")) == "tau":
+            taus = self._details("tau", modules, "a gate")
+            return histogram_of(list(taus.values()))
+        found = self._details("ratios", modules, "ratios=True")
+        return Histogram(RATIO_EDGES, tuple(map(sum, zip(*found.values(), strict=True))))
+
+    def _details(self, of: str, modules: Collection[str] | None, needs: str) -> dict[str, Any]:
+        """That attribute of the modules, or of all that have it, by name."""
+        known = {n: getattr(m, of) for n, m in self.modules.items() if getattr(m, of) is not None}
+        wrong = [name for name in modules or () if name not in known]
+        if wrong or not known or (modules is not None and not modules):
+            what = f"{wrong[0]!r}" if wrong else "no module" if known else "any module"
+            raise TokenGateError(
+                f"{of} was asked of {what}, where this report has it of {len(known)} modules: "
+                f"pass names of those that were called, recorded with {needs}."
+            )
+        return {name: found for name, found in known.items() if modules is None or name in modules}
+
+    def merge(self, later: SparsityReport) -> SparsityReport:
+        """The report of one recording of both, exactly; the taus are the later's.
+
+        A detail (r, sparsity by sample and by position) that a module has in one of the two alone
+        is left out.
+        """
+        modules = dict(self.modules)
+        for name, module in later.modules.items():
+            modules[name] = modules[name].merged(module) if name in modules else module
+        return SparsityReport(modules)
+
+    def compare(self, other: SparsityReport) -> ReportDifference:
+        """What is different in `other`, by module, the largest change of sparsity first."""
+        return report_difference(self.modules, other.modules)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all; `SparsityReport.load` reads it.
+
+        Raises:
+            TokenGateError: the folder of `path` is not there.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise TokenGateError(
+                f"a report was to be saved as {brief(str(path))}, whose folder is not there: make "
+                "it first."
+            )
+        found = {"format": _FORMAT, "format_version": _VERSION, **self.to_dict()}
+        text = json.dumps(found, allow_nan=False)
+        write_atomically(path, partial(_write, text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityReport:
+        """What `save` wrote.
+
+        Raises:
+            TokenGateError: the file cannot be read, or holds something else.
+        """
+        where = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenGateError(
+                f"{where} could not be read ({brief(str(error))}): pass a file that "
+                "SparsityReport.save wrote."
+            ) from None
+        found = parse(text, where, "report")
+        is_report = found.get("format") == _FORMAT and isinstance(found.get("modules"), dict)
+        if not is_report or found.get("format_version") != _VERSION:
+            raise TokenGateError(
+                f"{where} is no report of version {_VERSION}: pass a file that SparsityReport.save "
+                "wrote."
+            )
+        modules = {}
+        for name, module in found["modules"].items():
+            try:
+                modules[name] = module_from_dict(module)
+            except ValueError as error:
+                raise TokenGateError(
+                    f"{where} is broken at module {name!r}, as {error}: save the report again."
+                ) from None
+        return cls(modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; a module that was never called has sparsity None."""
         return {
-            "sparsity": _value(self.sparsity),
-            "std": _value(self.std),
-            "token_sparsity": _value(self.token_sparsity),
-            "modules": {
-                name: {**asdict(module), "sparsity": _value(module.sparsity)}
-                for name, module in self.modules.items()
-            },
+            "sparsity": value(self.sparsity),
+            "std": value(self.std),
+            "token_sparsity": value(self.token_sparsity),
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
         }
 
     def to_csv(self) -> str:
@@ -118,18 +214,15 @@ class SparsityReport:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["module", "sparsity", "samples", "positions", "modified", "tau"])
         for name, m in self.modules.items():
-            writer.writerow([name, _value(m.sparsity), m.samples, m.positions, m.modified, m.tau])
+            writer.writerow([name, value(m.sparsity), m.samples, m.positions, m.modified, m.tau])
         return text.getvalue()
 
     def to_markdown(self) -> str:
         """The layer x projection table in percent, with averages, as Markdown."""
-        head, *body = self._grid()
-        lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown_table(*self._grid())
 
     def __str__(self) -> str:
-        head, *body = self._grid()
-        called = len(_present(self.by_module.values()))
+        called = len(present(self.by_module.values()))
         summary = (
             f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
             f"; {100 * self.token_sparsity:.1f} % of all positions left unmodified"
@@ -137,50 +230,16 @@ class SparsityReport:
         uncalled = len(self.modules) - called
         if uncalled:
             summary += f"; {uncalled} modules were never called"
-        return "\n".join(["sparsity (%)", text_table(head, body), summary])
+        return "\n".join(["sparsity (%)", text_table(*self._grid()), summary])
 
-    def _grid(self) -> list[list[str]]:
+    def _grid(self) -> tuple[list[str], list[list[str]]]:
         table = self.table
         rows = zip(table.rows, table.values, table.row_averages, strict=True)
-        return [
-            ["layer", *table.columns, "avg"],
-            *[[name, *map(_percent, values), _percent(average)] for name, values, average in rows],
-            ["avg", *map(_percent, table.column_averages), _percent(self.sparsity)],
+        return ["layer", *table.columns, "avg"], [
+            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
+            ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
         ]
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """What stands before a name's first whole number, that number, and what stands after it."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdecimal():
-            return ".".join(parts[:i]), part, ".".join(parts[i + 1 :])
-    return name, "", name
-
-
-def _short(names: set[str]) -> dict[str, str]:
-    """Each dotted name's shortest end that no other name shares."""
-    short = {}
-    for name in names:
-        parts = name.split(".")
-        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-        others = [f".{other}" for other in names if other != name]
-        short[name] = next((e for e in ends if not any(o.endswith(f".{e}") for o in others)), name)
-    return short
-
-
-def _value(number: float | None) -> float | None:
-    return None if number is None or math.isnan(number) else number
-
-
-def _present(numbers: Iterable[float | None]) -> list[float]:
-    return [number for number in map(_value, numbers) if number is not None]
-
-
-def _mean(numbers: Iterable[float | None]) -> float:
-    present = _present(numbers)
-    return statistics.fmean(present) if present else math.nan
-
-
-def _percent(number: float | None) -> str:
-    return "-" if _value(number) is None else f"{100 * number:.1f}"  # type: ignore[operator]
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

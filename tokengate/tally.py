@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Shares are rounded to multiples of it, so that up to 2^23 of them add up exactly in any order.
+_GRAIN = 2.0**-30
+
 
 def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """S and a padding mask as which positions are closed and which are real, both `(B, T)`.
@@ -12,9 +15,10 @@ def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     S of shape (B, ...) is that of B samples; (N,) that of N samples of one position, whose mean is
     that of samples of equal length.
     """
-    shape = (len(is_open), -1) if is_open.dim() > 1 else (-1, 1)
-    closed = ~is_open.reshape(shape if mask is None else mask.shape)
-    return closed, torch.ones_like(closed) if mask is None else mask != 0
+    if mask is not None:
+        return ~is_open.reshape(mask.shape), mask != 0
+    closed = ~(is_open.flatten(1) if is_open.dim() > 1 else is_open.reshape(-1, 1))
+    return closed, torch.ones_like(closed)
 
 
 def tally(closed: Tensor, real: Tensor) -> Tensor:
@@ -28,5 +32,10 @@ def tally(closed: Tensor, real: Tensor) -> Tensor:
     closed_counts = (closed & real).sum(1, dtype=dtype)
     # A sample of padding alone is none.
     samples = (counts > 0).sum(dtype=dtype)
-    shares = (closed_counts / counts.clamp(min=1)).sum()
-    return torch.stack([samples, shares, counts.sum(), closed_counts.sum()])
+    shares = (closed_counts / counts.clamp(min=1) / _GRAIN).round() * _GRAIN
+    return torch.stack([samples, shares.sum(), counts.sum(), closed_counts.sum()])
+
+
+def whole_grains(shares: float) -> float:
+    """The sum of shares of a tally, of which their average times their number may fall short."""
+    return round(shares / _GRAIN) * _GRAIN

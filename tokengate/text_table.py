@@ -1,4 +1,4 @@
-"""Tables and sizes as plain text, for the command line."""
+"""Tables and sizes as plain text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         cells = [c.rjust(width) for c, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same for Markdown, of cells that are text."""
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def size(count: float) -> str:

@@ -1,0 +1,98 @@
+"""Layer x projection, the shape of the paper's Table 5."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SparsityTable:
+    """Sparsity by layer (rows) and projection (columns), in [0, 1]; None where there is none."""
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
+
+    @property
+    def row_averages(self) -> list[float]:
+        """Average of each layer over its projections."""
+        return [mean(row) for row in self.values]
+
+    @property
+    def column_averages(self) -> list[float]:
+        """Average of each projection over the layers that have it."""
+        return [mean(column) for column in zip(*self.values, strict=True)]
+
+    @property
+    def row_stds(self) -> list[float]:
+        """Standard deviation (population) of each layer over its projections."""
+        return [std(row) for row in self.values]
+
+    @property
+    def column_stds(self) -> list[float]:
+        """Standard deviation (population) of each projection over the layers that have it."""
+        return [std(column) for column in zip(*self.values, strict=True)]
+
+
+def table_of(by_module: Mapping[str, float]) -> SparsityTable:
+    """The table of what is known by the names of modules."""
+    split = {name: _split(name) for name in by_module}
+    columns = _short({column for _, _, column in split.values()})
+    several = len({stem for stem, number, _ in split.values() if number}) > 1
+    cells: dict[str, dict[str, float]] = {}
+    for name, (stem, number, column) in split.items():
+        row = number if number and not several else ".".join(filter(None, (stem, number)))
+        cells.setdefault(row, {})[columns[column]] = by_module[name]
+    heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
+    values = [[value(row.get(head)) for head in heads] for row in cells.values()]
+    return SparsityTable(list(cells), heads, values)
+
+
+def value(number: float | None) -> float | None:
+    """The number; None where it is not one."""
+    return None if number is None or math.isnan(number) else number
+
+
+def present(numbers: Iterable[float | None]) -> list[float]:
+    """Those of them that are numbers."""
+    return [number for number in map(value, numbers) if number is not None]
+
+
+def mean(numbers: Iterable[float | None]) -> float:
+    """Of those that are numbers; NaN where there are none."""
+    found = present(numbers)
+    return statistics.fmean(found) if found else math.nan
+
+
+def std(numbers: Iterable[float | None]) -> float:
+    """Their standard deviation (population); NaN where there are none."""
+    found = present(numbers)
+    return statistics.pstdev(found) if found else math.nan
+
+
+def percent(number: float | None) -> str:
+    """A share as it stands in a table."""
+    return "-" if value(number) is None else f"{100 * number:.1f}"  # type: ignore[operator]
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """What stands before a name's first whole number, that number, and what stands after it."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[:i]), part, ".".join(parts[i + 1 :])
+    return name, "", name
+
+
+def _short(names: set[str]) -> dict[str, str]:
+    """Each dotted name's shortest end that no other name shares."""
+    short = {}
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        others = [f".{other}" for other in names if other != name]
+        short[name] = next((e for e in ends if not any(o.endswith(f".{e}") for o in others)), name)
+    return short
