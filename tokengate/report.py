@@ -5,11 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
 from typing import Any
 
+from tokengate.atomic_write import write_atomically
+from tokengate.html_report import html_page
+from tokengate.html_table import html_table
+from tokengate.sample_views import PatchView, TokenView
 from tokengate.text_table import text_table
 
 
@@ -89,14 +97,11 @@ class SparsityReport:
         A name is split at its first whole number: `model.layers.3.self_attn.q_proj` is row 3,
         column `q_proj` (as much of the end as tells the columns apart).
         """
-        split = {name: _split(name) for name in self.modules}
-        columns = _short({column for _, _, column in split.values()})
-        several = len({stem for stem, number, _ in split.values() if number}) > 1
+        places = self._places()
         cells: dict[str, dict[str, float]] = {}
-        for name, (stem, number, column) in split.items():
-            row = number if number and not several else ".".join(filter(None, (stem, number)))
-            cells.setdefault(row, {})[columns[column]] = self.modules[name].sparsity
-        heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
+        for name, (row, column) in places.items():
+            cells.setdefault(row, {})[column] = self.modules[name].sparsity
+        heads = list(dict.fromkeys(column for _, column in places.values()))
         values = [[_value(row.get(head)) for head in heads] for row in cells.values()]
         return SparsityTable(list(cells), heads, values)
 
@@ -127,8 +132,60 @@ class SparsityReport:
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        texts: Sequence[TokenView] = (),
+        images: Sequence[PatchView] = (),
+        title: str = "Where the modifications act",
+    ) -> str:
+        """The report as a page for a browser: one file, which loads nothing from elsewhere.
+
+        It has a heatmap of all modules, and every token of `texts` and patch of `images` shaded by
+        the share of modules that modified it: of all of them, or of those that are chosen there.
+
+        Args:
+            path: where to write it, too; its folder is made.
+            texts, images: samples to show, of modules of this report.
+            title: of the page.
+
+        Returns:
+            The HTML.
+
+        Raises:
+            TokenGateError: a sample has a module that the report has not, or is no view of one.
+            OSError: the file cannot be written, or an image not be read.
+        """
+        table = self.table
+        page = html_page(
+            title,
+            self.to_dict(),
+            self._places(),
+            row_averages=[*map(_value, table.row_averages)],
+            column_averages=[*map(_value, table.column_averages)],
+            texts=texts,
+            images=images,
+        )
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), partial(_write, page))
+        return page
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layer x projection table in percent, with averages."""
+        (_, *columns), *body = self._grid()
+        table = self.table
+        # The averages stay without a colour.
+        values = [[*row, None] for row in table.values] + [[None] * len(columns)]
+        cells = html_table(columns, [row[0] for row in body], values, [row[1:] for row in body])
+        return f"<p>sparsity (%)</p>{cells}<p>{escape(self._summary())}</p>"
+
     def __str__(self) -> str:
         head, *body = self._grid()
+        return "\n".join(["sparsity (%)", text_table(head, body), self._summary()])
+
+    def _summary(self) -> str:
         called = len(_present(self.by_module.values()))
         summary = (
             f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
@@ -137,7 +194,20 @@ class SparsityReport:
         uncalled = len(self.modules) - called
         if uncalled:
             summary += f"; {uncalled} modules were never called"
-        return "\n".join(["sparsity (%)", text_table(head, body), summary])
+        return summary
+
+    def _places(self) -> dict[str, tuple[str, str]]:
+        """Row and column of each module in `table`."""
+        split = {name: _split(name) for name in self.modules}
+        columns = _short({column for _, _, column in split.values()})
+        several = len({stem for stem, number, _ in split.values() if number}) > 1
+        return {
+            name: (
+                number if number and not several else ".".join(filter(None, (stem, number))),
+                columns[column],
+            )
+            for name, (stem, number, column) in split.items()
+        }
 
     def _grid(self) -> list[list[str]]:
         table = self.table
@@ -147,6 +217,10 @@ class SparsityReport:
             *[[name, *map(_percent, values), _percent(average)] for name, values, average in rows],
             ["avg", *map(_percent, table.column_averages), _percent(self.sparsity)],
         ]
+
+
+def _write(page: str, file: Path) -> None:
+    file.write_text(page, encoding="utf-8")
 
 
 def _split(name: str) -> tuple[str, str, str]:
