@@ -6,6 +6,11 @@ const { modules, rows, columns, views } = report;
 const chosen = new Set(); // of modules, by number; none stands for all of them
 const cells = []; // the heatmap's button of each module
 const groups = []; // the buttons of layers and projections, with the modules they stand for
+let described = { // what the pointer or the keyboard was on last
+  describe: () => show(
+    "Point at a module, a token or a patch", ["Or reach them with the tab and arrow keys."], [],
+  ),
+};
 
 const byId = (id) => document.getElementById(id);
 const percent = (share) => (100 * share).toFixed(1);
@@ -74,7 +79,7 @@ function drawHeatmap() {
     ...report.column_averages.map(average), average(report.sparsity),
   );
   byId("heatmap").append(
-    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "layer"), ...heads, mean)),
+    element("thead", {}, element("tr", {}, element("th", { scope: "row" }, "layer"), ...heads, mean)),
     element("tbody", {}, ...body),
     element("tfoot", {}, foot),
   );
@@ -127,15 +132,18 @@ function drawImage(view) {
   );
 }
 
-function drawView(view, number) {
+function drawView(view) {
   const width = 8 * Math.ceil(view.length / 8);
   const open = bits(view.open, view.modules.length * width);
-  view.isOpen = (k, i) => open[k * width + i];
+  view.isOpen = view.modules.map((_, k) => open.subarray(k * width, k * width + view.length));
   view.real = bits(view.real, view.length);
   view.noun = view.tokens ? "token" : "patch";
-  view.heading = element("h3", {}, view.title || `${view.tokens ? "Text" : "Image"} ${number + 1}`);
+  const like = views.filter((other) => Boolean(other.tokens) === Boolean(view.tokens));
+  const title = view.title || `${view.tokens ? "Text" : "Image"} ${like.indexOf(view) + 1}`;
   view.summary = element("p", {});
-  byId("samples").append(view.heading, view.summary, view.tokens ? drawText(view) : drawImage(view));
+  byId("samples").append(
+    element("h3", {}, title), view.summary, view.tokens ? drawText(view) : drawImage(view),
+  );
   view.positions.forEach((position, i) => {
     position.tabIndex = i ? -1 : 0;
     position.describe = () => describePosition(view, i);
@@ -150,12 +158,12 @@ function counted(view) {
 
 function shade(view) {
   const places = counted(view);
+  const open = new Uint32Array(view.length);
+  for (const k of places) view.isOpen[k].forEach((bit, i) => { open[i] += bit; });
   let [sum, real] = [0, 0];
   view.positions.forEach((position, i) => {
     if (!view.real[i]) return;
-    let open = 0;
-    for (const k of places) open += view.isOpen(k, i);
-    const share = places.length ? open / places.length : 0;
+    const share = places.length ? open[i] / places.length : 0;
     position.style.setProperty("--value", share);
     position.classList.toggle("unseen", !places.length);
     sum += share;
@@ -190,6 +198,7 @@ function showChosen() {
     button.setAttribute("aria-pressed", inside === members.length ? true : inside ? "mixed" : false);
   }
   views.forEach(shade);
+  described.describe();
 }
 
 // Details of what the pointer or the keyboard is on
@@ -222,33 +231,38 @@ function describeModule(number) {
 
 function describePosition(view, i) {
   const places = counted(view);
-  const hits = new Set(places.filter((k) => view.isOpen(k, i)).map((k) => view.modules[k]));
-  if (!view.real[i]) hits.clear();
-  mark((number) => hits.has(number));
-  const byLayer = new Map();
-  for (const number of hits) {
-    const { row, column } = modules[number];
-    byLayer.set(row, [...(byLayer.get(row) || []), columns[column]]);
-  }
-  const place = view.tokens
+  const hits = new Set(view.real[i] ? places.filter((k) => view.isOpen[k][i]) : []);
+  mark((number) => hits.has(view.modules.indexOf(number)));
+  const what = view.tokens ? `“${visible(view.tokens[i])}”` : "patch";
+  const where = view.tokens
     ? `token ${count(i + 1)} of ${count(view.length)}`
     : `row ${Math.floor(i / view.columns) + 1}, column ${(i % view.columns) + 1}`;
-  const share = !view.real[i]
-    ? "padding, which is not counted"
-    : places.length
-      ? `modified by ${count(hits.size)} of ${plural(places.length, "module")}, ${percent(hits.size / places.length)} %`
-      : "none of the chosen modules saw it";
-  const layers = [...byLayer].sort(([a], [b]) => a - b);
-  show(
-    view.tokens ? visible(view.tokens[i]) : "patch",
-    [`${place}: ${share}`],
-    layers.map(([row, names]) => [/^\d+$/.test(rows[row]) ? `layer ${rows[row]}` : rows[row], names.join(", ")]),
-  );
+  if (!view.real[i]) return show(what, [`${where}: padding, which is not counted`], []);
+  if (!places.length) return show(what, [`${where}: none of the chosen modules saw it`], []);
+  const total = plural(places.length, "module");
+  const share = percent(hits.size / places.length);
+  show(what, [`${where}: modified by ${count(hits.size)} of ${total}, ${share} %`], byLayer(view, places, hits));
+}
+
+/** The layers that have one of `hits`, each with its projections that are, shortly said. */
+function byLayer(view, places, hits) {
+  const name = (k) => columns[modules[view.modules[k]].column];
+  return rows.flatMap((layer, r) => {
+    const inside = places.filter((k) => modules[view.modules[k]].row === r);
+    const [modify, leave] = [inside.filter((k) => hits.has(k)), inside.filter((k) => !hits.has(k))];
+    if (!modify.length) return [];
+    let said = modify.map(name).join(", ");
+    if (inside.length > 2 && !leave.length) said = "all";
+    if (inside.length > 2 && leave.length === 1) said = `all but ${name(leave[0])}`;
+    return [[/^\d+$/.test(layer) ? `layer ${layer}` : layer, said]];
+  });
 }
 
 function describe(event) {
   const target = event.target.closest(".token, .patch, td button");
-  if (target) target.describe();
+  if (!target) return;
+  described = target;
+  target.describe();
 }
 
 // Arrow keys: one stop of the tab key for the heatmap and for each sample
@@ -278,13 +292,16 @@ function walk(event) {
 }
 
 drawHeatmap();
-for (const [i, button] of byId("heatmap").querySelectorAll("button").entries()) button.tabIndex = i ? -1 : 0;
+byId("heatmap").querySelectorAll("button").forEach((button, i) => { button.tabIndex = i ? -1 : 0; });
 views.forEach(drawView);
 byId("samples").hidden = !views.length;
-for (const id of ["sparsity-legend", "share-legend"]) byId(id).append("0 %", element("i", {}), "100 %");
+byId("sparsity-legend").append("0 %", element("i", {}), "100 % left alone");
+if (modules.some(({ sparsity }) => sparsity === null)) {
+  byId("sparsity-legend").append(element("i", { class: "uncalled" }), "never called");
+}
+byId("share-legend").append("0 %", element("i", {}), "100 % of the modules");
 byId("all").addEventListener("click", () => { chosen.clear(); showChosen(); });
 document.addEventListener("pointerover", describe);
 document.addEventListener("focusin", describe);
 document.addEventListener("keydown", walk);
-show("Point at a module, a token or a patch", ["Or reach them with the tab and arrow keys."], []);
 showChosen();
