@@ -178,6 +178,10 @@ def test_packages_on_disk_are_the_packages_listed():
     on_disk |= {"tokengate.integrations"}
     assert set(listed) == on_disk
     assert (ROOT / "integrations" / "__init__.py").exists()
+    data = ast.literal_eval(text.split("package-data]\ntokengate = ")[1].split("\n")[0])
+    for file in (ROOT / "tokengate").iterdir():
+        if file.is_file() and file.suffix != ".py":
+            assert any(map(file.match, data)), file
     assert f'version = "{tokengate.__version__}"' in text
 
 
