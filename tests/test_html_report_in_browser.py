@@ -303,7 +303,7 @@ def test_numbers_and_tokens_are_legible_and_colours_ordered(opened, scheme):
         assert fills == sorted(fills, reverse=scheme == "light")
         assert abs(fills[0] - fills[-1]) > 0.1
         for ink, fill in zip(inks, fills, strict=True):
-            assert (max(ink, fill) + 0.05) / (min(ink, fill) + 0.05) >= 4.4
+            assert (max(ink, fill) + 0.05) / (min(ink, fill) + 0.05) >= 4.5
 
 
 def test_large_reports_are_painted_soon(opened):
@@ -332,3 +332,14 @@ def test_in_print_it_is_light_and_whole(opened):
 def test_on_a_narrow_screen_nothing_is_cut_off(opened):
     page = opened(whole(), viewport={"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("kind", ["", "<!doctype html>"])
+def test_a_notebooks_table_keeps_the_notebooks_colours(opened, kind):
+    table = html_pages.report()._repr_html_()
+    page = opened(f"{kind}<div style='background: #111; color: #ddd'>{table}</div>")
+    for text in ("q_proj", "37.5", "-"):  # a heading, an average, and what was never called
+        ink = page.get_by_text(text, exact=True).evaluate("(e) => getComputedStyle(e).color")
+        assert ink == "rgb(221, 221, 221)"
+    ink = page.get_by_text("50.0", exact=True).first.evaluate("(e) => getComputedStyle(e).color")
+    assert ink == "rgb(0, 0, 0)"

@@ -24,7 +24,8 @@ def html_table(
     for name, shares, words in zip(rows, values, texts, strict=True):
         cells = "".join(map(_cell, shares, words))
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return f"<table>{''.join(lines)}</table>"
+    # Where a page does not say which HTML it is, tables inherit no colour by themselves.
+    return f'<table style="color:inherit">{"".join(lines)}</table>'
 
 
 def _cell(share: float | None, text: str) -> str:
