@@ -79,7 +79,7 @@ function drawHeatmap() {
     ...report.column_averages.map(average), average(report.sparsity),
   );
   byId("heatmap").append(
-    element("thead", {}, element("tr", {}, element("th", { scope: "row" }, "layer"), ...heads, mean)),
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "layer"), ...heads, mean)),
     element("tbody", {}, ...body),
     element("tfoot", {}, foot),
   );
