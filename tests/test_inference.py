@@ -170,8 +170,10 @@ def test_sixteen_bits(layer):
     x = torch.randn(7, 6).bfloat16()
     with torch.no_grad():
         first, second = layer(x), layer(x)
-    assert layer.modification.scale == 0.5 and first.dtype == torch.bfloat16
-    assert torch.equal(first, second) and torch.equal(first, layer(x).detach())
+    assert layer.modification.scale == 0.5
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, second)
+    assert torch.equal(first, layer(x).detach())
     with tokengate.disabled(layer):
         assert not torch.equal(first, layer(x))
 
@@ -183,7 +185,8 @@ def test_another_compute_dtype_has_maps_of_its_own(layer):
         with torch.autocast("cpu", torch.bfloat16):
             narrow = layer(x)
         again = layer(x)
-    assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+    assert narrow.dtype == torch.bfloat16
+    assert wide.dtype == torch.float32
     assert torch.equal(wide, again)
 
 

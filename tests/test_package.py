@@ -56,6 +56,7 @@ def test_public_names():
         "LoRA",
         "MixedPositionsWarning",
         "Modification",
+        "PatchView",
         "RankAllocator",
         "Slices",
         "SparsityController",
@@ -63,6 +64,7 @@ def test_public_names():
         "TauAdam",
         "TokenGate",
         "TokenGateError",
+        "TokenView",
         "UnreachedLayerWarning",
         "calibrate",
         "disabled",
@@ -138,6 +140,9 @@ def test_imports_point_one_way():
         "sparsity_table",
         "module_sparsity",
         "report_difference",
+        "sample_views",
+        "html_report",
+        "html_table",
         "report",
         "call_store",
         "samples",
@@ -181,6 +186,10 @@ def test_packages_on_disk_are_the_packages_listed():
     on_disk |= {"tokengate.integrations"}
     assert set(listed) == on_disk
     assert (ROOT / "integrations" / "__init__.py").exists()
+    data = ast.literal_eval(text.split("package-data]\ntokengate = ")[1].split("\n")[0])
+    for file in (ROOT / "tokengate").iterdir():
+        if file.is_file() and file.suffix != ".py":
+            assert any(map(file.match, data)), file
     assert f'version = "{tokengate.__version__}"' in text
 
 

@@ -47,7 +47,7 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 4
+    assert len(CODE) == 5
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
@@ -63,6 +63,17 @@ def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
     assert list(tokengate.layers(scope["model"])) == ["0"]
 
 
+def test_the_example_of_a_page(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer()
+    tokenizer.convert_ids_to_tokens = lambda ids: [f"token {number}" for number in ids.tolist()]
+    model = tokengate.patch(small_llama(), ["q_proj"])
+    scope = {"tokengate": tokengate, "model": model, "tokenizer": tokenizer}
+    exec(CODE[3], {**scope, "batch": tokenizer("a b c", return_tensors="pt")})
+    page = (tmp_path / "outputs" / "report.html").read_text()
+    assert '"tokens":["token 3","token 4","token 5"]' in page
+
+
 def test_the_example_of_several_processes(monkeypatch):
     """On one process, which sees whether it runs; tests/test_distributed.py has two."""
     with socket.socket() as free:
@@ -74,7 +85,7 @@ def test_the_example_of_several_processes(monkeypatch):
     ids = torch.arange(3, 9)[None]
     scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
     try:
-        exec(CODE[3], scope)
+        exec(CODE[4], scope)
     finally:
         torch.distributed.destroy_process_group()
     assert {m.positions for m in scope["report"].modules.values()} == {6}
@@ -109,6 +120,7 @@ def test_the_api_table_names_what_there_is():
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
     others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"
+    others += " TokenView PatchView"
     for name in (*others.split(), "LoRA", "DoRA", "AdaLoRA", "Adapter", "UnreachedLayerWarning"):
         assert f"`{name}" in table
         assert hasattr(tokengate, name)

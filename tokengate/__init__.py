@@ -29,6 +29,8 @@ from tokengate.patching import unpatch as unpatch
 from tokengate.rank_allocator import RankAllocator as RankAllocator
 from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
+from tokengate.sample_views import PatchView as PatchView
+from tokengate.sample_views import TokenView as TokenView
 from tokengate.saving import save as save
 from tokengate.scale_penalty import scale_penalty as scale_penalty
 from tokengate.slices import Slices as Slices

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from functools import partial
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,22 @@ from tokengate.arguments import choice
 from tokengate.atomic_write import write_atomically
 from tokengate.errors import TokenGateError, brief
 from tokengate.histogram import RATIO_EDGES, Histogram, histogram_of
+from tokengate.html_report import html_page
+from tokengate.html_table import html_table
 from tokengate.module_sparsity import ModuleSparsity as ModuleSparsity
 from tokengate.module_sparsity import module_from_dict
 from tokengate.report_difference import ReportDifference, report_difference
-from tokengate.sparsity_table import SparsityTable, mean, percent, present, std, table_of, value
+from tokengate.sample_views import PatchView, TokenView
+from tokengate.sparsity_table import (
+    SparsityTable,
+    mean,
+    percent,
+    places,
+    present,
+    std,
+    table_of,
+    value,
+)
 from tokengate.strict_json import parse
 from tokengate.text_table import markdown_table, text_table
 
@@ -221,7 +235,59 @@ class SparsityReport:
         """The layer x projection table in percent, with averages, as Markdown."""
         return markdown_table(*self._grid())
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        texts: Sequence[TokenView] = (),
+        images: Sequence[PatchView] = (),
+        title: str = "Where the modifications act",
+    ) -> str:
+        """The report as a page for a browser: one file, which loads nothing from elsewhere.
+
+        It has a heatmap of all modules, and every token of `texts` and patch of `images` shaded by
+        the share of modules that modified it: of all of them, or of those that are chosen there.
+
+        Args:
+            path: where to write it, too; its folder is made.
+            texts, images: samples to show, of modules of this report.
+            title: of the page.
+
+        Returns:
+            The HTML.
+
+        Raises:
+            TokenGateError: a sample has a module that the report has not, or is no view of one.
+            OSError: the file cannot be written, or an image not be read.
+        """
+        table = self.table
+        page = html_page(
+            title,
+            self.to_dict(),
+            places(self.modules),
+            row_averages=[*map(value, table.row_averages)],
+            column_averages=[*map(value, table.column_averages)],
+            texts=texts,
+            images=images,
+        )
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), partial(_write, page))
+        return page
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layer x projection table in percent, with averages."""
+        (_, *columns), body = self._grid()
+        table = self.table
+        # The averages stay without a colour.
+        values = [[*row, None] for row in table.values] + [[None] * len(columns)]
+        cells = html_table(columns, [row[0] for row in body], values, [row[1:] for row in body])
+        return f"<p>sparsity (%)</p>{cells}<p>{escape(self._summary())}</p>"
+
     def __str__(self) -> str:
+        return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
+
+    def _summary(self) -> str:
         called = len(present(self.by_module.values()))
         summary = (
             f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
@@ -230,7 +296,7 @@ class SparsityReport:
         uncalled = len(self.modules) - called
         if uncalled:
             summary += f"; {uncalled} modules were never called"
-        return "\n".join(["sparsity (%)", text_table(*self._grid()), summary])
+        return summary
 
     def _grid(self) -> tuple[list[str], list[list[str]]]:
         table = self.table

@@ -39,16 +39,33 @@ class SparsityTable:
 
 def table_of(by_module: Mapping[str, float]) -> SparsityTable:
     """The table of what is known by the names of modules."""
-    split = {name: _split(name) for name in by_module}
+    rows, columns, names = name_grid(by_module)
+    values = [[value(by_module.get(name or "")) for name in row] for row in names]
+    return SparsityTable(rows, columns, values)
+
+
+def name_grid(names: Iterable[str]) -> tuple[list[str], list[str], list[list[str | None]]]:
+    """Modules by layer and projection: the rows' labels, the columns', and who is where."""
+    found = places(names)
+    cells: dict[str, dict[str, str]] = {}
+    for name, (row, column) in found.items():
+        cells.setdefault(row, {})[column] = name
+    heads = list(dict.fromkeys(column for _, column in found.values()))
+    return list(cells), heads, [[row.get(head) for head in heads] for row in cells.values()]
+
+
+def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Row and column of each module in the table."""
+    split = {name: _split(name) for name in names}
     columns = _short({column for _, _, column in split.values()})
     several = len({stem for stem, number, _ in split.values() if number}) > 1
-    cells: dict[str, dict[str, float]] = {}
-    for name, (stem, number, column) in split.items():
-        row = number if number and not several else ".".join(filter(None, (stem, number)))
-        cells.setdefault(row, {})[columns[column]] = by_module[name]
-    heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
-    values = [[value(row.get(head)) for head in heads] for row in cells.values()]
-    return SparsityTable(list(cells), heads, values)
+    return {
+        name: (
+            number if number and not several else ".".join(filter(None, (stem, number))),
+            columns[column],
+        )
+        for name, (stem, number, column) in split.items()
+    }
 
 
 def value(number: float | None) -> float | None:

@@ -1,0 +1,164 @@
+"""What a report shows of one sample: a text's tokens or an image's patches, with the S of each."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokengate.errors import TokenGateError, brief
+
+_KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One text for `SparsityReport.to_html`:
+
+        with tokengate.record(model, positions=True) as rec:
+            model(**batch)
+        sample = rec.sample(0)
+        tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+        view = tokengate.TokenView(tokens, sample.is_open, sample.real)
+
+    Raises:
+        TokenGateError: there are no tokens or no modules, or S is not of as many positions.
+    """
+
+    tokens: Sequence[str]
+    """T tokens as they are to be read, from `convert_ids_to_tokens` or decoded one by one."""
+    is_open: Mapping[str, Tensor]
+    """S by module, boolean tensors of shape (T,)."""
+    real: Tensor | None = None
+    """Which positions are no padding, a boolean tensor of shape (T,); None for all of them."""
+    title: str = ""
+    """What stands above it; by default its number."""
+
+    def __post_init__(self) -> None:
+        # One string is a sequence of strings, too: its characters.
+        if isinstance(self.tokens, str) or not all(isinstance(t, str) for t in self.tokens):
+            raise TokenGateError(
+                f"tokens={brief(self.tokens)} is not a list of strings: pass "
+                "tokenizer.convert_ids_to_tokens(ids)."
+            )
+        _check_shapes(self.is_open, (len(self.tokens),), "one for each token")
+        if self.real is not None:
+            _check_shape("real", self.real, (len(self.tokens),), "one for each token")
+
+    def data(self, numbers: Mapping[str, int]) -> dict[str, Any]:
+        """For the page's JSON; `numbers` are those of the report's modules, by name."""
+        real = torch.ones(len(self.tokens), dtype=torch.bool) if self.real is None else self.real
+        return {
+            "tokens": list(self.tokens),
+            **_positions(self.is_open, real, numbers),
+            "title": self.title,
+        }
+
+
+@dataclass(frozen=True)
+class PatchView:
+    """One image for `SparsityReport.to_html`:
+
+        with tokengate.record(model, positions=True) as rec:
+            model(images)
+        is_open = {name: patch_grid(model, s[0], name)[0] for name, s in rec.positions.items()}
+        view = tokengate.PatchView("cat.png", is_open)
+
+    Raises:
+        TokenGateError: the image is neither PNG nor JPEG, there are no modules, or their grids
+            differ.
+    """
+
+    image: bytes | str | os.PathLike[str]
+    """A PNG or JPEG of what the model saw: the file's content, or its path."""
+    is_open: Mapping[str, Tensor]
+    """S by module, boolean tensors of shape (rows, columns)."""
+    title: str = ""
+    """What stands above it; by default its number."""
+
+    def __post_init__(self) -> None:
+        _kind(_content(self.image))
+        first: Any = next(iter(self.is_open.values()), None)
+        grid = tuple(getattr(first, "shape", ()))
+        if self.is_open and len(grid) != 2:
+            raise TokenGateError(
+                f"is_open[{next(iter(self.is_open))!r}] has shape {grid}, not (rows, columns): "
+                "arrange the positions as the patches are in the image, e.g. with patch_grid of "
+                "tokengate.integrations.vision."
+            )
+        _check_shapes(self.is_open, grid, "as the first module's")
+
+    def data(self, numbers: Mapping[str, int]) -> dict[str, Any]:
+        """For the page's JSON; `numbers` are those of the report's modules, by name."""
+        content = _content(self.image)
+        rows, columns = next(iter(self.is_open.values())).shape
+        flat = {name: is_open.flatten() for name, is_open in self.is_open.items()}
+        return {
+            "source": f"data:{_kind(content)};base64,{base64.b64encode(content).decode()}",
+            "rows": rows,
+            "columns": columns,
+            **_positions(flat, torch.ones(rows * columns, dtype=torch.bool), numbers),
+            "title": self.title,
+        }
+
+
+def _check_shapes(is_open: Mapping[str, Tensor], shape: tuple[int, ...], why: str) -> None:
+    if not is_open:
+        raise TokenGateError(
+            "is_open is empty, so that there is nothing to show: pass S by module, as "
+            "tokengate.record(model, positions=True) records it."
+        )
+    for name, tensor in is_open.items():
+        _check_shape(f"is_open[{name!r}]", tensor, shape, why)
+
+
+def _check_shape(name: str, tensor: Any, shape: tuple[int, ...], why: str) -> None:
+    if not (isinstance(tensor, Tensor) and tensor.dtype == torch.bool):
+        raise TokenGateError(
+            f"{name}={brief(tensor)} is not a boolean tensor: pass one of shape {shape}."
+        )
+    if tuple(tensor.shape) != shape or 0 in shape:
+        raise TokenGateError(
+            f"{name} has shape {tuple(tensor.shape)}, but {shape} is wanted, {why}, and at least "
+            "one: pass modules that saw these positions."
+        )
+
+
+def _content(image: bytes | str | os.PathLike[str]) -> bytes:
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+
+def _kind(content: bytes) -> str:
+    for start, kind in _KINDS.items():
+        if content.startswith(start):
+            return kind
+    raise TokenGateError(
+        f"image={brief(content[:8])}... is neither a PNG nor a JPEG: save the picture as one of "
+        "them and pass its path or its bytes."
+    )
+
+
+def _positions(
+    is_open: Mapping[str, Tensor], real: Tensor, numbers: Mapping[str, int]
+) -> dict[str, Any]:
+    stacked = torch.stack([tensor.cpu() for tensor in is_open.values()])
+    return {
+        "length": len(real),
+        "modules": [numbers[name] for name in is_open],
+        "open": _packed(stacked),
+        "real": _packed(real.cpu()[None]),
+    }
+
+
+def _packed(rows: Tensor) -> str:
+    """Booleans (M, T) in base64: rows of whole bytes, the first position in the lowest bit."""
+    padded = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).reshape(-1, 8)
+    octets = (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return base64.b64encode(bytes(octets.tolist())).decode()
