@@ -26,7 +26,7 @@ WITHOUT_HOST, WITH_HOST = (
         *("attention", "hf_peft", "language", "llava"),
         *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
-    ["clip", "sparsity_logs", "trainer", "vision"],
+    ["clip", "plots", "sparsity_logs", "trainer", "vision"],
 )
 
 
@@ -133,9 +133,9 @@ def test_imports_point_one_way():
         "tau_adam",
         "param_groups",
         "text_table",
+        "atomic_write",
         "report",
         "recording",
-        "atomic_write",
         "history",
         "adapter_config",
         "adapter_folder",

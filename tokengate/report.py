@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from tokengate.atomic_write import write_atomically
+from tokengate.errors import TokenGateError
 from tokengate.text_table import text_table
 
 
@@ -89,16 +93,10 @@ class SparsityReport:
         A name is split at its first whole number: `model.layers.3.self_attn.q_proj` is row 3,
         column `q_proj` (as much of the end as tells the columns apart).
         """
-        split = {name: _split(name) for name in self.modules}
-        columns = _short({column for _, _, column in split.values()})
-        several = len({stem for stem, number, _ in split.values() if number}) > 1
-        cells: dict[str, dict[str, float]] = {}
-        for name, (stem, number, column) in split.items():
-            row = number if number and not several else ".".join(filter(None, (stem, number)))
-            cells.setdefault(row, {})[columns[column]] = self.modules[name].sparsity
-        heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
-        values = [[_value(row.get(head)) for head in heads] for row in cells.values()]
-        return SparsityTable(list(cells), heads, values)
+        rows, columns, names = name_grid(self.modules)
+        by_module = self.by_module
+        values = [[_value(by_module.get(name or "")) for name in row] for row in names]
+        return SparsityTable(rows, columns, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; a module that was never called has sparsity None."""
@@ -127,6 +125,29 @@ class SparsityReport:
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The layer x projection table as a picture, a `matplotlib.figure.Figure`.
+
+        Args:
+            path: a file to write it to as well, in the format of its ending (.png, .pdf, .svg).
+
+        Raises:
+            TokenGateError: matplotlib is not installed.
+        """
+        try:
+            # By its name, because integrations import tokengate and never the reverse.
+            plots = importlib.import_module("tokengate.integrations.plots")
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "matplotlib":
+                raise
+            raise TokenGateError(
+                "plot was asked without matplotlib: install it, pip install 'tokengate[viz]'."
+            ) from None
+        figure = plots.heatmap(self)
+        if path is not None:
+            write_atomically(Path(path), figure.savefig)
+        return figure
+
     def __str__(self) -> str:
         head, *body = self._grid()
         called = len(_present(self.by_module.values()))
@@ -147,6 +168,19 @@ class SparsityReport:
             *[[name, *map(_percent, values), _percent(average)] for name, values, average in rows],
             ["avg", *map(_percent, table.column_averages), _percent(self.sparsity)],
         ]
+
+
+def name_grid(names: Iterable[str]) -> tuple[list[str], list[str], list[list[str | None]]]:
+    """Modules by layer and projection: the rows' labels, the columns', and who is where."""
+    split = {name: _split(name) for name in names}
+    columns = _short({column for _, _, column in split.values()})
+    several = len({stem for stem, number, _ in split.values() if number}) > 1
+    cells: dict[str, dict[str, str]] = {}
+    for name, (stem, number, column) in split.items():
+        row = number if number and not several else ".".join(filter(None, (stem, number)))
+        cells.setdefault(row, {})[columns[column]] = name
+    heads = list(dict.fromkeys(columns[column] for _, _, column in split.values()))
+    return list(cells), heads, [[row.get(head) for head in heads] for row in cells.values()]
 
 
 def _split(name: str) -> tuple[str, str, str]:
