@@ -17,7 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import tokengate
@@ -236,6 +238,13 @@ def performance(
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return _figure(ax)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """What a figure looks like: `(height, width, 3)`, 8 bits each of red, green and blue."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _figure(ax: Axes) -> Figure:

@@ -23,7 +23,7 @@ def loaded_by(code):
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
     [
-        *("attention", "hf_peft", "language", "llava"),
+        *("attention", "hf_peft", "language", "live_logging", "llava"),
         *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
     ["clip", "plots", "sparsity_logs", "trainer", "vision"],

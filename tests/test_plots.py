@@ -129,7 +129,7 @@ except tokengate.TokenGateError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == (
-        "plot was asked without matplotlib: install it, pip install 'tokengate[viz]'."
+        "a picture was asked for without matplotlib: install it, pip install 'tokengate[viz]'."
     )
 
 

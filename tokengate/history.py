@@ -48,7 +48,7 @@ class History:
         limit: how many steps are kept at most.
 
     Raises:
-        TokenGateError: no layer of the model is patched; `limit` is no whole number >= 2.
+        TokenGateError: no layer of the model has a gate; `limit` is no whole number >= 2.
     """
 
     steps: list[int]
@@ -178,7 +178,13 @@ class History:
 
 def _gates(model: nn.Module) -> dict[str, Any]:
     patched = require_layers(model, "History")
-    return {name: layer.gate for name, layer in patched.items() if layer.gate is not None}
+    gates = {name: layer.gate for name, layer in patched.items() if layer.gate is not None}
+    if not gates:
+        raise TokenGateError(
+            f"History was asked of a {type(model).__name__} whose layers have no gates: patch it "
+            "without gate=False."
+        )
+    return gates
 
 
 def _finite(number: Any) -> float | None:

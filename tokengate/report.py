@@ -134,16 +134,7 @@ class SparsityReport:
         Raises:
             TokenGateError: matplotlib is not installed.
         """
-        try:
-            # By its name, because integrations import tokengate and never the reverse.
-            plots = importlib.import_module("tokengate.integrations.plots")
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "matplotlib":
-                raise
-            raise TokenGateError(
-                "plot was asked without matplotlib: install it, pip install 'tokengate[viz]'."
-            ) from None
-        figure = plots.heatmap(self)
+        figure = load_plots().heatmap(self)
         if path is not None:
             write_atomically(Path(path), figure.savefig)
         return figure
@@ -168,6 +159,19 @@ class SparsityReport:
             *[[name, *map(_percent, values), _percent(average)] for name, values, average in rows],
             ["avg", *map(_percent, table.column_averages), _percent(self.sparsity)],
         ]
+
+
+def load_plots() -> Any:
+    """The module that draws, `tokengate.integrations.plots`; an error without matplotlib."""
+    try:
+        # By its name, because integrations import tokengate and never the reverse.
+        return importlib.import_module("tokengate.integrations.plots")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise TokenGateError(
+            "a picture was asked for without matplotlib: install it, pip install 'tokengate[viz]'."
+        ) from None
 
 
 def name_grid(names: Iterable[str]) -> tuple[list[str], list[str], list[list[str | None]]]:
