@@ -2,7 +2,7 @@
 
 The quickstart's vision transformer is adapted three times from the same start: with Adam on tau
 (eq. 18-22), and with eq. 16 alone, tau <- tau + alpha s g, at two sizes of its step. Nothing is
-downloaded; two cores need about a minute.
+downloaded; two cores need about two minutes.
 
     python examples/tau_trajectories.py --output outputs/tau_trajectories
 """
@@ -74,7 +74,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for name, history in histories.items():
         history.save(args.output / f"{name.replace(' ', '_')}.json")
-    plots.trajectories(histories).savefig(args.output / "trajectories.png", dpi=110)
+    plots.trajectories(histories).savefig(args.output / "trajectories.png", dpi=90)
     print(f"trajectories.png and the histories are in {args.output}")
 
 

@@ -47,7 +47,7 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 4
+    assert len(CODE) == 5
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
@@ -63,6 +63,16 @@ def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
     assert list(tokengate.layers(scope["model"])) == ["0"]
 
 
+def test_the_example_that_is_seen(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="the viz extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(CODE[3], scope)
+    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.png", "trajectories.png"}
+    assert scope["history"].steps == list(range(0, 100, 10))
+    assert scope["history"].sparsity[-1] > 0
+
+
 def test_the_example_of_several_processes(monkeypatch):
     """On one process, which sees whether it runs; tests/test_distributed.py has two."""
     with socket.socket() as free:
@@ -74,7 +84,7 @@ def test_the_example_of_several_processes(monkeypatch):
     ids = torch.arange(3, 9)[None]
     scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
     try:
-        exec(CODE[3], scope)
+        exec(CODE[4], scope)
     finally:
         torch.distributed.destroy_process_group()
     assert {m.positions for m in scope["report"].modules.values()} == {6}
@@ -104,6 +114,7 @@ def test_the_api_table_names_what_there_is():
         "Slices",
         "scale_penalty",
         "SparsityController",
+        "History",
         *["save", "load", "use", "fold", "calibrate"],
     ):
         assert f"`{name}(" in table
@@ -208,6 +219,16 @@ def test_the_trainer_example(monkeypatch, tmp_path):
     exec(code.replace(imported, "Trainer\n"), scope)
     logged = [x["tau_mean"] for x in scope["trainer"].state.log_history if "tau_mean" in x]
     assert logged == pytest.approx([5e-4, 1e-3], rel=0.1)
+
+
+def test_the_live_logging_example(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="the test extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = tokengate.patch(small_llama(), ["q_proj", "v_proj"])
+    scope = {"model": model, "loader": torch.utils.data.DataLoader(Texts(), batch_size=8)}
+    exec(section("Live logging"), scope)
+    assert "'sparsity_q_proj': 0.0" in capsys.readouterr().out
+    assert len(list((tmp_path / "outputs" / "events").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("own_accelerate")
