@@ -73,7 +73,8 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
         for x, value in enumerate(row):
             text = "-" if math.isnan(value) else f"{value:.0f}"
             colour = "white" if value < 60 else "black"
-            ax.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
+            label = ax.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
+            label.set_in_layout(False)  # within the cell; to ask all takes a fifth of the time
     ax.set_yticks(range(len(table.rows)), table.rows, fontsize=8)
     ax.set_xticks(range(len(table.columns)), table.columns, fontsize=8)
     if max(map(len, table.columns), default=0) > 9:
