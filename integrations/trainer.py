@@ -372,9 +372,10 @@ class TokenGateCallback(TrainerCallback):
             added |= self._steps.statistics()
             if self._distance is not None:
                 added["orthogonality"] = self._distance.item()
-            step = _trainer_that_calls().state.global_step
-            if self._history is not None and self._history.steps[-1:] != [step]:
-                self._history.log(step, loss=logs["loss"], report=report)
+            if self._history is not None:
+                step = _trainer_that_calls().state.global_step
+                if self._history.steps[-1:] != [step]:  # unless it has been told, with the report
+                    self._history.log(step, loss=logs["loss"], report=report)
         logs.update(added)
         return added
 
