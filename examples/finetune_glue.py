@@ -20,8 +20,6 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 from glue_data import TASKS, Row, load, paper, score
 from transformers import (
@@ -35,9 +33,6 @@ from transformers import (
 import tokengate
 from tokengate.integrations.language import PAPER_TARGETS, roles
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 class Encoded(torch.utils.data.Dataset):
@@ -126,7 +121,7 @@ def run(args: argparse.Namespace) -> dict:
     report = rec.report()
     print(report)
     args.output.mkdir(parents=True, exist_ok=True)
-    draw(report, args.output / "sparsity.png")
+    report.plot(args.output / "sparsity.png")
     results = {
         "arguments": plain(args),
         "steps": steps,
@@ -136,29 +131,6 @@ def run(args: argparse.Namespace) -> dict:
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=1))
     return results
-
-
-def draw(report: tokengate.SparsityReport, path: Path) -> None:
-    """Sparsity by layer and projection."""
-    table = report.table
-    figure, axes = plt.subplots(figsize=(6, 0.4 * len(table.rows) + 1.6), layout="constrained")
-    grid = np.array(table.values, dtype=float)
-    image = axes.imshow(100 * grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
-    axes.set_yticks(range(len(table.rows)), table.rows)
-    axes.set(ylabel="layer", title=f"positions left unmodified, {100 * report.sparsity:.1f} %")
-    for (row, column), value in np.ndenumerate(grid):
-        axes.text(
-            column,
-            row,
-            f"{100 * value:.0f}",
-            ha="center",
-            va="center",
-            color="white" if value < 0.6 else "black",
-        )
-    figure.colorbar(image, label="%")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def parser() -> argparse.ArgumentParser:

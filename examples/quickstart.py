@@ -15,9 +15,9 @@ import copy
 import json
 from pathlib import Path
 
-import matplotlib
 import timm
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import tokengate
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CANVAS, PATCH = 24, 4
 GRID = CANVAS // PATCH
@@ -77,6 +74,23 @@ def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: 
     progress.close()
 
 
+def pretrained() -> nn.Module:
+    """A ViT that tells the plain digits apart."""
+    model = timm.models.VisionTransformer(
+        img_size=CANVAS,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+    )
+    data, _ = load_images(shifted=False)
+    train(model, [{"params": list(model.parameters()), "lr": 2e-3}], data, 20, "pretraining")
+    return model.eval()
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Split) -> float:
     """Share of images that are classified correctly, in percent."""
@@ -104,29 +118,12 @@ def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: boo
     return model.eval()
 
 
-def draw_heatmap(report: tokengate.SparsityReport, file: Path) -> None:
-    """Sparsity by layer and projection."""
-    table = report.table
-    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    values = [[100 * (value or 0.0) for value in row] for row in table.values]
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            color = "black" if value > 60 else "white"
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(table.columns)), table.columns)
-    axes.set_yticks(range(len(table.rows)), [f"layer {row}" for row in table.rows])
-    axes.set_title(f"positions left unmodified, {100 * report.sparsity:.0f} % overall", fontsize=11)
-    figure.colorbar(image, label="sparsity (%)")
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
 def draw_patches(images: Tensor, positions: dict[str, list[Tensor]], file: Path) -> None:
     """Above the images, below the share of modules that modified each of their patches."""
     modified = torch.stack([torch.cat(calls) for calls in positions.values()]).float().mean(0)
     patches = modified[:, -GRID * GRID :].reshape(-1, GRID, GRID)  # without the class token
-    figure, axes = plt.subplots(2, len(images), figsize=(11, 2.9), layout="constrained")
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    axes = figure.subplots(2, len(images))
     # Both rows in pixels, so that the digit's outline lies on the patches below it.
     extent = (0, CANVAS, CANVAS, 0)
     centres = torch.arange(CANVAS) + 0.5
@@ -140,7 +137,6 @@ def draw_patches(images: Tensor, positions: dict[str, list[Tensor]], file: Path)
         ax.set_axis_off()
     figure.colorbar(shown, ax=axes[1, :], aspect=8, label="share of modules\nthat modified it")
     figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -164,20 +160,9 @@ def main() -> None:
     """Pretrain, adapt in three ways, print what came out and draw it."""
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
-    base = timm.models.VisionTransformer(
-        img_size=CANVAS,
-        patch_size=PATCH,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=64,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=2,
-    )
-    source, source_test = load_images(shifted=False)
+    base = pretrained()
+    _, source_test = load_images(shifted=False)
     target, target_test = load_images(shifted=True)
-    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], source, 20, "pretraining")
-    base.eval()
     print(f"pretrained: {accuracy(base, source_test):.1f} % on its own task,")
     print(f"            {accuracy(base, target_test):.1f} % on the shifted one\n")
 
@@ -208,7 +193,7 @@ def main() -> None:
     images = target_test[0][:8]
     with tokengate.record(gated, positions=True) as rec, torch.no_grad():
         gated(images)
-    draw_heatmap(report, arguments.output / "sparsity.png")
+    report.plot(arguments.output / "sparsity.png")
     draw_patches(images, rec.positions, arguments.output / "patches.png")
     results = {"accuracy": scores, **report.to_dict()}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import has_length
 
 import tokengate
-from tokengate import TokenGateError
+from tokengate import SparsityReport, TokenGateError
+from tokengate.integrations.live_logging import pixels
 from tokengate.recording import Recorder
 
 
@@ -64,12 +67,26 @@ def evaluated(logs: Mapping[str, Any]) -> str | None:
     return prefixes[0] if prefixes and prefixes[0] != "train" else None
 
 
-def sparsity_of(key: str, recorder: Recorder | None) -> dict[str, float]:
-    """Eq. 23 over all processes; nothing where none of them had anything to run."""
+def report_of(recorder: Recorder | None) -> SparsityReport | None:
+    """What was counted on all processes; None where none of them had anything to run."""
     if recorder is None:
-        return {}
+        return None
     try:
-        sparsity = recorder.report(reduce=True).sparsity
+        report = recorder.report(reduce=True)
     except TokenGateError:
-        return {}
-    return {} if math.isnan(sparsity) else {key: sparsity}
+        return None
+    return None if math.isnan(report.sparsity) else report
+
+
+def log_heatmap(callbacks: Iterable[Any], name: str, report: SparsityReport, step: int) -> None:
+    """To the TensorBoard and the W&B callback among a Trainer's, if they are there.
+
+    `name` is that of a log; the image gets the tag that these give to such a number.
+    """
+    (tag,) = rewrite_logs({name: 0.0})
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(tag, pixels(report), step, dataformats="HWC")
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            image = callback._wandb.Image(pixels(report))
+            callback._wandb.log({tag: image, "train/global_step": step})

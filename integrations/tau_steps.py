@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.sharding import numbers_here
 
 # A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
 # they are, so that what stands there is in each checkpoint's optimizer.pt and nowhere else.
@@ -76,8 +77,7 @@ class TauSteps:
         """Where the taus are, with one transfer from their device."""
         if not self.taus:
             return {}
-        first = next(iter(self.taus.values())).device
-        taus = torch.cat([tau.detach().to(first) for tau in self.taus.values()]).tolist()
+        taus = [tau for tau in numbers_here(self.taus.values()) if tau is not None]
         return {"tau_mean": sum(taus) / len(taus), "tau_min": min(taus), "tau_max": max(taus)}
 
     def load(self, saved: dict[str, dict[str, Tensor]], exactly: bool) -> None:

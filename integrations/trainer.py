@@ -37,17 +37,27 @@ from transformers import (
 )
 
 import tokengate
-from tokengate import AdaLoRA, RankAllocator, SparsityController, TokenGateError
+from tokengate import (
+    AdaLoRA,
+    History,
+    RankAllocator,
+    SparsityController,
+    SparsityReport,
+    TokenGateError,
+)
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.gated_linear import require_layers
+from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
 from tokengate.integrations.sparsity_logs import (
     Recording,
     evaluated,
-    sparsity_of,
+    log_heatmap,
+    report_of,
     will_be_logged,
 )
 from tokengate.integrations.tau_steps import KEY, TauSteps, state_of
 from tokengate.param_groups import slope_for
+from tokengate.report import load_plots
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +124,11 @@ class TokenGateCallback(TrainerCallback):
         target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
         target_warmup: steps before that controller sets in: an int for their number, a float in
             [0, 1) for their share of the training's.
+        details: True adds to the logs of the loss and of evaluations the sparsity of every
+            projection, e.g. `sparsity_q_proj`, and to those of the loss the average lambda,
+            `penalty`; and gives TensorBoard and Weights & Biases, where they are told of such a
+            log, a heatmap by layer and projection, `train/sparsity_heatmap`. Wants matplotlib.
+        history: a `tokengate.History` of the model, which is told of each log of the loss.
 
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
@@ -137,6 +152,8 @@ class TokenGateCallback(TrainerCallback):
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | float = 0,
+        details: bool = False,
+        history: History | None = None,
     ) -> None:
         # Made for its checks alone: tau's numbers are wrong here and not after an hour.
         known = 0.0 if s is None else non_negative("s", s)
@@ -148,6 +165,16 @@ class TokenGateCallback(TrainerCallback):
         self._target = target_sparsity
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", target_warmup)
+        self._details = switch("details", details)
+        if details:
+            load_plots()  # or an error now, and not after an hour
+        if history is not None and not isinstance(history, History):
+            raise TokenGateError(
+                f"history is a {type(history).__name__}: pass tokengate.History(model)."
+            )
+        self._history = history
+        # A report that the reporters have not seen, and the name it is logged by.
+        self._unseen: tuple[str, SparsityReport] | None = None
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
@@ -274,6 +301,11 @@ class TokenGateCallback(TrainerCallback):
     ) -> None:
         """Add what `TokenGateTrainer` has not added before."""
         added = self.add_to(context["logs"])
+        if self._unseen is not None and state.is_world_process_zero:
+            # From here, because the reporters, which come before, open their files in this event.
+            callbacks = _trainer_that_calls().callback_handler.callbacks
+            log_heatmap(callbacks, *self._unseen, state.global_step)
+        self._unseen = None
         if not added:
             return
         if state.log_history:
@@ -306,6 +338,7 @@ class TokenGateCallback(TrainerCallback):
         if self._evaluation.runs:
             self.add_to(metrics)
         self._evaluation.drop()
+        self._unseen = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -332,14 +365,29 @@ class TokenGateCallback(TrainerCallback):
         added: dict[str, float] = {}
         prefix = evaluated(logs)
         if prefix and f"{prefix}_sparsity" not in logs:
-            added |= sparsity_of(f"{prefix}_sparsity", self._evaluation.take())
+            added |= self._measured(f"{prefix}_", report_of(self._evaluation.take()))
         elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
-            added |= sparsity_of("sparsity", self._training.take())
+            report = report_of(self._training.take())
+            added |= self._measured("", report)
             added |= self._steps.statistics()
             if self._distance is not None:
                 added["orthogonality"] = self._distance.item()
+            if self._history is not None:
+                step = _trainer_that_calls().state.global_step
+                if self._history.steps[-1:] != [step]:  # unless it has been told, with the report
+                    self._history.log(step, loss=logs["loss"], report=report)
         logs.update(added)
         return added
+
+    def _measured(self, prefix: str, report: SparsityReport | None) -> dict[str, float]:
+        """What a log gets of a report."""
+        if report is None:
+            return {}
+        if not self._details:
+            return {f"{prefix}sparsity": report.sparsity}
+        self._unseen = f"{prefix}{HEATMAP}", report
+        found = sparsities(report) if prefix else scalars(_trainer_that_calls().model, report)
+        return {f"{prefix}{name}": value for name, value in found.items()}
 
     def _clip_apart(self, accelerator: Accelerator, steps: TauSteps, model: nn.Module) -> None:
         """Let the Trainer's own clipping leave the taus out, and see the penalty's gradient.

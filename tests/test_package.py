@@ -23,10 +23,10 @@ def loaded_by(code):
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
     [
-        *("attention", "hf_peft", "language", "llava"),
+        *("attention", "hf_peft", "language", "live_logging", "llava"),
         *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
-    ["clip", "sparsity_logs", "trainer", "vision"],
+    ["clip", "plots", "sparsity_logs", "trainer", "vision"],
 )
 
 
@@ -53,6 +53,7 @@ def test_public_names():
         "Factors",
         "Folding",
         "GatedLinear",
+        "History",
         "LoRA",
         "MixedPositionsWarning",
         "Modification",
@@ -148,6 +149,7 @@ def test_imports_point_one_way():
         "samples",
         "position_counts",
         "recording",
+        "history",
         "adapter_config",
         "adapter_folder",
         "saving",

@@ -47,7 +47,7 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 5
+    assert len(CODE) == 6
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
@@ -74,6 +74,16 @@ def test_the_example_of_a_page(monkeypatch, tmp_path):
     assert '"tokens":["token 3","token 4","token 5"]' in page
 
 
+def test_the_example_that_is_seen(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="the viz extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(CODE[4], scope)
+    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.png", "trajectories.png"}
+    assert scope["history"].steps == list(range(0, 100, 10))
+    assert scope["history"].sparsity[-1] > 0
+
+
 def test_the_example_of_several_processes(monkeypatch):
     """On one process, which sees whether it runs; tests/test_distributed.py has two."""
     with socket.socket() as free:
@@ -85,7 +95,7 @@ def test_the_example_of_several_processes(monkeypatch):
     ids = torch.arange(3, 9)[None]
     scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
     try:
-        exec(CODE[4], scope)
+        exec(CODE[5], scope)
     finally:
         torch.distributed.destroy_process_group()
     assert {m.positions for m in scope["report"].modules.values()} == {6}
@@ -115,6 +125,7 @@ def test_the_api_table_names_what_there_is():
         "Slices",
         "scale_penalty",
         "SparsityController",
+        "History",
         *["save", "load", "use", "fold", "calibrate"],
     ):
         assert f"`{name}(" in table
@@ -220,6 +231,16 @@ def test_the_trainer_example(monkeypatch, tmp_path):
     exec(code.replace(imported, "Trainer\n"), scope)
     logged = [x["tau_mean"] for x in scope["trainer"].state.log_history if "tau_mean" in x]
     assert logged == pytest.approx([5e-4, 1e-3], rel=0.1)
+
+
+def test_the_live_logging_example(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="the test extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = tokengate.patch(small_llama(), ["q_proj", "v_proj"])
+    scope = {"model": model, "loader": torch.utils.data.DataLoader(Texts(), batch_size=8)}
+    exec(section("Live logging"), scope)
+    assert "'sparsity_q_proj': 0.0" in capsys.readouterr().out
+    assert len(list((tmp_path / "outputs" / "events").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("own_accelerate")

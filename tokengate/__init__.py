@@ -11,6 +11,7 @@ from tokengate.gate import TokenGate as TokenGate
 from tokengate.gate import token_gate as token_gate
 from tokengate.gated_linear import GatedLinear as GatedLinear
 from tokengate.gated_linear import layers as layers
+from tokengate.history import History as History
 from tokengate.loading import DifferentBaseWarning as DifferentBaseWarning
 from tokengate.loading import load as load
 from tokengate.mixing import MixedPositionsWarning as MixedPositionsWarning

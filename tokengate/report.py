@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -116,8 +117,8 @@ class SparsityReport:
                 called.
         """
         found = self._details("by_position", modules, "positions=True")
-        places = zip_longest(*found.values(), fillvalue=(0, 0))
-        sums = [[sum(counts) for counts in zip(*place, strict=True)] for place in places]
+        by_place = zip_longest(*found.values(), fillvalue=(0, 0))
+        sums = [[sum(counts) for counts in zip(*place, strict=True)] for place in by_place]
         return [1 - modified / positions for positions, modified in sums]
 
     def histogram(self, of: str = "r", modules: Collection[str] | None = None) -> Histogram:
@@ -284,6 +285,20 @@ class SparsityReport:
         cells = html_table(columns, [row[0] for row in body], values, [row[1:] for row in body])
         return f"<p>sparsity (%)</p>{cells}<p>{escape(self._summary())}</p>"
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The layer x projection table as a picture, a `matplotlib.figure.Figure`.
+
+        Args:
+            path: a file to write it to as well, in the format of its ending (.png, .pdf, .svg).
+
+        Raises:
+            TokenGateError: matplotlib is not installed.
+        """
+        figure = load_plots().heatmap(self)
+        if path is not None:
+            write_atomically(Path(path), figure.savefig)
+        return figure
+
     def __str__(self) -> str:
         return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
 
@@ -305,6 +320,19 @@ class SparsityReport:
             *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
             ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
         ]
+
+
+def load_plots() -> Any:
+    """The module that draws, `tokengate.integrations.plots`; an error without matplotlib."""
+    try:
+        # By its name, because integrations import tokengate and never the reverse.
+        return importlib.import_module("tokengate.integrations.plots")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise TokenGateError(
+            "a picture was asked for without matplotlib: install it, pip install 'tokengate[viz]'."
+        ) from None
 
 
 def _write(text: str, path: Path) -> None:

@@ -7,8 +7,10 @@ one rank asks alone would wait for ever.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +41,15 @@ def divided_as(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def number_here(tensor: Tensor) -> float | None:
     """The one element of `tensor`; None where another rank has it, or nobody (meta)."""
-    sharded: Any = tensor.detach()
-    local: Tensor = sharded.to_local() if is_sharded(tensor) else sharded
-    return None if local.is_meta or local.numel() == 0 else local.item()
+    return numbers_here([tensor])[0]
+
+
+def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
+    """`number_here` of each, with one transfer from the device they are on."""
+    local: list[Any] = [t.detach() for t in tensors]
+    local = [t.to_local() if is_sharded(t) else t for t in local]
+    there = [t.reshape(1) for t in local if not t.is_meta and t.numel()]
+    if not there:
+        return [None] * len(local)
+    found = iter(torch.cat([t.to(there[0].device) for t in there]).tolist())
+    return [None if t.is_meta or not t.numel() else next(found) for t in local]
