@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -52,7 +53,9 @@ def load_images(shifted: bool) -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: str) -> None:
+def train(
+    model: nn.Module, groups: list[dict], data: Split, epochs: int, name: str, bar: bool = True
+) -> None:
     """AdamW under a linear warm-up and decay, which leaves tau's learning rate constant."""
     images, labels = data
     optimizer = torch.optim.AdamW(groups)
@@ -64,7 +67,7 @@ def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: 
     schedule = [warm_up_and_decay] + [lambda step: 1.0] * (len(groups) - 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model.train()
-    progress = tqdm(total=steps, desc=f"{name:<20}")
+    progress = tqdm(total=steps, desc=f"{name:<20}", disable=not bar)
     for _ in range(epochs):
         for batch in torch.randperm(len(labels)).split(64)[: steps // epochs]:
             optimizer.zero_grad()
@@ -85,13 +88,36 @@ def accuracy(model: nn.Module, data: Split) -> float:
     return 100 * (predicted == labels).float().mean().item()
 
 
-def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: bool) -> nn.Module:
+def pretrain(data: Split, bar: bool = True) -> nn.Module:
+    """A small ViT that knows the digits of `data`."""
+    base = timm.models.VisionTransformer(
+        img_size=CANVAS,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+    )
+    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], data, 20, "pretraining", bar)
+    return base.eval()
+
+
+def adapt(
+    base: nn.Module,
+    data: Split,
+    arguments: argparse.Namespace,
+    gate: bool,
+    targets: Sequence[str] = TARGETS,
+    bar: bool = True,
+) -> nn.Module:
     """A copy of `base` with a new head and modifications, trained on `data`."""
     model = copy.deepcopy(base)
     model.reset_classifier(10)
     tokengate.patch(
         model,
-        TARGETS,
+        targets,
         arguments.method,
         rank=arguments.rank,
         penalty=arguments.penalty,
@@ -100,7 +126,7 @@ def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: boo
     )
     groups = tokengate.param_groups(model, lr=LEARNING_RATE, s=arguments.s)
     name = f"{'gated' if gate else 'ungated'} {arguments.method}"
-    train(model, groups, data, arguments.epochs, name)
+    train(model, groups, data, arguments.epochs, name, bar)
     return model.eval()
 
 
@@ -164,20 +190,9 @@ def main() -> None:
     """Pretrain, adapt in three ways, print what came out and draw it."""
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
-    base = timm.models.VisionTransformer(
-        img_size=CANVAS,
-        patch_size=PATCH,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=64,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=2,
-    )
     source, source_test = load_images(shifted=False)
     target, target_test = load_images(shifted=True)
-    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], source, 20, "pretraining")
-    base.eval()
+    base = pretrain(source)
     print(f"pretrained: {accuracy(base, source_test):.1f} % on its own task,")
     print(f"            {accuracy(base, target_test):.1f} % on the shifted one\n")
 

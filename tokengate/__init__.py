@@ -14,6 +14,8 @@ from tokengate.gated_linear import layers as layers
 from tokengate.loading import DifferentBaseWarning as DifferentBaseWarning
 from tokengate.loading import load as load
 from tokengate.mixing import MixedPositionsWarning as MixedPositionsWarning
+from tokengate.modification_norms import ModificationNorms as ModificationNorms
+from tokengate.modification_norms import modification_norms as modification_norms
 from tokengate.modifications import AdaLoRA as AdaLoRA
 from tokengate.modifications import Adapter as Adapter
 from tokengate.modifications import DoRA as DoRA
@@ -31,6 +33,7 @@ from tokengate.recording import record as record
 from tokengate.report import SparsityReport as SparsityReport
 from tokengate.saving import save as save
 from tokengate.scale_penalty import scale_penalty as scale_penalty
+from tokengate.selection import select as select
 from tokengate.slices import Slices as Slices
 from tokengate.sparsity_controller import SparsityController as SparsityController
 from tokengate.tau_adam import TauAdam as TauAdam

@@ -122,9 +122,10 @@ class TokenGate(KeepsFloat32):
     _unit: Tensor | None = None
     _controlled: Tensor | None = None
     _tally: Tensor | None = None
-    # While somebody asks for r: that of the last call, which whoever asks takes away.
+    # While somebody asks for them: the norms of m and of w in the last call, which whoever asks
+    # takes away.
     measures: bool = False
-    measured: Tensor | None = None
+    measured: tuple[Norms, Norms] | None = None
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class TokenGate(KeepsFloat32):
     def decide(self, of_m: Norms, of_w: Norms) -> Tensor:
         """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
         if self.measures:
-            self.measured = ratios(of_m, of_w)
+            self.measured = of_m, of_w
         return opened(of_m, of_w, self.tau)
 
     def forward(
