@@ -21,12 +21,13 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from quickstart import accuracy, adapt, load_images, pretrain
+from quickstart import Split, accuracy, adapt, load_images, pretrain
 from torch import nn
 from tqdm import tqdm
 
@@ -49,10 +50,8 @@ class Run:
 
     def file(self, folder: Path) -> Path:
         """Where its results are kept."""
-        return (
-            folder
-            / f"{self.row.replace(', ', '-').replace(' ', '-')}-{self.percent}-{self.draw}.json"
-        )
+        name = self.row.replace(",", "").replace(" ", "-")
+        return folder / f"{name}-{self.percent}-{self.draw}.json"
 
 
 def planned(args: argparse.Namespace) -> list[Run]:
@@ -90,20 +89,21 @@ class Lab:
         self.args, self.seed = args, seed
         self.folder = args.output / f"seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._base: nn.Module | None = None
 
-    @property
+    @cached_property
     def base(self) -> nn.Module:
         """The pretrained model, from its file if it is there."""
         file = self.folder / "base.pt"
         if not file.exists():
             torch.manual_seed(self.seed)
-            source, _ = load_images(shifted=False)
-            base = pretrain(source, bar=False)
+            base = pretrain(load_images(shifted=False)[0], bar=False)
             write(file, lambda new: torch.save(base, new))
-        if self._base is None:
-            self._base = torch.load(file, weights_only=False)
-        return self._base
+        return torch.load(file, weights_only=False)
+
+    @cached_property
+    def data(self) -> tuple[Split, Split]:
+        """The training part and the held-out part."""
+        return load_images(shifted=True)
 
     def results(self, run: Run) -> dict[str, Any]:
         """Those of one run, from its file if it is there."""
@@ -126,8 +126,7 @@ class Lab:
         more: dict[str, Any] = {} if first else {"targets": selected(run, self.folder)}
         if run.row == "half_rank":
             options.rank = max(1, round(self.args.rank * run.percent / 100))
-        base = self.base
-        data, held_out = load_images(shifted=True)
+        base, (data, held_out) = self.base, self.data
         torch.manual_seed(self.seed)
         model = adapt(base, data, options, gated, bar=False, **more)
         results = {
