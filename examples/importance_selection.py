@@ -163,9 +163,9 @@ def write(path: Path, make: Callable[[Path], Any]) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation (of a sample)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.1f} ({deviation:.1f})"
+    """Mean and standard deviation (of a sample); one value has none."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ({statistics.stdev(values):.1f})" if len(values) > 1 else mean
 
 
 def table(args: argparse.Namespace, scores: dict[Run, list[float]]) -> str:

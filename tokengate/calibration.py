@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import share
-from tokengate.batches import check_batches
 from tokengate.errors import TokenGateError
 from tokengate.gate import Norms, ratios
 from tokengate.gated_linear import require_layers
@@ -48,7 +47,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             as they were.
     """
     share("sparsity", sparsity)
-    check_batches("calibrate", batches)
     gated = {
         name: (layer, layer.gate)
         for name, layer in require_layers(model, "calibrate").items()
