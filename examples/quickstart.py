@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -49,7 +50,9 @@ def load_images(shifted: bool) -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: str) -> None:
+def train(
+    model: nn.Module, groups: list[dict], data: Split, epochs: int, name: str, bar: bool = True
+) -> None:
     """AdamW under a linear warm-up and decay, which leaves tau's learning rate constant."""
     images, labels = data
     optimizer = torch.optim.AdamW(groups)
@@ -61,7 +64,7 @@ def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: 
     schedule = [warm_up_and_decay] + [lambda step: 1.0] * (len(groups) - 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model.train()
-    progress = tqdm(total=steps, desc=f"{name:<20}")
+    progress = tqdm(total=steps, desc=f"{name:<20}", disable=not bar)
     for _ in range(epochs):
         for batch in torch.randperm(len(labels)).split(64)[: steps // epochs]:
             optimizer.zero_grad()
@@ -74,9 +77,16 @@ def train(model: nn.Module, groups: list[dict], data: Split, epochs: int, name: 
     progress.close()
 
 
-def pretrained() -> nn.Module:
-    """A ViT that tells the plain digits apart."""
-    model = timm.models.VisionTransformer(
+def accuracy(model: nn.Module, data: Split) -> float:
+    """Share of images that are classified correctly, in percent."""
+    images, labels = data
+    predicted = torch.cat([model(part).argmax(-1) for part in images.split(250)])
+    return 100 * (predicted == labels).float().mean().item()
+
+
+def pretrain(data: Split, bar: bool = True) -> nn.Module:
+    """A small ViT that knows the digits of `data`."""
+    base = timm.models.VisionTransformer(
         img_size=CANVAS,
         patch_size=PATCH,
         in_chans=1,
@@ -86,26 +96,24 @@ def pretrained() -> nn.Module:
         num_heads=4,
         mlp_ratio=2,
     )
-    data, _ = load_images(shifted=False)
-    train(model, [{"params": list(model.parameters()), "lr": 2e-3}], data, 20, "pretraining")
-    return model.eval()
+    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], data, 20, "pretraining", bar)
+    return base.eval()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Split) -> float:
-    """Share of images that are classified correctly, in percent."""
-    images, labels = data
-    predicted = torch.cat([model(part).argmax(-1) for part in images.split(250)])
-    return 100 * (predicted == labels).float().mean().item()
-
-
-def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: bool) -> nn.Module:
+def adapt(
+    base: nn.Module,
+    data: Split,
+    arguments: argparse.Namespace,
+    gate: bool,
+    targets: Sequence[str] = TARGETS,
+    bar: bool = True,
+) -> nn.Module:
     """A copy of `base` with a new head and modifications, trained on `data`."""
     model = copy.deepcopy(base)
     model.reset_classifier(10)
     tokengate.patch(
         model,
-        TARGETS,
+        targets,
         arguments.method,
         rank=arguments.rank,
         penalty=arguments.penalty,
@@ -114,7 +122,7 @@ def adapt(base: nn.Module, data: Split, arguments: argparse.Namespace, gate: boo
     )
     groups = tokengate.param_groups(model, lr=LEARNING_RATE, s=arguments.s)
     name = f"{'gated' if gate else 'ungated'} {arguments.method}"
-    train(model, groups, data, arguments.epochs, name)
+    train(model, groups, data, arguments.epochs, name, bar)
     return model.eval()
 
 
@@ -160,9 +168,9 @@ def main() -> None:
     """Pretrain, adapt in three ways, print what came out and draw it."""
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
-    base = pretrained()
-    _, source_test = load_images(shifted=False)
+    source, source_test = load_images(shifted=False)
     target, target_test = load_images(shifted=True)
+    base = pretrain(source)
     print(f"pretrained: {accuracy(base, source_test):.1f} % on its own task,")
     print(f"            {accuracy(base, target_test):.1f} % on the shifted one\n")
 

@@ -14,7 +14,7 @@ import copy
 from pathlib import Path
 
 import torch
-from quickstart import LEARNING_RATE, TARGETS, Split, load_images, pretrained
+from quickstart import LEARNING_RATE, TARGETS, Split, load_images, pretrain
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/tau_trajectories"))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    base = pretrained()
+    base = pretrain(load_images(shifted=False)[0])
     data, _ = load_images(shifted=True)
     histories = {"with Adam": adapt(base, data, args, None)}
     for alpha in args.alpha:

@@ -223,16 +223,13 @@ def test_ratios_have_tau_where_it_is():
 def test_the_share_left_of_tau_is_the_sparsity():
     """Of r as a gate itself decides on it."""
     model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], tau=1.0))
-    gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
     found = {}
-    for gate in gates.values():
-        gate.measures = True
-    with tokengate.record(model) as rec, torch.no_grad():
+    with tokengate.record(model, positions=True, ratios=True) as rec, torch.no_grad():
         model(torch.randn(4, 50, 8))
-    for name, gate in gates.items():
-        counts, edges = torch.histogram(gate.measured.flatten(), torch.logspace(-4, 3, 4001))
+    for name, (call,) in rec.ratios.items():
+        counts, edges = torch.histogram(call.float().flatten(), torch.logspace(-4, 3, 4001))
         found[name] = (edges.tolist(), counts.tolist())
-    taus = {name: gate.tau.item() for name, gate in gates.items()}
+    taus = {name: layer.gate.tau.item() for name, layer in tokengate.layers(model).items()}
     (ax,) = drawn(plots.ratios(found, taus)).axes
     for mesh, line, sparsity in zip(
         ax.collections, ax.lines, rec.report().by_module.values(), strict=True

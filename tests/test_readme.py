@@ -126,12 +126,12 @@ def test_the_api_table_names_what_there_is():
         "scale_penalty",
         "SparsityController",
         "History",
-        *["save", "load", "use", "fold", "calibrate"],
+        *["save", "load", "use", "fold", "calibrate", "select", "modification_norms"],
     ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
     others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"
-    others += " TokenView PatchView"
+    others += " ModificationNorms TokenView PatchView"
     for name in (*others.split(), "LoRA", "DoRA", "AdaLoRA", "Adapter", "UnreachedLayerWarning"):
         assert f"`{name}" in table
         assert hasattr(tokengate, name)

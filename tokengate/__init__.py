@@ -15,6 +15,8 @@ from tokengate.history import History as History
 from tokengate.loading import DifferentBaseWarning as DifferentBaseWarning
 from tokengate.loading import load as load
 from tokengate.mixing import MixedPositionsWarning as MixedPositionsWarning
+from tokengate.modification_norms import ModificationNorms as ModificationNorms
+from tokengate.modification_norms import modification_norms as modification_norms
 from tokengate.modifications import AdaLoRA as AdaLoRA
 from tokengate.modifications import Adapter as Adapter
 from tokengate.modifications import DoRA as DoRA
@@ -34,6 +36,7 @@ from tokengate.sample_views import PatchView as PatchView
 from tokengate.sample_views import TokenView as TokenView
 from tokengate.saving import save as save
 from tokengate.scale_penalty import scale_penalty as scale_penalty
+from tokengate.selection import select as select
 from tokengate.slices import Slices as Slices
 from tokengate.sparsity_controller import SparsityController as SparsityController
 from tokengate.tau_adam import TauAdam as TauAdam

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import share
-from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
-from tokengate.gate import measuring
-from tokengate.gated_linear import Gated, last_ratios, observing, require_layers
-from tokengate.tally import by_sample
+from tokengate.gate import Norms, ratios
+from tokengate.gated_linear import require_layers
+from tokengate.measuring import measure
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
@@ -49,7 +47,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             as they were.
     """
     share("sparsity", sparsity)
-    check_batches("calibrate", batches)
     gated = {
         name: (layer, layer.gate)
         for name, layer in require_layers(model, "calibrate").items()
@@ -60,31 +57,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates: patch it "
             "without gate=False."
         )
-    if any(layer._rows is not None for layer, _ in gated.values()):
-        raise TokenGateError(
-            "calibrate was asked of a model whose rows have their own adapters: call "
-            "tokengate.use(model, name) first, with the one whose taus are to be set."
-        )
     counted = {name: _Ratios() for name in gated}
     taus = {name: gate.tau.detach().clone() for name, (_, gate) in gated.items()}
-    observers = {
-        layer: partial(_observe, layer, counted[name]) for name, (layer, _) in gated.items()
-    }
     try:
         for _, gate in gated.values():
             gate.tau.data.zero_()
-        with evaluating(model), measuring(g for _, g in gated.values()), observing(observers):
-            for batch in batches:
-                run(model, batch)
-        uncalled = [name for name, ratios in counted.items() if not ratios.total]
-        if uncalled:
-            raise TokenGateError(
-                f"calibrate saw no position of {uncalled[0]!r} in the batches: pass some with "
-                "which the model calls all its layers."
-            )
+        patched = {name: layer for name, (layer, _) in gated.items()}
+        listeners = {name: seen.listen for name, seen in counted.items()}
+        measure("calibrate", model, patched, listeners, batches)
         taus = {
-            name: torch.full_like(taus[name], ratios.quantile(sparsity))
-            for name, ratios in counted.items()
+            name: torch.full_like(taus[name], seen.quantile(sparsity))
+            for name, seen in counted.items()
         }
         return {name: tau.item() for name, tau in taus.items()}
     finally:
@@ -103,6 +86,9 @@ class _Ratios:
     def total(self) -> float:
         return self._bins.sum().item()
 
+    def listen(self, of_m: Norms, of_w: Norms, weights: Tensor) -> None:
+        self.add(ratios(of_m, of_w).cpu(), weights.cpu())
+
     def add(self, ratios: Tensor, weights: Tensor) -> None:
         place = ((ratios.double().log2() - _LOW) * _FINE).floor() + 1
         index = place.nan_to_num(math.inf).clamp(0, len(self._bins) - 1).long()
@@ -117,18 +103,3 @@ class _Ratios:
         at = min(at, len(self._bins) - 2)
         within = (wanted - so_far[at - 1]) / self._bins[at] if self._bins[at] else 1.0
         return float(2.0 ** ((at - 1 + float(within)) / _FINE + _LOW))
-
-
-def _observe(
-    layer: Gated,
-    ratios: _Ratios,
-    is_open: Tensor | None,
-    h: Tensor,
-    mask: Tensor | None,
-) -> None:
-    measured = None if is_open is None else last_ratios(layer, is_open)
-    if is_open is None or measured is None or not is_open.numel():
-        return
-    _, real = by_sample(is_open, mask)
-    weights = real.double() / real.sum(1, keepdim=True).clamp(min=1)
-    ratios.add(measured.reshape(real.shape).cpu(), weights.cpu())

@@ -88,7 +88,7 @@ def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
     tau = tau.reshape(()).to(w_norm.dtype)
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-    return ~(_ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+    return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
 
 
 def ratios(of_m: Norms, of_w: Norms) -> Tensor:
@@ -97,11 +97,12 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
     Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
     """
     (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
-    found = _ldexp(m_norm, m_exponent - w_exponent) / w_norm
+    found = ldexp(m_norm, m_exponent - w_exponent) / w_norm
     return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
 
 
-def _ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
+def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
+    """n 2^e of `norms`, `(...)`."""
     return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
 
 
@@ -128,9 +129,10 @@ class TokenGate(KeepsFloat32):
     _unit: Tensor | None = None
     _controlled: Tensor | None = None
     _tally: Tensor | None = None
-    # How many ask for r at this time, see `measuring`; and that of the last call.
+    # How many ask for them at this time, see `measuring`; and the norms of m and of w in the last
+    # call.
     measures: int = 0
-    measured: Tensor | None = None
+    measured: tuple[Norms, Norms] | None = None
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class TokenGate(KeepsFloat32):
     def decide(self, of_m: Norms, of_w: Norms) -> Tensor:
         """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
         if self.measures:
-            self.measured = ratios(of_m, of_w)
+            self.measured = of_m, of_w
         return opened(of_m, of_w, self.tau)
 
     def forward(
@@ -191,7 +193,7 @@ class TokenGate(KeepsFloat32):
         return h
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nobody asks a copy for r.
+        # Nobody asks a copy for norms.
         return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
 
     def extra_repr(self) -> str:
@@ -207,7 +209,7 @@ _TRANSIENT = ("measures", "measured")
 
 @contextlib.contextmanager
 def measuring(gates: Iterable[TokenGate]) -> Iterator[None]:
-    """Within this context each of these gates keeps r of its last call; may be nested."""
+    """Within this context each of these gates keeps the norms of its last call; may be nested."""
     gates = list(gates)
     for gate in gates:
         gate.measures += 1

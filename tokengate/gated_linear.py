@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengate.accelerate_hooks import check_resident
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
-from tokengate.gate import TokenGate
+from tokengate.gate import Norms, TokenGate
 from tokengate.gated_sum import without_bias
 from tokengate.linear_like import LinearLike
 from tokengate.modifications import Modification
@@ -204,17 +204,24 @@ def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
                 layer._observers = left
 
 
-def last_ratios(layer: Gated, is_open: Tensor) -> Tensor | None:
-    """r of the call that an observer of `layer` is told of, in the shape of its S, `(...)`.
+def last_norms(layer: Gated, is_open: Tensor) -> tuple[Norms, Norms] | None:
+    """Those of m and of w in the call that an observer of `layer` is told of, in its S's shape.
 
     None where the gate in use was not `measuring`, or there were several.
     """
     gate = layer.gate
     if gate is None or gate.measured is None or layer._rows is not None:
         return None
-    if layer._sequence_first and is_open.dim() == 2:
-        return gate.measured.reshape(is_open.T.shape).T
-    return gate.measured.reshape(is_open.shape)
+
+    def shaped(part: Tensor | int) -> Tensor | int:
+        if not isinstance(part, Tensor):
+            return part
+        if layer._sequence_first and is_open.dim() == 2:
+            return part.reshape(is_open.T.shape).T
+        return part.reshape(is_open.shape)
+
+    (m, m_exponent), (w, w_exponent) = gate.measured
+    return (shaped(m), shaped(m_exponent)), (shaped(w), shaped(w_exponent))  # type: ignore
 
 
 def own_parameters(patched: Iterable[Any]) -> set[int]:

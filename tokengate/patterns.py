@@ -13,13 +13,24 @@ from tokengate.errors import TokenGateError, brief
 Pattern: TypeAlias = str | re.Pattern[str]
 
 
+class FullName(str):
+    """A module's full name, as a pattern that means this module alone.
+
+    As any other string `"layers.0.fc"` would also mean `"encoder.layers.0.fc"`.
+    """
+
+    __slots__ = ()
+
+
 def matches(pattern: Pattern, name: str) -> bool:
     """Whether the dotted `name` is meant by `pattern`.
 
     A compiled regular expression matches the full name; a string with `*`, `?` or `[` is a glob
     over the full name; any other string is the name or a suffix of whole components:
-    `"q_proj"` means `"layers.0.q_proj"`, not `"layers.0.seq_proj"`.
+    `"q_proj"` means `"layers.0.q_proj"`, not `"layers.0.seq_proj"`; a `FullName` is no suffix.
     """
+    if isinstance(pattern, FullName):
+        return name == pattern
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
     if any(character in pattern for character in "*?["):
@@ -29,7 +40,9 @@ def matches(pattern: Pattern, name: str) -> bool:
 
 def is_one_word(pattern: Pattern) -> bool:
     """Whether it is a name of a single component."""
-    return isinstance(pattern, str) and not any(character in pattern for character in ".*?[")
+    if not isinstance(pattern, str) or isinstance(pattern, FullName):
+        return False
+    return not any(character in pattern for character in ".*?[")
 
 
 def as_patterns(argument: str, value: Any) -> list[Pattern]:
@@ -42,7 +55,8 @@ def as_patterns(argument: str, value: Any) -> list[Pattern]:
         patterns = [None]
     for pattern in patterns:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        if not isinstance(text, str) or pattern == "":
+        nothing = text == "" and not isinstance(text, FullName)  # the model itself has no name
+        if not isinstance(text, str) or nothing:
             raise TokenGateError(
                 f"{argument}={brief(value)} is not a list of names: pass names, globs or compiled "
                 'regular expressions, e.g. ["q_proj", "*.v_proj"].'

@@ -15,7 +15,8 @@ from tokengate.arguments import count, switch
 from tokengate.call_store import CallStore, KeptCalls
 from tokengate.errors import TokenGateError, brief
 from tokengate.gate import measuring
-from tokengate.gated_linear import Gated, last_ratios, observing, require_layers
+from tokengate.gate import ratios as ratios_of
+from tokengate.gated_linear import Gated, last_norms, observing, require_layers
 from tokengate.histogram import count_ratios
 from tokengate.module_sparsity import ModuleSparsity
 from tokengate.position_counts import PositionCounts
@@ -192,13 +193,14 @@ class Recorder:
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
             elif self._asked_ratios:
-                ratios = last_ratios(layer, is_open)
-                if ratios is None:
+                found = last_norms(layer, is_open)
+                if found is None:
                     raise TokenGateError(
                         f"record(ratios=True) cannot tell r of {name!r}, which has another adapter "
                         "than when the recording began, or one for each row: record with one "
                         "adapter, which is in use before."
                     )
+                ratios = ratios_of(*found)
             closed, real = by_sample(is_open, mask)
             if self._calls is not None:
                 _keep(self._calls, self._details, name, is_open, real, ratios)
