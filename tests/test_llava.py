@@ -363,7 +363,11 @@ def test_images_and_text_add_up(family, side):
     build, inputs = FAMILIES[family]
     model = everywhere(build(), family.partition("_")[0].rstrip("2345"))
     given = inputs(side)
-    with record_modalities(model) as rec, tokengate.record(model, positions=True) as plain:
+    with (
+        record_modalities(model) as rec,
+        tokengate.record(model) as plain,
+        tokengate.record(model, positions=True) as kept,
+    ):
         model(**given)
     total, reports = plain.report(), rec.reports()
     assert rec.report().modules == total.modules
@@ -375,7 +379,7 @@ def test_images_and_text_add_up(family, side):
             assert reports["image"].modules[name] == module
             continue
         assert module.positions == int(real.sum())
-        (is_open,) = plain.positions[name]
+        (is_open,) = kept.positions[name]
         for group, wanted in (("image", images & real), ("text", ~images & real)):
             # Eq. 23 as a loop; the sample without an image is no sample of the images' report.
             samples = [s[w].tolist() for s, w in zip(is_open, wanted, strict=True) if w.any()]
