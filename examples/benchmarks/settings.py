@@ -29,6 +29,9 @@ SHAPES = {
     },
 }
 
+# What PyTorch calls CPUs on which products of bfloat16 are emulated.
+WITHOUT_BFLOAT16 = ("DEFAULT", "NO AVX", "AVX2")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -67,7 +70,11 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
         "--rank", type=int, default=32, help="AdaLoRA starts at twice as much and ends at it"
     )
     options.add_argument("--methods", nargs="+", default=["lora", "dora", "adalora"])
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the base")
+    options.add_argument(
+        "--dtypes",
+        nargs="+",
+        help="of the base; by default float32, and bfloat16 where the processor has it",
+    )
     options.add_argument("--dropouts", nargs="+", type=float, default=[0.05])
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
@@ -83,6 +90,11 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Every combination of what was asked for."""
     torch.set_num_threads(options.threads)
+    if options.dtypes is None:
+        options.dtypes = ["float32", "bfloat16"]
+        if options.device == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BFLOAT16:
+            options.dtypes = ["float32"]
+            print("bfloat16 is left out: it would take ten times as long as float32 on this CPU")
     shape = {**SHAPES[options.shape], **dict(options.config)}
     for one in itertools.product(options.methods, options.dtypes, options.dropouts):
         yield Setting(
