@@ -82,12 +82,8 @@ def report(model: nn.Module, tokenizer, held_out: list[tuple[str, int]], path: P
     with tokengate.record(model, positions=True) as shown:
         model(**inputs)
     views = [
-        tokengate.TokenView(
-            tokenizer.convert_ids_to_tokens(ids),
-            {name: calls[0][i] for name, calls in shown.positions.items()},
-            inputs["attention_mask"][i].bool(),
-        )
-        for i, ids in enumerate(inputs["input_ids"])
+        tokengate.TokenView(tokenizer.convert_ids_to_tokens(ids), sample.is_open, sample.real)
+        for ids, sample in zip(inputs["input_ids"], shown.samples, strict=True)
     ]
     found = rec.report()
     found.to_html(path, texts=views, title="MiniLM, telling prose from code")
