@@ -141,3 +141,25 @@ def test_another_class_of_the_same_name_does_not_replace_the_built_in_one():
     with pytest.raises(tokengate.TokenGateError, match="method 'lora' is taken by LoRA"):
         tokengate.register("lora")(LoRA)
     tokengate.register("lora")(tokengate.LoRA)  # a module reloaded
+
+
+@pytest.mark.parametrize("way", ["factors", "forward"])
+def test_w_is_the_output_without_its_bias_where_its_values_are_asked_for(way):
+    seen = []
+
+    def factors(self, x, w, linear):
+        seen.append(w)
+        return tokengate.LoRA.factors(self, x, w, linear)
+
+    def forward(self, x, w):
+        seen.append(w)
+        return torch.zeros_like(w)
+
+    Reads = type("Reads", (tokengate.LoRA,), {way: {"factors": factors, "forward": forward}[way]})
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    tokengate.patch(layer, "all-linear", Reads)(x)
+    wanted = nn.functional.linear(x, layer.weight)
+    assert not torch.allclose(wanted, wanted + layer.bias)
+    torch.testing.assert_close(*seen, wanted)
+    assert Reads.reads_w
+    assert not tokengate.LoRA.reads_w

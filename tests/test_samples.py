@@ -334,3 +334,12 @@ def test_r_of_a_layer_with_the_positions_first():
     assert together.shape == (3, 4)
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=0)
     assert not torch.allclose(together.reshape(4, 3).T, torch.cat(alone), rtol=0.1)
+
+
+def test_what_is_kept_of_a_module_is_a_list():
+    layer = tokengate.patch(torch.nn.Linear(4, 3), "all-linear", tau=0.5)
+    with tokengate.record(layer, positions=True) as rec:
+        for rows in (2, 3):
+            layer(torch.randn(rows, 5, 4))
+    assert isinstance(rec.positions[""], list)
+    assert torch.cat(rec.positions[""]).shape == (5, 5)

@@ -8,9 +8,9 @@ import math
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +145,8 @@ class CallStore:
         return flags.flatten()[:count].bool().reshape(shape)
 
 
-class KeptCalls(Mapping[str, Sequence[Tensor]]):
-    """What was kept of all calls by module; each tensor is made when it is asked for."""
+class KeptCalls(Mapping[str, list[Tensor]]):
+    """What was kept of all calls by module; a module's tensors are made when it is asked for."""
 
     def __init__(
         self,
@@ -156,10 +156,11 @@ class KeptCalls(Mapping[str, Sequence[Tensor]]):
     ) -> None:
         self._store, self._read, self._has = store, read, has
 
-    def __getitem__(self, name: str) -> Sequence[Tensor]:
-        if self._store is None or name not in self:
+    def __getitem__(self, name: str) -> list[Tensor]:
+        store = self._store
+        if store is None or name not in self:
             raise KeyError(name)
-        return _CallsOfOne(self._store, name, self._read)
+        return [self._read(store, name, call) for call in range(store.count(name))]
 
     def __contains__(self, name: object) -> bool:
         return any(name == own for own in self)
@@ -170,28 +171,6 @@ class KeptCalls(Mapping[str, Sequence[Tensor]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)  # list(self) would ask for the length
-
-
-class _CallsOfOne(Sequence[Tensor]):
-    def __init__(
-        self, store: CallStore, name: str, read: Callable[[CallStore, str, int], Tensor]
-    ) -> None:
-        self._store, self._name, self._read = store, name, read
-
-    def __len__(self) -> int:
-        return self._store.count(self._name)
-
-    @overload
-    def __getitem__(self, call: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, call: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, call: int | slice) -> Tensor | list[Tensor]:
-        at = range(len(self))[call]
-        if isinstance(at, range):
-            return [self[each] for each in at]
-        return self._read(self._store, self._name, at)
 
 
 def _packed(flags: Tensor) -> Tensor:

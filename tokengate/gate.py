@@ -7,7 +7,7 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -104,6 +104,12 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
 def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
     """n 2^e of `norms`, `(...)`."""
     return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
+
+
+def reshaped(of_x: Norms, reshape: Callable[[Tensor], Tensor]) -> Norms:
+    """The same norms in another shape."""
+    norm, exponent = of_x
+    return reshape(norm), reshape(exponent) if isinstance(exponent, Tensor) else exponent
 
 
 class TokenGate(KeepsFloat32):

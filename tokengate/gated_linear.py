@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengate.accelerate_hooks import check_resident
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
-from tokengate.gate import Norms, TokenGate
+from tokengate.gate import Norms, TokenGate, reshaped
 from tokengate.gated_sum import without_bias
 from tokengate.linear_like import LinearLike
 from tokengate.modifications import Modification
@@ -213,15 +213,13 @@ def last_norms(layer: Gated, is_open: Tensor) -> tuple[Norms, Norms] | None:
     if gate is None or gate.measured is None or layer._rows is not None:
         return None
 
-    def shaped(part: Tensor | int) -> Tensor | int:
-        if not isinstance(part, Tensor):
-            return part
+    def samples_first(of: Tensor) -> Tensor:
         if layer._sequence_first and is_open.dim() == 2:
-            return part.reshape(is_open.T.shape).T
-        return part.reshape(is_open.shape)
+            return of.reshape(is_open.T.shape).T
+        return of.reshape(is_open.shape)
 
-    (m, m_exponent), (w, w_exponent) = gate.measured
-    return (shaped(m), shaped(m_exponent)), (shaped(w), shaped(w_exponent))  # type: ignore
+    of_m, of_w = gate.measured
+    return reshaped(of_m, samples_first), reshaped(of_w, samples_first)
 
 
 def own_parameters(patched: Iterable[Any]) -> set[int]:

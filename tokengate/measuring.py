@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
-from tokengate.gate import Norms, TokenGate, measuring
+from tokengate.gate import Norms, TokenGate, measuring, reshaped
 from tokengate.gated_linear import Gated, last_norms, observing
 from tokengate.tally import by_sample
 
@@ -85,9 +85,5 @@ def _observe(
     if not real.any():
         return
     unseen.pop(name, None)
-    of_m, of_w = (tuple(_like(real, part) for part in norms) for norms in measured)
-    listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))  # type: ignore
-
-
-def _like(real: Tensor, part: Tensor | int) -> Tensor | int:
-    return part.reshape(real.shape) if isinstance(part, Tensor) else part
+    of_m, of_w = (reshaped(norms, lambda of: of.reshape(real.shape)) for norms in measured)
+    listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -49,8 +49,8 @@ class Recorder:
 
     Attributes:
         positions: with `record(positions=True)`, for every module the list of its S, one boolean
-            tensor of shape `(...)` on the CPU for each call; otherwise empty. The tensors are made
-            when they are asked for.
+            tensor of shape `(...)` on the CPU for each call; otherwise empty. A module's list is
+            made when it is asked for.
         ratios: with `record(positions=True, ratios=True)`, the same of r = ||M(x)|| / ||W0 x||
             (eq. 4) in float16, for every module that has a gate: to 0.05 % from 6e-5 on and to
             3e-8 below; what is above 65,504, and r where no tau closes the gate, is infinite.
@@ -75,8 +75,8 @@ class Recorder:
         self._asked_ratios = switch("ratios", ratios)
         store = CallStore(count("memory", memory), folder) if positions else None
         self._calls = store
-        self.positions: Mapping[str, Sequence[Tensor]] = KeptCalls(store, CallStore.is_open)
-        self.ratios: Mapping[str, Sequence[Tensor]] = KeptCalls(
+        self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
+        self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
             store, CallStore.ratios, CallStore.has_ratios
         )
 
