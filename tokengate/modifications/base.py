@@ -147,18 +147,22 @@ class Modification(KeepsFloat32):
         if "_ready" in self.__dict__:
             self._ready.forget()
 
+    def forget_base(self) -> None:
+        """Make anew what is remembered of W0, and of the parameters."""
+        self._forget()
+
     def __setattr__(self, name: str, value: Any) -> None:
         # A parameter, `scale`, or, by `train` and `eval`, `training`.
         self._forget()
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Sharded parameters are written without raising their version.
-        self._forget()
+        # The base is loaded along; what is sharded is written without raising its version.
+        self.forget_base()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Modification:
-        self._forget()
+        self.forget_base()
         super()._apply(fn, recurse)
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,7 +108,7 @@ class DoRA(LoRA):
     def forget_base(self) -> None:
         """Compute the row norms of W0 anew in the next forward."""
         self._base_squares.forget()
-        self._forget()
+        super().forget_base()
 
     def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
         return weight_key(linear)
@@ -118,13 +117,3 @@ class DoRA(LoRA):
         super()._forget()
         if "_norms" in self.__dict__:
             self._norms.forget()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The base is loaded along; sharded, it is written without raising its version.
-        self.forget_base()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
-        self.forget_base()
-        super()._apply(fn, recurse)
-        return self
