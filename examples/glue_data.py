@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import lzma
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ METRICS: dict[str, Metric] = {
 class Task:
     """One task: where its texts and labels stand, and how it is measured."""
 
+    folder: str
+    """As GLUE's authors call it."""
     texts: tuple[str, ...]
     """Columns of the texts, on the hub and, unless `columns` says otherwise, in the files."""
     metrics: tuple[str, ...] = ("accuracy",)
@@ -52,14 +55,16 @@ ENTAILMENT = ("entailment", "not_entailment")
 PAIR = ("sentence1", "sentence2")
 TASKS = {
     "cola": Task(
+        "CoLA",
         ("sentence",),
         ("matthews", "accuracy"),
         train="in_domain_train.tsv",
         held_out=("in_domain_dev.tsv", "out_of_domain_dev.tsv"),
         columns=("source", "label", "mark", "sentence"),
     ),
-    "sst2": Task(("sentence",)),
+    "sst2": Task("SST-2", ("sentence",)),
     "mrpc": Task(
+        "MRPC",
         PAIR,
         ("accuracy", "f1"),
         label="Quality",
@@ -67,9 +72,10 @@ TASKS = {
         held_out=("msr_paraphrase_test.txt",),
         renamed=("#1 String", "#2 String"),
     ),
-    "qqp": Task(("question1", "question2"), ("accuracy", "f1"), label="is_duplicate"),
-    "stsb": Task(PAIR, ("spearman", "pearson"), label="score", classes=()),
+    "qqp": Task("QQP", ("question1", "question2"), ("accuracy", "f1"), label="is_duplicate"),
+    "stsb": Task("STS-B", PAIR, ("spearman", "pearson"), label="score", classes=()),
     "mnli": Task(
+        "MNLI",
         ("premise", "hypothesis"),
         label="gold_label",
         classes=("entailment", "neutral", "contradiction"),
@@ -77,8 +83,8 @@ TASKS = {
         renamed=PAIR,
         validation="validation_matched",
     ),
-    "qnli": Task(("question", "sentence"), classes=ENTAILMENT),
-    "rte": Task(PAIR, classes=ENTAILMENT),
+    "qnli": Task("QNLI", ("question", "sentence"), classes=ENTAILMENT),
+    "rte": Task("RTE", PAIR, classes=ENTAILMENT),
 }
 
 # Table 8: dropout, learning rate and epochs of each task; the rest is the same for all.
@@ -143,17 +149,57 @@ def read(path: Path, task: Task) -> list[Row]:
     return rows
 
 
-def load(name: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    """The task's training part and GLUE's development part (for MRPC's files: its test part)."""
-    task = TASKS[name]
-    if folder is not None:
-        held_out = [row for file in task.held_out for row in read(folder / file, task)]
-        return read(folder / task.train, task), held_out
+def load(
+    name: str, folder: Path | None, validation: bool = False, count: int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """The task's training part and GLUE's development part (for MRPC's files: its test part).
+
+    Args:
+        name: a key of `TASKS`.
+        folder: of the folders that GLUE has for its tasks; None for the hub.
+        validation: instead of the development part, a tenth of the training part, which is left
+            out of it: settings are to be chosen here.
+        count: rows of the training part, drawn at random, the same each time.
+    """
+    train, held_out = from_files(TASKS[name], folder) if folder else from_hub(name)
+    random.Random(0).shuffle(train)
+    if validation:
+        tenth = len(train) // 10
+        train, held_out = train[tenth:], train[:tenth]
+    return train[:count], held_out
+
+
+def from_files(task: Task, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Both parts as the task's authors keep them."""
+    folder = folder / task.folder
+    return (
+        read(folder / task.train, task),
+        [row for file in task.held_out for row in read(folder / file, task)],
+    )
+
+
+def from_hub(name: str) -> tuple[list[Row], list[Row]]:
+    """Both parts, downloaded."""
     from datasets import load_dataset
 
-    data = load_dataset("nyu-mll/glue", name)
+    task, data = TASKS[name], load_dataset("nyu-mll/glue", name)
     train, held_out = (
         [(tuple(row[text] for text in task.texts), row["label"]) for row in data[part]]
         for part in ("train", task.validation)
     )
     return train, held_out
+
+
+def made_up(name: str) -> tuple[list[Row], list[Row]]:
+    """A few rows of no meaning in the task's form, with which a script can be tried."""
+    task = TASKS[name]
+    words = ["cat", "dog", "barn", "mat", "sat", "ran", "a", "the", "on", "past", "old", "red"]
+    draw = random.Random(0)
+    rows = [
+        (
+            tuple(" ".join(draw.choices(words, k=8)) for _ in task.texts),
+            draw.randrange(len(task.classes)) if task.classes else 5 * draw.random(),
+        )
+        for _ in range(48)
+    ]
+    return rows[:32], rows[32:]

@@ -1,0 +1,220 @@
+"""What the recipes share: one command trains every combination of its options, once.
+
+    python RECIPE.py --method lora dora --gate off on 0.6 --seed 0 1 2 --output FOLDER
+
+Each combination is a run with a folder of its own in `--output`: results.json, the adapter, and
+until it is done its checkpoints. A run that has results is not repeated, and one that was
+interrupted goes on at its last checkpoint. Then table.md and results.png are written. The same
+command after `torchrun --nproc_per_node N` or `accelerate launch` trains on N processes, with the
+same number of samples in each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import tokengate
+from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
+
+METHODS = ["lora", "dora", "adalora", "adapter"]
+FIRST = int(os.environ.get("RANK", 0)) == 0
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# Where results lie and how they came about, which is not what they are of.
+BESIDE = ("output", "folder", "checkpoint_every", "accumulate", "report_to")
+
+
+def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -> Any:
+    """A parser with the options of all recipes; of those in `axes` each run has one value."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(axes=tuple(axes))
+    add = parser.add_argument
+    add("--method", nargs="+", default=["lora"], choices=METHODS, help="one or several")
+    add(
+        "--gate",
+        nargs="+",
+        default=["off", "on"],
+        type=gate,
+        help="off, on, or a sparsity to reach",
+    )
+    add("--seed", nargs="+", default=[0], type=int, help="one or several")
+    add("--rank", type=int, default=8, help="AdaLoRA's last, an adapter's width")
+    add("--scale", type=float, default=0.5, help="of the modification")
+    add("--dropout", type=float, default=0.0, help="of its input")
+    add("--penalty", type=float, default=1e-5, help="lambda; where --gate is a number, the first")
+    add("--s", type=float, help="of eq. 11; by default 0.4 / steps")
+    add("--hold-tau", type=float, default=0.0, help="at 0 for this share of a number's steps")
+    add("--lr", type=float, default=1e-3, help="of the modifications, at its highest")
+    add("--scheduler", default="linear", help="of transformers, after a warm-up")
+    add("--warmup", type=float, default=0.06, help="share of the steps")
+    add("--batch-size", type=int, default=16, help="of a step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches a step")
+    add("--epochs", type=float, default=3)
+    add("--rows", type=int, help="train on so many only")
+    add("--checkpoint-every", type=int, default=500, help="steps")
+    add("--report-to", default="none", help="tensorboard, wandb")
+    add("--output", type=Path, default=Path("outputs") / parser.prog.removesuffix(".py"))
+    add("--smoke", action="store_true", help="does it run? A tiny model, few rows")
+    return parser
+
+
+def gate(text: str) -> str:
+    """Off, on or a number, as the command line has it."""
+    if text not in ("off", "on") and not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not off, on or a sparsity within 0 and 1")
+    return text
+
+
+def planned(
+    parser: argparse.ArgumentParser,
+    preset: Callable[[argparse.Namespace], dict[str, Any]] = lambda run: {},
+) -> list[argparse.Namespace]:
+    """The options of every run: what was given, before what `preset` has, before the defaults."""
+    args = vars(parser.parse_args())
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = {name: args[name] for name in vars(parser.parse_args()) if name in args}
+    axes = args.pop("axes")
+    runs = []
+    for values in itertools.product(*(args[axis] for axis in axes)):
+        own = dict(zip(axes, values, strict=True))
+        chosen = preset(argparse.Namespace(**(args | own)))
+        run = argparse.Namespace(**(args | chosen | given | own))
+        run.folder = run.output / "-".join(map(str, values))
+        runs.append(run)
+    return runs
+
+
+def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) -> nn.Module:
+    """`tokengate.patch` by the run's options."""
+    # Below its target rank AdaLoRA has nothing to choose from: as in the paper, it starts at twice.
+    twice = {"rank": 2 * run.rank, "target_rank": run.rank}
+    return tokengate.patch(
+        model,
+        targets,
+        method=run.method,
+        gate=run.gate != "off",
+        penalty=run.penalty,
+        scale=run.scale,
+        dropout=run.dropout,
+        **(twice if run.method == "adalora" else {"rank": run.rank}),
+        **more,
+    )
+
+
+def fit(
+    model: nn.Module, run: argparse.Namespace, train: Sized, collate: Any, **more: Any
+) -> TokenGateTrainer:
+    """Train from the beginning or the last checkpoint; `more` are further TrainingArguments."""
+    share, left = divmod(run.batch_size, WORLD * run.accumulate)
+    if left or not share:
+        raise SystemExit(
+            f"--batch-size {run.batch_size} is no multiple of {WORLD} processes x {run.accumulate} "
+            "micro-batches: change one of them."
+        )
+    steps = math.ceil(math.ceil(len(train) / run.batch_size) * run.epochs)
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": share,
+        "gradient_accumulation_steps": run.accumulate,
+        "num_train_epochs": run.epochs,
+        "learning_rate": run.lr,
+        "lr_scheduler_type": run.scheduler,
+        "warmup_steps": int(run.warmup * steps),
+        "seed": run.seed,
+        "save_steps": run.checkpoint_every,
+        "save_total_limit": 1,
+        "logging_steps": max(1, min(50, steps // 10)),
+        "report_to": run.report_to,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    target = None if run.gate in ("off", "on") else float(run.gate)
+    trainer = TokenGateTrainer(
+        model,
+        TrainingArguments(str(run.folder), **(settings | more)),
+        train_dataset=train,
+        data_collator=collate,
+        callbacks=[TokenGateCallback(s=run.s, target_sparsity=target, target_warmup=run.hold_tau)],
+    )
+    begun = get_last_checkpoint(str(run.folder)) if run.folder.exists() else None
+    trainer.train(resume_from_checkpoint=begun)
+    if FIRST:
+        tokengate.save(model, run.folder / "adapter")
+    return trainer
+
+
+def main(
+    runs: list[argparse.Namespace], perform: Callable[[argparse.Namespace], dict[str, Any]]
+) -> None:
+    """Do what is missing of the runs, then print the table and draw it.
+
+    Args:
+        runs: of `planned`.
+        perform: trains and evaluates one run, and returns `scores`, percentages by the name of a
+            test, `sparsity`, percentages by the same names, and whatever else is to be kept.
+    """
+    found = []
+    for number, run in enumerate(runs, 1):
+        file, asked = run.folder / "results.json", plain(run)
+        if not file.exists():
+            if FIRST:
+                print(f"\nrun {number} of {len(runs)}: {run.folder.name}", flush=True)
+            began = time.perf_counter()
+            set_seed(run.seed)
+            kept = perform(run)
+            kept |= {"settings": asked, "seconds": time.perf_counter() - began, "on": machine()}
+            if FIRST:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                new = file.with_suffix(".part")
+                new.write_text(json.dumps(kept, indent=1))
+                os.replace(new, file)
+                for checkpoint in run.folder.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+        else:
+            kept = json.loads(file.read_text())
+            if kept["settings"] != asked:
+                other = [n for n in asked if asked[n] != kept["settings"].get(n)]
+                raise SystemExit(
+                    f"{file} is of other settings ({', '.join(other)}) than were asked: pass "
+                    "another --output, or the settings that it has."
+                )
+        found.append(kept)
+    if FIRST:
+        print("\n" + results.write(found, runs[0].output))
+
+
+def plain(run: argparse.Namespace) -> dict[str, Any]:
+    """What the results are of, as JSON has it."""
+    return {
+        name: value if isinstance(value, bool | int | float | None) else str(value)
+        for name, value in vars(run).items()
+        if name not in BESIDE
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where a run was done."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "processes": WORLD,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,124 @@
+"""What the runs of a recipe gave, in the shape of the paper's Tables 1 to 3, and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "adapter": "Adapter"}
+AVERAGE = "avg"
+
+Cells = dict[tuple[str, str], dict[str, dict[int, float]]]  # (method, gate): test: seed: value
+
+
+def write(found: list[dict[str, Any]], folder: Path) -> str:
+    """table.md and results.png of all runs; returns the table."""
+    scores, sparsity = cells(found, "scores"), cells(found, "sparsity")
+    text = table(scores, sparsity)
+    (folder / "table.md").write_text(text)
+    draw(scores, sparsity, folder / "results.png")
+    return text
+
+
+def cells(found: list[dict[str, Any]], what: str) -> Cells:
+    """Values by method and gate, test and seed; with an average where no test lacks."""
+    values: Cells = {}
+    for one in found:
+        settings = one["settings"]
+        rows = values.setdefault((settings["method"], settings["gate"]), {})
+        for test, value in one[what].items():
+            rows.setdefault(test, {})[settings["seed"]] = value
+    tests = {test for rows in values.values() for test in rows}
+    for rows in values.values():
+        if len(rows) == len(tests) > 1:
+            seeds = set.intersection(*(set(each) for each in rows.values()))
+            average = {s: statistics.fmean(rows[test][s] for test in tests) for s in seeds}
+            rows[AVERAGE] = average
+    return values
+
+
+def table(scores: Cells, sparsity: Cells) -> str:
+    """Mean (standard deviation) over the seeds, as Markdown.
+
+    Each gated row is followed by its sparsity, and by what it scores above the ungated one of the
+    same seed.
+    """
+    tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
+    lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
+
+    def add(label: str, rows: dict[str, dict[int, float]], sign: str = "") -> None:
+        found = [spread(list(rows.get(test, {}).values()), sign) for test in tests]
+        lines.append(f"| {label} | " + " | ".join(found) + " |")
+
+    for (method, gate), rows in scores.items():
+        add(label_of(method, gate), rows)
+        if gate == "off":
+            continue
+        add("sparsity (%)", sparsity[method, gate])
+        ungated = scores.get((method, "off"), {})
+        if ungated:
+            more = {
+                test: {s: v - ungated[test][s] for s, v in each.items() if s in ungated[test]}
+                for test, each in rows.items()
+                if test in ungated
+            }
+            add(f"{label_of(method, gate)} - {NAMES[method]}", more, "+")
+    return "\n".join(lines) + "\n"
+
+
+def label_of(method: str, gate: str) -> str:
+    """As the paper writes it, and the sparsity that was to be reached."""
+    name = NAMES[method]
+    return name if gate == "off" else f"{name}_S" if gate == "on" else f"{name}_S {gate}"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation (of a sample); one value has none, and no value is a gap."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{sign}.1f}"
+    return f"{mean} ({statistics.stdev(values):.1f})" if len(values) > 1 else mean
+
+
+def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
+    """Score over sparsity, a panel for each test; bars are standard deviations over the seeds."""
+    tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
+    methods = list(dict.fromkeys(method for method, _ in scores))
+    across = min(4, len(tests))
+    down = -(-len(tests) // across)
+    size = (0.6 + 2.6 * across, 0.6 + 2.3 * down)
+    figure, grid = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    for axes, test in zip(grid.flat, tests, strict=False):
+        for colour, method in enumerate(methods):
+            points = sorted(
+                (*middle(sparsity[key][test]), *middle(rows[test]))
+                for key, rows in scores.items()
+                if key[0] == method and test in rows
+            )
+            if points:
+                x, dx, y, dy = zip(*points, strict=True)
+                axes.errorbar(
+                    x, y, dy, dx, fmt="o-", capsize=2, ms=4, lw=1, color=f"C{colour}",
+                    label=NAMES[method],
+                )  # fmt: skip
+        axes.set_title(test, fontsize=9)
+        axes.grid(alpha=0.3)
+    for empty in grid.flat[len(tests) :]:
+        empty.remove()
+    grid.flat[0].legend(fontsize=7)
+    figure.supxlabel("sparsity: positions left unmodified (%)", fontsize=9)
+    figure.supylabel("score", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def middle(values: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard deviation; one value has none."""
+    each = list(values.values())
+    return statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else 0.0
