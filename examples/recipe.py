@@ -78,8 +78,13 @@ def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -
 
 def gate(text: str) -> str:
     """Off, on or a number, as the command line has it."""
-    if text not in ("off", "on") and not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not off, on or a sparsity within 0 and 1")
+    if text not in ("off", "on"):
+        try:
+            reachable = 0 < float(text) < 1
+        except ValueError:
+            reachable = False
+        if not reachable:
+            raise argparse.ArgumentTypeError(f"{text} is not off, on or a sparsity within 0 and 1")
     return text
 
 
