@@ -68,6 +68,7 @@ def tiny(run: argparse.Namespace, rows: list[Row]) -> tuple[torch.nn.Module, Any
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_labels=len(TASKS[run.task].classes) or 1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(config), tokenizer
 
@@ -84,6 +85,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = tiny(run, train) if run.smoke else pretrained(run)
     heads = {name.split(".")[-1] for name, _ in model.named_modules()} & {"classifier", "pooler"}
     recipe.patch(model, roles(model, *PAPER_TARGETS["glue"]), run, train=sorted(heads))
+    model.accepts_loss_kwargs = False  # its loss is a mean, which takes no count of tokens
     # Sentences of like lengths in a batch: less padding to compute.
     trainer = recipe.fit(
         model, run, Encoded(train, tokenizer), DataCollatorWithPadding(tokenizer),

@@ -148,6 +148,8 @@ def fit(
         "save_total_limit": 1,
         "logging_steps": max(1, min(50, steps // 10)),
         "report_to": run.report_to,
+        # Without being told, it finds its neighbours on GPUs alone.
+        "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     target = None if run.gate in ("off", "on") else float(run.gate)

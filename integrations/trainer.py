@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 
 import tokengate
 from tokengate import (
@@ -45,6 +47,7 @@ from tokengate import (
     SparsityReport,
     TokenGateError,
 )
+from tokengate.adapter_folder import CONFIG
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.gated_linear import require_layers
 from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
@@ -443,7 +446,9 @@ class TokenGateTrainer(Trainer):
     TensorBoard and the other reporters are told of a log before any callback of the user's, and
     `evaluate` and `predict` outside of a training announce themselves to nobody. Here the reporters
     get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
-    interrupted or fails leaves the model as one that ended. For another kind of Trainer:
+    interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
+    the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
+    which are no part of an adapter; `tokengate.load` reads them. For another kind of Trainer:
     `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
 
     Raises:
@@ -468,6 +473,29 @@ class TokenGateTrainer(Trainer):
         """As the Trainer's, with sparsity and tau."""
         self._callback().add_to(logs)
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if any(getattr(m, "running_mean", None) is not None for m in self.model.modules()):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            tokengate.save(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if (Path(resume_from_checkpoint) / CONFIG).exists():
+            tokengate.load(model or self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if (best / CONFIG).exists():
+            tokengate.load(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _callback(self) -> TokenGateCallback:
         for callback in self.callback_handler.callbacks:

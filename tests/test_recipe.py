@@ -3,9 +3,12 @@
 import argparse
 import importlib
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 for needed in ("matplotlib", "transformers", "sklearn"):
@@ -139,6 +142,23 @@ def test_every_method_is_trained(recipe, monkeypatch, tmp_path):
     for folder in tmp_path.glob("*-*"):
         found = json.loads((folder / "results.json").read_text())
         assert (found["report"]["sparsity"] > 0) == ("-0.5-" in folder.name), folder.name
+
+
+def test_two_processes_train_what_one_does(recipe, tmp_path):
+    # 32 rows, all in one step, so that how they are divided makes no difference.
+    script = [EXAMPLES / "finetune_glue.py", "--smoke", "--gate", "0.5", "--batch-size", "32"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    logs = []
+    for processes in ("2", "1"):
+        folder = tmp_path / processes
+        command = [*run, processes, *script, "--output", folder, "--accumulate", 3 - int(processes)]
+        subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
+        found = json.loads((folder / "cola-lora-0.5-0" / "results.json").read_text())
+        assert found["on"]["processes"] == int(processes)
+        logs.append([(e["loss"], e["tau_mean"]) for e in found["log"] if "loss" in e])
+    assert logs[0][-1][1] != 0
+    assert np.allclose(*logs, atol=1e-5)
 
 
 FOUND = [
