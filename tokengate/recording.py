@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -71,9 +72,15 @@ class Recorder:
         # On the modules' devices.
         self._counts: _Counts = {}
         self._details: _Details = {}
+        if groups is not None and not callable(groups):
+            raise TokenGateError(
+                f"groups={brief(groups)} is no function: pass one of a layer's name and the shape "
+                "of its S."
+            )
         self._groups = groups
         self._asked_ratios = switch("ratios", ratios)
-        store = CallStore(count("memory", memory), folder) if positions else None
+        within = CallStore(count("memory", memory), folder)
+        store = within if switch("positions", positions) else None
         self._calls = store
         self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
         self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
@@ -126,12 +133,12 @@ class Recorder:
                 called alike; there is no such sample.
         """
         samples = self.samples if modules is None else only(within(self.alike, modules))
-        if not -len(samples) <= index < len(samples):
+        if not isinstance(index, Integral) or not -len(samples) <= index < len(samples):
             raise TokenGateError(
-                f"sample {index} was asked of a recording of {len(samples)}: pass an index below "
-                "that."
+                f"sample {brief(index)} was asked of a recording of {len(samples)}: pass an index "
+                "below that."
             )
-        return samples[index]
+        return samples[int(index)]
 
     def report(self, reduce: bool | Any = False) -> SparsityReport:
         """Sparsity (eq. 23) of what was run so far.
@@ -150,7 +157,8 @@ class Recorder:
         """The same for each group of positions, with `record(groups=...)`.
 
         A sample without a position in a group is no sample of its report. A module that was called
-        only with positions of other groups is not in it.
+        only with positions of other groups is not in it. What `positions` adds to a report, by
+        sample and by place in the sequence, is of all positions together, and not in these.
 
         Args:
             reduce: as in `report`.
@@ -202,17 +210,21 @@ class Recorder:
                     )
                 ratios = ratios_of(*found)
             closed, real = by_sample(is_open, mask)
+            groups: Mapping[str, Tensor | bool] = {}
+            if self._groups is not None and is_open.numel():
+                groups = _checked(self._groups(name, is_open.shape), name, is_open.shape)
             if self._calls is not None:
                 _keep(self._calls, self._details, name, is_open, real, ratios)
             if is_open.numel() == 0:
                 return
-            groups = {} if self._groups is None else self._groups(name, is_open.shape)
             self._count(None, name, closed, real, ratios)
             for group, inside in groups.items():
+                shape = real.shape
                 if isinstance(inside, Tensor):
-                    closed, real = closed.reshape(inside.shape), real.reshape(inside.shape)
-                    inside = inside.to(real.device)
-                self._count(group, name, closed, real & inside, ratios)
+                    shape, inside = inside.shape, inside.to(real.device)
+                self._count(
+                    group, name, closed.reshape(shape), real.reshape(shape) & inside, ratios
+                )
 
     def _count(
         self, group: str | None, name: str, closed: Tensor, real: Tensor, ratios: Tensor | None
@@ -222,6 +234,23 @@ class Recorder:
         if self._asked_ratios:
             counts = torch.cat([counts, count_ratios(ratios, real)])
         _add(self._counts.setdefault(group, {}), {name: counts})
+
+
+def _checked(found: Any, name: str, shape: torch.Size) -> Mapping[str, Tensor | bool]:
+    """What a `groups` function returned of a layer with an S of this shape, or an error."""
+
+    def fits(inside: Any) -> bool:
+        if isinstance(inside, Tensor):
+            same = inside.numel() == shape.numel()
+            return same and inside.dim() == 2 and inside.dtype == torch.bool
+        return isinstance(inside, bool)
+
+    if not isinstance(found, Mapping) or not all(map(fits, found.values())):
+        raise TokenGateError(
+            f"groups returned {brief(found)} of {name!r}, whose S has shape {tuple(shape)}: return "
+            "for every group, by name, True, False, or a boolean tensor (B, T) of as many."
+        )
+    return found
 
 
 # Compiled code would be compiled anew for every call, which finds more of them kept than the last.
