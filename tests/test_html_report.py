@@ -1,6 +1,7 @@
 """SparsityReport.to_html and _repr_html_: what is in the text of the page."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -141,6 +142,15 @@ def test_large_reports_stay_small():
     size = len(report.to_html(texts=[view]).encode())
     assert size > 2000 * 224 / 8
     assert size < 300_000
+
+
+def test_what_is_known_of_every_sample_is_not_in_the_page():
+    plain = ModuleSparsity(0.5, 10**5, 10**6, 5 * 10**5, 0.03125)
+    details = dataclasses.replace(
+        plain, ratios=(1,) * 162, by_sample=(0.5,) * 10**5, by_position=((10**5, 1),) * 10
+    )
+    pages = [SparsityReport({Q0: module}).to_html() for module in (plain, details)]
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,12 @@ def test_report_plot_writes_a_file_of_the_kind_that_its_name_says(tmp_path):
     SMALL.plot(str(tmp_path / "sparsity.svg"))
     assert "<svg" in (tmp_path / "sparsity.svg").read_text()
     assert len(list(tmp_path.iterdir())) == 2
+    for name in ("sparsity", "sparsity.xyz"):  # matplotlib writes sparsity.png for the first
+        with one_sentence(name, ".png, .pdf, .svg"):
+            SMALL.plot(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 2
+    SMALL.plot(tmp_path / "made" / "SPARSITY.PNG")
+    assert (tmp_path / "made" / "SPARSITY.PNG").stat().st_size > 1000
 
 
 def test_without_matplotlib_plot_says_what_to_install():

@@ -69,8 +69,8 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def value(number: float | None) -> float | None:
-    """The number; None where it is not one."""
-    return None if number is None or math.isnan(number) else number
+    """The number; None where it is none that is finite."""
+    return None if number is None or not math.isfinite(number) else number
 
 
 def present(numbers: Iterable[float | None]) -> list[float]:
