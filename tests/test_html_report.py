@@ -65,6 +65,17 @@ def test_samples_by_hand():
     assert image["source"] == f"data:image/png;base64,{base64.b64encode(html_pages.PNG).decode()}"
 
 
+def test_a_merged_patch_shades_all_that_it_came_from():
+    fine = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    coarse = torch.tensor([[1, 0]]).bool()
+    view = html_pages.image(is_open={Q0: coarse, V1: fine})
+    (found,) = data(html_pages.report().to_html(images=[view]))["views"]
+    assert (found["rows"], found["columns"]) == (2, 4)
+    merged, whole = booleans(found["open"], 2, 8)
+    assert merged == [True, True, False, False] * 2
+    assert whole == fine.flatten().tolist()
+
+
 @given(rows=st.integers(1, 4), length=st.integers(1, 40), seed=st.integers(0, 99))
 def test_every_bit_comes_back(rows, length, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -168,11 +179,18 @@ def test_what_is_known_of_every_sample_is_not_in_the_page():
         (lambda: html_pages.image(is_open={}), ["is_open is empty"]),
         (lambda: html_pages.image(is_open=IS_OPEN), [Q0, "(5,)", "(rows, columns)"]),
         (lambda: html_pages.image(is_open={Q0: [[True]]}), [Q0, "(rows, columns)"]),
+        (lambda: html_pages.image(is_open={Q0: torch.ones(2, 0).bool()}), [Q0, "(2, 0)"]),
         (
             lambda: html_pages.image(
-                is_open={Q0: torch.ones(2, 2).bool(), V1: torch.ones(4, 4).bool()}
+                is_open={Q0: torch.ones(4, 4).bool(), V1: torch.ones(2, 3).bool()}
             ),
-            [V1, "(4, 4)", "(2, 2)"],
+            [V1, "(2, 3)", "does not divide", "(4, 4)"],
+        ),
+        (
+            lambda: html_pages.image(
+                is_open={Q0: torch.ones(4, 2).bool(), V1: torch.ones(2, 3).bool()}
+            ),
+            [Q0, "(4, 2)", "does not divide", "(4, 3)"],
         ),
     ],
 )

@@ -294,6 +294,11 @@ def test_markdown():
     ]
 
 
+def test_markdown_of_a_name_with_a_bar():
+    report = tokengate.SparsityReport({"layers.0.a|b": module(0.5)})
+    assert report.to_markdown().splitlines()[0] == "| layer | a\\|b | avg |"
+
+
 def test_csv_and_dict_hold_the_numbers():
     rows = list(csv.DictReader(io.StringIO(example().to_csv())))
     assert rows[0] == {
