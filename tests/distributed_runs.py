@@ -173,6 +173,9 @@ def reports(engine):
     with tokengate.record(model, **everything) as rec, torch.no_grad():
         run(share(batch(0)))
     found["together"] = rec.report(reduce=True).to_dict()
+    history = tokengate.History(model)
+    history.log(1, loss=torch.tensor(0.5), report=rec.report(reduce=True))
+    found["history"] = history.to_dict()
     if engine:
         found["process group"] = rec.report(reduce=dist.group.WORLD).to_dict()
         found["mine"] = rec.report().to_dict()

@@ -135,6 +135,19 @@ def test_reports_of_all_ranks(found, engine):
         assert second["one ran"].startswith("nothing was recorded")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_histories_of_all_ranks(found, engine):
+    """The sparsity of all of them, and of the taus those that a rank has itself."""
+    first, second = (each["reports"]["history"] for each in found[engine][0])
+    one = runs.reports("")[2]["history"]
+    assert 0 < one["sparsities"]["blocks.0.q_proj"][0] < 1
+    assert None not in one["taus"]["blocks.0.q_proj"]
+    assert first == one
+    assert {**second, "taus": one["taus"]} == one
+    missing = {name: [None] for name in one["taus"]}
+    assert second["taus"] == (one["taus"] if engine == "ddp" else missing)
+
+
 def without_details(report):
     """As recorded without positions and ratios."""
     details = ("ratios", "by_sample", "by_position")
