@@ -57,7 +57,7 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
         ax: where to draw; None for a figure of its own.
 
     Raises:
-        TokenGateError: it is neither.
+        TokenGateError: it is neither, or has no module.
     """
     if not isinstance(found, SparsityReport | SparsityTable):
         raise TokenGateError(
@@ -65,6 +65,11 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
         )
     report = found if isinstance(found, SparsityReport) else None
     table = found.table if isinstance(found, SparsityReport) else found
+    if not table.columns:
+        raise TokenGateError(
+            "heatmap was given a report without a module, of which there is nothing to draw: pass "
+            "one of something that was run."
+        )
     if ax is None:
         width, height = 2.2 + 0.75 * len(table.columns), 1.2 + 0.24 * len(table.rows)
         ax = Picture(max(width, 4.0), max(height, 2.6)).subplots()
@@ -106,8 +111,10 @@ def trajectories(
     """
     if isinstance(histories, tokengate.History):
         histories = {"": histories}
-    if not histories:
-        raise TokenGateError("trajectories was given no history: pass a tokengate.History.")
+    if not isinstance(histories, Mapping) or not histories:
+        raise TokenGateError(
+            "trajectories was given no history: pass a tokengate.History, or several by title."
+        )
     shown = dict.fromkeys(name for history in histories.values() for name in history.taus)
     for name in modules or ():
         if name not in shown:
@@ -256,7 +263,10 @@ def _styles() -> Iterator[dict[str, Any]]:
 def _by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     _, columns, grid = name_grid(names)
     columns_of_names = zip(*grid, strict=True)
-    return {c: [n for n in found if n] for c, found in zip(columns, columns_of_names, strict=True)}
+    return {
+        c: [n for n in found if n is not None]
+        for c, found in zip(columns, columns_of_names, strict=True)
+    }
 
 
 def _has(course: Iterable[float | None]) -> bool:

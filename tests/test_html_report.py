@@ -169,14 +169,16 @@ def test_what_is_known_of_every_sample_is_not_in_the_page():
     [
         (lambda: html_pages.text(tokens="the cat"), ["'the cat'", "list of strings"]),
         (lambda: html_pages.text(tokens=[1, 2, 3, 4, 5]), ["[1, 2, 3, 4, 5]", "list of strings"]),
+        (lambda: html_pages.text(tokens=None), ["tokens=None", "list of strings"]),
+        (lambda: html_pages.text(is_open=IS_OPEN[Q0]), ["is_open=tensor", "S by module"]),
         (lambda: html_pages.text(tokens=["a"]), [Q0, "(5,)", "(1,)", "each token"]),
         (lambda: html_pages.text(tokens=[], is_open={Q0: torch.ones(0).bool()}), ["at least one"]),
-        (lambda: html_pages.text(is_open={}), ["is_open is empty"]),
+        (lambda: html_pages.text(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.text(is_open={Q0: torch.ones(5)}), [Q0, "boolean"]),
         (lambda: html_pages.text(is_open={Q0: [True] * 5}), [Q0, "boolean"]),
         (lambda: html_pages.text(real=torch.ones(4).bool()), ["real", "(4,)", "(5,)"]),
         (lambda: html_pages.image(image=b"GIF89a"), ["GIF89a", "neither a PNG nor a JPEG"]),
-        (lambda: html_pages.image(is_open={}), ["is_open is empty"]),
+        (lambda: html_pages.image(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.image(is_open=IS_OPEN), [Q0, "(5,)", "(rows, columns)"]),
         (lambda: html_pages.image(is_open={Q0: [[True]]}), [Q0, "(rows, columns)"]),
         (lambda: html_pages.image(is_open={Q0: torch.ones(2, 0).bool()}), [Q0, "(2, 0)"]),
@@ -204,6 +206,8 @@ def test_samples_of_another_model():
     other = html_pages.text(is_open={"layers.7.q_proj": IS_OPEN[Q0]})
     with one_sentence("texts[1]", "'layers.7.q_proj'", "no module of this report"):
         report.to_html(texts=[html_pages.text(), other])
+    with one_sentence("texts=TokenView", "a list of tokengate.TokenView"):
+        report.to_html(texts=html_pages.text())
     with one_sentence("images[0]", "PatchView"):
         report.to_html(images=[html_pages.text()])
 

@@ -257,6 +257,15 @@ def test_the_share_left_of_tau_is_the_sparsity():
         assert 0.05 < sparsity < 0.95
 
 
+def test_a_layer_that_is_the_model_is_drawn():
+    layer = nn.Linear(4, 4)
+    tokengate.patch(layer, "all-linear", rank=1, tau=0.5)
+    kept = tokengate.History(layer)
+    kept.log(0)
+    (ax,) = drawn(plots.trajectories(kept)).axes
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0.5]]
+
+
 def test_more_projections_than_styles_are_all_drawn():
     """A sequence of layers has a projection for each of them."""
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
@@ -290,8 +299,11 @@ def test_performance_has_means_and_deviations():
 def test_refusals():
     with one_sentence("heatmap", "dict", "SparsityReport"):
         plots.heatmap({})
-    with one_sentence("no history"):
-        plots.trajectories({})
+    with one_sentence("without a module"):
+        SparsityReport({}).plot()
+    for none in ({}, None, [history()]):
+        with one_sentence("no history", "by title"):
+            plots.trajectories(none)
     with one_sentence("'q_proj'", "blocks.0.q_proj"):
         plots.trajectories(history(), modules=["q_proj"])
     with one_sentence("ratios was given {}", "rec.report()"):

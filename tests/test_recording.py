@@ -294,6 +294,13 @@ def test_markdown():
     ]
 
 
+def test_a_cell_without_a_module_is_not_that_of_the_layer_that_is_the_model():
+    found = {"": module(0.5), "x.0.q": module(0.1), "x.1.v": module(0.9)}
+    table = tokengate.SparsityReport(found).table
+    assert table.columns == ["", "q", "v"]
+    assert table.values == [[0.5, None, None], [None, 0.1, None], [None, None, 0.9]]
+
+
 def test_markdown_of_a_name_with_a_bar():
     report = tokengate.SparsityReport({"layers.0.a|b": module(0.5)})
     assert report.to_markdown().splitlines()[0] == "| layer | a\\|b | avg |"

@@ -234,6 +234,21 @@ def test_norms_are_those_of_dense_matrices(method, gate, bias):
     assert norms.absolute != norms.relative
 
 
+def test_a_method_without_parameters_has_norms():
+    class Half(tokengate.Modification):
+        def reset_parameters(self):
+            pass
+
+        def forward(self, x, w):
+            return 0.5 * w
+
+    model = nn.Sequential(nn.Linear(6, 9))
+    tokengate.patch(model, ["0"], method=Half, gate=False)
+    norms = tokengate.modification_norms(model, [torch.randn(2, 5, 6)])
+    assert norms.relative == {"0": pytest.approx(0.5)}
+    assert model[0].gate is None
+
+
 def test_a_method_of_ones_own_has_norms_by_hand():
     class Twice(tokengate.Modification):
         def __init__(self, linear):

@@ -87,7 +87,11 @@ def html_page(
     )
 
 
-def _check_views(argument: str, views: Sequence[Any], kind: type, known: Collection[str]) -> None:
+def _check_views(argument: str, views: Any, kind: type, known: Collection[str]) -> None:
+    if not isinstance(views, Sequence):
+        raise TokenGateError(
+            f"{argument}={brief(views)} is no list: pass a list of tokengate.{kind.__name__}."
+        )
     for i, view in enumerate(views):
         if not isinstance(view, kind):
             raise TokenGateError(

@@ -290,7 +290,8 @@ class SparsityReport:
             path: a file to write it to as well, in the format of its ending (.png, .pdf, .svg).
 
         Raises:
-            TokenGateError: matplotlib is not installed, or has no format of that ending.
+            TokenGateError: matplotlib is not installed, or has no format of that ending; there is
+                no module.
             OSError: the file cannot be written.
         """
         figure = load_plots().heatmap(self)

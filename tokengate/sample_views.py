@@ -43,7 +43,8 @@ class TokenView:
 
     def __post_init__(self) -> None:
         # One string is a sequence of strings, too: its characters.
-        if isinstance(self.tokens, str) or not all(isinstance(t, str) for t in self.tokens):
+        listed = isinstance(self.tokens, Sequence) and not isinstance(self.tokens, str)
+        if not listed or not all(isinstance(token, str) for token in self.tokens):
             raise TokenGateError(
                 f"tokens={brief(self.tokens)} is not a list of strings: pass "
                 "tokenizer.convert_ids_to_tokens(ids)."
@@ -79,6 +80,7 @@ class PatchView:
     Raises:
         TokenGateError: the image is neither PNG nor JPEG, there are no modules, or a grid does not
             divide the finest.
+        OSError: the image cannot be read.
     """
 
     image: bytes | str | os.PathLike[str]
@@ -132,9 +134,9 @@ class PatchView:
 
 
 def _check_there(is_open: Mapping[str, Tensor]) -> None:
-    if not is_open:
+    if not isinstance(is_open, Mapping) or not is_open:
         raise TokenGateError(
-            "is_open is empty, so that there is nothing to show: pass S by module, as "
+            f"is_open={brief(is_open)} has no module to show: pass S by module, as "
             "tokengate.record(model, positions=True) records it."
         )
 
