@@ -181,6 +181,10 @@ def reports(engine):
         found["mine"] = rec.report().to_dict()
     found["groups"] = {n: r.to_dict() for n, r in rec.reports(reduce=True).items()}
     found["refused"] = refusal(rec.report, reduce="sum")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with tokengate.record(model, positions=first) as rec, torch.no_grad():
+        run(share(batch(0)))
+    found["unlike"] = refusal(rec.report, reduce=True)
     return model, run, found
 
 

@@ -118,6 +118,7 @@ def test_reports_of_all_ranks(found, engine):
     first, second = first["reports"], second["reports"]
     _, _, one = runs.reports("")
     assert first["mine"]["modules"] != second["mine"]["modules"]
+    assert one["unlike"] is None
     for ours in (first, second):
         same(ours["together"], one["together"])
         same(ours["process group"], one["together"])
@@ -125,6 +126,7 @@ def test_reports_of_all_ranks(found, engine):
         assert sorted(ours["groups"]) == ["all", "rank 0", "rank 1"]
         samples = {m["samples"] for m in ours["groups"]["rank 1"]["modules"].values()}
         assert samples == {1}
+        assert ours["unlike"].startswith("the ranks recorded with positions=True on some of them")
         assert ours["refused"] == one["refused"]
         assert ours["refused"].startswith("reduce='sum' was asked: pass True")
     # The rank that ran nothing gets the report of the one that ran it all.

@@ -79,8 +79,8 @@ class Recorder:
             )
         self._groups = groups
         self._asked_ratios = switch("ratios", ratios)
-        within = CallStore(count("memory", memory), folder)
-        store = within if switch("positions", positions) else None
+        made = CallStore(count("memory", memory), folder)  # in any case, for its checks
+        store = made if switch("positions", positions) else None
         self._calls = store
         self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
         self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
@@ -149,7 +149,8 @@ class Recorder:
                 not; all get the same report. Where there is one process, it is that one's.
 
         Raises:
-            TokenGateError: nothing was run; `reduce` is something else.
+            TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
+                recorded with the same `positions` and `ratios`.
         """
         return _report(self._collect(reduce), None)
 
@@ -164,7 +165,7 @@ class Recorder:
             reduce: as in `report`.
 
         Raises:
-            TokenGateError: nothing was run; `reduce` is something else.
+            TokenGateError: as in `report`.
         """
         found = self._collect(reduce)
         return {group: _report(found, group) for group in found[0] if group is not None}
@@ -174,7 +175,8 @@ class Recorder:
         taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
-            found = _of_all_ranks(found[0], reduce)
+            asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
+            found = _of_all_ranks(found[0], reduce, asked)
         counts: _Counts = {}
         details: _Details = {}
         for own, own_taus, own_details in found:
@@ -272,8 +274,8 @@ def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         so_far[name] = so_far[name] + counts if name in so_far else counts
 
 
-def _of_all_ranks(mine: _Found, reduce: Any) -> list[_Found]:
-    """What every rank has counted, and the taus that it has."""
+def _of_all_ranks(mine: _Found, reduce: Any, asked: dict[str, bool]) -> list[_Found]:
+    """What every rank has counted, and the taus that it has; all must have `asked` for the same."""
     distributed = torch.distributed
     there = distributed.is_available()
     if reduce is not True and not (there and isinstance(reduce, distributed.ProcessGroup)):
@@ -289,8 +291,14 @@ def _of_all_ranks(mine: _Found, reduce: Any) -> list[_Found]:
     counts, taus, details = mine
     counts = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
     found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, (counts, taus, details), group=group)
-    return found
+    distributed.all_gather_object(found, (asked, counts, taus, details), group=group)
+    for option in asked:
+        if len({options[option] for options, *_ in found}) > 1:
+            raise TokenGateError(
+                f"the ranks recorded with {option}=True on some of them alone: pass the same to "
+                "record on all ranks, or report without reduce."
+            )
+    return [(counts, taus, details) for _, counts, taus, details in found]
 
 
 def _report(found: _Found, group: str | None) -> SparsityReport:
