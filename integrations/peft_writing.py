@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.adapter_folder import CONFIG, WEIGHTS, read_config
-from tokengate.atomic_write import write_atomically
+from tokengate.atomic_write import write_atomically, write_text
 from tokengate.errors import brief
 from tokengate.folded import Folded, base_layer
 from tokengate.gated_linear import Gated
@@ -237,8 +237,4 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, write_weights)
-    write_atomically(folder / CONFIG, lambda path: _write(path, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(folder / CONFIG, text)

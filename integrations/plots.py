@@ -11,9 +11,10 @@ chosen, and nothing has to be closed. A notebook shows what its cell's last line
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 
 import tokengate
 from tokengate import TokenGateError
-from tokengate.report import SparsityReport
+from tokengate.report import SparsityReport, check_report
 from tokengate.sparsity_table import SparsityTable, name_grid
 
 # Okabe and Ito's colours, which colour-blind people tell apart, without their yellow.
@@ -56,7 +57,7 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
         ax: where to draw; None for a figure of its own.
 
     Raises:
-        TokenGateError: it is neither.
+        TokenGateError: it is neither, or has no module.
     """
     if not isinstance(found, SparsityReport | SparsityTable):
         raise TokenGateError(
@@ -64,6 +65,11 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
         )
     report = found if isinstance(found, SparsityReport) else None
     table = found.table if isinstance(found, SparsityReport) else found
+    if not table.columns:
+        raise TokenGateError(
+            "heatmap was given a report without a module, of which there is nothing to draw: pass "
+            "one of something that was run."
+        )
     if ax is None:
         width, height = 2.2 + 0.75 * len(table.columns), 1.2 + 0.24 * len(table.rows)
         ax = Picture(max(width, 4.0), max(height, 2.6)).subplots()
@@ -105,8 +111,10 @@ def trajectories(
     """
     if isinstance(histories, tokengate.History):
         histories = {"": histories}
-    if not histories:
-        raise TokenGateError("trajectories was given no history: pass a tokengate.History.")
+    if not isinstance(histories, Mapping) or not histories:
+        raise TokenGateError(
+            "trajectories was given no history: pass a tokengate.History, or several by title."
+        )
     shown = dict.fromkeys(name for history in histories.values() for name in history.taus)
     for name in modules or ():
         if name not in shown:
@@ -150,46 +158,36 @@ def trajectories(
     return figure
 
 
-def ratios(
-    histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    taus: Mapping[str, float | None],
-) -> Figure:
+def ratios(report: SparsityReport) -> Figure:
     """How r = ||M(x)|| / ||W0 x|| is distributed in every layer, with tau marked (eq. 4).
 
     One panel for each projection, one row for each layer, the darker the more positions. What lies
-    left of a layer's mark is left unmodified. A tau <= 0, which closes nothing, has no mark.
+    left of a layer's mark is left unmodified. A tau <= 0, which closes nothing, has no mark. What
+    has r below 2^-24, as where M(x) = 0, or from 2^16 on is not drawn.
 
     Args:
-        histograms: by module, the n + 1 edges of bins of r, ascending, and how many positions are
-            in each of these n.
-        taus: by module, where its gate is; None without.
+        report: of `tokengate.record(model, ratios=True)`.
 
     Raises:
-        TokenGateError: there is no histogram, or one has edges and counts that do not fit.
+        TokenGateError: it is no report, or has no r.
     """
-    if not histograms:
-        raise TokenGateError("ratios was given no histogram: pass some by the modules' names.")
-    for name, (edges, counts) in histograms.items():
-        if len(edges) != len(counts) + 1:
-            raise TokenGateError(
-                f"the histogram of {name!r} has {len(edges)} edges and {len(counts)} counts: pass "
-                "one edge more than counts."
-            )
-    rows, columns, names = name_grid(histograms)
+    edges = check_report("ratios", report).histogram("r").edges
+    found = {name: m for name, m in report.modules.items() if m.ratios is not None}
+    rows, columns, names = name_grid(found)
     figure = Picture(1.2 + 2.2 * len(columns), max(1.3 + 0.24 * len(rows), 2.6))
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for ax, title, column in zip(panels, columns, zip(*names, strict=True), strict=True):
         for y, name in enumerate(column):
             if name is None:
                 continue
-            edges, counts = ([float(number) for number in part] for part in histograms[name])
+            _, *counts, _ = found[name].ratios or ()
             filled = [i for i, count in enumerate(counts) if count > 0]
             if filled:
                 first, last = filled[0], filled[-1] + 1
                 shares = [[count / max(counts) for count in counts[first:last]]]
                 ends = [y - 0.4, y + 0.4]
                 ax.pcolormesh(edges[first : last + 1], ends, shares, cmap="Greys", vmin=0, vmax=1)
-            tau = taus.get(name)
+            tau = found[name].tau
             if tau is not None and tau > 0:
                 ax.plot([tau, tau], [y - 0.5, y + 0.5], color=COLOURS[1], linewidth=2.5)
         ax.set(xscale="log", xlabel="r")
@@ -228,7 +226,9 @@ def performance(
                 )
     if ax is None:
         ax = Picture(5, 3.4).subplots()
-    for (label, curve), style, marker in zip(curves.items(), _styles(), MARKERS * 4, strict=False):
+    for (label, curve), style, marker in zip(
+        curves.items(), _styles(), itertools.cycle(MARKERS), strict=False
+    ):
         points = sorted(curve.items())
         ax.errorbar(
             [100 * share for share, _ in points],
@@ -255,15 +255,18 @@ def _figure(ax: Axes) -> Figure:
     return figure
 
 
-def _styles() -> list[dict[str, Any]]:
-    """Colours, and again with other dashes when these are used up."""
-    return [{"color": c, "linestyle": dash} for dash in DASHES for c in COLOURS]
+def _styles() -> Iterator[dict[str, Any]]:
+    """Colours, again with other dashes when these are used up, and from the start after them."""
+    return itertools.cycle({"color": c, "linestyle": dash} for dash in DASHES for c in COLOURS)
 
 
 def _by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     _, columns, grid = name_grid(names)
     columns_of_names = zip(*grid, strict=True)
-    return {c: [n for n in found if n] for c, found in zip(columns, columns_of_names, strict=True)}
+    return {
+        c: [n for n in found if n is not None]
+        for c, found in zip(columns, columns_of_names, strict=True)
+    }
 
 
 def _has(course: Iterable[float | None]) -> bool:

@@ -173,11 +173,18 @@ def reports(engine):
     with tokengate.record(model, **everything) as rec, torch.no_grad():
         run(share(batch(0)))
     found["together"] = rec.report(reduce=True).to_dict()
+    history = tokengate.History(model)
+    history.log(1, loss=torch.tensor(0.5), report=rec.report(reduce=True))
+    found["history"] = history.to_dict()
     if engine:
         found["process group"] = rec.report(reduce=dist.group.WORLD).to_dict()
         found["mine"] = rec.report().to_dict()
     found["groups"] = {n: r.to_dict() for n, r in rec.reports(reduce=True).items()}
     found["refused"] = refusal(rec.report, reduce="sum")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with tokengate.record(model, positions=first) as rec, torch.no_grad():
+        run(share(batch(0)))
+    found["unlike"] = refusal(rec.report, reduce=True)
     return model, run, found
 
 

@@ -60,6 +60,24 @@ def away_from_initialisation(model, scale=0.5):
     return model
 
 
+def padded_bert(**options):
+    """A BERT with adapted queries; a batch of three padded texts; and each of them without."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    import tokengate
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tokengate.patch(transformers.BertModel(config), ["query"], **options)
+    away_from_initialisation(model, 0.3)
+    ids, mask = torch.randint(1, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, 4:] = mask[2, 7:] = 0
+    alone = [{"input_ids": row[real == 1][None]} for row, real in zip(ids, mask, strict=True)]
+    return model, {"input_ids": ids, "attention_mask": mask}, alone
+
+
 @contextlib.contextmanager
 def one_sentence(*words):
     """What is done within is answered by one sentence with these words; the list given has it."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Net, away_from_initialisation, snapshot
+from models import Net, away_from_initialisation, padded_bert, snapshot
 
 import tokengate
 from tokengate import TokenGateError
@@ -88,24 +88,11 @@ def test_the_reference_and_the_gate_agree_about_the_ratio():
 
 
 def test_padding_does_not_count():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        vocab_size=50,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = tokengate.patch(transformers.BertModel(config), ["query"], dropout=0.1)
-    away_from_initialisation(model, 0.3)
-    ids = torch.randint(1, 50, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
-    mask[2, 7:] = 0
-    padded = tokengate.calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
-    alone = [
-        {"input_ids": row[None, : int(real.sum())]} for row, real in zip(ids, mask, strict=True)
-    ]
+    model, batch, alone = padded_bert(dropout=0.1)
+    padded = tokengate.calibrate(model, [batch])
     assert padded == pytest.approx(tokengate.calibrate(model, alone), rel=1e-5)
-    assert padded != pytest.approx(tokengate.calibrate(model, [{"input_ids": ids}]), rel=1e-5)
+    unmasked = tokengate.calibrate(model, [{"input_ids": batch["input_ids"]}])
+    assert padded != pytest.approx(unmasked, rel=1e-5)
 
 
 def test_padding_does_not_count_where_the_positions_come_first():

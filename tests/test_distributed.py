@@ -118,6 +118,7 @@ def test_reports_of_all_ranks(found, engine):
     first, second = first["reports"], second["reports"]
     _, _, one = runs.reports("")
     assert first["mine"]["modules"] != second["mine"]["modules"]
+    assert one["unlike"] is None
     for ours in (first, second):
         same(ours["together"], one["together"])
         same(ours["process group"], one["together"])
@@ -125,6 +126,7 @@ def test_reports_of_all_ranks(found, engine):
         assert sorted(ours["groups"]) == ["all", "rank 0", "rank 1"]
         samples = {m["samples"] for m in ours["groups"]["rank 1"]["modules"].values()}
         assert samples == {1}
+        assert ours["unlike"].startswith("the ranks recorded with positions=True on some of them")
         assert ours["refused"] == one["refused"]
         assert ours["refused"].startswith("reduce='sum' was asked: pass True")
     # The rank that ran nothing gets the report of the one that ran it all.
@@ -133,6 +135,19 @@ def test_reports_of_all_ranks(found, engine):
         same(second["one ran"], without_details(one["together"]))
     else:
         assert second["one ran"].startswith("nothing was recorded")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_histories_of_all_ranks(found, engine):
+    """The sparsity of all of them, and of the taus those that a rank has itself."""
+    first, second = (each["reports"]["history"] for each in found[engine][0])
+    one = runs.reports("")[2]["history"]
+    assert 0 < one["sparsities"]["blocks.0.q_proj"][0] < 1
+    assert None not in one["taus"]["blocks.0.q_proj"]
+    assert first == one
+    assert {**second, "taus": one["taus"]} == one
+    missing = {name: [None] for name in one["taus"]}
+    assert second["taus"] == (one["taus"] if engine == "ddp" else missing)
 
 
 def without_details(report):

@@ -200,12 +200,13 @@ def test_the_good_file_is_good(tmp_path):
         json.dumps({**GOOD, "losses": "12"}),
         json.dumps({**GOOD, "taus": {"b": [0, 1]}}),
         json.dumps({**GOOD, "taus": [[0, 1]]}),
+        json.dumps(GOOD)[:-1] + ', "steps": [1, 2]}',
     ],
 )
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "history.json"
     path.write_text(text)
-    with one_sentence(repr(str(path)), "History.save"):
+    with one_sentence(str(path), "history"):
         History.load(path)
 
 
@@ -216,14 +217,20 @@ def test_other_refusals(tmp_path):
         History(patched(gate=False))
     with one_sentence("limit=1", ">= 2"):
         History(patched(), limit=1)
-    with one_sentence("does-not-exist", "History.save"):
+    with one_sentence("does-not-exist", "could not be read", "saved history"):
         History.load(tmp_path / "does-not-exist")
     history = History(patched())
     with one_sentence("step=-1"):
         history.log(-1)
     with one_sentence("loss", "(2,)"):
         history.log(1, loss=torch.ones(2))
-    assert history.steps == []
+    with one_sentence("loss='0.5'", "no number"):
+        history.log(1, loss="0.5")
+    with one_sentence("History.log", "Net", "rec.report()"):
+        history.log(1, report=Net())
+    assert history.to_dict() == History(patched()).to_dict()
+    history.save(tmp_path / "made" / "history.json")
+    assert (tmp_path / "made" / "history.json").exists()
     history.save(tmp_path / "history.json")
     other = tokengate.patch(Net(), [Q])
     with one_sentence(V, "patched when the history was saved"):

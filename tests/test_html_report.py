@@ -1,6 +1,7 @@
 """SparsityReport.to_html and _repr_html_: what is in the text of the page."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -62,6 +63,17 @@ def test_samples_by_hand():
     assert base64.b64decode(image["open"]) == bytes([0b000101, 0b100001])
     assert base64.b64decode(image["real"]) == bytes([0b111111])
     assert image["source"] == f"data:image/png;base64,{base64.b64encode(html_pages.PNG).decode()}"
+
+
+def test_a_merged_patch_shades_all_that_it_came_from():
+    fine = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    coarse = torch.tensor([[1, 0]]).bool()
+    view = html_pages.image(is_open={Q0: coarse, V1: fine})
+    (found,) = data(html_pages.report().to_html(images=[view]))["views"]
+    assert (found["rows"], found["columns"]) == (2, 4)
+    merged, whole = booleans(found["open"], 2, 8)
+    assert merged == [True, True, False, False] * 2
+    assert whole == fine.flatten().tolist()
 
 
 @given(rows=st.integers(1, 4), length=st.integers(1, 40), seed=st.integers(0, 99))
@@ -143,26 +155,44 @@ def test_large_reports_stay_small():
     assert size < 300_000
 
 
+def test_what_is_known_of_every_sample_is_not_in_the_page():
+    plain = ModuleSparsity(0.5, 10**5, 10**6, 5 * 10**5, 0.03125)
+    details = dataclasses.replace(
+        plain, ratios=(1,) * 162, by_sample=(0.5,) * 10**5, by_position=((10**5, 1),) * 10
+    )
+    pages = [SparsityReport({Q0: module}).to_html() for module in (plain, details)]
+    assert pages[0] == pages[1]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: html_pages.text(tokens="the cat"), ["'the cat'", "list of strings"]),
         (lambda: html_pages.text(tokens=[1, 2, 3, 4, 5]), ["[1, 2, 3, 4, 5]", "list of strings"]),
+        (lambda: html_pages.text(tokens=None), ["tokens=None", "list of strings"]),
+        (lambda: html_pages.text(is_open=IS_OPEN[Q0]), ["is_open=tensor", "S by module"]),
         (lambda: html_pages.text(tokens=["a"]), [Q0, "(5,)", "(1,)", "each token"]),
         (lambda: html_pages.text(tokens=[], is_open={Q0: torch.ones(0).bool()}), ["at least one"]),
-        (lambda: html_pages.text(is_open={}), ["is_open is empty"]),
+        (lambda: html_pages.text(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.text(is_open={Q0: torch.ones(5)}), [Q0, "boolean"]),
         (lambda: html_pages.text(is_open={Q0: [True] * 5}), [Q0, "boolean"]),
         (lambda: html_pages.text(real=torch.ones(4).bool()), ["real", "(4,)", "(5,)"]),
         (lambda: html_pages.image(image=b"GIF89a"), ["GIF89a", "neither a PNG nor a JPEG"]),
-        (lambda: html_pages.image(is_open={}), ["is_open is empty"]),
+        (lambda: html_pages.image(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.image(is_open=IS_OPEN), [Q0, "(5,)", "(rows, columns)"]),
         (lambda: html_pages.image(is_open={Q0: [[True]]}), [Q0, "(rows, columns)"]),
+        (lambda: html_pages.image(is_open={Q0: torch.ones(2, 0).bool()}), [Q0, "(2, 0)"]),
         (
             lambda: html_pages.image(
-                is_open={Q0: torch.ones(2, 2).bool(), V1: torch.ones(4, 4).bool()}
+                is_open={Q0: torch.ones(4, 4).bool(), V1: torch.ones(2, 3).bool()}
             ),
-            [V1, "(4, 4)", "(2, 2)"],
+            [V1, "(2, 3)", "does not divide", "(4, 4)"],
+        ),
+        (
+            lambda: html_pages.image(
+                is_open={Q0: torch.ones(4, 2).bool(), V1: torch.ones(2, 3).bool()}
+            ),
+            [Q0, "(4, 2)", "does not divide", "(4, 3)"],
         ),
     ],
 )
@@ -176,6 +206,8 @@ def test_samples_of_another_model():
     other = html_pages.text(is_open={"layers.7.q_proj": IS_OPEN[Q0]})
     with one_sentence("texts[1]", "'layers.7.q_proj'", "no module of this report"):
         report.to_html(texts=[html_pages.text(), other])
+    with one_sentence("texts=TokenView", "a list of tokengate.TokenView"):
+        report.to_html(texts=html_pages.text())
     with one_sentence("images[0]", "PatchView"):
         report.to_html(images=[html_pages.text()])
 

@@ -121,6 +121,16 @@ def test_text_is_shown_and_never_run(opened):
     assert page.locator("img").count() == 0
 
 
+def test_what_has_no_width_is_shown(opened):
+    unseen = ["", " ", "\u200b", "\u2060\u00ad", "\u202e"]
+    view = html_pages.text(tokens=unseen)
+    page = opened(html_pages.report().to_html(texts=[view]))
+    assert page.locator(".token").all_text_contents() == ["␣", "␣", "␣", "␣␣", "␣"]
+    view = html_pages.text(tokens=["a\u200bb", "e\u0301", "語", "\U0001f468\u200d\U0001f469", "x"])
+    page = opened(html_pages.report().to_html(texts=[view]))
+    assert page.locator(".token").all_text_contents() == list(view.tokens)
+
+
 def test_a_script_that_got_in_would_not_run(opened):
     """The page's policy stops it, should a token ever become markup."""
     page = opened(whole())

@@ -26,7 +26,7 @@ WITHOUT_HOST, WITH_HOST = (
         *("attention", "hf_peft", "language", "live_logging", "llava"),
         *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
     ],
-    ["clip", "plots", "sparsity_logs", "trainer", "vision"],
+    ["clip", "penalty_unit", "plots", "sparsity_logs", "trainer", "trainer_callback", "vision"],
 )
 
 

@@ -1,5 +1,6 @@
 """S as a picture: the inverse of how a host arranges its patches."""
 
+import html_pages
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,10 +86,14 @@ def test_of_a_run_all_layers_give_pictures():
     with tokengate.record(model, positions=True) as rec, torch.no_grad():
         model(torch.randn(3, 3, 48, 40))
     assert len(rec.positions) == 16
+    grids = {}
     for name, (is_open,) in rec.positions.items():
         grid = patch_grid(model, is_open, name)
         assert grid.shape == ((3, 12, 10) if name.startswith("layers.0") else (3, 6, 5))
         assert grid.all()
+        grids[name] = grid[0]
+    view = tokengate.PatchView(html_pages.PNG, grids)
+    assert '"rows":12,"columns":10' in rec.report().to_html(images=[view])
 
 
 def test_refused():

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from models import Net, away_from_initialisation, one_sentence
+from torch import nn
 
 import tokengate
+from tokengate.histogram import RATIO_EDGES
 from tokengate.report import ModuleSparsity, SparsityReport
 
 matplotlib = pytest.importorskip("matplotlib", reason="the viz extra is not installed")
@@ -114,6 +116,12 @@ def test_report_plot_writes_a_file_of_the_kind_that_its_name_says(tmp_path):
     SMALL.plot(str(tmp_path / "sparsity.svg"))
     assert "<svg" in (tmp_path / "sparsity.svg").read_text()
     assert len(list(tmp_path.iterdir())) == 2
+    for name in ("sparsity", "sparsity.xyz"):  # matplotlib writes sparsity.png for the first
+        with one_sentence(name, ".png, .pdf, .svg"):
+            SMALL.plot(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 2
+    SMALL.plot(tmp_path / "made" / "SPARSITY.PNG")
+    assert (tmp_path / "made" / "SPARSITY.PNG").stat().st_size > 1000
 
 
 def test_without_matplotlib_plot_says_what_to_install():
@@ -200,10 +208,23 @@ def test_trajectories_leave_out_what_was_not_logged():
     assert len(drawn(plots.trajectories(tokengate.History(model))).axes) == 1
 
 
+def with_ratios(places, tau):
+    """A module with so many positions in the bins of r that begin at these edges."""
+    counts = [0] * (len(RATIO_EDGES) + 1)
+    for edge, count in places.items():
+        counts[RATIO_EDGES.index(edge) + 1] = count
+    return ModuleSparsity(0.5, 1, 10, 5, tau, ratios=tuple(counts))
+
+
 def test_ratios_have_tau_where_it_is():
-    edges = [0.01, 0.1, 1.0, 10.0]
-    found = {"m.0.q": (edges, [1, 4, 0]), "m.1.q": (edges, [0, 2, 1]), "m.1.v": (edges, [0, 0, 0])}
-    figure = drawn(plots.ratios(found, {"m.0.q": 0.2, "m.1.q": -0.1, "m.1.v": None}))
+    outside = ModuleSparsity(0.5, 1, 10, 5, None, ratios=(3, *[0] * 160, 4))
+    modules = {
+        "m.0.q": with_ratios({0.5: 1, 2**-0.75: 4}, 0.2),
+        "m.1.q": with_ratios({1.0: 2, 2**0.25: 1}, -0.1),
+        "m.1.v": outside,
+        "m.1.k": ModuleSparsity(0.0, 1, 10, 10, None),  # without a gate
+    }
+    figure = drawn(plots.ratios(SparsityReport(modules)))
     q, v = figure.axes
     assert [ax.get_title() for ax in (q, v)] == ["q", "v"]
     assert [t.get_text() for t in q.get_yticklabels()] == ["0", "1"]
@@ -211,7 +232,7 @@ def test_ratios_have_tau_where_it_is():
     assert first.get_array().tolist() == [[0.25, 1]]
     assert second.get_array().tolist() == [[1, 0.5]]
     corners = first.get_coordinates()
-    assert corners[0, :, 0].tolist() == [0.01, 0.1, 1.0]
+    assert corners[0, :, 0].tolist() == [0.5, 2**-0.75, 2**-0.5]
     assert corners[:, 0, 1].tolist() == [-0.4, 0.4]
     assert lines(q) == [[-0.5, 0.5]]
     assert q.lines[0].get_xdata().tolist() == [0.2, 0.2]
@@ -221,23 +242,39 @@ def test_ratios_have_tau_where_it_is():
 
 
 def test_the_share_left_of_tau_is_the_sparsity():
-    """Of r as a gate itself decides on it."""
+    """Of r as a gate itself decides on it, with a tau that is an edge of two bins."""
     model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], tau=1.0))
-    found = {}
-    with tokengate.record(model, positions=True, ratios=True) as rec, torch.no_grad():
+    with tokengate.record(model, ratios=True) as rec, torch.no_grad():
         model(torch.randn(4, 50, 8))
-    for name, (call,) in rec.ratios.items():
-        counts, edges = torch.histogram(call.float().flatten(), torch.logspace(-4, 3, 4001))
-        found[name] = (edges.tolist(), counts.tolist())
-    taus = {name: layer.gate.tau.item() for name, layer in tokengate.layers(model).items()}
-    (ax,) = drawn(plots.ratios(found, taus)).axes
+    (ax,) = drawn(plots.ratios(rec.report())).axes
     for mesh, line, sparsity in zip(
         ax.collections, ax.lines, rec.report().by_module.values(), strict=True
     ):
+        # The shares are of the fullest bin.
         shares = mesh.get_array()[0]
         left = shares[mesh.get_coordinates()[0, 1:, 0] <= line.get_xdata()[0]].sum() / shares.sum()
-        assert left == pytest.approx(sparsity, abs=0.01)
+        assert left == pytest.approx(sparsity)
         assert 0.05 < sparsity < 0.95
+
+
+def test_a_layer_that_is_the_model_is_drawn():
+    layer = nn.Linear(4, 4)
+    tokengate.patch(layer, "all-linear", rank=1, tau=0.5)
+    kept = tokengate.History(layer)
+    kept.log(0)
+    (ax,) = drawn(plots.trajectories(kept)).axes
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0.5]]
+
+
+def test_more_projections_than_styles_are_all_drawn():
+    """A sequence of layers has a projection for each of them."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
+    tokengate.patch(model, "all-linear", rank=1)
+    kept = tokengate.History(model)
+    kept.log(0)
+    assert len(drawn(plots.trajectories(kept)).axes[0].lines) == 30
+    curves = {f"way {i}": {0.5: [1.0]} for i in range(30)}
+    assert len(drawn(plots.performance(curves)).axes[0].containers) == 30
 
 
 def test_performance_has_means_and_deviations():
@@ -262,14 +299,17 @@ def test_performance_has_means_and_deviations():
 def test_refusals():
     with one_sentence("heatmap", "dict", "SparsityReport"):
         plots.heatmap({})
-    with one_sentence("no history"):
-        plots.trajectories({})
+    with one_sentence("without a module"):
+        SparsityReport({}).plot()
+    for none in ({}, None, [history()]):
+        with one_sentence("no history", "by title"):
+            plots.trajectories(none)
     with one_sentence("'q_proj'", "blocks.0.q_proj"):
         plots.trajectories(history(), modules=["q_proj"])
-    with one_sentence("no histogram"):
-        plots.ratios({}, {})
-    with one_sentence("'m.0.q'", "2 edges and 2 counts"):
-        plots.ratios({"m.0.q": ([1, 2], [3, 4])}, {})
+    with one_sentence("ratios was given {}", "rec.report()"):
+        plots.ratios({})
+    with one_sentence("ratios was asked of any module", "ratios=True"):
+        plots.ratios(SMALL)
     with one_sentence("'S_low'", "50"):
         plots.performance({"S_low": {50: [1.0]}})
     with one_sentence("'S_low'", "0 scores"):

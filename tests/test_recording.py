@@ -9,7 +9,7 @@ import math
 import pytest
 import reference
 import torch
-from models import Net, away_from_initialisation
+from models import Net, away_from_initialisation, one_sentence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -131,6 +131,59 @@ def test_groups_of_positions_add_up(flat):
     assert mean == pytest.approx(total.token_sparsity)
 
 
+def test_the_order_of_groups_changes_nothing():
+    """Of flat positions, True has the samples of the report, and a tensor those that it says."""
+    model, x = patched(tau=1.0), torch.randn(12, 8)
+    first = torch.zeros(2, 6, dtype=torch.bool)
+    first[0, :3] = True
+    found = []
+    for names in (["first", "all"], ["all", "first"]):
+        with tokengate.record(
+            model,
+            groups=lambda name, shape, n=names: {g: first if g == "first" else True for g in n},
+        ) as rec:
+            model(x)
+        found.append(rec.reports())
+        assert found[-1]["all"].modules == rec.report().modules
+        assert found[-1]["first"].modules["blocks.0.q_proj"].samples == 1
+    assert {g: r.modules for g, r in found[0].items()} == {
+        g: r.modules for g, r in found[1].items()
+    }
+    assert rec.report().modules["blocks.0.q_proj"].samples == 12
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None,
+        {"a": None},
+        {"a": 1},
+        {"a": torch.ones(3, 2, 5)},
+        {"a": torch.ones(3, 2, 5).bool()},  # (B, T) is to say what the samples are
+        {"a": torch.ones(30).bool()},
+        {"a": torch.ones(3, 5).bool()},
+        {"a": torch.ones(3, 10).int()},
+    ],
+)
+def test_what_is_no_group_of_positions_is_said_before_it_is_counted(returned):
+    model = patched(tau=1.0)
+    words = ["groups returned", "'blocks.0.q_proj'", "(3, 2, 5)", "(B, T)"]
+    recording = tokengate.record(model, positions=True, groups=lambda name, shape: returned)
+    with recording as rec, one_sentence(*words):
+        model(torch.randn(3, 2, 5, 8))
+    assert not rec.positions
+    with one_sentence("nothing was recorded"):
+        rec.report()
+
+
+def test_a_group_of_the_right_shape_is_counted():
+    model = patched(tau=1.0)
+    inside = torch.ones(3, 10).bool()
+    with tokengate.record(model, groups=lambda name, shape: {"a": inside}) as rec:
+        model(torch.randn(3, 2, 5, 8))
+    assert rec.reports()["a"].modules == rec.report().modules
+
+
 def test_without_groups_there_are_no_reports():
     model = patched()
     with tokengate.record(model) as rec:
@@ -239,6 +292,18 @@ def test_markdown():
         "| 1 | 90.0 | - | 90.0 |",
         "| avg | 70.0 | 10.0 | 50.0 |",
     ]
+
+
+def test_a_cell_without_a_module_is_not_that_of_the_layer_that_is_the_model():
+    found = {"": module(0.5), "x.0.q": module(0.1), "x.1.v": module(0.9)}
+    table = tokengate.SparsityReport(found).table
+    assert table.columns == ["", "q", "v"]
+    assert table.values == [[0.5, None, None], [None, 0.1, None], [None, None, 0.9]]
+
+
+def test_markdown_of_a_name_with_a_bar():
+    report = tokengate.SparsityReport({"layers.0.a|b": module(0.5)})
+    assert report.to_markdown().splitlines()[0] == "| layer | a\\|b | avg |"
 
 
 def test_csv_and_dict_hold_the_numbers():

@@ -219,8 +219,46 @@ def test_saving_leaves_what_was_there_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         report.merge(report).save(path)
     assert path.read_bytes() == before
-    with one_sentence("whose folder is not there"):
-        report.save(tmp_path / "nowhere" / "report.json")
+    with one_sentence(str(tmp_path), "which is a folder"):
+        report.save(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_of_a_saved_report_is_made(tmp_path):
+    report = recorded(patched(), [(1, 5)])
+    path = tmp_path / "one" / "two" / "report.json"
+    report.save(path)
+    assert tokengate.SparsityReport.load(path).to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize("tau", [math.nan, math.inf, -math.inf])
+def test_a_tau_that_is_not_finite_can_be_saved_compared_and_counted(tmp_path, tau):
+    good, bad = ModuleSparsity(0.5, 1, 2, 1, 0.1), ModuleSparsity(0.5, 1, 2, 1, tau)
+    report = tokengate.SparsityReport({"a": good, "b": bad})
+    report.save(tmp_path / "report.json")
+    loaded = tokengate.SparsityReport.load(tmp_path / "report.json")
+    assert [module.tau for module in loaded.modules.values()] == [0.1, None]
+    assert json.dumps(report.compare(report).to_dict(), allow_nan=False)
+    found = report.histogram("tau")
+    assert (found.total, found.edges[0]) == (2, 0.1)
+    assert found.counts == ((1, 1, 0) if tau < 0 else (0, 1, 1))
+    assert report.histogram("tau", ["b"]).total == 1
+
+
+def test_a_place_that_nothing_was_at_has_no_share(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(file_of({**GOOD, "by_position": [[2, 1], [0, 0]]}))
+    first, second = tokengate.SparsityReport.load(path).by_position()
+    assert first == 0.5
+    assert math.isnan(second)
+
+
+def test_what_is_no_report_is_said():
+    report = recorded(patched(), [(1, 5)])
+    with one_sentence("merge was given 'a.json'", "SparsityReport.load"):
+        report.merge("a.json")
+    with one_sentence("compare was given None", "rec.report()"):
+        report.compare(None)
 
 
 GOOD = {"sparsity": 0.5, "samples": 1, "positions": 2, "modified": 1, "tau": 0.1}
@@ -247,6 +285,8 @@ def file_of(module):
         (file_of({**GOOD, "modified": 3}), ["more modified positions"]),
         (file_of({**GOOD, "sparsity": None}), ["samples without a sparsity"]),
         (file_of({**GOOD, "tau": "0"}), ["'tau'"]),
+        (file_of({**GOOD, "tau": 10**400}), ["'tau'", "finite"]),
+        (file_of({**GOOD, "sparsity": 10**400}), ["'sparsity'"]),
         (file_of({**GOOD, "extra": 1}), ["unknown 'extra'"]),
         (file_of({k: v for k, v in GOOD.items() if k != "tau"}), ["no 'tau'"]),
         (file_of({**GOOD, "ratios": [1, 2]}), ["'ratios'", "162 counts"]),

@@ -188,6 +188,8 @@ def test_what_cannot_be_told_is_said():
         plain.sample(0)
     with one_sentence("sample 2 was asked", "of 2"):
         rec.sample(2)
+    with one_sentence("sample 0.5 was asked", "of 2"):
+        rec.sample(0.5)
     with one_sentence("'blocks.1.q_proj'", "not called"):
         rec.sample(0, ["blocks.1.q_proj"])
     with one_sentence("asked of no module"):
@@ -202,6 +204,10 @@ def test_what_cannot_be_told_is_said():
         ({"ratios": 1}, ["ratios=1", "True nor False"]),
         ({"positions": True, "memory": 0}, ["memory=0"]),
         ({"positions": True, "folder": "nowhere"}, ["folder='nowhere'", "no folder"]),
+        ({"folder": "nowhere"}, ["folder='nowhere'", "no folder"]),
+        ({"memory": 0}, ["memory=0"]),
+        ({"positions": "all"}, ["positions='all'", "True nor False"]),
+        ({"groups": ["text"]}, ["groups=['text']", "no function"]),
     ],
 )
 def test_wrong_arguments(wrong, words):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Net, away_from_initialisation, one_sentence, snapshot
+from models import Net, away_from_initialisation, one_sentence, padded_bert, snapshot
 from torch import nn
 
 import tokengate
@@ -234,6 +234,21 @@ def test_norms_are_those_of_dense_matrices(method, gate, bias):
     assert norms.absolute != norms.relative
 
 
+def test_a_method_without_parameters_has_norms():
+    class Half(tokengate.Modification):
+        def reset_parameters(self):
+            pass
+
+        def forward(self, x, w):
+            return 0.5 * w
+
+    model = nn.Sequential(nn.Linear(6, 9))
+    tokengate.patch(model, ["0"], method=Half, gate=False)
+    norms = tokengate.modification_norms(model, [torch.randn(2, 5, 6)])
+    assert norms.relative == {"0": pytest.approx(0.5)}
+    assert model[0].gate is None
+
+
 def test_a_method_of_ones_own_has_norms_by_hand():
     class Twice(tokengate.Modification):
         def __init__(self, linear):
@@ -269,26 +284,12 @@ def test_a_modification_of_nothing_is_infinitely_large():
 
 
 def test_padding_does_not_count():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        vocab_size=50,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = tokengate.patch(transformers.BertModel(config), ["query"], gate=False)
-    away_from_initialisation(model, 0.3)
-    ids = torch.randint(1, 50, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
-    mask[2, 7:] = 0
-    padded = tokengate.modification_norms(model, [{"input_ids": ids, "attention_mask": mask}])
-    alone = [
-        {"input_ids": row[None, : int(real.sum())]} for row, real in zip(ids, mask, strict=True)
-    ]
+    model, batch, alone = padded_bert(gate=False)
+    padded = tokengate.modification_norms(model, [batch])
     apart = tokengate.modification_norms(model, alone)
     assert padded.relative == pytest.approx(apart.relative, rel=1e-5)
     assert padded.absolute == pytest.approx(apart.absolute, rel=1e-5)
-    unmasked = tokengate.modification_norms(model, [{"input_ids": ids}])
+    unmasked = tokengate.modification_norms(model, [{"input_ids": batch["input_ids"]}])
     assert padded.absolute != pytest.approx(unmasked.absolute, rel=1e-5)
 
 

@@ -18,13 +18,14 @@ import two_ranks  # noqa: E402
 from accelerate_state import reset  # noqa: E402
 from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
-from tokengate.integrations import trainer as integration  # noqa: E402
+from tokengate.integrations import trainer_callback  # noqa: E402
 from tokengate.integrations.tau_steps import TauSteps  # noqa: E402
+from tokengate.integrations.trainer import (  # noqa: E402
+    TokenGateCallback,
+    TokenGateTrainer,
+    set_penalty_unit,
+)
 from tokengate.param_groups import slope_for  # noqa: E402
-
-TokenGateCallback, TokenGateTrainer = integration.TokenGateCallback, integration.TokenGateTrainer
-set_penalty_unit = integration.set_penalty_unit
-
 
 # One thread as in the processes started here.
 pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
@@ -169,7 +170,7 @@ def test_an_interrupted_step_leaves_the_arguments_as_they_were(tmp_path, kind):
 
 def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypatch):
     """Another callback takes the model over, as after a training that ended."""
-    monkeypatch.setattr(integration, "will_be_logged", lambda *args: True)
+    monkeypatch.setattr(trainer_callback, "will_be_logged", lambda *args: True)
 
     class Interrupted(TokenGateTrainer, Scaled):
         def training_step(self, *args, **kwargs):

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from tokengate.errors import TokenGateError, brief
+
 # In seconds. Nobody who is alive leaves a file that long between writing and renaming it.
 _ABANDONED = 3600
 
@@ -20,8 +22,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     It is made in a folder of its own beside `path`, with all that libraries make meanwhile. A
     process that is killed leaves what was there before, and perhaps that folder, which a write of
-    `path` more than an hour later takes away.
+    `path` more than an hour later takes away. The folder of `path` is made where it is not there.
+
+    Raises:
+        TokenGateError: `path` is a folder.
+        OSError: the file cannot be written.
     """
+    if path.is_dir():
+        raise TokenGateError(
+            f"a file was to be written as {brief(str(path))}, which is a folder: pass the path of "
+            "a file, in it or elsewhere."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     beside.mkdir()
@@ -37,6 +49,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """The same of a text, in UTF-8 and with the ends of lines that it has."""
+
+    def write(new: Path) -> None:
+        new.write_bytes(text.encode())
+
+    write_atomically(Path(path), write)
 
 
 def _remove_abandoned(path: Path) -> None:

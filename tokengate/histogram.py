@@ -35,8 +35,12 @@ class Histogram:
 
 
 def histogram_of(values: Sequence[float]) -> Histogram:
-    """Between the smallest and the largest of them, in bins of one width."""
-    low, high = min(values), max(values)
+    """Between the smallest and the largest of them, in bins of one width.
+
+    What is not finite is beyond the edges, NaN above them.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     steps = {low + (high - low) * step / _BINS for step in range(_BINS)}
     edges = sorted({*steps, math.nextafter(high, math.inf)})
     counts = [0] * (len(edges) + 1)

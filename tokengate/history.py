@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokengate.arguments import count
-from tokengate.atomic_write import write_atomically
+from tokengate.atomic_write import write_text
 from tokengate.errors import TokenGateError, brief
 from tokengate.gated_linear import require_layers
-from tokengate.report import SparsityReport
+from tokengate.report import SparsityReport, check_report
 from tokengate.sharding import numbers_here
+from tokengate.strict_json import read
 
 # One value for each step that was kept; None where there was none, or none that is finite.
 Course = list[float | None]
@@ -82,8 +84,8 @@ class History:
         takes the place of what was kept from there on.
 
         Raises:
-            TokenGateError: `step` is no whole number >= 0; `loss` is not one number; the history
-                was loaded without a model.
+            TokenGateError: `step` is no whole number >= 0; `loss` is not one number; `report` is
+                no report; the history was loaded without a model.
         """
         count("step", step, least=0)
         if self._gates is None:
@@ -95,6 +97,9 @@ class History:
             raise TokenGateError(
                 f"loss has shape {tuple(loss.shape)}: pass one number, e.g. loss.mean()."
             )
+        if not isinstance(loss, Tensor | Real | None):
+            raise TokenGateError(f"loss={brief(loss)} is no number: pass one, or None.")
+        measured = {} if report is None else check_report("History.log", report).by_module
         if self.steps and step <= self.steps[-1]:
             after = next(i for i, kept in enumerate(self.steps) if kept >= step)
             self._forget(slice(after, None))
@@ -111,7 +116,6 @@ class History:
             *found, loss = numbers_here([*taus, loss])
         else:
             found = numbers_here(taus)
-        measured = {} if report is None else report.by_module
         self.steps.append(step)
         self.losses.append(_finite(loss))
         for name, tau in zip(self._gates, found, strict=True):
@@ -128,13 +132,13 @@ class History:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON; a process that is killed leaves the old file or the new one."""
-        text = json.dumps(self.to_dict(), allow_nan=False).encode()
+        """Write it as JSON, whole or not at all; `History.load` reads it.
 
-        def write(new: Path) -> None:
-            new.write_bytes(text)
-
-        write_atomically(Path(path), write)
+        Raises:
+            TokenGateError: `path` is a folder.
+            OSError: the file cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None, limit: int = 1000) -> History:
@@ -143,15 +147,9 @@ class History:
         Raises:
             TokenGateError: the file is not one that `save` wrote, or is of another model.
         """
-        again = f"{str(path)!r} is not a history that could be read"
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise TokenGateError(
-                f"{again} ({brief(str(error))}): pass a file that History.save wrote."
-            ) from None
+        found = read(path, "history")
         if not _is_whole(found):
-            raise TokenGateError(f"{again}: pass a file that History.save wrote.")
+            raise TokenGateError(f"{path} holds no history: pass a file that History.save wrote.")
         gates = None if model is None else _gates(model)
         if gates is not None and set(gates) != set(found["taus"]):
             name = min(set(gates) ^ set(found["taus"]))

@@ -12,12 +12,15 @@ from string import Template
 from typing import Any
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.module_sparsity import ModuleSparsity
 from tokengate.sample_views import PatchView, TokenView
+from tokengate.sparsity_table import value
 
 
 def html_page(
     title: str,
-    numbers: Mapping[str, Any],
+    averages: Mapping[str, float | None],
+    modules: Mapping[str, ModuleSparsity],
     places: Mapping[str, tuple[str, str]],
     *,
     row_averages: Sequence[float | None],
@@ -29,7 +32,8 @@ def html_page(
 
     Args:
         title: of the page.
-        numbers: `SparsityReport.to_dict()`.
+        averages: "sparsity", "std" and "token_sparsity" of the report.
+        modules: those of the report.
         places: row and column of each module in the report's table, whose averages the next two
             are.
         row_averages, column_averages: sparsities in [0, 1]; None where there is none.
@@ -49,14 +53,18 @@ def html_page(
         "columns": columns,
         "row_averages": row_averages,
         "column_averages": column_averages,
-        "sparsity": numbers["sparsity"],
+        "sparsity": averages["sparsity"],
         "modules": [
             {
-                **numbers["modules"][name],
                 "name": name,
                 "row": rows.index(row),
                 "column": columns.index(column),
-                "tau": _tau(numbers["modules"][name]["tau"]),
+                # Not what is known by sample and by place, which may be much.
+                "sparsity": value(modules[name].sparsity),
+                "samples": modules[name].samples,
+                "positions": modules[name].positions,
+                "modified": modules[name].modified,
+                "tau": _tau(modules[name].tau),
             }
             for name, (row, column) in places.items()
         ],
@@ -73,13 +81,17 @@ def html_page(
         title=escape(title),
         style=style,
         script=script,
-        figures=_figures(numbers),
+        figures=_figures(averages, modules.values()),
         # No end of the script, and no comment, can begin in it.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
 
 
-def _check_views(argument: str, views: Sequence[Any], kind: type, known: Collection[str]) -> None:
+def _check_views(argument: str, views: Any, kind: type, known: Collection[str]) -> None:
+    if not isinstance(views, Sequence):
+        raise TokenGateError(
+            f"{argument}={brief(views)} is no list: pass a list of tokengate.{kind.__name__}."
+        )
     for i, view in enumerate(views):
         if not isinstance(view, kind):
             raise TokenGateError(
@@ -94,21 +106,20 @@ def _check_views(argument: str, views: Sequence[Any], kind: type, known: Collect
             )
 
 
-def _figures(numbers: Mapping[str, Any]) -> str:
+def _figures(averages: Mapping[str, float | None], modules: Collection[ModuleSparsity]) -> str:
     """What stands above all: three numbers, with a few words on each."""
-    modules = numbers["modules"].values()
-    uncalled = sum(module["sparsity"] is None for module in modules)
-    positions = sum(module["positions"] for module in modules)
-    unmodified = positions - sum(module["modified"] for module in modules)
+    uncalled = sum(not module.samples for module in modules)
+    positions = sum(module.positions for module in modules)
+    unmodified = positions - sum(module.modified for module in modules)
     figures = [
         (
             "sparsity",
-            _percent(numbers["sparsity"]),
-            f"mean over modules, standard deviation {_percent(numbers['std'])}",
+            _percent(averages["sparsity"]),
+            f"mean over modules, standard deviation {_percent(averages['std'])}",
         ),
         (
             "positions left unmodified",
-            _percent(numbers["token_sparsity"]),
+            _percent(averages["token_sparsity"]),
             f"{unmodified:,} of {positions:,}, all modules together",
         ),
         (

@@ -12,6 +12,7 @@ from tokengate.batches import check_batches, evaluating, run
 from tokengate.errors import TokenGateError
 from tokengate.gate import Norms, TokenGate, measuring, reshaped
 from tokengate.gated_linear import Gated, last_norms, observing
+from tokengate.precision import trainable_dtype
 from tokengate.tally import by_sample
 
 # What is told of one call of a layer: the norms of m and of w, and what each position weighs, all
@@ -49,8 +50,8 @@ def measure(
     try:
         for layer in ungated:
             # One that is always open, and measures.
-            own = next(layer.modification.parameters())
-            layer.gate = TokenGate(dtype=own.dtype, device=own.device)
+            own: Any = next(layer.modification.parameters(), layer.weight)
+            layer.gate = TokenGate(dtype=trainable_dtype(own), device=own.device)
         gates = [layer.gate for layer in patched.values() if layer.gate is not None]
         observers = {
             layer: partial(_observe, name, layer, listeners[name], unseen)

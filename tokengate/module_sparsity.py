@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -31,7 +32,7 @@ class ModuleSparsity:
     """Those of them that the modification was added to."""
     tau: float | None
     """The threshold at the time of the report; None without a gate, and where FSDP2 keeps it on
-    another rank than the one that reports alone."""
+    another rank than the one that reports alone. One that is not finite is None in a file."""
     ratios: tuple[int, ...] | None = None
     """With `record(ratios=True)`: how many positions have r where in `histogram.RATIO_EDGES`."""
     by_sample: tuple[float | None, ...] | None = None
@@ -67,7 +68,7 @@ class ModuleSparsity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; without the details that were not recorded."""
-        found = {**asdict(self), "sparsity": value(self.sparsity)}
+        found = {**vars(self), "sparsity": value(self.sparsity), "tau": value(self.tau)}
         return {k: v for k, v in found.items() if k not in _DETAILS or v is not None}
 
 
@@ -102,7 +103,8 @@ def _is_count(found: Any) -> bool:
 
 def _is_number(found: Any) -> bool:
     number = isinstance(found, (int, float)) and not isinstance(found, bool)
-    return number and math.isfinite(found)
+    # Neither infinite nor a whole number beyond all floats; false of NaN.
+    return number and abs(found) <= sys.float_info.max
 
 
 def _is_share(found: Any) -> bool:

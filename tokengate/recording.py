@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -71,9 +72,15 @@ class Recorder:
         # On the modules' devices.
         self._counts: _Counts = {}
         self._details: _Details = {}
+        if groups is not None and not callable(groups):
+            raise TokenGateError(
+                f"groups={brief(groups)} is no function: pass one of a layer's name and the shape "
+                "of its S."
+            )
         self._groups = groups
         self._asked_ratios = switch("ratios", ratios)
-        store = CallStore(count("memory", memory), folder) if positions else None
+        made = CallStore(count("memory", memory), folder)  # in any case, for its checks
+        store = made if switch("positions", positions) else None
         self._calls = store
         self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
         self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
@@ -126,12 +133,12 @@ class Recorder:
                 called alike; there is no such sample.
         """
         samples = self.samples if modules is None else only(within(self.alike, modules))
-        if not -len(samples) <= index < len(samples):
+        if not isinstance(index, Integral) or not -len(samples) <= index < len(samples):
             raise TokenGateError(
-                f"sample {index} was asked of a recording of {len(samples)}: pass an index below "
-                "that."
+                f"sample {brief(index)} was asked of a recording of {len(samples)}: pass an index "
+                "below that."
             )
-        return samples[index]
+        return samples[int(index)]
 
     def report(self, reduce: bool | Any = False) -> SparsityReport:
         """Sparsity (eq. 23) of what was run so far.
@@ -142,7 +149,8 @@ class Recorder:
                 not; all get the same report. Where there is one process, it is that one's.
 
         Raises:
-            TokenGateError: nothing was run; `reduce` is something else.
+            TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
+                recorded with the same `positions` and `ratios`.
         """
         return _report(self._collect(reduce), None)
 
@@ -150,13 +158,14 @@ class Recorder:
         """The same for each group of positions, with `record(groups=...)`.
 
         A sample without a position in a group is no sample of its report. A module that was called
-        only with positions of other groups is not in it.
+        only with positions of other groups is not in it. What `positions` adds to a report, by
+        sample and by place in the sequence, is of all positions together, and not in these.
 
         Args:
             reduce: as in `report`.
 
         Raises:
-            TokenGateError: nothing was run; `reduce` is something else.
+            TokenGateError: as in `report`.
         """
         found = self._collect(reduce)
         return {group: _report(found, group) for group in found[0] if group is not None}
@@ -166,7 +175,8 @@ class Recorder:
         taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
-            found = _of_all_ranks(found[0], reduce)
+            asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
+            found = _of_all_ranks(found[0], reduce, asked)
         counts: _Counts = {}
         details: _Details = {}
         for own, own_taus, own_details in found:
@@ -202,17 +212,21 @@ class Recorder:
                     )
                 ratios = ratios_of(*found)
             closed, real = by_sample(is_open, mask)
+            groups: Mapping[str, Tensor | bool] = {}
+            if self._groups is not None and is_open.numel():
+                groups = _checked(self._groups(name, is_open.shape), name, is_open.shape)
             if self._calls is not None:
                 _keep(self._calls, self._details, name, is_open, real, ratios)
             if is_open.numel() == 0:
                 return
-            groups = {} if self._groups is None else self._groups(name, is_open.shape)
             self._count(None, name, closed, real, ratios)
             for group, inside in groups.items():
+                shape = real.shape
                 if isinstance(inside, Tensor):
-                    closed, real = closed.reshape(inside.shape), real.reshape(inside.shape)
-                    inside = inside.to(real.device)
-                self._count(group, name, closed, real & inside, ratios)
+                    shape, inside = inside.shape, inside.to(real.device)
+                self._count(
+                    group, name, closed.reshape(shape), real.reshape(shape) & inside, ratios
+                )
 
     def _count(
         self, group: str | None, name: str, closed: Tensor, real: Tensor, ratios: Tensor | None
@@ -222,6 +236,23 @@ class Recorder:
         if self._asked_ratios:
             counts = torch.cat([counts, count_ratios(ratios, real)])
         _add(self._counts.setdefault(group, {}), {name: counts})
+
+
+def _checked(found: Any, name: str, shape: torch.Size) -> Mapping[str, Tensor | bool]:
+    """What a `groups` function returned of a layer with an S of this shape, or an error."""
+
+    def fits(inside: Any) -> bool:
+        if isinstance(inside, Tensor):
+            same = inside.numel() == shape.numel()
+            return same and inside.dim() == 2 and inside.dtype == torch.bool
+        return isinstance(inside, bool)
+
+    if not isinstance(found, Mapping) or not all(map(fits, found.values())):
+        raise TokenGateError(
+            f"groups returned {brief(found)} of {name!r}, whose S has shape {tuple(shape)}: return "
+            "for every group, by name, True, False, or a boolean tensor (B, T) of as many."
+        )
+    return found
 
 
 # Compiled code would be compiled anew for every call, which finds more of them kept than the last.
@@ -243,8 +274,8 @@ def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         so_far[name] = so_far[name] + counts if name in so_far else counts
 
 
-def _of_all_ranks(mine: _Found, reduce: Any) -> list[_Found]:
-    """What every rank has counted, and the taus that it has."""
+def _of_all_ranks(mine: _Found, reduce: Any, asked: dict[str, bool]) -> list[_Found]:
+    """What every rank has counted, and the taus that it has; all must have `asked` for the same."""
     distributed = torch.distributed
     there = distributed.is_available()
     if reduce is not True and not (there and isinstance(reduce, distributed.ProcessGroup)):
@@ -260,8 +291,14 @@ def _of_all_ranks(mine: _Found, reduce: Any) -> list[_Found]:
     counts, taus, details = mine
     counts = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
     found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, (counts, taus, details), group=group)
-    return found
+    distributed.all_gather_object(found, (asked, counts, taus, details), group=group)
+    for option in asked:
+        if len({options[option] for options, *_ in found}) > 1:
+            raise TokenGateError(
+                f"the ranks recorded with {option}=True on some of them alone: pass the same to "
+                "record on all ranks, or report without reduce."
+            )
+    return [(counts, taus, details) for _, counts, taus, details in found]
 
 
 def _report(found: _Found, group: str | None) -> SparsityReport:

@@ -9,14 +9,13 @@ import json
 import math
 import os
 from collections.abc import Collection, Sequence
-from functools import partial
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tokengate.arguments import choice
-from tokengate.atomic_write import write_atomically
+from tokengate.atomic_write import write_atomically, write_text
 from tokengate.errors import TokenGateError, brief
 from tokengate.histogram import RATIO_EDGES, Histogram, histogram_of
 from tokengate.html_report import html_page
@@ -35,7 +34,7 @@ from tokengate.sparsity_table import (
     table_of,
     value,
 )
-from tokengate.strict_json import parse
+from tokengate.strict_json import read
 from tokengate.text_table import markdown_table, text_table
 
 _FORMAT = "tokengate report"
@@ -119,7 +118,7 @@ class SparsityReport:
         found = self._details("by_position", modules, "positions=True")
         by_place = zip_longest(*found.values(), fillvalue=(0, 0))
         sums = [[sum(counts) for counts in zip(*place, strict=True)] for place in by_place]
-        return [1 - modified / positions for positions, modified in sums]
+        return [1 - modified / positions if positions else math.nan for positions, modified in sums]
 
     def histogram(self, of: str = "r", modules: Collection[str] | None = None) -> Histogram:
         """How often r = ||M(x)|| / ||W0 x|| (eq. 4) or tau is where.
@@ -156,31 +155,32 @@ class SparsityReport:
 
         A detail (r, sparsity by sample and by position) that a module has in one of the two alone
         is left out.
+
+        Raises:
+            TokenGateError: `later` is no report.
         """
         modules = dict(self.modules)
-        for name, module in later.modules.items():
+        for name, module in check_report("merge", later).modules.items():
             modules[name] = modules[name].merged(module) if name in modules else module
         return SparsityReport(modules)
 
     def compare(self, other: SparsityReport) -> ReportDifference:
-        """What is different in `other`, by module, the largest change of sparsity first."""
-        return report_difference(self.modules, other.modules)
+        """What is different in `other`, by module, the largest change of sparsity first.
+
+        Raises:
+            TokenGateError: `other` is no report.
+        """
+        return report_difference(self.modules, check_report("compare", other).modules)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all; `SparsityReport.load` reads it.
 
         Raises:
-            TokenGateError: the folder of `path` is not there.
+            TokenGateError: `path` is a folder.
+            OSError: the file cannot be written.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise TokenGateError(
-                f"a report was to be saved as {brief(str(path))}, whose folder is not there: make "
-                "it first."
-            )
         found = {"format": _FORMAT, "format_version": _VERSION, **self.to_dict()}
-        text = json.dumps(found, allow_nan=False)
-        write_atomically(path, partial(_write, text))
+        write_text(path, json.dumps(found, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityReport:
@@ -189,19 +189,11 @@ class SparsityReport:
         Raises:
             TokenGateError: the file cannot be read, or holds something else.
         """
-        where = str(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenGateError(
-                f"{where} could not be read ({brief(str(error))}): pass a file that "
-                "SparsityReport.save wrote."
-            ) from None
-        found = parse(text, where, "report")
+        found = read(path, "report")
         is_report = found.get("format") == _FORMAT and isinstance(found.get("modules"), dict)
         if not is_report or found.get("format_version") != _VERSION:
             raise TokenGateError(
-                f"{where} is no report of version {_VERSION}: pass a file that SparsityReport.save "
+                f"{path} is no report of version {_VERSION}: pass a file that SparsityReport.save "
                 "wrote."
             )
         modules = {}
@@ -210,17 +202,22 @@ class SparsityReport:
                 modules[name] = module_from_dict(module)
             except ValueError as error:
                 raise TokenGateError(
-                    f"{where} is broken at module {name!r}, as {error}: save the report again."
+                    f"{path} is broken at module {name!r}, as {error}: save the report again."
                 ) from None
         return cls(modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON; a module that was never called has sparsity None."""
+        """Plain numbers, ready for JSON; None in place of those that are not finite."""
+        return {
+            **self._averages(),
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
+        }
+
+    def _averages(self) -> dict[str, float | None]:
         return {
             "sparsity": value(self.sparsity),
             "std": value(self.std),
             "token_sparsity": value(self.token_sparsity),
-            "modules": {name: module.to_dict() for name, module in self.modules.items()},
         }
 
     def to_csv(self) -> str:
@@ -250,7 +247,7 @@ class SparsityReport:
         the share of modules that modified it: of all of them, or of those that are chosen there.
 
         Args:
-            path: where to write it, too; its folder is made.
+            path: where to write it, too.
             texts, images: samples to show, of modules of this report.
             title: of the page.
 
@@ -258,13 +255,15 @@ class SparsityReport:
             The HTML.
 
         Raises:
-            TokenGateError: a sample has a module that the report has not, or is no view of one.
+            TokenGateError: a sample has a module that the report has not, or is no view of one;
+                `path` is a folder.
             OSError: the file cannot be written, or an image not be read.
         """
         table = self.table
         page = html_page(
             title,
-            self.to_dict(),
+            self._averages(),
+            self.modules,
             places(self.modules),
             row_averages=[*map(value, table.row_averages)],
             column_averages=[*map(value, table.column_averages)],
@@ -272,8 +271,7 @@ class SparsityReport:
             images=images,
         )
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(path), partial(_write, page))
+            write_text(path, page)
         return page
 
     def _repr_html_(self) -> str:
@@ -292,11 +290,20 @@ class SparsityReport:
             path: a file to write it to as well, in the format of its ending (.png, .pdf, .svg).
 
         Raises:
-            TokenGateError: matplotlib is not installed.
+            TokenGateError: matplotlib is not installed, or has no format of that ending; there is
+                no module.
+            OSError: the file cannot be written.
         """
         figure = load_plots().heatmap(self)
         if path is not None:
-            write_atomically(Path(path), figure.savefig)
+            path = Path(path)
+            # matplotlib would write a name without an ending with one, and so another file.
+            if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+                raise TokenGateError(
+                    f"a picture was to be written as {brief(str(path))}: end its name in .png, "
+                    ".pdf, .svg or another of matplotlib's formats."
+                )
+            write_atomically(path, figure.savefig)
         return figure
 
     def __str__(self) -> str:
@@ -335,5 +342,11 @@ def load_plots() -> Any:
         ) from None
 
 
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+def check_report(asked: str, found: Any) -> SparsityReport:
+    """`found`, which the function `asked` was given, if it is a report."""
+    if not isinstance(found, SparsityReport):
+        raise TokenGateError(
+            f"{asked} was given {brief(found)}: pass a SparsityReport, as rec.report() returns it "
+            "and SparsityReport.load reads it."
+        )
+    return found

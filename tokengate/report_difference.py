@@ -51,7 +51,7 @@ class ReportDifference:
                 name: {
                     "sparsity": list(map(value, module.sparsity)),
                     "change": value(module.change),
-                    "tau": list(module.tau),
+                    "tau": list(map(value, module.tau)),
                 }
                 for name, module in self.modules.items()
             },

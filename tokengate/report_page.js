@@ -92,14 +92,14 @@ function bits(packed, count) {
   return Uint8Array.from({ length: count }, (_, i) => (bytes[i >> 3] >> (i & 7)) & 1);
 }
 
-// Space and control characters would not be seen.
+// Space, control characters and those of no width would not be seen.
 function visible(token) {
   const shown = token.replace(/[\x00-\x1f\x7f]/g, (c) => {
     if (c === "\n") return "↵";
     if (c === "\t") return "⇥";
     return c === "\x7f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0));
   });
-  return /^\s*$/.test(shown) ? "␣".repeat(Math.max(1, shown.length)) : shown;
+  return /^[\s\p{Cf}]*$/u.test(shown) ? "␣".repeat(Math.max(1, shown.length)) : shown;
 }
 
 function drawText(view) {

@@ -43,14 +43,17 @@ class TokenView:
 
     def __post_init__(self) -> None:
         # One string is a sequence of strings, too: its characters.
-        if isinstance(self.tokens, str) or not all(isinstance(t, str) for t in self.tokens):
+        listed = isinstance(self.tokens, Sequence) and not isinstance(self.tokens, str)
+        if not listed or not all(isinstance(token, str) for token in self.tokens):
             raise TokenGateError(
                 f"tokens={brief(self.tokens)} is not a list of strings: pass "
                 "tokenizer.convert_ids_to_tokens(ids)."
             )
-        _check_shapes(self.is_open, (len(self.tokens),), "one for each token")
+        _check_there(self.is_open)
+        for name, tensor in self.is_open.items():
+            _check_length(f"is_open[{name!r}]", tensor, len(self.tokens))
         if self.real is not None:
-            _check_shape("real", self.real, (len(self.tokens),), "one for each token")
+            _check_length("real", self.real, len(self.tokens))
 
     def data(self, numbers: Mapping[str, int]) -> dict[str, Any]:
         """For the page's JSON; `numbers` are those of the report's modules, by name."""
@@ -71,35 +74,56 @@ class PatchView:
         is_open = {name: patch_grid(model, s[0], name)[0] for name, s in rec.positions.items()}
         view = tokengate.PatchView("cat.png", is_open)
 
+    Where a model merges patches from stage to stage, as a Swin does, the picture has the finest
+    grid, and a patch that was merged shades all that it came from.
+
     Raises:
-        TokenGateError: the image is neither PNG nor JPEG, there are no modules, or their grids
-            differ.
+        TokenGateError: the image is neither PNG nor JPEG, there are no modules, or a grid does not
+            divide the finest.
+        OSError: the image cannot be read.
     """
 
     image: bytes | str | os.PathLike[str]
     """A PNG or JPEG of what the model saw: the file's content, or its path."""
     is_open: Mapping[str, Tensor]
-    """S by module, boolean tensors of shape (rows, columns)."""
+    """S by module, boolean tensors of shape (rows, columns), which may differ by module."""
     title: str = ""
     """What stands above it; by default its number."""
 
     def __post_init__(self) -> None:
         _kind(_content(self.image))
-        first: Any = next(iter(self.is_open.values()), None)
-        grid = tuple(getattr(first, "shape", ()))
-        if self.is_open and len(grid) != 2:
-            raise TokenGateError(
-                f"is_open[{next(iter(self.is_open))!r}] has shape {grid}, not (rows, columns): "
-                "arrange the positions as the patches are in the image, e.g. with patch_grid of "
-                "tokengate.integrations.vision."
-            )
-        _check_shapes(self.is_open, grid, "as the first module's")
+        _check_there(self.is_open)
+        for name, tensor in self.is_open.items():
+            _check_boolean(f"is_open[{name!r}]", tensor, "(rows, columns)")
+            if tensor.dim() != 2 or not tensor.numel():
+                raise TokenGateError(
+                    f"is_open[{name!r}] has shape {tuple(tensor.shape)}, not (rows, columns): "
+                    "arrange the positions as the patches are in the image, e.g. with patch_grid "
+                    "of tokengate.integrations.vision."
+                )
+        for name, tensor in self.is_open.items():
+            if any(fine % own for fine, own in zip(self._grid(), tensor.shape, strict=True)):
+                raise TokenGateError(
+                    f"is_open[{name!r}] has a grid of {tuple(tensor.shape)}, which does not divide "
+                    f"the finest one, {self._grid()}: pass the modules of each grid in a view of "
+                    "their own."
+                )
+
+    def _grid(self) -> tuple[int, int]:
+        """The rows and columns of the finest grid."""
+        rows, columns = zip(*(tensor.shape for tensor in self.is_open.values()), strict=True)
+        return max(rows), max(columns)
 
     def data(self, numbers: Mapping[str, int]) -> dict[str, Any]:
         """For the page's JSON; `numbers` are those of the report's modules, by name."""
         content = _content(self.image)
-        rows, columns = next(iter(self.is_open.values())).shape
-        flat = {name: is_open.flatten() for name, is_open in self.is_open.items()}
+        rows, columns = self._grid()
+        flat = {
+            name: is_open.repeat_interleave(rows // is_open.shape[0], 0)
+            .repeat_interleave(columns // is_open.shape[1], 1)
+            .flatten()
+            for name, is_open in self.is_open.items()
+        }
         return {
             "source": f"data:{_kind(content)};base64,{base64.b64encode(content).decode()}",
             "rows": rows,
@@ -109,25 +133,27 @@ class PatchView:
         }
 
 
-def _check_shapes(is_open: Mapping[str, Tensor], shape: tuple[int, ...], why: str) -> None:
-    if not is_open:
+def _check_there(is_open: Mapping[str, Tensor]) -> None:
+    if not isinstance(is_open, Mapping) or not is_open:
         raise TokenGateError(
-            "is_open is empty, so that there is nothing to show: pass S by module, as "
+            f"is_open={brief(is_open)} has no module to show: pass S by module, as "
             "tokengate.record(model, positions=True) records it."
         )
-    for name, tensor in is_open.items():
-        _check_shape(f"is_open[{name!r}]", tensor, shape, why)
 
 
-def _check_shape(name: str, tensor: Any, shape: tuple[int, ...], why: str) -> None:
+def _check_boolean(name: str, tensor: Any, shape: str) -> None:
     if not (isinstance(tensor, Tensor) and tensor.dtype == torch.bool):
         raise TokenGateError(
             f"{name}={brief(tensor)} is not a boolean tensor: pass one of shape {shape}."
         )
-    if tuple(tensor.shape) != shape or 0 in shape:
+
+
+def _check_length(name: str, tensor: Any, length: int) -> None:
+    _check_boolean(name, tensor, f"({length},)")
+    if tuple(tensor.shape) != (length,) or not length:
         raise TokenGateError(
-            f"{name} has shape {tuple(tensor.shape)}, but {shape} is wanted, {why}, and at least "
-            "one: pass modules that saw these positions."
+            f"{name} has shape {tuple(tensor.shape)}, but ({length},) is wanted, one for each "
+            "token, and at least one: pass modules that saw these positions."
         )
 
 

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +28,7 @@ from tokengate.adapter_folder import (
     own_config,
     read_config,
 )
-from tokengate.atomic_write import write_atomically
+from tokengate.atomic_write import write_atomically, write_text
 from tokengate.class_swap import Swapped
 from tokengate.errors import TokenGateError, brief
 from tokengate.folded import Folded, base_layer, folded
@@ -123,7 +122,7 @@ def _write_config(folder: Path) -> None:
     while written != digest(folder / WEIGHTS):
         own, written = own_config(folder / WEIGHTS)
         text = json.dumps({**own, SHA256: written}, indent=1)
-        write_atomically(folder / CONFIG, partial(_write, text=text))
+        write_text(folder / CONFIG, text)
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
@@ -146,10 +145,6 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
             "that it is its base: call the folding's undo() for what they were."
         )
     return merged | (layers(model) if merged else require_layers(model, caller))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def class_name(model: nn.Module) -> str:

@@ -40,7 +40,8 @@ class SparsityTable:
 def table_of(by_module: Mapping[str, float]) -> SparsityTable:
     """The table of what is known by the names of modules."""
     rows, columns, names = name_grid(by_module)
-    values = [[value(by_module.get(name or "")) for name in row] for row in names]
+    # A layer that is the whole model has the name "".
+    values = [[None if n is None else value(by_module[n]) for n in row] for row in names]
     return SparsityTable(rows, columns, values)
 
 
@@ -69,8 +70,8 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def value(number: float | None) -> float | None:
-    """The number; None where it is not one."""
-    return None if number is None or math.isnan(number) else number
+    """The number; None where it is none that is finite."""
+    return None if number is None or not math.isfinite(number) else number
 
 
 def present(numbers: Iterable[float | None]) -> list[float]:

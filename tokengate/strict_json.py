@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from tokengate.errors import TokenGateError, brief
+
+
+def read(path: str | Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file that holds a `what`: see `parse`.
+
+    Raises:
+        TokenGateError: the file cannot be read, or holds something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenGateError(
+            f"{path} could not be read ({brief(str(error))}): pass the path of a saved {what}."
+        ) from None
+    return parse(text, str(path), what)
 
 
 def parse(text: str, where: str, what: str = "adapter") -> dict[str, Any]:

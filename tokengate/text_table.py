@@ -20,7 +20,9 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same for Markdown, of cells that are text."""
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def size(count: float) -> str:
