@@ -17,6 +17,7 @@ import tokengate
 
 pytest.importorskip("tqdm", reason="the examples extra is not installed")
 pytest.importorskip("tokenizers", reason="the examples extra is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "commonsense"
 MODULES = ("commonsense", "commonsense_data", "recipe", "results")
 real = pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project")
@@ -347,6 +348,7 @@ def test_without_data_there_is_one_sentence(run):
         run("--random-weights")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_a_pretrained_model_and_one_of_its_size_without_its_weights(recipe, run, tmp_path):
     model, tokenizer, train, tests = tiny(recipe)
     tokengate.unpatch(model).save_pretrained(tmp_path / "model")

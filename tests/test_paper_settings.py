@@ -11,6 +11,7 @@ import sys
 import pytest
 
 pytest.importorskip("tokenizers", reason="the examples extra is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 LAYERS, HIDDEN, MLP, KEYS, WORDS = 32, 4096, 14336, 8 * 128, 128256
