@@ -10,16 +10,16 @@ and s and lambda of Table 1. `s` suits its 32,000 steps: with fewer, pass a larg
 As there, the loss is of prompt and response, rows are cut off at 256 tokens, and the model answers
 in its own words. Here it does so greedily. The sparsity of a test is that of its prompts (eq. 23).
 
-`--plan` shows what would be patched, and the memory it takes, and `--random-weights` trains a
-model without downloading it, for its speed: `--rows 320 --epochs 1` are 20 steps, and results.json
-has tokens_per_second and peak_memory. What `recipe.py` says of recipes holds here.
+`--plan` shows what would be patched, and the memory it takes. `--random-weights` trains a model
+without downloading it, for its speed: `--rows 320 --epochs 1 --test-rows 32` are 20 steps, and
+results.json has tokens_per_second, and peak_memory of one GPU's training in bytes. What
+`recipe.py` says of recipes holds here.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,40 +29,17 @@ import commonsense_data as data
 import recipe
 import torch
 from accelerate.utils import gather_object
-from tokenizers import ByteLevelBPETokenizer
+from commonsense_model import MODEL, config_of, loaded
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainerCallback
 
 import tokengate
 from tokengate.integrations.language import PAPER_TARGETS, roles
 from tokengate.planning import count_patched, plan_text
 
-MODEL = "meta-llama/Meta-Llama-3-8B"
-# Of MODEL, which one has to ask its owner for: a plan and random weights do without.
-LLAMA_3_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}  # fmt: skip
-TINY = {
-    "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
-
 
 class Speed(TrainerCallback):
-    """Tokens a second, of all processes and without padding; the first step, a slow one, is not
-    counted."""
+    """Tokens a second, of all processes and without padding, from the first step's end on."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, int]] = []
@@ -79,54 +56,6 @@ class Speed(TrainerCallback):
             return None
         (began, before), (ended, after) = self.marks
         return (after - before) / (ended - began)
-
-
-def config_of(run: argparse.Namespace) -> Any:
-    """Without a download where it is known."""
-    if run.smoke:
-        return LlamaConfig(**TINY)
-    return (
-        LlamaConfig(**LLAMA_3_8B) if run.model == MODEL else AutoConfig.from_pretrained(run.model)
-    )
-
-
-def untrained(run: argparse.Namespace, rows: list[data.Row]) -> tuple[Any, Any]:
-    """A model without any knowledge, and a tokenizer that knows the rows alone."""
-    config = config_of(run)
-    pieces = ByteLevelBPETokenizer()
-    texts = [data.prompt(row) + row["output"] for row in rows]
-    pieces.train_from_iterator(
-        texts,
-        vocab_size=min(config.vocab_size, 32000),
-        special_tokens=["</s>"],
-        show_progress=False,
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces._tokenizer, eos_token="</s>",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
-    # Where it is trained: so many random numbers take long on a CPU.
-    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    with gpu if torch.cuda.is_available() else torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=run.dtype)
-    return model, tokenizer
-
-
-def loaded(run: argparse.Namespace, rows: list[data.Row]) -> tuple[Any, Any]:
-    """The model and its tokenizer, ready to generate."""
-    if run.smoke or run.random_weights:
-        model, tokenizer = untrained(run, rows)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(run.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # so that a batch of prompts ends where responses begin
-    # Not the model's own, which may draw at random.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=run.new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return model, tokenizer
 
 
 def encoded(rows: list[data.Row], tokenizer: Any, cutoff: int) -> list[dict[str, list[int]]]:
@@ -219,7 +148,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
 
 def plan(runs: list[argparse.Namespace]) -> None:
     """What each of the runs patches, and what memory it takes, by a model without values."""
-    for run in runs:
+    for run in (each for each in runs if each.seed == runs[0].seed):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config_of(run), dtype=run.dtype)
         recipe.patch(model, roles(model, *PAPER_TARGETS["commonsense"]), run)
