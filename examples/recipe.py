@@ -27,7 +27,7 @@ import results
 import torch
 import transformers
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import tokengate
@@ -96,7 +96,8 @@ def planned(
     args = vars(parser.parse_args())
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    given = {name: args[name] for name in vars(parser.parse_args()) if name in args}
+    parser._defaults.clear()
+    given = vars(parser.parse_args())
     axes = args.pop("axes")
     runs = []
     for values in itertools.product(*(args[axis] for axis in axes)):
@@ -126,7 +127,12 @@ def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) 
 
 
 def fit(
-    model: nn.Module, run: argparse.Namespace, train: Sized, collate: Any, **more: Any
+    model: nn.Module,
+    run: argparse.Namespace,
+    train: Sized,
+    collate: Any,
+    callbacks: Iterable[TrainerCallback] = (),
+    **more: Any,
 ) -> TokenGateTrainer:
     """Train from the beginning or the last checkpoint; `more` are further TrainingArguments."""
     share, left = divmod(run.batch_size, WORLD * run.accumulate)
@@ -158,7 +164,10 @@ def fit(
         TrainingArguments(str(run.folder), **(settings | more)),
         train_dataset=train,
         data_collator=collate,
-        callbacks=[TokenGateCallback(s=run.s, target_sparsity=target, target_warmup=run.hold_tau)],
+        callbacks=[
+            TokenGateCallback(s=run.s, target_sparsity=target, target_warmup=run.hold_tau),
+            *callbacks,
+        ],
     )
     begun = get_last_checkpoint(str(run.folder)) if run.folder.exists() else None
     trainer.train(resume_from_checkpoint=begun)
