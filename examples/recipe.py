@@ -94,6 +94,7 @@ def planned(
 ) -> list[argparse.Namespace]:
     """The options of every run: what was given, before what `preset` has, before the defaults."""
     args = vars(parser.parse_args())
+    parser._defaults.clear()  # what a recipe set, which is not given either
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser._defaults.clear()
@@ -184,7 +185,8 @@ def main(
     Args:
         runs: of `planned`.
         perform: trains and evaluates one run, and returns `scores`, percentages by the name of a
-            test, `sparsity`, percentages by the same names, and whatever else is to be kept.
+            test, `sparsity`, percentages by the same names, and whatever else is to be kept. What
+            begins with `sparsity`, such as `sparsity of image`, is like it and is shown below it.
     """
     found = []
     for number, run in enumerate(runs, 1):

@@ -19,10 +19,11 @@ Cells = dict[tuple[str, str], dict[str, dict[int, float]]]  # (method, gate): te
 
 def write(found: list[dict[str, Any]], folder: Path) -> str:
     """table.md and results.png of all runs; returns the table."""
-    scores, sparsity = cells(found, "scores"), cells(found, "sparsity")
-    text = table(scores, sparsity)
+    scores = cells(found, "scores")
+    sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
+    text = table(scores, sparsities)
     (folder / "table.md").write_text(text)
-    draw(scores, sparsity, folder / "results.png")
+    draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
 
 
@@ -43,11 +44,11 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     return values
 
 
-def table(scores: Cells, sparsity: Cells) -> str:
+def table(scores: Cells, sparsities: dict[str, Cells]) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
-    Each gated row is followed by its sparsity, and by what it scores above the ungated one of the
-    same seed.
+    Each gated row is followed by its sparsity, overall and of parts, and by what it scores above
+    the ungated one of the same seed.
     """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
@@ -60,7 +61,8 @@ def table(scores: Cells, sparsity: Cells) -> str:
         add(label_of(method, gate), rows)
         if gate == "off":
             continue
-        add("sparsity (%)", sparsity[method, gate])
+        for name, sparsity in sparsities.items():
+            add(f"{name} (%)", sparsity[method, gate])
         ungated = scores.get((method, "off"), {})
         if ungated:
             more = {
