@@ -158,6 +158,8 @@ def fit(
         # Without being told, it finds its neighbours on GPUs alone.
         "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without a GPU, processes know of each other only if they are told so.
+        "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
     }
     target = None if run.gate in ("off", "on") else float(run.gate)
     trainer = TokenGateTrainer(
