@@ -42,7 +42,6 @@ from visual_data import Row
 from tokengate.integrations.language import PAPER_TARGETS, roles
 from tokengate.integrations.llava import PARTS, llava_targets, record_modalities
 from tokengate.planning import count_patched, plan_text
-from tokengate.recording import Recorder
 
 # Table 2. The paper has no adapter here; it takes LoRA's.
 PENALTY = {"lora": 2e-6, "dora": 1e-6, "adalora": 5e-7, "adapter": 2e-6}
@@ -129,9 +128,7 @@ def collate(processor: Any, rows: list[Row], train: bool = True) -> Any:
     return batch
 
 
-def ask(
-    trainer: Any, processor: Any, rows: list[Row], new_tokens: int
-) -> tuple[list[str], Recorder]:
+def ask(trainer: Any, processor: Any, rows: list[Row], new_tokens: int) -> tuple[list[str], Any]:
     """What the model answers, all processes together, and this process's recording of questions.
 
     Sparsity is that of the input (eq. 23), of which each answer is no part; so it is counted apart.
@@ -177,14 +174,17 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     names = ("scores", "sparsity", "metrics", "reports", "answers")
     kept: dict[str, Any] = {name: {} for name in names} | {"log": trainer.state.log_history}
     for name, test in tests.items():
+        asked = test.asked or len(test.rows)
         if run.smoke:
             test = replace(test, rows=test.rows[:16])
+        elif recipe.FIRST and len(test.rows) < asked:
+            print(f"{name}: {len(test.rows)} of {asked} questions, whose pictures there are")
         answers, rec = ask(trainer, processor, test.rows, run.new_tokens)
         metrics = visual_data.score(test, answers)
         reports = {"all": rec.report(recipe.WORLD > 1)} | rec.reports(recipe.WORLD > 1)
         kept["scores"][name] = 100 * metrics[test.metric]
         kept["sparsity"][name] = 100 * reports["all"].sparsity
-        kept["metrics"][name] = metrics | {"questions": len(test.rows), "of": test.asked}
+        kept["metrics"][name] = metrics | {"questions": len(test.rows), "of": asked}
         kept["reports"][name] = {group: each.to_dict() for group, each in reports.items()}
         kept["answers"][name] = answers
         for group in ("image", "text"):
@@ -221,9 +221,7 @@ def main() -> None:
     add = options.add_argument
     add("--train", type=Path, help="JSON file of conversations in LLaVA's format")
     add("--images", type=Path, help="where their pictures' names begin, if not beside that file")
-    add(
-        "--data", type=Path, help="folder of the folders scienceqa, pope, easy-vqa, or some of them"
-    )
+    add("--data", type=Path, help="folder of scienceqa, pope, easy-vqa, or of some of them")
     add("--model", default="llava-hf/llava-1.5-7b-hf", help="a folder or a name on the hub")
     add("--parts", nargs="+", default=["language"], choices=PARTS, help="of the model, to modify")
     add("--new-tokens", type=int, default=16, help="of an answer, at most")
@@ -232,6 +230,8 @@ def main() -> None:
     if runs[0].plan:
         for run in runs:
             print(f"\n{run.folder.name}: {plan(run)}")
+    elif not (runs[0].data or runs[0].smoke):
+        options.error("--data is needed, or --smoke or --plan")
     else:
         recipe.main(runs, perform)
 
