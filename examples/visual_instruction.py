@@ -58,11 +58,12 @@ LLAVA_1_5_7B = LlavaConfig(
 
 
 def targets(model: torch.nn.Module, parts: list[str]) -> list[str]:
-    """Table 7's layers in these parts of the model; a projector has no such roles: all of it."""
-    wanted = set(roles(model, *PAPER_TARGETS["visual_instruction"]))
-    if "projector" in parts:
-        wanted |= set(llava_targets(model, "projector", "all-linear"))
-    return [name for name in llava_targets(model, parts, "all-linear") if name in wanted]
+    """Table 7's layers of the language model; of the other parts, all that has an effect."""
+    others = [part for part in parts if part != "language"]
+    found = llava_targets(model, others, "all-linear") if others else []
+    if "language" in parts:
+        found += roles(model, *PAPER_TARGETS["visual_instruction"])
+    return found
 
 
 def pretrained(run: argparse.Namespace) -> tuple[torch.nn.Module, Any]:

@@ -56,6 +56,14 @@ def test_what_was_given_comes_before_a_preset_and_that_before_a_default(recipe, 
     assert lora.epochs == dora.epochs == 3
 
 
+def test_a_preset_comes_before_what_a_recipe_has_as_its_default(recipe, monkeypatch):
+    options = recipe.options("A recipe.")
+    options.set_defaults(lr=2.0, rank=5)
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    run = recipe.planned(options, lambda run: {"lr": 5.0})[0]
+    assert (run.lr, run.rank) == (5.0, 5)
+
+
 @pytest.mark.parametrize("wrong", ["1", "0", "half", "nan", "-0.1"])
 def test_a_gate_that_is_none(recipe, monkeypatch, capsys, wrong):
     with pytest.raises(SystemExit):
@@ -190,3 +198,16 @@ def test_the_table(results, tmp_path):
     )
     assert (tmp_path / "table.md").exists()
     assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_the_table_has_the_sparsity_of_parts_too(results, tmp_path):
+    parts = [{**one, "sparsity of image": {"A": 12.0}} for one in FOUND]
+    lines = results.write(FOUND, tmp_path).splitlines()
+    more = results.write(parts, tmp_path).splitlines()
+    added = [line for line in more if line not in lines]
+    assert added == [
+        "| sparsity of image (%) | 12.0 (0.0) |  |  |",
+        "| sparsity of image (%) | 12.0 |  |  |",
+    ]
+    assert [line for line in more if line not in added] == lines
+    assert more.index(added[0]) == lines.index("| sparsity (%) | 62.0 (2.8) | 61.0 | 60.5 |") + 1

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
-from PIL import Image  # noqa: E402
+from PIL import Image
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "vqa"
@@ -182,7 +182,7 @@ def test_llavas_training_format(data, tmp_path):
         data.Row(("What is it?", "A dog."), tmp_path / "a/b.png"),
         data.Row(("What is it?", "A dog.")),
     ]
-    with pytest.raises(SystemExit, match="conversation 3 is of human, human: .* take turns"):
+    with pytest.raises(SystemExit, match=r"conversation 3 is of human, human: .* take turns"):
         data.conversations([{"id": "3", "conversations": [said[1]] * 2}], tmp_path)
     with pytest.raises(SystemExit, match="conversation 4 is of human: "):
         data.conversations([{"id": "4", "conversations": [said[1]]}], tmp_path)
@@ -262,7 +262,7 @@ def read(folder):
 
 
 def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_path, capsys):
-    few = ["--epochs", "2", "--gate", "off", "on"]
+    few = ["--rows", "16", "--epochs", "3", "--gate", "off", "on"]
     smoke(visual, monkeypatch, *few, "--output", tmp_path / "one")
     table = (tmp_path / "one/table.md").read_text()
     assert table in capsys.readouterr().out
@@ -311,7 +311,7 @@ def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_pat
 @real
 def test_smoke_with_real_rows_and_all_parts(visual, monkeypatch, tmp_path):
     smoke(
-        visual, monkeypatch, "--data", DATA, "--gate", "on", "--epochs", "1", "--method", "dora",
+        visual, monkeypatch, "--data", DATA, "--gate", "on", "--rows", "16", "--method", "dora",
         "--parts", "vision", "projector", "language", "--output", tmp_path,
     )  # fmt: skip
     found = read(tmp_path / "dora-on-0")
