@@ -94,7 +94,6 @@ def planned(
 ) -> list[argparse.Namespace]:
     """The options of every run: what was given, before what `preset` has, before the defaults."""
     args = vars(parser.parse_args())
-    parser._defaults.clear()  # what a recipe set, which is not given either
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser._defaults.clear()
@@ -158,8 +157,6 @@ def fit(
         # Without being told, it finds its neighbours on GPUs alone.
         "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Without a GPU, processes know of each other only if they are told so.
-        "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
     }
     target = None if run.gate in ("off", "on") else float(run.gate)
     trainer = TokenGateTrainer(
