@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainerCa
 
 import tokengate
 from tokengate.integrations.language import PAPER_TARGETS, roles
-from tokengate.planning import count_patched, plan_text
 
 
 class Speed(TrainerCallback):
@@ -146,13 +145,10 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     return kept
 
 
-def plan(runs: list[argparse.Namespace]) -> None:
-    """What each of the runs patches, and what memory it takes, by a model without values."""
-    for run in (each for each in runs if each.seed == runs[0].seed):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config_of(run), dtype=run.dtype)
-        recipe.patch(model, roles(model, *PAPER_TARGETS["commonsense"]), run)
-        print(f"{run.folder.name}\n{plan_text(count_patched(model))}\n")
+def without_values(run: argparse.Namespace) -> torch.nn.Module:
+    """The model, patched, for a plan."""
+    model = AutoModelForCausalLM.from_config(config_of(run), dtype=run.dtype)
+    return recipe.patch(model, roles(model, *PAPER_TARGETS["commonsense"]), run)
 
 
 SMOKE = {
@@ -185,7 +181,7 @@ def main() -> None:
     options.set_defaults(**data.TABLE_6, warmup=0.003)
     runs = recipe.planned(options, preset)
     if runs[0].plan:
-        plan(runs)
+        recipe.show_plans(runs, without_values)
     else:
         recipe.main(runs, perform)
 

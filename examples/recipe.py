@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import tokengate
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
+from tokengate.planning import count_patched, plan_text
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 FIRST = int(os.environ.get("RANK", 0)) == 0
@@ -215,6 +216,16 @@ def main(
         found.append(kept)
     if FIRST:
         print("\n" + results.write(found, runs[0].output))
+
+
+def show_plans(
+    runs: list[argparse.Namespace], patched: Callable[[argparse.Namespace], nn.Module]
+) -> None:
+    """What each run patches and the memory it takes, by a model without values."""
+    for run in (each for each in runs if each.seed == runs[0].seed):
+        with torch.device("meta"):
+            model = patched(run)
+        print(f"{run.folder.name}\n{plan_text(count_patched(model))}\n")
 
 
 def plain(run: argparse.Namespace) -> dict[str, Any]:

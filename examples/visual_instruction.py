@@ -41,7 +41,6 @@ from visual_data import Row
 
 from tokengate.integrations.language import PAPER_TARGETS, roles
 from tokengate.integrations.llava import PARTS, llava_targets, record_modalities
-from tokengate.planning import count_patched, plan_text
 
 # Table 2. The paper has no adapter here; it takes LoRA's.
 PENALTY = {"lora": 2e-6, "dora": 1e-6, "adalora": 5e-7, "adapter": 2e-6}
@@ -194,12 +193,10 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     return kept
 
 
-def plan(run: argparse.Namespace) -> str:
-    """What a run would patch of LLaVA-1.5-7B and how much memory that takes, without values."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(LLAVA_1_5_7B, dtype=torch.bfloat16)
-        recipe.patch(model, targets(model, run.parts), run)
-    return plan_text(count_patched(model))
+def without_values(run: argparse.Namespace) -> torch.nn.Module:
+    """LLaVA-1.5-7B, patched, for a plan."""
+    model = AutoModelForImageTextToText.from_config(LLAVA_1_5_7B, dtype=torch.bfloat16)
+    return recipe.patch(model, targets(model, run.parts), run)
 
 
 def preset(run: argparse.Namespace) -> dict[str, Any]:
@@ -229,8 +226,7 @@ def main() -> None:
     add("--plan", action="store_true", help="what would be done to LLaVA-1.5-7B?")
     runs = recipe.planned(options, preset)
     if runs[0].plan:
-        for run in runs:
-            print(f"\n{run.folder.name}: {plan(run)}")
+        recipe.show_plans(runs, without_values)
     elif not (runs[0].data or runs[0].smoke):
         options.error("--data is needed, or --smoke or --plan")
     else:

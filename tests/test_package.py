@@ -227,6 +227,10 @@ def test_the_extras_of_the_examples_are_what_they_import(folder, extras):
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
     known = {"tokengate", "torch", "safetensors", *(file.stem for file in files)}
-    # What scikit-learn brings along is asked for by its name.
-    imported = {"scikit-learn" if n in ("sklearn", "numpy", "scipy") else n for n in imported}
+    # What another package brings along, and what is imported by another name.
+    brought = {
+        "sklearn": "scikit-learn", "numpy": "scikit-learn", "scipy": "scikit-learn",
+        "tokenizers": "transformers", "PIL": "timm",
+    }  # fmt: skip
+    imported = {brought.get(name, name) for name in imported}
     assert imported - known - set(sys.stdlib_module_names) <= installed

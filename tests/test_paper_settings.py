@@ -43,9 +43,10 @@ def commonsense():
 @pytest.mark.parametrize("method", MODIFICATIONS)
 def test_llama_3_8b_is_patched_as_in_table_6(commonsense, monkeypatch, capsys, method):
     plans = []
-    counted = commonsense.count_patched
+    recipe = commonsense.recipe
+    counted = recipe.count_patched
     monkeypatch.setattr(
-        commonsense, "count_patched", lambda model: plans.append(counted(model)) or plans[-1]
+        recipe, "count_patched", lambda model: plans.append(counted(model)) or plans[-1]
     )
     monkeypatch.setattr(
         sys, "argv", ["commonsense.py", "--plan", "--gate", "on", "--method", method]

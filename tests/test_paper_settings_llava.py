@@ -113,7 +113,7 @@ def test_the_plan_is_printed_with_its_memory(visual, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["visual_instruction.py", "--plan", "--gate", "on"])
     visual.main()
     text = capsys.readouterr().out
-    assert "lora-on-0: " in text
+    assert "lora-on-0\n" in text
     assert "224 layers would be patched" in text
     assert f"{LORA + 224:,} of {7_063_427_072 + LORA + 224:,} parameters trained" in text
     # Two bytes of each frozen parameter, four of each trained one, of its gradient and of each of
