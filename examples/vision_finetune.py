@@ -8,7 +8,7 @@ and FLOWERS/test/ROSE/2.jpg:
 Without `--model` nothing is downloaded: a small ViT is first trained on one data set, once for all
 runs of an output folder, and then adapted to another.
 
-    python examples/vision_finetune.py --data DATA --pretrain-on cifar10-jpg --task fashion-mnist
+    python examples/vision_finetune.py --data DATA --pretrain-on fashion-mnist --task cifar10-jpg
 
 What `recipe.py` says of recipes holds here, and `vision_data.py` of data. Beside a gated run's
 results.json is patches.png: some held-out pictures, and which of their patches were modified. With
@@ -68,7 +68,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
         size = {"img_size": run.pixels} if run.pixels else {}
         return timm.create_model(run.model, pretrained=True, **size), None
     run.pixels = run.pixels or 28
-    width, depth = (32, 2) if run.smoke else (96, 6)
+    width, depth = (32, 2) if run.smoke else (64, 6)
     vit = timm.models.VisionTransformer(
         img_size=run.pixels, patch_size=4, embed_dim=width, depth=depth, num_heads=width // 32,
         mlp_ratio=2, num_classes=0,
@@ -87,8 +87,8 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     trainer = Trainer(
         Classifier(vit),
         TrainingArguments(
-            str(file.parent), num_train_epochs=run.pretrain_epochs, learning_rate=1e-3,
-            warmup_steps=100, per_device_train_batch_size=64 // recipe.WORLD, weight_decay=0.05,
+            str(file.parent), num_train_epochs=run.pretrain_epochs, learning_rate=2e-3,
+            warmup_steps=100, per_device_train_batch_size=64 // recipe.WORLD, weight_decay=0.01,
             per_device_eval_batch_size=256, save_strategy="no", report_to="none",
             dataloader_num_workers=run.workers, dataloader_pin_memory=torch.cuda.is_available(),
         ),

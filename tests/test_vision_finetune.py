@@ -48,6 +48,13 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def up(tensors):
+    """LoRA's B, which begin with zeros."""
+    names = [name for name in tensors if name.endswith(".B")]
+    assert len(names) == 2 * 4
+    return names
+
+
 def png(level):
     file = io.BytesIO()
     Image.new("L", (5, 4), level).save(file, "png")
@@ -206,19 +213,13 @@ def test_a_backbone_that_is_read_gives_what_the_one_just_trained_gave(
     assert trained.keys() == again.keys() == other.keys()
     assert all(torch.equal(trained[name], again[name]) for name in trained)
     assert not any(torch.equal(trained[name], other[name]) for name in trained)
+    assert all(trained[name].any() for name in up(trained))
 
 
 def test_frozen_trains_the_head_alone(example, monkeypatch, tmp_path):
-    line = ["--smoke", "--gate", "off", "--output"]
-    started(example, monkeypatch, *line, tmp_path / "frozen", "--frozen")
-    started(example, monkeypatch, *line, tmp_path / "all")
-    frozen, everything = (
-        adapter(tmp_path / name / "digits-lora-off-0") for name in ("frozen", "all")
-    )
-    up = [name for name in frozen if name.endswith(".B")]
-    assert len(up) == 2 * 4
-    assert all(everything[name].any() for name in up)
-    assert not any(frozen[name].any() for name in up)
+    started(example, monkeypatch, "--smoke", "--gate", "off", "--frozen", "--output", tmp_path)
+    frozen = adapter(tmp_path / "digits-lora-off-0")
+    assert not any(frozen[name].any() for name in up(frozen))
     (head,) = (name for name in frozen if name.endswith("head.bias"))
     assert frozen[head].any()  # timm begins with zeros
 
@@ -249,10 +250,8 @@ def test_the_real_files_have_as_many_pictures_as_their_authors_say(data):
 
 
 @needs_data
-@pytest.mark.parametrize(
-    ("task", "source"), [("fashion-mnist", "digits"), ("digits", "fashion-mnist")]
-)
-def test_it_runs_on_real_rows(example, monkeypatch, tmp_path, task, source):
+def test_it_runs_on_real_rows(example, monkeypatch, tmp_path):
+    task = source = "fashion-mnist"
     line = ["--smoke", "--gate", "off", "--method", "dora", "--output", tmp_path]
     started(example, monkeypatch, *line, "--data", DATA, "--task", task, "--pretrain-on", source)
     found = json.loads((tmp_path / f"{task}-dora-off-0" / "results.json").read_text())
