@@ -67,7 +67,6 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     if run.model:
         size = {"img_size": run.pixels} if run.pixels else {}
         return timm.create_model(run.model, pretrained=True, **size), None
-    run.pixels = run.pixels or 28
     width, depth = (32, 2) if run.smoke else (64, 6)
     vit = timm.models.VisionTransformer(
         img_size=run.pixels, patch_size=4, embed_dim=width, depth=depth, num_heads=width // 32,
@@ -176,9 +175,9 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
 
 
 def preset(run: argparse.Namespace) -> dict[str, Any]:
-    """What `--smoke` chooses."""
+    """What the small ViT and `--smoke` choose."""
     small = {"rows": 64, "epochs": 2, "rank": 2, "pretrain_epochs": 2, "pretrain_on": "digits"}
-    return small if run.smoke else {}
+    return ({} if run.model else {"pixels": 28}) | (small if run.smoke else {})
 
 
 def main() -> None:
