@@ -67,6 +67,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     if run.model:
         size = {"img_size": run.pixels} if run.pixels else {}
         return timm.create_model(run.model, pretrained=True, **size), None
+    set_seed(0)  # one backbone for all seeds, which are of the adaptation alone
     width, depth = (32, 2) if run.smoke else (64, 6)
     vit = timm.models.VisionTransformer(
         img_size=run.pixels, patch_size=4, embed_dim=width, depth=depth, num_heads=width // 32,
@@ -81,8 +82,6 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
         saved = torch.load(file)
         vit.load_state_dict(saved["weights"])
         return vit, saved["accuracy"]
-    set_seed(0)  # the same for all seeds, which are of the adaptation alone
-    vit.init_weights()
     trainer = Trainer(
         Classifier(vit),
         TrainingArguments(
@@ -112,7 +111,7 @@ def accuracy(trainer: Trainer, data: Pictures) -> float:
 
 def draw(model: Classifier, data: Pictures, classes: list[str], path: Path) -> None:
     """Eight pictures; below, over each, the share of layers that modified each of its patches."""
-    shown = [data[len(data) * i // 8] for i in range(8)]
+    shown = [data[i] for i in range(min(8, len(data)))]
     place = next(model.parameters()).device
     batch = {name: value.to(place) for name, value in default_data_collator(shown).items()}
     with tokengate.record(model, positions=True) as rec, torch.no_grad():
