@@ -8,7 +8,7 @@ and FLOWERS/test/ROSE/2.jpg:
 Without `--model` nothing is downloaded: a small ViT is first trained on one data set, once for all
 runs of an output folder, and then adapted to another.
 
-    python examples/vision_finetune.py --data DATA --pretrain-on fashion-mnist --task cifar10-jpg
+    python examples/vision_finetune.py --data DATA --pretrain-on cifar10-jpg --task fashion-mnist
 
 What `recipe.py` says of recipes holds here, and `vision_data.py` of data. Beside a gated run's
 results.json is patches.png: some held-out pictures, and which of their patches were modified. With
@@ -188,7 +188,7 @@ def main() -> None:
     add("--validation", action="store_true", help="hold out a tenth of the training part instead")
     add("--pixels", type=int, help="height and width; by default the model's, 28 for the small ViT")
     add("--model", help="a name of timm, instead of the small ViT")
-    add("--pretrain-on", default="fashion-mnist", help="the small ViT's data set")
+    add("--pretrain-on", default="cifar10-jpg", help="the small ViT's data set")
     add("--pretrain-epochs", type=float, default=2)
     add("--frozen", action="store_true", help="train the new head alone")
     add("--workers", type=int, default=0, help="processes that read pictures")
