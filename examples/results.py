@@ -20,7 +20,7 @@ Cells = dict[tuple[str, str], dict[str, dict[int, float]]]  # (method, gate): te
 def write(found: list[dict[str, Any]], folder: Path) -> str:
     """table.md and results.png of all runs; returns the table."""
     scores, sparsity = cells(found, "scores"), cells(found, "sparsity")
-    text = table(scores, sparsity)
+    text = table(scores, sparsity, max(one.get("decimals", 1) for one in found))
     (folder / "table.md").write_text(text)
     draw(scores, sparsity, folder / "results.png")
     return text
@@ -43,24 +43,24 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     return values
 
 
-def table(scores: Cells, sparsity: Cells) -> str:
+def table(scores: Cells, sparsity: Cells, decimals: int = 1) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
     Each gated row is followed by its sparsity, and by what it scores above the ungated one of the
-    same seed.
+    same seed. Scores have so many `decimals`, and the sparsity has one.
     """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
 
-    def add(label: str, rows: dict[str, dict[int, float]], sign: str = "") -> None:
-        found = [spread(list(rows.get(test, {}).values()), sign) for test in tests]
+    def add(label: str, rows: dict[str, dict[int, float]], form: str) -> None:
+        found = [spread(list(rows.get(test, {}).values()), form) for test in tests]
         lines.append(f"| {label} | " + " | ".join(found) + " |")
 
     for (method, gate), rows in scores.items():
-        add(label_of(method, gate), rows)
+        add(label_of(method, gate), rows, f".{decimals}f")
         if gate == "off":
             continue
-        add("sparsity (%)", sparsity[method, gate])
+        add("sparsity (%)", sparsity[method, gate], ".1f")
         ungated = scores.get((method, "off"), {})
         if ungated:
             more = {
@@ -68,7 +68,7 @@ def table(scores: Cells, sparsity: Cells) -> str:
                 for test, each in rows.items()
                 if test in ungated
             }
-            add(f"{label_of(method, gate)} - {NAMES[method]}", more, "+")
+            add(f"{label_of(method, gate)} - {NAMES[method]}", more, f"+.{decimals}f")
     return "\n".join(lines) + "\n"
 
 
@@ -78,12 +78,13 @@ def label_of(method: str, gate: str) -> str:
     return name if gate == "off" else f"{name}_S" if gate == "on" else f"{name}_S {gate}"
 
 
-def spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean and standard deviation (of a sample); one value has none, and no value is a gap."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):{sign}.1f}"
-    return f"{mean} ({statistics.stdev(values):.1f})" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):{form}}"
+    deviation = form.removeprefix("+")
+    return f"{mean} ({statistics.stdev(values):{deviation}})" if len(values) > 1 else mean
 
 
 def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
