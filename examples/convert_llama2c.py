@@ -36,7 +36,9 @@ def model(path: Path) -> LlamaForCausalLM:
     """
     data = bytearray(path.read_bytes())
     if len(data) < HEADER.size:
-        raise TokenGateError(f"{path} is no llama2.c checkpoint: it has {len(data)} bytes.")
+        raise TokenGateError(
+            f"{path} has {len(data)} bytes, and no llama2.c checkpoint has so few."
+        )
     dim, hidden, layers, heads, kv_heads, vocab, positions = HEADER.unpack_from(data)
     tied, vocab = vocab > 0, abs(vocab)
     kv = dim // max(heads, 1) * kv_heads

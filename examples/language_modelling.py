@@ -98,7 +98,7 @@ def tiny(text: str) -> tuple[torch.nn.Module, Any]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs._tokenizer, bos_token="<s>")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config), tokenizer
 
@@ -112,7 +112,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate once."""
     train, held_out = parts(read(run.data) if run.data else made_up(), run.validation)
     if run.smoke:
-        train, held_out = train[:20000], held_out[:5000]
+        train, held_out = train[:10000], held_out[:2000]
     model, tokenizer = tiny(train) if run.smoke else pretrained(run.model)
     test, samples = blocks(held_out, tokenizer), blocks(train, tokenizer)[:-1]
     if not samples:
@@ -137,7 +137,8 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
 
 def preset(run: argparse.Namespace) -> dict[str, Any]:
     """What `--smoke` chooses."""
-    return {"rows": 32, "epochs": 2, "rank": 2} if run.smoke else {}
+    smoke = {"rows": 16, "epochs": 2, "rank": 2, "batch_size": 4, "lr": 1e-2, "s": 1e-4}
+    return smoke if run.smoke else {}
 
 
 def main() -> None:
