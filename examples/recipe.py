@@ -168,7 +168,8 @@ def main(
     Args:
         runs: of `planned`.
         perform: trains and evaluates one run, and returns `scores`, percentages by the name of a
-            test, `sparsity`, percentages by the same names, and whatever else is to be kept.
+            test, `sparsity`, percentages by the same names, and whatever else is to be kept;
+            scores that are no percentages say how many `decimals` they have.
     """
     found = []
     for number, run in enumerate(runs, 1):
