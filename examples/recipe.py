@@ -187,6 +187,7 @@ def main(
         perform: trains and evaluates one run, and returns `scores`, percentages by the name of a
             test, `sparsity`, percentages by the same names, and whatever else is to be kept. What
             begins with `sparsity`, such as `sparsity of image`, is like it and is shown below it.
+            Scores that are no percentages say how many `decimals` they have.
     """
     found = []
     for number, run in enumerate(runs, 1):

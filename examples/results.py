@@ -21,7 +21,7 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     """table.md and results.png of all runs; returns the table."""
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
-    text = table(scores, sparsities)
+    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found))
     (folder / "table.md").write_text(text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
@@ -44,25 +44,25 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     return values
 
 
-def table(scores: Cells, sparsities: dict[str, Cells]) -> str:
+def table(scores: Cells, sparsities: dict[str, Cells], decimals: int = 1) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
     Each gated row is followed by its sparsity, overall and of parts, and by what it scores above
-    the ungated one of the same seed.
+    the ungated one of the same seed. Scores have so many `decimals`, and the sparsity has one.
     """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
 
-    def add(label: str, rows: dict[str, dict[int, float]], sign: str = "") -> None:
-        found = [spread(list(rows.get(test, {}).values()), sign) for test in tests]
+    def add(label: str, rows: dict[str, dict[int, float]], form: str) -> None:
+        found = [spread(list(rows.get(test, {}).values()), form) for test in tests]
         lines.append(f"| {label} | " + " | ".join(found) + " |")
 
     for (method, gate), rows in scores.items():
-        add(label_of(method, gate), rows)
+        add(label_of(method, gate), rows, f".{decimals}f")
         if gate == "off":
             continue
         for name, sparsity in sparsities.items():
-            add(f"{name} (%)", sparsity[method, gate])
+            add(f"{name} (%)", sparsity[method, gate], ".1f")
         ungated = scores.get((method, "off"), {})
         if ungated:
             more = {
@@ -70,7 +70,7 @@ def table(scores: Cells, sparsities: dict[str, Cells]) -> str:
                 for test, each in rows.items()
                 if test in ungated
             }
-            add(f"{label_of(method, gate)} - {NAMES[method]}", more, "+")
+            add(f"{label_of(method, gate)} - {NAMES[method]}", more, f"+.{decimals}f")
     return "\n".join(lines) + "\n"
 
 
@@ -80,12 +80,13 @@ def label_of(method: str, gate: str) -> str:
     return name if gate == "off" else f"{name}_S" if gate == "on" else f"{name}_S {gate}"
 
 
-def spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean and standard deviation (of a sample); one value has none, and no value is a gap."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):{sign}.1f}"
-    return f"{mean} ({statistics.stdev(values):.1f})" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):{form}}"
+    deviation = form.removeprefix("+")
+    return f"{mean} ({statistics.stdev(values):{deviation}})" if len(values) > 1 else mean
 
 
 def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
