@@ -8,7 +8,8 @@ from multiprocessing import forkserver
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Of two workers on two cores each has one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
