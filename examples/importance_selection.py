@@ -28,6 +28,7 @@ from typing import Any
 import matplotlib
 import torch
 from quickstart import Split, accuracy, adapt, load_images, pretrain
+from results import spread
 from torch import nn
 from tqdm import tqdm
 
@@ -162,12 +163,6 @@ def write(path: Path, make: Callable[[Path], Any]) -> None:
     os.replace(new, path)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation (of a sample); one value has none."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ({statistics.stdev(values):.1f})" if len(values) > 1 else mean
-
-
 def table(args: argparse.Namespace, scores: dict[Run, list[float]]) -> str:
     """Table 4 as Markdown; of random, the draws of a seed count as their mean."""
     draws = [scores[run] for run in scores if run.row == "random"]
@@ -182,7 +177,7 @@ def table(args: argparse.Namespace, scores: dict[Run, list[float]]) -> str:
     lines.append("|:--|" + "--:|" * (len(args.seeds) + 2))
     for label, each in rows:
         less = [score - other for score, other in zip(each, scores[Run(ALL)], strict=True)]
-        cells = [*(f"{score:.1f}" for score in each), spread(each), spread(less)]
+        cells = [*(f"{score:.1f}" for score in each), spread(each, ".1f"), spread(less, ".1f")]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
