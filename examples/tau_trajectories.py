@@ -2,7 +2,7 @@
 
 The quickstart's vision transformer is adapted three times from the same start: with Adam on tau
 (eq. 18-22), and with eq. 16 alone, tau <- tau + alpha s g, at two sizes of its step. Nothing is
-downloaded; two cores need a few minutes.
+downloaded; one thread needs two minutes.
 
     python examples/tau_trajectories.py --output outputs/tau_trajectories
 """
