@@ -216,6 +216,29 @@ def test_a_backbone_that_is_read_gives_what_the_one_just_trained_gave(
     assert all(trained[name].any() for name in up(trained))
 
 
+def test_what_settings_are_chosen_on_is_new_to_the_backbone(example, monkeypatch, tmp_path):
+    asked = []
+    load = example.vision_data.load
+
+    def noted(name, folder, validation, count):
+        asked.append((name, validation))
+        return load("digits", None, validation, count)
+
+    class Stopped(Exception):
+        pass
+
+    def trainer(*args, **options):
+        raise Stopped
+
+    monkeypatch.setattr(example.vision_data, "load", noted)
+    monkeypatch.setattr(example, "Trainer", trainer)
+    line = ["--smoke", "--gate", "off", "--validation", "--data", tmp_path, "--pretrain-on", "a"]
+    for task in ("a", "b"):
+        with pytest.raises(Stopped):
+            started(example, monkeypatch, *line, "--task", task, "--output", tmp_path / task)
+    assert asked == [("a", True), ("a", False)]
+
+
 def test_frozen_trains_the_head_alone(example, monkeypatch, tmp_path):
     started(example, monkeypatch, "--smoke", "--gate", "off", "--frozen", "--output", tmp_path)
     frozen = adapter(tmp_path / "digits-lora-off-0")
