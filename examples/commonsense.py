@@ -19,7 +19,6 @@ results.json has tokens_per_second, and peak_memory of one GPU's training in byt
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections import Counter
 from pathlib import Path
@@ -107,7 +106,6 @@ def evaluate(
 
 def perform(run: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate once."""
-    gc.collect()  # what the last run left, or two models would be in memory
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if run.data:

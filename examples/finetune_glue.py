@@ -7,8 +7,9 @@ is downloaded from a hub, and the tasks from the files of their authors, in a fo
     python examples/finetune_glue.py --task cola mrpc --data GLUE --gate off 0.6 --seed 0 1 2
 
 Without `--data` the tasks come from the hub (`pip install datasets`). `--paper` is DeBERTaV3-base
-with the settings of the paper's Tables 3 and 8. What `recipe.py` says of recipes holds here; in
-results.json are also the other metrics of the task and the sparsity of every module.
+with the settings of the paper's Tables 3 and 8. What `recipe.py` says of recipes holds here, but
+checkpoints are saved after each epoch; in results.json are also the other metrics of the task and
+the sparsity of every module.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     heads = {name.split(".")[-1] for name, _ in model.named_modules()} & {"classifier", "pooler"}
     recipe.patch(model, roles(model, *PAPER_TARGETS["glue"]), run, train=sorted(heads))
     model.accepts_loss_kwargs = False  # its loss is a mean, which takes no count of tokens
-    # Sentences of like lengths in a batch: less padding to compute.
+    # Sentences of like lengths in a batch: less padding to compute. Their order is drawn when an
+    # epoch begins, and goes on as it was from a checkpoint of an epoch's end alone.
     trainer = recipe.fit(
         model, run, Encoded(train, tokenizer), DataCollatorWithPadding(tokenizer),
-        train_sampling_strategy="group_by_length", per_device_eval_batch_size=64,
+        train_sampling_strategy="group_by_length", save_strategy="epoch",
+        per_device_eval_batch_size=64,
     )  # fmt: skip
     by_length = sorted(Encoded(held_out, tokenizer).rows, key=lambda row: len(row["input_ids"]))
     with tokengate.record(model) as rec:

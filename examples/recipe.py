@@ -3,15 +3,16 @@
     python RECIPE.py --method lora dora --gate off on 0.6 --seed 0 1 2 --output FOLDER
 
 Each combination is a run with a folder of its own in `--output`: results.json, the adapter, and
-until it is done its checkpoints. A run that has results is not repeated, and one that was
-interrupted goes on at its last checkpoint. Then table.md and results.png are written. The same
-command after `torchrun --nproc_per_node N` or `accelerate launch` trains on N processes, with the
-same number of samples in each step.
+until it is done begun.json and its checkpoints. A run that has results is not repeated, and one
+that was interrupted goes on at its last checkpoint, if it was begun with the same settings. Then
+table.md and results.png are written. The same command after `torchrun --nproc_per_node N` or
+`accelerate launch` trains on N processes, with the same number of samples in each step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -28,15 +29,16 @@ import torch
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import tokengate
+from tokengate.atomic_write import write_text
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
 from tokengate.planning import count_patched, plan_text
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 FIRST = int(os.environ.get("RANK", 0)) == 0
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+FILES = ("results.json", "begun.json")  # of a run that is done, and that is not
 # Where results lie and how they came about, which is not what they are of.
 BESIDE = ("output", "folder", "checkpoint_every", "accumulate", "report_to")
 
@@ -101,7 +103,7 @@ def planned(
     given = vars(parser.parse_args())
     axes = args.pop("axes")
     runs = []
-    for values in itertools.product(*(args[axis] for axis in axes)):
+    for values in itertools.product(*(dict.fromkeys(args[axis]) for axis in axes)):
         own = dict(zip(axes, values, strict=True))
         chosen = preset(argparse.Namespace(**(args | own)))
         run = argparse.Namespace(**(args | chosen | given | own))
@@ -136,6 +138,12 @@ def fit(
     **more: Any,
 ) -> TokenGateTrainer:
     """Train from the beginning or the last checkpoint; `more` are further TrainingArguments."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:  # the Trainer would give a whole batch to each
+        raise SystemExit(
+            f"{gpus} GPUs are there for one process: start the recipe with torchrun "
+            f"--nproc_per_node {gpus}, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
     share, left = divmod(run.batch_size, WORLD * run.accumulate)
     if left or not share:
         raise SystemExit(
@@ -170,11 +178,17 @@ def fit(
             *callbacks,
         ],
     )
-    begun = get_last_checkpoint(str(run.folder)) if run.folder.exists() else None
-    trainer.train(resume_from_checkpoint=begun)
+    trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
     if FIRST:
         tokengate.save(model, run.folder / "adapter")
     return trainer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last that was saved to the end, which trainer_state.json is."""
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda place: int(place.name.split("-")[1]), default=None)
+    return last and str(last)
 
 
 def main(
@@ -189,34 +203,44 @@ def main(
             begins with `sparsity`, such as `sparsity of image`, is like it and is shown below it.
             Scores that are no percentages say how many `decimals` they have.
     """
+    for run in runs:
+        check(run)
     found = []
     for number, run in enumerate(runs, 1):
-        file, asked = run.folder / "results.json", plain(run)
-        if not file.exists():
+        done, begun = (run.folder / name for name in FILES)
+        if not done.exists():
             if FIRST:
                 print(f"\nrun {number} of {len(runs)}: {run.folder.name}", flush=True)
+                write_text(begun, json.dumps({"settings": plain(run)}))
+            gc.collect()  # a Trainer and its model, or there would be two of them
             began = time.perf_counter()
             set_seed(run.seed)
             kept = perform(run)
-            kept |= {"settings": asked, "seconds": time.perf_counter() - began, "on": machine()}
+            seconds = time.perf_counter() - began
+            kept |= {"settings": plain(run), "seconds": seconds, "on": machine()}
             if FIRST:
-                run.folder.mkdir(parents=True, exist_ok=True)
-                new = file.with_suffix(".part")
-                new.write_text(json.dumps(kept, indent=1))
-                os.replace(new, file)
+                write_text(done, json.dumps(kept, indent=1))
+                begun.unlink()
                 for checkpoint in run.folder.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
         else:
-            kept = json.loads(file.read_text())
-            if kept["settings"] != asked:
-                other = [n for n in asked if asked[n] != kept["settings"].get(n)]
+            kept = json.loads(done.read_text())
+        found.append(kept)
+    if FIRST:
+        print("\n" + results.write(found, runs[0].output))
+
+
+def check(run: argparse.Namespace) -> None:
+    """Refuse a folder with the results, or the checkpoints, of other settings."""
+    for file in (run.folder / name for name in FILES):
+        if file.exists():
+            asked, had = plain(run), json.loads(file.read_text())["settings"]
+            if had != asked:
+                other = [name for name in asked | had if asked.get(name) != had.get(name)]
                 raise SystemExit(
                     f"{file} is of other settings ({', '.join(other)}) than were asked: pass "
                     "another --output, or the settings that it has."
                 )
-        found.append(kept)
-    if FIRST:
-        print("\n" + results.write(found, runs[0].output))
 
 
 def show_plans(

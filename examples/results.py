@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tokengate.atomic_write import write_text
+
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "adapter": "Adapter"}
 AVERAGE = "avg"
 
@@ -22,7 +24,7 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
     text = table(scores, sparsities, max(one.get("decimals", 1) for one in found))
-    (folder / "table.md").write_text(text)
+    write_text(folder / "table.md", text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
 

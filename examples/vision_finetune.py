@@ -74,10 +74,12 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
         mlp_ratio=2, num_classes=0,
     )  # fmt: skip
     rows = run.rows if run.smoke else None
-    train, held_out, classes = parts(run, run.pretrain_on, vit, False, rows)
+    # Where both are of one data set, what settings are chosen on must be new to the ViT, too.
+    apart = run.validation and run.task == run.pretrain_on
+    train, held_out, classes = parts(run, run.pretrain_on, vit, apart, rows)
     vit.reset_classifier(len(classes))
-    name = f"{run.pretrain_on}-{run.pixels}-{run.pretrain_epochs:g}{'-smoke' * run.smoke}.pt"
-    file = run.output / "pretrained" / name
+    name = f"{run.pretrain_on}-{run.pixels}-{run.pretrain_epochs:g}"
+    file = run.output / "pretrained" / f"{name}{'-apart' * apart}{'-smoke' * run.smoke}.pt"
     if file.exists():
         saved = torch.load(file)
         vit.load_state_dict(saved["weights"])
@@ -96,7 +98,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     trainer.train()
     right = accuracy(trainer, held_out)
     if recipe.FIRST:
-        print(f"the ViT is right on {right:.1f} % of {run.pretrain_on}'s test part")
+        print(f"the ViT is right on {right:.1f} % of what {run.pretrain_on} holds out")
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"weights": vit.state_dict(), "accuracy": right}, file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)

@@ -1,12 +1,15 @@
 """What the recipes share: every combination is trained once, and the table says what they gave."""
 
 import argparse
+import gc
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -98,58 +101,153 @@ def test_a_run_with_results_is_not_repeated(recipe, monkeypatch, tmp_path, capsy
     assert len(ran) == 3
 
 
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(recipe, monkeypatch, tmp_path):
+    def interrupted(run):
+        (run.folder / "checkpoint-1").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    def perform(run):
+        ran.append(run.lr)
+        return {"scores": {"T": 50.0}, "sparsity": {"T": 25.0}}
+
+    ran = []
+    line = f"--gate off --output {tmp_path} --lr"
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(planned(recipe, monkeypatch, f"{line} 0.1"), interrupted)
+    with pytest.raises(SystemExit, match=r"other settings \(lr\) than were asked"):
+        recipe.main(planned(recipe, monkeypatch, f"{line} 0.2"), perform)
+    assert ran == []
+    recipe.main(planned(recipe, monkeypatch, f"{line} 0.1"), perform)
+    assert ran == [0.1]
+    assert [path.name for path in (tmp_path / "lora-off-0").iterdir()] == ["results.json"]
+
+
+def test_other_settings_of_a_later_run_are_told_before_the_first(recipe, monkeypatch, tmp_path):
+    ran = []
+
+    def perform(run):
+        ran.append(run.seed)
+        return {"scores": {"T": 50.0}, "sparsity": {"T": 25.0}}
+
+    line = f"--gate off --output {tmp_path}"
+    recipe.main(planned(recipe, monkeypatch, f"{line} --seed 1"), perform)
+    with pytest.raises(SystemExit, match=r"lora-off-1.results.json is of other settings \(lr\)"):
+        recipe.main(planned(recipe, monkeypatch, f"{line} --seed 0 1 --lr 9"), perform)
+    assert ran == [1]
+
+
+def test_what_is_asked_for_twice_is_one_run(recipe, monkeypatch):
+    runs = planned(recipe, monkeypatch, "--seed 1 0 1 --gate on on")
+    assert [run.folder.name for run in runs] == ["lora-on-1", "lora-on-0"]
+
+
+def test_gpus_that_one_process_would_share_out_are_refused(recipe, monkeypatch):
+    # The Trainer would give each of them a whole batch.
+    monkeypatch.setattr(recipe.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    run = argparse.Namespace(batch_size=4, accumulate=1)
+    with pytest.raises(SystemExit, match=r"2 GPUs.* torchrun --nproc_per_node 2"):
+        recipe.fit(None, run, [], None)
+
+
+def test_a_run_begins_without_the_model_of_the_last(recipe, monkeypatch, tmp_path):
+    class Model:
+        """In a circle, as a Trainer and its model are."""
+
+        def __init__(self):
+            self.own = self
+
+    left = []
+
+    def perform(run):
+        left.append([each() is not None for each in models])
+        models.append(weakref.ref(Model()))
+        return {"scores": {"T": 50.0}, "sparsity": {"T": 25.0}}
+
+    models = []
+    gc.disable()
+    try:
+        recipe.main(planned(recipe, monkeypatch, f"--output {tmp_path}"), perform)
+    finally:
+        gc.enable()
+    assert left == [[], [False]]
+
+
 def test_a_batch_that_cannot_be_divided(recipe):
     run = argparse.Namespace(batch_size=3, accumulate=2)
     with pytest.raises(SystemExit, match="3 is no multiple of 1 processes x 2 micro-batches"):
         recipe.fit(None, run, [], None)
 
 
-def test_a_training_goes_on_where_it_was_interrupted(recipe, monkeypatch, tmp_path):
-    glue = importlib.import_module("finetune_glue")
-    callback = recipe.TokenGateCallback
+@pytest.fixture
+def glue(recipe, monkeypatch):
+    """Run the GLUE recipe in small; what it kept of its runs, by their folders' names."""
+    module = importlib.import_module("finetune_glue")
+
+    def run(output, *more):
+        line = ["finetune_glue.py", "--smoke", "--output", str(output), *more]
+        monkeypatch.setattr(sys, "argv", line)
+        module.main()
+        return {p.parent.name: json.loads(p.read_text()) for p in output.glob("*/results.json")}
+
+    return run
+
+
+def losses(kept):
+    return [entry["loss"] for entry in kept["log"] if "loss" in entry]
+
+
+def stop_at(recipe, monkeypatch, step):
+    """Be interrupted after so many steps, once."""
     stopped = []
 
-    class Stops(callback):
+    class Stops(recipe.TokenGateCallback):
         def on_step_end(self, args, state, control, **context):
             super().on_step_end(args, state, control, **context)
-            if state.global_step == 3 and not stopped:
+            if state.global_step == step and not stopped:
                 stopped.append(True)
                 raise KeyboardInterrupt
 
-    def run(output):
-        line = f"finetune_glue.py --smoke --gate on --checkpoint-every 2 --output {output}"
-        monkeypatch.setattr(sys, "argv", line.split())
-        glue.main()
-
-    run(tmp_path / "whole")
     monkeypatch.setattr(recipe, "TokenGateCallback", Stops)
+
+
+def test_a_training_goes_on_where_it_was_interrupted(recipe, glue, monkeypatch, tmp_path):
+    # Four steps an epoch: 7 is within the second.
+    line = ["--gate", "on", "--checkpoint-every", "2", "--batch-size", "8", "--dropout", "0.2"]
+    whole = glue(tmp_path / "whole", *line)["cola-lora-on-0"]
+    stop_at(recipe, monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "halves")
+        glue(tmp_path / "halves", *line)
     folder = tmp_path / "halves" / "cola-lora-on-0"
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-    run(tmp_path / "halves")
-    found = json.loads((folder / "results.json").read_text())
-    whole = json.loads((tmp_path / "whole" / "cola-lora-on-0" / "results.json").read_text())
-    losses = [
-        [entry["loss"] for entry in each["log"] if "loss" in entry] for each in (whole, found)
-    ]
-    assert losses[0] == losses[1]
-    assert len(set(losses[0])) == 4
+    (checkpoint,) = folder.glob("checkpoint-*")
+    # A process that is killed while it saves leaves one behind that cannot be read.
+    shutil.copytree(checkpoint, folder / "checkpoint-7")
+    (folder / "checkpoint-7" / "trainer_state.json").unlink()
+    found = glue(tmp_path / "halves", *line)["cola-lora-on-0"]
+    assert losses(found) == losses(whole)
+    assert len(set(losses(found))) == 8
     assert found["report"] == whole["report"]
     assert {path.name for path in folder.iterdir()} == {"adapter", "results.json"}
 
 
-def test_every_method_is_trained(recipe, monkeypatch, tmp_path):
-    glue = importlib.import_module("finetune_glue")
-    line = "finetune_glue.py --smoke --task stsb --method lora dora adalora adapter --gate"
-    monkeypatch.setattr(sys, "argv", [*line.split(), "off", "0.5", "--output", str(tmp_path)])
-    glue.main()
+def test_a_run_is_the_same_whichever_ran_before_it(glue, tmp_path):
+    line = ["--gate", "on", "--dropout", "0.2", "--epochs", "1", "--seed"]
+    several = glue(tmp_path / "several", *line, "0", "1")
+    alone = glue(tmp_path / "alone", *line, "1")["cola-lora-on-1"]
+    assert losses(several["cola-lora-on-0"]) != losses(alone) == losses(several["cola-lora-on-1"])
+    assert several["cola-lora-on-1"]["report"] == alone["report"]
+
+
+def test_every_method_is_trained(glue, tmp_path):
+    line = "--task stsb --epochs 1 --method lora dora adalora adapter --gate 0.5"
+    glue(tmp_path, *line.split())
+    runs = glue(tmp_path, "--task", "stsb", "--epochs", "1", "--gate", "off", "0.5")
+    assert len(runs) == 5
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| | STS-B |\n")
-    assert table.count("\n") == 2 + 4 * 4
-    for folder in tmp_path.glob("*-*"):
-        found = json.loads((folder / "results.json").read_text())
-        assert (found["report"]["sparsity"] > 0) == ("-0.5-" in folder.name), folder.name
+    assert table.count("\n") == 2 + 4
+    for name, found in runs.items():
+        assert (found["report"]["sparsity"] > 0) == ("-0.5-" in name), name
 
 
 def test_two_processes_train_what_one_does(recipe, tmp_path):

@@ -203,7 +203,7 @@ def test_it_runs_without_any_file_and_once(example, monkeypatch, tmp_path, capsy
 def test_a_backbone_that_is_read_gives_what_the_one_just_trained_gave(
     example, monkeypatch, tmp_path
 ):
-    line = ["--smoke", "--gate", "off", "--output", tmp_path]
+    line = ["--smoke", "--epochs", 1, "--gate", "off", "--output", tmp_path]
     started(example, monkeypatch, *line)
     trained = adapter(tmp_path / "digits-lora-off-0")
     (tmp_path / "digits-lora-off-0" / "results.json").unlink()
@@ -216,8 +216,32 @@ def test_a_backbone_that_is_read_gives_what_the_one_just_trained_gave(
     assert all(trained[name].any() for name in up(trained))
 
 
+def test_what_settings_are_chosen_on_is_new_to_the_backbone(example, monkeypatch, tmp_path):
+    asked = []
+    load = example.vision_data.load
+
+    def noted(name, folder, validation, count):
+        asked.append((name, validation))
+        return load("digits", None, validation, count)
+
+    class Stopped(Exception):
+        pass
+
+    def trainer(*args, **options):
+        raise Stopped
+
+    monkeypatch.setattr(example.vision_data, "load", noted)
+    monkeypatch.setattr(example, "Trainer", trainer)
+    line = ["--smoke", "--gate", "off", "--validation", "--data", tmp_path, "--pretrain-on", "a"]
+    for task in ("a", "b"):
+        with pytest.raises(Stopped):
+            started(example, monkeypatch, *line, "--task", task, "--output", tmp_path / task)
+    assert asked == [("a", True), ("a", False)]
+
+
 def test_frozen_trains_the_head_alone(example, monkeypatch, tmp_path):
-    started(example, monkeypatch, "--smoke", "--gate", "off", "--frozen", "--output", tmp_path)
+    line = ["--smoke", "--epochs", 1, "--gate", "off", "--frozen", "--output", tmp_path]
+    started(example, monkeypatch, *line)
     frozen = adapter(tmp_path / "digits-lora-off-0")
     assert not any(frozen[name].any() for name in up(frozen))
     (head,) = (name for name in frozen if name.endswith("head.bias"))
@@ -232,8 +256,8 @@ def test_a_model_of_timm(example, monkeypatch, tmp_path):
         return create(name, embed_dim=32, depth=1, num_heads=2, **options)
 
     monkeypatch.setattr(example.timm, "create_model", untrained)
-    line = ["--smoke", "--model", "vit_tiny_patch16_224", "--pixels", 32, "--gate", "off"]
-    started(example, monkeypatch, *line, "--output", tmp_path)
+    line = ["--smoke", "--epochs", 1, "--model", "vit_tiny_patch16_224", "--pixels", 32]
+    started(example, monkeypatch, *line, "--gate", "off", "--output", tmp_path)
     assert asked == [("vit_tiny_patch16_224", True, {"img_size": 32})]
     found = json.loads((tmp_path / "digits-lora-off-0" / "results.json").read_text())
     assert found["pretrained"] is None
@@ -252,7 +276,7 @@ def test_the_real_files_have_as_many_pictures_as_their_authors_say(data):
 @needs_data
 def test_it_runs_on_real_rows(example, monkeypatch, tmp_path):
     task = source = "fashion-mnist"
-    line = ["--smoke", "--gate", "off", "--method", "dora", "--output", tmp_path]
+    line = ["--smoke", "--epochs", 1, "--gate", "off", "--method", "dora", "--output", tmp_path]
     started(example, monkeypatch, *line, "--data", DATA, "--task", task, "--pretrain-on", source)
     found = json.loads((tmp_path / f"{task}-dora-off-0" / "results.json").read_text())
     assert list(found["scores"]) == [task]

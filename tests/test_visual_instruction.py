@@ -25,19 +25,25 @@ real = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def visual(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("visual_instruction")
-    for name in NAMES:
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def visual():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        for name in NAMES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module("visual_instruction")
+        for name in NAMES:
+            sys.modules.pop(name, None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data(visual):
     return visual.visual_data
+
+
+@pytest.fixture(scope="module")
+def processor(visual, data):
+    return visual.tiny(data.made_up()[0])[1]
 
 
 def png(size=(4, 4), colour="red"):
@@ -63,9 +69,8 @@ def test_the_prompt_is_llavas(data):
     assert data.question(data.Row(("What?", "A dog."))) == SYSTEM + "USER: What? ASSISTANT:"
 
 
-def test_the_loss_is_on_the_answers_alone(visual, data):
+def test_the_loss_is_on_the_answers_alone(visual, data, processor):
     train, _ = data.made_up()
-    _, processor = visual.tiny(train)
     # With and without a picture, of one turn and of two, and so padded: the ids must not shift.
     rows = [train[0], train[1], train[-1]]
     assert [len(row.turns) for row in rows] == [4, 2, 2]
@@ -83,9 +88,8 @@ def test_the_loss_is_on_the_answers_alone(visual, data):
         assert [answer.strip() for answer in said] == [*row.turns[1::2], ""]
 
 
-def test_questions_end_where_the_answer_begins(visual, data):
+def test_questions_end_where_the_answer_begins(visual, data, processor):
     train, _ = data.made_up()
-    _, processor = visual.tiny(train)
     batch = visual.collate(processor, [train[0], train[-1]], train=False)
     assert "labels" not in batch
     for row, ids in zip((train[0], train[-1]), batch["input_ids"], strict=True):
@@ -236,9 +240,15 @@ def test_the_tests_have_the_questions_whose_picture_there_is(data, folder):
         data.load(folder / "none", own / "train.json")
 
 
+@pytest.fixture(scope="module")
+def real_rows(data):
+    """Read once: they are packed."""
+    return data.load(DATA)
+
+
 @real
-def test_the_real_files_have_as_many_rows_as_their_authors_say(data):
-    train, tests = data.load(DATA)
+def test_the_real_files_have_as_many_rows_as_their_authors_say(data, real_rows):
+    train, tests = real_rows
     # POPE is there without its pictures.
     assert list(tests) == ["SQA", "easy-VQA"]
     sqa = tests["SQA"]
@@ -262,7 +272,7 @@ def read(folder):
 
 
 def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_path, capsys):
-    few = ["--rows", "16", "--epochs", "3", "--gate", "off", "on"]
+    few = ["--rows", "16", "--epochs", "2", "--lr", "0.1", "--gate", "off", "on"]
     smoke(visual, monkeypatch, *few, "--output", tmp_path / "one")
     table = (tmp_path / "one/table.md").read_text()
     assert table in capsys.readouterr().out
@@ -309,9 +319,11 @@ def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_pat
 
 
 @real
-def test_smoke_with_real_rows_and_all_parts(visual, monkeypatch, tmp_path):
+def test_smoke_with_real_rows_and_all_parts(visual, data, real_rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load", lambda folder, *_: real_rows if folder == DATA else None)
     smoke(
         visual, monkeypatch, "--data", DATA, "--gate", "on", "--rows", "8", "--method", "dora",
+        "--epochs", "1",
         "--parts", "vision", "projector", "language", "--output", tmp_path,
     )  # fmt: skip
     found = read(tmp_path / "dora-on-0")
@@ -346,10 +358,9 @@ def test_the_settings_are_those_of_tables_2_and_7(visual, monkeypatch):
         assert (run.scheduler, run.batch_size, run.epochs, run.s) == ("cosine", 16, 1, 4e-5)
 
 
-def test_pictures_are_opened_when_they_are_needed(visual, data, folder):
+def test_pictures_are_opened_when_they_are_needed(visual, data, processor, folder):
     # A training set of many thousands does not fit into memory.
     train, _ = data.load(folder, folder / "own/train.json", folder / "own/pictures")
-    _, processor = visual.tiny(data.made_up()[0])
     collate = partial(visual.collate, processor)
     assert collate(train)["pixel_values"].shape == (1, 3, 32, 32)
     train[0].image.unlink()
