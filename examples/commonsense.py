@@ -157,8 +157,7 @@ SMOKE = {
 
 def preset(run: argparse.Namespace) -> dict[str, Any]:
     """Lambda of Table 1, and what `--smoke` chooses."""
-    penalty = {"penalty": data.TABLE_1[run.method]} if run.method in data.TABLE_1 else {}
-    return penalty | (SMOKE if run.smoke else {})
+    return {"penalty": data.TABLE_1[run.method]} | (SMOKE if run.smoke else {})
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class Task:
     texts: tuple[str, ...]
     """Columns of the texts, on the hub and, unless `columns` says otherwise, in the files."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """Names from `METRICS`, the first of which GLUE reports first."""
+    """Names from `METRICS`, the first of which the table has."""
     label: str = "label"
     """The files' column of the label."""
     classes: tuple[str, ...] = ("0", "1")

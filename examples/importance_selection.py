@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any
 import matplotlib
 import torch
 from quickstart import Split, accuracy, adapt, load_images, pretrain
-from results import spread
+from recipe_results import keep, keep_text, spread
 from torch import nn
 from tqdm import tqdm
 
@@ -89,7 +87,6 @@ class Lab:
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.args, self.seed = args, seed
         self.folder = args.output / f"seed-{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def base(self) -> nn.Module:
@@ -98,7 +95,7 @@ class Lab:
         if not file.exists():
             torch.manual_seed(self.seed)
             base = pretrain(load_images(shifted=False)[0], bar=False)
-            write(file, lambda new: torch.save(base, new))
+            keep(file, lambda new: torch.save(base, new))
         return torch.load(file, weights_only=False)
 
     @cached_property
@@ -111,7 +108,7 @@ class Lab:
         file = run.file(self.folder)
         if not file.exists():
             text = json.dumps(self._train(run), indent=1)
-            write(file, lambda new: new.write_text(text))
+            keep_text(file, text)
         found: dict[str, Any] = json.loads(file.read_text())
         if found["settings"] != settings(self.args):
             raise SystemExit(
@@ -154,13 +151,6 @@ class Lab:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What has to be the same for all runs in a folder."""
     return {name: getattr(args, name) for name in ("method", "rank", "penalty", "s", "epochs")}
-
-
-def write(path: Path, make: Callable[[Path], Any]) -> None:
-    """Let `make` write a file that is there whole or not at all, should it be interrupted."""
-    new = path.with_suffix(".part")
-    make(new)
-    os.replace(new, path)
 
 
 def table(args: argparse.Namespace, scores: dict[Run, list[float]]) -> str:

@@ -24,14 +24,13 @@ from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
-import results
+import recipe_results
 import torch
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import tokengate
-from tokengate.atomic_write import write_text
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
 from tokengate.planning import count_patched, plan_text
 
@@ -211,7 +210,7 @@ def main(
         if not done.exists():
             if FIRST:
                 print(f"\nrun {number} of {len(runs)}: {run.folder.name}", flush=True)
-                write_text(begun, json.dumps({"settings": plain(run)}))
+                recipe_results.keep_text(begun, json.dumps({"settings": plain(run)}))
             gc.collect()  # a Trainer and its model, or there would be two of them
             began = time.perf_counter()
             set_seed(run.seed)
@@ -219,7 +218,7 @@ def main(
             seconds = time.perf_counter() - began
             kept |= {"settings": plain(run), "seconds": seconds, "on": machine()}
             if FIRST:
-                write_text(done, json.dumps(kept, indent=1))
+                recipe_results.keep_text(done, json.dumps(kept, indent=1))
                 begun.unlink()
                 for checkpoint in run.folder.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
@@ -227,7 +226,7 @@ def main(
             kept = json.loads(done.read_text())
         found.append(kept)
     if FIRST:
-        print("\n" + results.write(found, runs[0].output))
+        print("\n" + recipe_results.write(found, runs[0].output))
 
 
 def check(run: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ results.json is patches.png: some held-out pictures, and which of their patches 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import timm
 import torch
 import vision_data
 from matplotlib.figure import Figure
+from recipe_results import keep
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,9 +99,8 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     right = accuracy(trainer, held_out)
     if recipe.FIRST:
         print(f"the ViT is right on {right:.1f} % of what {run.pretrain_on} holds out")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": vit.state_dict(), "accuracy": right}, file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
+        saved = {"weights": vit.state_dict(), "accuracy": right}
+        keep(file, lambda new: torch.save(saved, new))
     return vit, right
 
 

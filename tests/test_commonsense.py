@@ -19,7 +19,7 @@ pytest.importorskip("tqdm", reason="the examples extra is not installed")
 pytest.importorskip("tokenizers", reason="the examples extra is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "commonsense"
-MODULES = ("commonsense", "commonsense_data", "commonsense_model", "recipe", "results")
+MODULES = ("commonsense", "commonsense_data", "commonsense_model", "recipe", "recipe_results")
 real = pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project")
 
 

@@ -20,7 +20,7 @@ SEED_0 = ["lora-off-0", "lora-on-0"]
 def recipe(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     yield importlib.import_module("language_modelling")
-    for name in ("language_modelling", "recipe", "results"):
+    for name in ("language_modelling", "recipe", "recipe_results"):
         del sys.modules[name]
 
 
@@ -122,14 +122,14 @@ def test_what_cannot_be_trained_on_is_said(recipe, monkeypatch, tmp_path, capsys
 
 
 def test_scores_have_the_decimals_that_are_asked_for(recipe):
-    results = recipe.recipe.results
+    results = recipe.recipe.recipe_results
     scores = {("lora", "off"): {"t": {0: 2.0, 1: 2.1}}, ("lora", "on"): {"t": {0: 2.0125, 1: 2.1}}}
     sparsity = {("lora", "off"): {"t": {0: 0.0, 1: 0.0}}, ("lora", "on"): {"t": {0: 60.0, 1: 61.0}}}
-    rows = results.table(scores, sparsity, 3).splitlines()[2:]
+    rows = results.table(scores, {"sparsity": sparsity}, 3).splitlines()[2:]
     assert rows == [
         "| LoRA | 2.050 (0.071) |",
         "| LoRA_S | 2.056 (0.062) |",
         "| sparsity (%) | 60.5 (0.7) |",
         "| LoRA_S - LoRA | +0.006 (0.009) |",
     ]
-    assert "| LoRA | 2.0 (0.1) |" in results.table(scores, sparsity)
+    assert "| LoRA | 2.0 (0.1) |" in results.table(scores, {"sparsity": sparsity})

@@ -36,7 +36,13 @@ def commonsense():
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module("commonsense")
     sys.path.remove(str(EXAMPLES))
-    for name in ("commonsense", "commonsense_data", "commonsense_model", "recipe", "results"):
+    for name in (
+        "commonsense",
+        "commonsense_data",
+        "commonsense_model",
+        "recipe",
+        "recipe_results",
+    ):
         sys.modules.pop(name, None)
 
 

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-NAMES = ("recipe", "results", "visual_data", "visual_instruction")
+NAMES = ("recipe", "recipe_results", "visual_data", "visual_instruction")
 
 # By hand. Inputs and outputs of Vicuna-7B's layers: hidden 4096, MLP 11008, as many keys as heads.
 SHAPES = {

@@ -28,7 +28,7 @@ def recipe(monkeypatch):
 @pytest.fixture
 def results(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("results")
+    return importlib.import_module("recipe_results")
 
 
 def planned(recipe, monkeypatch, line, preset=lambda run: {}):

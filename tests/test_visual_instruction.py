@@ -18,7 +18,7 @@ from PIL import Image
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "vqa"
-NAMES = ("recipe", "results", "visual_data", "visual_instruction")
+NAMES = ("recipe", "recipe_results", "visual_data", "visual_instruction")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 real = pytest.mark.skipif(
     not DATA.exists(), reason="the real files lie beside the project, not in it"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-from tokengate.atomic_write import write_text
 
 NAMES = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA", "adapter": "Adapter"}
 AVERAGE = "avg"
@@ -24,9 +24,22 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
     text = table(scores, sparsities, max(one.get("decimals", 1) for one in found))
-    write_text(folder / "table.md", text)
+    keep_text(folder / "table.md", text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
+
+
+def keep(path: Path, make: Callable[[Path], Any]) -> None:
+    """Let `make` write a file that is there whole or not at all, should it be interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".part")
+    make(new)
+    os.replace(new, path)
+
+
+def keep_text(path: Path, text: str) -> None:
+    """The same of a text."""
+    keep(path, lambda new: new.write_text(text))
 
 
 def cells(found: list[dict[str, Any]], what: str) -> Cells:
