@@ -9,11 +9,12 @@ answer is found in a response are those of github.com/AGI-Edgerunners/LLM-Adapte
 from __future__ import annotations
 
 import json
-import lzma
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from packed import read_bytes
 
 Row = dict[str, str]
 ALL = "commonsense_170k.json"
@@ -81,15 +82,10 @@ def prompt(row: Row) -> str:
 
 def read(path: Path) -> list[Row] | None:
     """The rows of one file, also compressed with xz; None where there is neither."""
-    compressed = path.with_name(path.name + ".xz")
-    if path.exists():
-        data = path.read_bytes()
-        data = lzma.decompress(data) if path.suffix == ".xz" else data
-    elif compressed.exists():
-        data = lzma.decompress(compressed.read_bytes())
-    else:
+    try:
+        rows: list[Row] = json.loads(read_bytes(path))
+    except FileNotFoundError:
         return None
-    rows: list[Row] = json.loads(data)
     return rows
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import lzma
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from packed import read_bytes
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -131,10 +131,8 @@ def score(name: str, truth: np.ndarray, answers: np.ndarray) -> dict[str, float]
 
 def read(path: Path, task: Task) -> list[Row]:
     """The rows of one tab-separated file, also compressed with xz; without those of no label."""
-    compressed = path.with_name(path.name + ".xz")
-    data = path.read_bytes() if path.exists() else lzma.decompress(compressed.read_bytes())
     # Not a csv dialect's quotes: these files have single ones within a text.
-    text = io.StringIO(data.decode("utf-8-sig"))
+    text = io.StringIO(read_bytes(path).decode("utf-8-sig"))
     lines = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = list(task.columns or next(lines))
     texts = [columns.index(name) for name in task.renamed or task.texts]

@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib
 import torch
 from quickstart import Split, accuracy, adapt, load_images, pretrain
-from recipe_results import keep, keep_text, spread
+from recipe_results import keep, keep_text, middle, spread
 from torch import nn
 from tqdm import tqdm
 
@@ -193,10 +193,8 @@ def draw(args: argparse.Namespace, scores: dict[Run, list[float]], path: Path) -
 
 def bars(axes: Any, x: list[float], scores: list[list[float]], label: str, fmt: str) -> None:
     """Means, with a standard deviation up and down."""
-    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in scores]
-    axes.errorbar(
-        x, [statistics.fmean(s) for s in scores], deviations, fmt=fmt, capsize=3, label=label
-    )
+    means, deviations = zip(*map(middle, scores), strict=True)
+    axes.errorbar(x, means, deviations, fmt=fmt, capsize=3, label=label)
 
 
 def parse_arguments() -> argparse.Namespace:

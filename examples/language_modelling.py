@@ -15,7 +15,6 @@ holds here; in results.json are also the perplexity of a token, both before the 
 from __future__ import annotations
 
 import argparse
-import lzma
 import math
 import random
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import recipe
 import torch
+from packed import read_bytes
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -44,8 +44,7 @@ NAME = "bits per byte (less is better)"
 
 def read(path: Path) -> str:
     """A text in UTF-8, also compressed with xz."""
-    data = path.read_bytes()
-    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+    return read_bytes(path).decode()
 
 
 def made_up() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,8 @@ def spread(values: list[float], form: str) -> str:
     """Mean and standard deviation (of a sample); one value has none, and no value is a gap."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):{form}}"
-    deviation = form.removeprefix("+")
-    return f"{mean} ({statistics.stdev(values):{deviation}})" if len(values) > 1 else mean
+    mean, deviation = middle(values)
+    return f"{mean:{form}}" + f" ({deviation:{form.removeprefix('+')}})" * (len(values) > 1)
 
 
 def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
@@ -115,7 +114,7 @@ def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
     for axes, test in zip(grid.flat, tests, strict=False):
         for colour, method in enumerate(methods):
             points = sorted(
-                (*middle(sparsity[key][test]), *middle(rows[test]))
+                (*middle(sparsity[key][test].values()), *middle(rows[test].values()))
                 for key, rows in scores.items()
                 if key[0] == method and test in rows
             )
@@ -136,7 +135,6 @@ def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
     plt.close(figure)
 
 
-def middle(values: dict[int, float]) -> tuple[float, float]:
-    """Mean and standard deviation; one value has none."""
-    each = list(values.values())
-    return statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else 0.0
+def middle(values: Collection[float]) -> tuple[float, float]:
+    """Mean and standard deviation; of one value it is 0."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

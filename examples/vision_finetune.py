@@ -159,7 +159,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     with tokengate.record(model) as rec:
         right = accuracy(trainer, held_out)
-    report = rec.report(reduce=recipe.WORLD > 1)
+    report = rec.report(reduce=True)
     if recipe.FIRST and run.gate != "off":
         try:
             draw(model, held_out, classes, run.folder / "patches.png")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import lzma
 import random
 import re
 import statistics
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packed import read_bytes
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -123,13 +123,6 @@ def score(test: Test, answers: list[str]) -> dict[str, float]:
     }
 
 
-def read(path: Path) -> str:
-    """A text file, also compressed with xz."""
-    packed = path.with_name(path.name + ".xz")
-    data = path.read_bytes() if path.exists() else lzma.decompress(packed.read_bytes())
-    return data.decode()
-
-
 def unpacked(path: Path) -> dict[str, bytes]:
     """The files of an archive by their names; none, where there is no archive."""
     if not path.exists():
@@ -174,7 +167,9 @@ def at_hand(rows: list[Row]) -> list[Row]:
 
 def science_qa(folder: Path) -> Test:
     """Its questions with a picture: llava_test_CQM-A.json, and the pictures in images/test."""
-    listed = [row for row in json.loads(read(folder / "llava_test_CQM-A.json")) if "image" in row]
+    listed = [
+        row for row in json.loads(read_bytes(folder / "llava_test_CQM-A.json")) if "image" in row
+    ]
     packed = unpacked(folder / "images_small.tar.xz")
     rows = conversations(listed, folder / "images/test", packed)
     rows = [Row((row.turns[0] + LETTER, *row.turns[1:]), row.image) for row in rows]
@@ -186,7 +181,7 @@ def pope(folder: Path) -> Test:
     rows = [
         Row((one["text"] + SHORT, one["label"]), folder / "val2014" / one["image"], part)
         for part in ("random", "popular", "adversarial")
-        for one in map(json.loads, read(folder / f"coco_pope_{part}.json").splitlines())
+        for one in map(json.loads, read_bytes(folder / f"coco_pope_{part}.json").splitlines())
     ]
     return Test(at_hand(rows), metric="f1", asked=len(rows))
 
@@ -236,7 +231,7 @@ def load(
     if (folder / "easy-vqa").exists():
         rows, tests["easy-VQA"] = easy_vqa(folder / "easy-vqa")
     if train:
-        rows = conversations(json.loads(read(train)), images or train.parent)
+        rows = conversations(json.loads(read_bytes(train)), images or train.parent)
     tests = {name: test for name, test in tests.items() if test.rows}
     if not rows or not tests:
         raise SystemExit(

@@ -181,7 +181,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {len(test.rows)} of {asked} questions, whose pictures there are")
         answers, rec = ask(trainer, processor, test.rows, run.new_tokens)
         metrics = visual_data.score(test, answers)
-        reports = {"all": rec.report(recipe.WORLD > 1)} | rec.reports(recipe.WORLD > 1)
+        reports = {"all": rec.report(reduce=True)} | rec.reports(reduce=True)
         kept["scores"][name] = 100 * metrics[test.metric]
         kept["sparsity"][name] = 100 * reports["all"].sparsity
         kept["metrics"][name] = metrics | {"questions": len(test.rows), "of": asked}

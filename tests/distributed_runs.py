@@ -11,6 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 from models import Net, away_from_initialisation
+from ranks import become
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,12 +24,8 @@ CLIP = 0.01  # of a norm
 
 
 def join(rank, port):
-    """What torchrun and `accelerate launch` tell a process, and a group of two."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    """Be one of two processes, and make their group."""
+    become(rank, port)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 
+import ranks
 import torch
 import transformers
 from models import away_from_initialisation
@@ -118,11 +118,7 @@ def halting(folder, connection):
 
 
 def ranked(folder, rank, port):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    ranks.become(rank, port)
     found = {}
     for unit in (True, False):
         if not unit:
