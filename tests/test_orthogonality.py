@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Net
+from models import Net, away_from_initialisation
 
 import tokengate
 
@@ -31,6 +31,16 @@ def test_orthogonality_by_hand():
     assert penalty.item() == 0
     penalty.backward()
     assert m.P.grad.isfinite().all()  # a norm has no derivative at 0
+
+
+def test_orthogonality_within_autocast():
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], "adalora"))
+    expected = tokengate.orthogonality(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        penalty = tokengate.orthogonality(model)
+    penalty.backward()
+    assert penalty.dtype == torch.float32
+    torch.testing.assert_close(penalty, expected, rtol=1e-6, atol=0)
 
 
 def test_orthogonality_needs_an_adalora():

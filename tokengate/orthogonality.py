@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tokengate.errors import TokenGateError
 from tokengate.gated_linear import require_layers
 from tokengate.modifications import AdaLoRA
+from tokengate.precision import without_autocast
 from tokengate.sharding import gathered
 
 
@@ -43,7 +44,9 @@ def orthogonality(model: nn.Module) -> Tensor:
     distances = []
     for modification in adalora_layers(model, "orthogonality").values():
         P, Q = gathered(modification.P), gathered(modification.Q)
-        for gram in (P.T @ P, Q @ Q.T):
+        with without_autocast(P.device):  # 16 bits would round what is nearly orthogonal to it
+            grams = (P.T @ P, Q @ Q.T)
+        for gram in grams:
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             distances.append(torch.linalg.vector_norm(gram - identity))
     # A model may be spread over devices.
