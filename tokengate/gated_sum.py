@@ -25,6 +25,8 @@ from tokengate.gate import (
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
+# Multiply-adds that take no longer than it takes to start ten operations.
+_FEW = 2**20
 
 
 class GatedSum(torch.autograd.Function):
@@ -79,7 +81,7 @@ class GatedSum(torch.autograd.Function):
         if needs_tau:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
-            mu = (down.detach().to(dtype) * z.detach().to(dtype)).sum(-1)
+            mu = torch.linalg.vecdot(down.detach().to(dtype), z.detach().to(dtype))
         if gain is not None:
             in_blocks = not torch.is_grad_enabled()  # with gradients of its own, in one
             grad_out, mu_of_w, grad_gain = _through_gain(
@@ -128,10 +130,7 @@ def _add_low_rank(
     """Write `out` + S up z to `h`, which may be `out`; S."""
     is_open = None
     if gate is not None:
-        dtype = accumulation_dtype(out)
-        blocks = [slice(None)] if bias is None else _blocks(out)
-        of_w = [norms(without_bias(out[block], bias), dtype) for block in blocks]
-        is_open = gate.decide(_norms_of_product(z, up), _joined(of_w))
+        is_open = gate.decide(_norms_of_product(z, up), _norms_without_bias(out, bias))
     torch.addmm(out, _where(is_open, z), up.T, out=h)
     return is_open
 
@@ -201,31 +200,38 @@ def _through_gain(
     )
 
 
+def _norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
+    """||w_i||: `(N, C) -> (N,), (N,)`."""
+    dtype = accumulation_dtype(out)
+    if bias is None:
+        return norms(out, dtype)
+    return _joined([norms(without_bias(out[block], bias), dtype) for block in _blocks(out)])
+
+
 def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`.
 
-    Of few positions M(x) itself, which is less work.
+    Of few positions and channels M(x) itself, which is less work.
     """
-    if len(z) <= up.shape[1]:
+    if len(z) <= up.shape[1] or len(z) * up.numel() <= _FEW:
         return norms(z @ up.T, accumulation_dtype(z))
     if z.device.type == "mps":  # which has no double
-        return _from_gram(z, up, torch.float32)[0]
+        return _from_gram(z, up, torch.float32)[0].clamp_(min=0).sqrt_(), 0
     if z.device.type == "cpu" and z.dtype != torch.float64:
-        found, bound = _from_gram(z, up, torch.float32)
+        square, bound = _from_gram(z, up, torch.float32)
+        least, largest = bound.aminmax()  # both are NaN where one of them is
         # Else squares may have left float32's range, or what is left of their differences is
         # rounding.
-        if ((bound > 1e-30) & (bound < 1e30) & (found[0].square() > 1e-3 * bound)).all():
-            return found
-    return _from_gram(z, up, torch.float64)[0]
+        if least.item() > 1e-30 and largest.item() < 1e30 and (square > 1e-3 * bound).all():
+            return square.sqrt_(), 0
+    return _from_gram(z, up, torch.float64)[0].clamp_(min=0).sqrt_(), 0  # a NaN stays one
 
 
-def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Norms, Tensor]:
-    """||up z_i||, and its largest possible square: ||up||^2 ||z_i||^2, `(N,)`."""
+def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """||up z_i||^2, and the largest that it can be: ||up||^2 ||z_i||^2, `(N,), (N,)`."""
     z, up = z.to(dtype), up.to(dtype)
     gram = up.T @ up
-    norm = ((z @ gram) * z).sum(-1).clamp(min=0).sqrt()  # a NaN stays one
-    bound = gram.diagonal().sum() * z.square().sum(-1)
-    return (norm, 0), bound
+    return torch.linalg.vecdot(z @ gram, z), gram.trace() * torch.linalg.vecdot(z, z)
 
 
 def _joined(parts: list[Norms]) -> Norms:
@@ -241,7 +247,7 @@ def _where(is_open: Tensor | None, x: Tensor) -> Tensor:
     if is_open is None:
         return x
     # A selection: what is closed is 0, whatever it was.
-    return torch.where(is_open.reshape(*x.shape[:-1], 1), x, 0)
+    return torch.where(is_open.unsqueeze(-1), x, 0)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
