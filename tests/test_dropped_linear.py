@@ -74,6 +74,25 @@ def test_kept_is_a_list_or_a_mask(dropout):
     assert kept.nbytes <= x.numel()
 
 
+@pytest.mark.parametrize("layout", ["whole", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_dropout_the_input_is_kept_as_it_is(layout, dtype):
+    x, weight = torch.randn(4, 6, 8, dtype=dtype, requires_grad=True), torch.randn(3, 8)
+    weight.requires_grad_()
+    given = x.transpose(0, 1) if layout == "transposed" else x
+
+    def kept(function):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+            function(given)
+        own = {t.untyped_storage().data_ptr() for t in (x, weight)}
+        return {t.numel() for t in saved if t.untyped_storage().data_ptr() not in own}
+
+    assert kept(lambda x: dropped_linear(x, weight, 0.0, True, dtype)) == set()
+    copies = layout == "transposed" or dtype == torch.bfloat16
+    assert bool(kept(lambda x: F.linear(x, weight.to(dtype)))) == copies
+
+
 @pytest.mark.parametrize("dropout", [0.1, 0.5], ids=["listed", "mask"])
 def test_derivatives(dropout):
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

@@ -60,10 +60,8 @@ def test_blocks_are_one(method, bias, gate, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("size", [1e-24, 1e24])
-@pytest.mark.parametrize("few", [0, gated_sum._FEW])
-def test_squares_out_of_range(method, size, few, monkeypatch):
+def test_squares_out_of_range(method, size):
     """Norms whose squares float32 does not hold decide as those of inputs of usual size."""
-    monkeypatch.setattr(gated_sum, "_FEW", few)
     layer = layer_of(method, bias=False)
     x = torch.randn(40, 12)
     tokengate.calibrate(layer, [(x,)], sparsity=0.5)
@@ -72,15 +70,44 @@ def test_squares_out_of_range(method, size, few, monkeypatch):
     assert torch.equal(sums_of(layer, x * size)[1], wanted)
 
 
-def test_columns_that_cancel(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_norms_from_products_of_columns(dtype, monkeypatch):
+    ways = []
+    quick = gated_sum._from_gram
+    monkeypatch.setattr(
+        gated_sum, "_from_gram", lambda z, up, wide: ways.append(wide) or quick(z, up, wide)
+    )
+    torch.manual_seed(0)
+    z, up = torch.randn(40, 4).to(dtype), torch.randn(10, 4).to(dtype)
+    found, exponent = gated_sum._norms_of_product(z, up)
+    exact = (z.double() @ up.double().T).norm(dim=1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert exponent == 0
+    assert ways == [torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def test_tau_s_gradient_where_backward_runs_within_autocast():
+    layer, x = layer_of("lora"), torch.randn(9000, 12)
+    tokengate.calibrate(layer, [(x,)], sparsity=0.5)
+    found = []
+    for within in (False, True):
+        layer.zero_grad()
+        h = layer(x)
+        with torch.autocast("cpu", torch.float16, enabled=within):
+            (3e3 * h).sum().backward()
+        found.append(layer.gate.tau.grad.clone())
+    assert found[0].abs() > 65504  # which is float16's largest
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=0)
+
+
+def test_columns_that_cancel():
     """Of M(x) = up z little is left where the columns of `up` are nearly one: rounding, in
     float32 squares."""
-    monkeypatch.setattr(gated_sum, "_FEW", 0)
     torch.manual_seed(0)
     column = torch.randn(50, 1)
     up = torch.cat([column, column + 1e-4 * torch.randn(50, 1)], dim=1)
     z = torch.randn(30, 1) * torch.tensor([1.0, -1.0])
-    plain = gated_sum._from_gram(z, up, torch.float32)[0].sqrt()
+    plain = gated_sum._from_gram(z, up, torch.float32)[0].clamp(min=0).sqrt()
     exact = (z.double() @ up.double().T).norm(dim=1)
     assert (plain / exact - 1).abs().max() > 0.01
     found, _ = gated_sum._norms_of_product(z, up)

@@ -25,8 +25,6 @@ from tokengate.gate import (
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
-# Multiply-adds that take no longer than it takes to start ten operations.
-_FEW = 2**20
 
 
 class GatedSum(torch.autograd.Function):
@@ -81,7 +79,8 @@ class GatedSum(torch.autograd.Function):
         if needs_tau:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
-            mu = torch.linalg.vecdot(down.detach().to(dtype), z.detach().to(dtype))
+            # No vecdot: where backward runs within autocast, that would sum in 16 bits.
+            mu = (down.detach().to(dtype) * z.detach().to(dtype)).sum(-1)
         if gain is not None:
             in_blocks = not torch.is_grad_enabled()  # with gradients of its own, in one
             grad_out, mu_of_w, grad_gain = _through_gain(
@@ -211,9 +210,9 @@ def _norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
 def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`.
 
-    Of few positions and channels M(x) itself, which is less work.
+    Of few positions M(x) itself, which is less work.
     """
-    if len(z) <= up.shape[1] or len(z) * up.numel() <= _FEW:
+    if len(z) <= up.shape[1]:
         return norms(z @ up.T, accumulation_dtype(z))
     if z.device.type == "mps":  # which has no double
         return _from_gram(z, up, torch.float32)[0].clamp_(min=0).sqrt_(), 0

@@ -33,7 +33,9 @@ def dropped_linear(
         dtype: the compute dtype, that of the layer's output.
     """
     drops = training and dropout > 0
-    if not drops and (x.dtype == weight.dtype == dtype or not torch.is_grad_enabled()):
+    # Of other inputs F.linear keeps a copy for backward, in another dtype or layout.
+    kept_as_it_is = x.dtype == weight.dtype == dtype and x.is_contiguous()
+    if not drops and (kept_as_it_is or not torch.is_grad_enabled()):
         with without_autocast(x.device):
             return F.linear(x.to(dtype), weight.to(dtype))
     dropped, eager = None, is_eager(x)
