@@ -214,8 +214,6 @@ def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """
     if len(z) <= up.shape[1]:
         return norms(z @ up.T, accumulation_dtype(z))
-    if z.device.type == "mps":  # which has no double
-        return _from_gram(z, up, torch.float32)[0].clamp_(min=0).sqrt_(), 0
     if z.device.type == "cpu" and z.dtype != torch.float64:
         square, bound = _from_gram(z, up, torch.float32)
         least, largest = bound.aminmax()  # both are NaN where one of them is
@@ -223,7 +221,9 @@ def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
         # rounding.
         if least.item() > 1e-30 and largest.item() < 1e30 and (square > 1e-3 * bound).all():
             return square.sqrt_(), 0
-    return _from_gram(z, up, torch.float64)[0].clamp_(min=0).sqrt_(), 0  # a NaN stays one
+    wide = torch.float32 if z.device.type == "mps" else torch.float64  # which mps has not
+    square, _ = _from_gram(z, up, wide)
+    return square.clamp_(min=0).sqrt_(), 0  # a NaN stays one
 
 
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
