@@ -107,14 +107,16 @@ def gated_sum(
     in_place: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What `GatedSum` gives, without its gradients."""
-    # Not a view, or the caller might not write over it.
-    h = out if in_place else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    width, rank = out.shape[-1], z.shape[-1]
-    rows = h.view(-1, width), out.reshape(-1, width), z.reshape(-1, rank)
+    width = out.shape[-1]
+    z = z.reshape(-1, z.shape[-1])
+    # What is returned is no view, or the caller might not write over it.
     if gain is None:
-        is_open = _add_low_rank(*rows, bias, up, gate)
+        h = out if in_place else out.clone(memory_format=torch.contiguous_format)
+        is_open = _add_low_rank(h.view(-1, width), z, bias, up, gate)
     else:
-        is_open = _add_with_gain(*rows, bias, up, gain, gate)
+        h = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        rows = h.view(-1, width), out.reshape(-1, width)
+        is_open = _add_with_gain(*rows, z, bias, up, gain, gate)
     return h, None if is_open is None else is_open.view(out.shape[:-1])
 
 
@@ -124,13 +126,13 @@ def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _add_low_rank(
-    h: Tensor, out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None
+    h: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None
 ) -> Tensor | None:
-    """Write `out` + S up z to `h`, which may be `out`; S."""
+    """Add S up z to the layer's output in `h`; S."""
     is_open = None
     if gate is not None:
-        is_open = gate.decide(_norms_of_product(z, up), _norms_without_bias(out, bias))
-    torch.addmm(out, _where(is_open, z), up.T, out=h)
+        is_open = gate.decide(_norms_of_product(z, up), _norms_without_bias(h, bias))
+    h.addmm_(_where(is_open, z), up.T)
     return is_open
 
 
@@ -143,7 +145,7 @@ def _add_with_gain(
     gain: Tensor,
     gate: TokenGate | None,
 ) -> Tensor | None:
-    """Write `out` + S (up z + gain w) to `h`; S."""
+    """Write `out` + S (up z + gain w) to `h`, which is not `out`; S."""
     opens, of_m, of_w = [], [], []
     dtype = accumulation_dtype(out)
     for block in _blocks(out):
@@ -219,7 +221,8 @@ def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
         least, largest = bound.aminmax()  # both are NaN where one of them is
         # Else squares may have left float32's range, or what is left of their differences is
         # rounding.
-        if least.item() > 1e-30 and largest.item() < 1e30 and (square > 1e-3 * bound).all():
+        in_range = least.item() > 1e-30 and largest.item() < 1e30
+        if in_range and (square / bound).amin().item() > 1e-3:
             return square.sqrt_(), 0
     wide = torch.float32 if z.device.type == "mps" else torch.float64  # which mps has not
     square, _ = _from_gram(z, up, wide)
