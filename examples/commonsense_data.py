@@ -99,6 +99,8 @@ def load(place: Path) -> tuple[list[Row], dict[str, list[Row]], list[str]]:
     """
     folder = place if place.is_dir() else place.parent
     together = read(place / ALL if place.is_dir() else place)
+    if together is None and not place.is_dir():
+        raise SystemExit(f"there is no {place}: pass as --data a folder or a file that there is.")
     train, tests, missing = together or [], {}, []
     for name, task in TASKS.items():
         rows = {part: read(folder / task.folder / f"{part}.json") for part in ("train", "test")}

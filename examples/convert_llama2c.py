@@ -147,9 +147,12 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
-    converted, words = model(args.checkpoint), tokenizer(args.tokenizer)
+    try:
+        converted, words = model(args.checkpoint), tokenizer(args.tokenizer)
+    except (TokenGateError, OSError) as why:
+        raise SystemExit(str(why)) from why
     if len(words) != converted.config.vocab_size:
-        raise TokenGateError(
+        raise SystemExit(
             f"{args.tokenizer} has {len(words)} pieces and {args.checkpoint} "
             f"{converted.config.vocab_size}: they are not of one model."
         )

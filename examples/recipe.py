@@ -20,15 +20,18 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import recipe_results
 import torch
 import transformers
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import tokengate
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
@@ -183,6 +186,27 @@ def fit(
     return trainer
 
 
+@torch.no_grad()
+def predict(trainer: Trainer, rows: Sequence[Any], collate: Any) -> Tensor:
+    """The model's logits for each row, `(rows, classes)`, on all processes.
+
+    Every row is computed once. The Trainer's own `predict` repeats some where they do not divide
+    evenly among the processes, and what records sparsity around it would count these twice.
+    """
+    model, args = trainer.model.eval(), trainer.args
+    mine = range(args.process_index, len(rows), args.world_size)
+    batches = DataLoader(
+        Subset(rows, mine), args.per_device_eval_batch_size, collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+    )  # fmt: skip
+    found: list[Tensor] = []
+    for batch in tqdm(batches, "predict", disable=not FIRST):
+        on_device = {name: value.to(args.device) for name, value in batch.items()}
+        found += model(**on_device)["logits"].float().cpu()
+    of_all = dict(gather_object(list(zip(mine, found, strict=True))))
+    return torch.stack([of_all[i] for i in range(len(rows))])
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The last that was saved to the end, which trainer_state.json is."""
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
@@ -214,16 +238,20 @@ def main(
             gc.collect()  # a Trainer and its model, or there would be two of them
             began = time.perf_counter()
             set_seed(run.seed)
-            kept = perform(run)
+            try:
+                kept = perform(run)
+            except (tokengate.TokenGateError, OSError) as why:  # what was asked cannot be done
+                raise SystemExit(f"{run.folder.name}: {why}") from why
             seconds = time.perf_counter() - began
             kept |= {"settings": plain(run), "seconds": seconds, "on": machine()}
             if FIRST:
                 recipe_results.keep_text(done, json.dumps(kept, indent=1))
-                begun.unlink()
-                for checkpoint in run.folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
         else:
             kept = json.loads(done.read_text())
+        if FIRST:  # also what was left behind between the results and this
+            begun.unlink(missing_ok=True)
+            for checkpoint in run.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         found.append(kept)
     if FIRST:
         print("\n" + recipe_results.write(found, runs[0].output))
@@ -231,8 +259,10 @@ def main(
 
 def check(run: argparse.Namespace) -> None:
     """Refuse a folder with the results, or the checkpoints, of other settings."""
-    for file in (run.folder / name for name in FILES):
-        if file.exists():
+    done, begun = (run.folder / name for name in FILES)
+    for file in (done, begun):
+        # What was only begun has nothing of its settings in it before its first checkpoint.
+        if file.exists() and (file == done or last_checkpoint(run.folder)):
             asked, had = plain(run), json.loads(file.read_text())["settings"]
             if had != asked:
                 other = [name for name in asked | had if asked.get(name) != had.get(name)]

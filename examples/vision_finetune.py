@@ -18,6 +18,7 @@ results.json is patches.png: some held-out pictures, and which of their patches 
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
             warmup_steps=100, per_device_train_batch_size=64 // recipe.WORLD, weight_decay=0.01,
             per_device_eval_batch_size=256, save_strategy="no", report_to="none",
             dataloader_num_workers=run.workers, dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=recipe.WORLD > 1 and not torch.cuda.is_available(),  # as `recipe.fit` says
         ),
         train_dataset=train,
         data_collator=default_data_collator,
@@ -106,8 +108,10 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
 
 def accuracy(trainer: Trainer, data: Pictures) -> float:
     """Share of pictures that are classified correctly, in percent."""
-    found = trainer.predict(data)
-    return float(100 * (found.predictions.argmax(-1) == found.label_ids).mean())
+    answers = recipe.predict(trainer, data, default_data_collator).argmax(-1)
+    return 100 * statistics.fmean(
+        a == label for a, (_, label) in zip(answers.tolist(), data.rows, strict=True)
+    )
 
 
 def draw(model: Classifier, data: Pictures, classes: list[str], path: Path) -> None:

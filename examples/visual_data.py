@@ -161,8 +161,8 @@ def conversations(
 
 
 def at_hand(rows: list[Row]) -> list[Row]:
-    """Those whose picture there is."""
-    return [row for row in rows if isinstance(row.image, bytes) or row.image.is_file()]
+    """Those whose picture there is, or that need none."""
+    return [row for row in rows if not isinstance(row.image, Path) or row.image.is_file()]
 
 
 def science_qa(folder: Path) -> Test:
@@ -232,11 +232,19 @@ def load(
         rows, tests["easy-VQA"] = easy_vqa(folder / "easy-vqa")
     if train:
         rows = conversations(json.loads(read_bytes(train)), images or train.parent)
-    tests = {name: test for name, test in tests.items() if test.rows}
+    for name in [name for name, test in tests.items() if not test.rows]:
+        asked = tests.pop(name).asked
+        print(f"{name}: left out, as there is none of the pictures of its {asked} questions")
     if not rows or not tests:
         raise SystemExit(
             f"{folder} has no {'test' if rows else 'training rows'}: it must have a folder "
             "scienceqa, pope or easy-vqa with pictures, and --train a file unless it has easy-vqa."
+        )
+    lacking = len(rows) - len(at_hand(rows))
+    if lacking:
+        raise SystemExit(
+            f"{lacking} of {len(rows)} conversations are about pictures that are not in "
+            f"{images or train.parent}: pass as --images where their names begin."
         )
     random.Random(0).shuffle(rows)
     return rows, tests

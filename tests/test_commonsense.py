@@ -145,6 +145,9 @@ def test_a_folder_without_rows_is_named(recipe, tmp_path):
     write(tmp_path, "PIQA", "test", [row()])
     with pytest.raises(SystemExit, match="has no rows to train on: pass as --data a folder with"):
         recipe.data.load(tmp_path)
+    write(tmp_path, "PIQA", "train", [row()])
+    with pytest.raises(SystemExit, match=r"there is no .*mine.json: pass as --data"):
+        recipe.data.load(tmp_path / "mine.json")
 
 
 def test_rows_are_drawn_alike_each_time(recipe):

@@ -148,7 +148,10 @@ def test_both_must_be_of_one_model(convert, tmp_path, monkeypatch):
     checkpoint, output = made_up(tmp_path / "made_up.bin"), tmp_path / "out"
     arguments = ["convert", str(checkpoint), str(WEIGHTS / "tok512.bin"), str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
-    with one_sentence("512 pieces", "11"):
+    with pytest.raises(SystemExit, match=r"512 pieces and .* 11: they are not of one model"):
+        convert.main()
+    checkpoint.write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"made_up.bin has 0 bytes, and no llama2.c checkpoint"):
         convert.main()
     assert not output.exists()
 

@@ -1,6 +1,8 @@
 """The GLUE example: its tasks are read as they are spelt, whoever made the files."""
 
+import argparse
 import importlib
+import json
 import lzma
 import pathlib
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the examples extra is not installed")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "glue"
 
@@ -58,6 +61,28 @@ def test_mnli_leaves_out_what_its_annotators_did_not_agree_on(glue, tmp_path):
     (tmp_path / "MNLI" / "dev_matched.tsv").write_text(head)
     train, held_out = glue.load("mnli", tmp_path)
     assert (sorted(train), held_out) == ([(("a", "b"), 2), (("e", "f"), 1)], [])
+
+
+def test_a_label_of_another_spelling_is_refused(glue, tmp_path):
+    (tmp_path / "RTE").mkdir()
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / "RTE" / file).write_text(FILES["rte"].replace("not_entailment", "1"))
+    with pytest.raises(SystemExit, match="has the label '1', and RTE has entailment, not_entail"):
+        glue.load("rte", tmp_path)
+
+
+def test_columns_of_other_names_are_refused(glue, tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text("text\tlabel\na\t1\n")
+    with pytest.raises(SystemExit, match=r"columns \['text', 'label'\], where SST-2 has"):
+        glue.load("sst2", tmp_path)
+
+
+def test_a_line_that_is_cut_off_is_left_out(glue, tmp_path):
+    (tmp_path / "QQP").mkdir()
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / "QQP" / file).write_text(FILES["qqp"] + "1\t2\t3\ta question of no pair\n")
+    assert len(glue.load("qqp", tmp_path)[0]) == 2
 
 
 def test_a_similarity_is_a_number(glue, tmp_path):
@@ -120,3 +145,84 @@ def test_settings_are_chosen_on_a_part_that_is_neither_trained_nor_tested_on(glu
         == everything[:100]
         != glue.read(DATA / "CoLA/in_domain_train.tsv", glue.TASKS["cola"])[:100]
     )
+
+
+def call(glue, monkeypatch, *line):
+    example = importlib.import_module("finetune_glue")
+    monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *map(str, line)])
+    example.main()
+
+
+def test_a_task_that_lacks_is_told_before_any_run(glue, monkeypatch, tmp_path, capsys):
+    (tmp_path / "CoLA").mkdir()
+    with pytest.raises(SystemExit):
+        call(glue, monkeypatch, "--task", "cola", "mrpc", "--data", tmp_path, "--output", tmp_path)
+    assert f"there is no {tmp_path / 'MRPC'}: --data is the folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["CoLA"]
+
+
+def test_paper_is_tables_3_and_8(glue, monkeypatch):
+    example = importlib.import_module("finetune_glue")
+    found = []
+    monkeypatch.setattr(example.recipe, "main", lambda runs, perform: found.extend(runs))
+    line = "--paper --task mrpc cola --method adapter adalora --gate on --lr 1"
+    call(glue, monkeypatch, *line.split())
+    assert [
+        (run.model, run.rank, run.scale, run.dropout, run.lr, run.batch_size, run.epochs, run.s,
+         run.penalty)
+        for run in found
+    ] == [
+        ("microsoft/deberta-v3-base", 32, 0.5, 0.0, 1, 32, 60, 1e-4, 2e-8),
+        ("microsoft/deberta-v3-base", 4, 0.5, 0.0, 1, 32, 60, 1e-4, 2e-8),
+        ("microsoft/deberta-v3-base", 32, 0.5, 0.1, 1, 32, 40, 1e-4, 4.5e-7),
+        ("microsoft/deberta-v3-base", 4, 0.5, 0.1, 1, 32, 40, 1e-4, 5e-6),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
+def test_all_that_is_new_in_a_model_is_trained(glue, monkeypatch, tmp_path, kind):
+    example = importlib.import_module("finetune_glue")
+    rows = glue.made_up("cola")[0]
+    tokenizer = example.tiny(argparse.Namespace(task="cola"), rows)[1]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    if kind == "DistilBert":
+        sizes = {"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, num_attention_heads=2, vocab_size=len(tokenizer), max_position_embeddings=64
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    caught = []
+
+    class Stopped(Exception):
+        pass
+
+    def fit(model, *args, **options):
+        caught.append(model)
+        raise Stopped
+
+    monkeypatch.setattr(example.recipe, "fit", fit)
+    monkeypatch.setattr(example.glue_data, "load", lambda *args: (rows, rows))
+    with pytest.raises(Stopped):
+        call(glue, monkeypatch, "--model", tmp_path / "model", "--output", tmp_path / "out")
+    trained = {n for n, p in caught[0].named_parameters() if p.requires_grad}
+    new = {
+        "Bert": {"classifier.weight", "classifier.bias"},
+        "DistilBert": {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight",
+                       "classifier.bias"},
+        "Roberta": {"classifier.dense.weight", "classifier.dense.bias",
+                    "classifier.out_proj.weight", "classifier.out_proj.bias"},
+    }  # fmt: skip
+    assert new[kind] <= trained
+    frozen = {n for n, p in caught[0].named_parameters() if not p.requires_grad}
+    assert any("embedding" in name for name in frozen)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project, not in it")
+@pytest.mark.parametrize("task", ["cola", "mrpc", "sst2"])
+def test_smoke_runs_on_real_rows(glue, monkeypatch, tmp_path, task):
+    line = ["--smoke", "--epochs", 1, "--gate", 0.5, "--data", DATA, "--task", task]
+    call(glue, monkeypatch, *line, "--output", tmp_path)
+    found = json.loads((tmp_path / f"{task}-lora-0.5-0" / "results.json").read_text())
+    assert all(module["samples"] == 32 for module in found["report"]["modules"].values())
+    assert list(found["scores"]) == [glue.TASKS[task].folder]

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from models import one_sentence
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 TEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt.xz"
@@ -106,9 +105,29 @@ def test_smoke_runs_on_a_real_text(recipe, monkeypatch, tmp_path):
     assert found["after"] != found["before"]
 
 
+@pytest.mark.skipif(not TEXT.exists(), reason="the real texts lie beside the project, not in it")
+def test_a_converted_checkpoint_learns_a_text(recipe, monkeypatch, tmp_path):
+    convert = importlib.import_module("convert_llama2c")
+    weights, model = TEXT.parents[1] / "weights", tmp_path / "model"
+    line = ["convert_llama2c.py", weights / "stories260K.bin", weights / "tok512.bin", model]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    convert.main()
+    text = recipe.read(TEXT)[:60_000]
+    (tmp_path / "text.txt").write_text(text)
+    line = ["language_modelling.py", "--model", model, "--data", tmp_path / "text.txt"]
+    line += ["--gate", 0.5, "--rows", 32, "--epochs", 1, "--lr", 3e-2, "--batch-size", 8]
+    monkeypatch.setattr(sys, "argv", [*map(str, line), "--output", str(tmp_path)])
+    recipe.main()
+    found = json.loads((tmp_path / "lora-0.5-0" / "results.json").read_text())
+    # One that knows nothing finds each of its 512 tokens as likely; this one knows some English.
+    assert found["after"]["perplexity"] < found["before"]["perplexity"] < 400
+    assert len(found["report"]["modules"]) == 5 * 5
+    assert 0 < found["report"]["sparsity"] < 1
+
+
 def test_what_cannot_be_trained_on_is_said(recipe, monkeypatch, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("a b c d e f g h i j\n")
-    with one_sentence("short.txt", "256 tokens"):
+    with pytest.raises(SystemExit, match=r"lora-off-0: .*short.txt has less than 256 tokens"):
         call(recipe, monkeypatch, tmp_path, "--data", tmp_path / "short.txt")
     monkeypatch.chdir(tmp_path)
     for more, words in (

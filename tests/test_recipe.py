@@ -9,10 +9,12 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 import weakref
 
 import numpy as np
 import pytest
+import torch
 
 for needed in ("matplotlib", "transformers", "sklearn"):
     pytest.importorskip(needed, reason="the examples extra is not installed")
@@ -104,6 +106,7 @@ def test_a_run_with_results_is_not_repeated(recipe, monkeypatch, tmp_path, capsy
 def test_what_was_begun_with_other_settings_is_not_gone_on_with(recipe, monkeypatch, tmp_path):
     def interrupted(run):
         (run.folder / "checkpoint-1").mkdir(parents=True)
+        (run.folder / "checkpoint-1" / "trainer_state.json").touch()
         raise KeyboardInterrupt
 
     def perform(run):
@@ -119,6 +122,33 @@ def test_what_was_begun_with_other_settings_is_not_gone_on_with(recipe, monkeypa
     assert ran == []
     recipe.main(planned(recipe, monkeypatch, f"{line} 0.1"), perform)
     assert ran == [0.1]
+    assert [path.name for path in (tmp_path / "lora-off-0").iterdir()] == ["results.json"]
+
+
+def test_what_failed_before_its_first_checkpoint_is_begun_anew(recipe, monkeypatch, tmp_path):
+    def perform(run):
+        if run.lr == 0.1:
+            raise FileNotFoundError(2, "No such file", "/nowhere")
+        return {"scores": {"T": 50.0}, "sparsity": {"T": 25.0}}
+
+    line = f"--gate off --output {tmp_path} --lr"
+    with pytest.raises(SystemExit, match=r"lora-off-0: .*No such file: '/nowhere'"):
+        recipe.main(planned(recipe, monkeypatch, f"{line} 0.1"), perform)
+    assert (tmp_path / "lora-off-0" / "begun.json").exists()
+    recipe.main(planned(recipe, monkeypatch, f"{line} 0.2"), perform)
+    kept = json.loads((tmp_path / "lora-off-0" / "results.json").read_text())
+    assert kept["settings"]["lr"] == 0.2
+
+
+def test_what_an_interruption_left_beside_results_is_removed(recipe, monkeypatch, tmp_path):
+    def perform(run):
+        return {"scores": {"T": 50.0}, "sparsity": {"T": 25.0}}
+
+    runs = planned(recipe, monkeypatch, f"--gate off --output {tmp_path}")
+    recipe.main(runs, perform)
+    (tmp_path / "lora-off-0" / "checkpoint-1").mkdir()
+    (tmp_path / "lora-off-0" / "begun.json").write_text("{}")
+    recipe.main(runs, None)
     assert [path.name for path in (tmp_path / "lora-off-0").iterdir()] == ["results.json"]
 
 
@@ -250,21 +280,60 @@ def test_every_method_is_trained(glue, tmp_path):
         assert (found["report"]["sparsity"] > 0) == ("-0.5-" in name), name
 
 
-def test_two_processes_train_what_one_does(recipe, tmp_path):
-    # 32 rows, all in one step, so that how they are divided makes no difference.
-    script = [EXAMPLES / "finetune_glue.py", "--smoke", "--gate", "0.5", "--batch-size", "32"]
+# The second trains its backbone, too.
+@pytest.mark.parametrize(
+    ("script", "batch", "folder", "held_out"),
+    [
+        ("finetune_glue", 32, "cola-lora-0.5-0", 15),
+        ("vision_finetune", 16, "digits-lora-0.5-0", 32),
+    ],
+)
+def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, folder, held_out):
+    # All 32 sentences in one step, so that how they are divided makes no difference.
+    script = [EXAMPLES / f"{script}.py", "--smoke", "--gate", "0.5", "--batch-size", batch]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    logs = []
+    logs, reports = [], []
     for processes in ("2", "1"):
-        folder = tmp_path / processes
-        command = [*run, processes, *script, "--output", folder, "--accumulate", 3 - int(processes)]
+        output = tmp_path / processes
+        command = [*run, processes, *script, "--output", output, "--accumulate", 3 - int(processes)]
         subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
-        found = json.loads((folder / "cola-lora-0.5-0" / "results.json").read_text())
+        found = json.loads((output / folder / "results.json").read_text())
         assert found["on"]["processes"] == int(processes)
         logs.append([(e["loss"], e["tau_mean"]) for e in found["log"] if "loss" in e])
+        reports.append(found["report"])
     assert logs[0][-1][1] != 0
     assert np.allclose(*logs, atol=1e-5)
+    # Of those that are held out each counts once, also of 15, which two cannot share evenly.
+    samples = {m["samples"] for each in reports for m in each["modules"].values()}
+    assert samples == {held_out}
+    two, one = ([m["positions"] for m in each["modules"].values()] for each in reports)
+    assert two == one
+    assert 0 < reports[1]["sparsity"] < 1
+    assert reports[0]["sparsity"] == pytest.approx(reports[1]["sparsity"], abs=0.01)
+
+
+class Sums(torch.nn.Module):
+    """Logits of a row are its number and its double."""
+
+    def forward(self, x):
+        return {"logits": torch.stack([x, 2 * x], dim=-1)}
+
+
+def test_a_prediction_is_of_each_row_in_their_order(recipe):
+    args = types.SimpleNamespace(
+        process_index=0, world_size=1, per_device_eval_batch_size=2, dataloader_num_workers=0,
+        device="cpu",
+    )  # fmt: skip
+    model = Sums().train()
+    trainer = types.SimpleNamespace(model=model, args=args)
+
+    def collate(rows):
+        assert not model.training
+        return {"x": torch.tensor(rows)}
+
+    found = recipe.predict(trainer, [3, 1, 2], collate)
+    assert found.tolist() == [[3, 6], [1, 2], [2, 4]]
 
 
 FOUND = [

@@ -240,6 +240,20 @@ def test_the_tests_have_the_questions_whose_picture_there_is(data, folder):
         data.load(folder / "none", own / "train.json")
 
 
+def test_a_test_without_pictures_is_said_to_be_left_out(data, folder, capsys):
+    own = folder / "own"
+    (folder / "pope/val2014/1.jpg").unlink()
+    _, tests = data.load(folder, own / "train.json", own / "pictures")
+    assert list(tests) == ["SQA"]
+    said = "POPE: left out, as there is none of the pictures of its 6 questions\n"
+    assert capsys.readouterr().out == said
+
+
+def test_conversations_about_pictures_that_lack_are_refused(data, folder):
+    with pytest.raises(SystemExit, match="1 of 1 conversations are about pictures that are not in"):
+        data.load(folder, folder / "own/train.json")
+
+
 @pytest.fixture(scope="module")
 def real_rows(data):
     """Read once: they are packed."""
