@@ -116,7 +116,7 @@ def planned(
 
 def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) -> nn.Module:
     """`tokengate.patch` by the run's options."""
-    # Below its target rank AdaLoRA has nothing to choose from: as in the paper, it starts at twice.
+    # Of its target rank AdaLoRA has nothing to choose from: it starts at twice, as in section 4.1.
     twice = {"rank": 2 * run.rank, "target_rank": run.rank}
     return tokengate.patch(
         model,

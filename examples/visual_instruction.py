@@ -5,10 +5,11 @@
 
 The settings are those of the paper's Tables 2 and 7. `--train` is in LLaVA's own format; `--data`
 is a folder of the tests as LLaVA has them: `scienceqa` (its questions with a picture), `pope`; and
-`easy-vqa`, a small synthetic set that also trains where `--train` is left out. `--plan` needs none
-of it: it says what would be patched and how much memory that takes. What `recipe.py` says of
-recipes holds here; in results.json are also every answer, the other metrics, and the sparsity of
-every module, of pictures and of text apart.
+`easy-vqa`, a small synthetic set that also trains where `--train` is left out. LLaVA-1.5 as its
+authors publish it, which the paper names as its base and which is the default, has been trained on
+the file above already. `--plan` needs none of it: it says what would be patched and how much memory
+that takes. What `recipe.py` says of recipes holds here; in results.json are also every answer, the
+other metrics, and the sparsity of every module, of pictures and of text apart.
 """
 
 from __future__ import annotations
