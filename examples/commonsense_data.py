@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from made_up import WORDS
 from packed import read_bytes
 
 Row = dict[str, str]
@@ -128,12 +129,11 @@ def drawn(rows: list[Row], count: int | None) -> list[Row]:
 
 def made_up() -> tuple[list[Row], dict[str, list[Row]]]:
     """A few rows of no meaning in the tasks' form, with which a script can be tried."""
-    words = ["cat", "dog", "barn", "mat", "sat", "ran", "a", "the", "on", "past", "old", "red"]
     draw = random.Random(0)
 
     def row(task: Task) -> Row:
-        question = " ".join(draw.choices(words, k=draw.randrange(4, 12)))
-        choices = " ".join(f"{a.title()}: {draw.choice(words)}" for a in task.answers)
+        question = " ".join(draw.choices(WORDS, k=draw.randrange(4, 12)))
+        choices = " ".join(f"{a.title()}: {draw.choice(WORDS)}" for a in task.answers)
         answer = draw.choice(task.answers)
         form = f"Answer format: {'/'.join(task.answers)}"
         return {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from made_up import WORDS
 from packed import read_bytes
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -203,11 +204,10 @@ def from_hub(name: str) -> tuple[list[Row], list[Row]]:
 def made_up(name: str) -> tuple[list[Row], list[Row]]:
     """A few rows of no meaning in the task's form, with which a script can be tried."""
     task = TASKS[name]
-    words = ["cat", "dog", "barn", "mat", "sat", "ran", "a", "the", "on", "past", "old", "red"]
     draw = random.Random(0)
     rows = [
         (
-            tuple(" ".join(draw.choices(words, k=8)) for _ in task.texts),
+            tuple(" ".join(draw.choices(WORDS, k=8)) for _ in task.texts),
             draw.randrange(len(task.classes)) if task.classes else 5 * draw.random(),
         )
         for _ in range(47)

@@ -22,6 +22,7 @@ from typing import Any
 
 import recipe
 import torch
+from made_up import WORDS
 from packed import read_bytes
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch.nn.functional import cross_entropy
@@ -49,9 +50,8 @@ def read(path: Path) -> str:
 
 def made_up() -> str:
     """Sentences of no meaning, with which the script can be tried."""
-    words = ["cat", "dog", "barn", "mat", "sat", "ran", "a", "the", "on", "past", "old", "red"]
     draw = random.Random(0)
-    return "".join(" ".join(draw.choices(words, k=8)).capitalize() + ".\n" for _ in range(1000))
+    return "".join(" ".join(draw.choices(WORDS, k=8)).capitalize() + ".\n" for _ in range(1000))
 
 
 def parts(text: str, validation: bool) -> tuple[str, str]:
