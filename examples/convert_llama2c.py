@@ -149,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         converted, words = model(args.checkpoint), tokenizer(args.tokenizer)
-    except (TokenGateError, OSError) as why:
+    except (TokenGateError, FileNotFoundError) as why:
         raise SystemExit(str(why)) from why
     if len(words) != converted.config.vocab_size:
         raise SystemExit(

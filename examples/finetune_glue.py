@@ -89,7 +89,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     if run.smoke:
         held_out = held_out[:32]
     model, tokenizer, new = tiny(run, train) if run.smoke else pretrained(run)
-    # The head, with BERT's pooler, and whatever else the model calls its own.
+    # The head, with BERT's pooler, and whatever else is new in the model.
     parts = {name.split(".")[-1] for name, _ in model.named_modules()} & {"classifier", "pooler"}
     recipe.patch(model, roles(model, *PAPER_TARGETS["glue"]), run, train=sorted(parts | new))
     model.accepts_loss_kwargs = False  # its loss is a mean, which takes no count of tokens
@@ -135,7 +135,9 @@ def main() -> None:
     folders = {run.data / TASKS[run.task].folder for run in runs if run.data}
     lacking = sorted(str(folder) for folder in folders if not folder.is_dir())
     if lacking:
-        options.error(f"there is no {', '.join(lacking)}: --data is the folder of the tasks' own")
+        options.error(
+            f"there is no {', '.join(lacking)}: --data is the folder of the tasks' folders"
+        )
     recipe.main(runs, perform)
 
 

@@ -147,6 +147,7 @@ def read(path: Path, task: Task) -> list[Row]:
         raise SystemExit(f"{path} has the columns {columns}, where {task.folder} has {wanted}.")
     *texts, label = (columns.index(name) for name in wanted)
     rows: list[Row] = []
+    line: list[str] = []
     for line in lines:
         if len(line) <= max(*texts, label) or line[label] == NO_CONSENSUS:
             continue
@@ -157,6 +158,8 @@ def read(path: Path, task: Task) -> list[Row]:
             )
         number = task.classes.index(answer) if task.classes else float(answer)
         rows.append((tuple(line[i].strip() for i in texts), number))
+    if line and not rows:
+        raise SystemExit(f"{path} has no row with tabs between {', '.join(columns)}.")
     return rows
 
 

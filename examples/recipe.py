@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import recipe_results
 import torch
 import transformers
@@ -199,12 +200,12 @@ def predict(trainer: Trainer, rows: Sequence[Any], collate: Any) -> Tensor:
         Subset(rows, mine), args.per_device_eval_batch_size, collate_fn=collate,
         num_workers=args.dataloader_num_workers,
     )  # fmt: skip
-    found: list[Tensor] = []
+    found: list[np.ndarray] = []  # rows of a tensor would be sent with their whole batch
     for batch in tqdm(batches, "predict", disable=not FIRST):
         on_device = {name: value.to(args.device) for name, value in batch.items()}
-        found += model(**on_device)["logits"].float().cpu()
+        found.extend(model(**on_device)["logits"].float().cpu().numpy())
     of_all = dict(gather_object(list(zip(mine, found, strict=True))))
-    return torch.stack([of_all[i] for i in range(len(rows))])
+    return torch.from_numpy(np.stack([of_all[i] for i in range(len(rows))]))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -240,8 +241,12 @@ def main(
             set_seed(run.seed)
             try:
                 kept = perform(run)
-            except (tokengate.TokenGateError, OSError) as why:  # what was asked cannot be done
-                raise SystemExit(f"{run.folder.name}: {why}") from why
+            except BaseException as why:
+                if FIRST and not last_checkpoint(run.folder):
+                    begun.unlink(missing_ok=True)  # there is nothing that could be gone on with
+                if isinstance(why, tokengate.TokenGateError | FileNotFoundError):
+                    raise SystemExit(f"{run.folder.name}: {why}") from why
+                raise
             seconds = time.perf_counter() - began
             kept |= {"settings": plain(run), "seconds": seconds, "on": machine()}
             if FIRST:
@@ -259,10 +264,8 @@ def main(
 
 def check(run: argparse.Namespace) -> None:
     """Refuse a folder with the results, or the checkpoints, of other settings."""
-    done, begun = (run.folder / name for name in FILES)
-    for file in (done, begun):
-        # What was only begun has nothing of its settings in it before its first checkpoint.
-        if file.exists() and (file == done or last_checkpoint(run.folder)):
+    for file in (run.folder / name for name in FILES):
+        if file.exists():
             asked, had = plain(run), json.loads(file.read_text())["settings"]
             if had != asked:
                 other = [name for name in asked | had if asked.get(name) != had.get(name)]

@@ -232,19 +232,17 @@ def load(
         rows, tests["easy-VQA"] = easy_vqa(folder / "easy-vqa")
     if train:
         rows = conversations(json.loads(read_bytes(train)), images or train.parent)
-    for name in [name for name, test in tests.items() if not test.rows]:
-        asked = tests.pop(name).asked
-        print(f"{name}: left out, as there is none of the pictures of its {asked} questions")
-    if not rows or not tests:
+    if not rows or not any(test.rows for test in tests.values()):
         raise SystemExit(
             f"{folder} has no {'test' if rows else 'training rows'}: it must have a folder "
             "scienceqa, pope or easy-vqa with pictures, and --train a file unless it has easy-vqa."
         )
     lacking = len(rows) - len(at_hand(rows))
     if lacking:
+        place = images or (train.parent if train else folder / "easy-vqa")
         raise SystemExit(
-            f"{lacking} of {len(rows)} conversations are about pictures that are not in "
-            f"{images or train.parent}: pass as --images where their names begin."
+            f"{lacking} of {len(rows)} conversations are about pictures that are not in {place}: "
+            "--images says where the names of those of --train begin."
         )
     random.Random(0).shuffle(rows)
     return rows, tests

@@ -180,6 +180,8 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
             test = replace(test, rows=test.rows[:16])
         elif recipe.FIRST and len(test.rows) < asked:
             print(f"{name}: {len(test.rows)} of {asked} questions, whose pictures there are")
+        if not test.rows:
+            continue
         answers, rec = ask(trainer, processor, test.rows, run.new_tokens)
         metrics = visual_data.score(test, answers)
         reports = {"all": rec.report(reduce=True)} | rec.reports(reduce=True)

@@ -85,6 +85,18 @@ def test_a_line_that_is_cut_off_is_left_out(glue, tmp_path):
     assert len(glue.load("qqp", tmp_path)[0]) == 2
 
 
+def test_a_file_without_tabs_is_refused(glue, tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    for text, words in (("sentence,label\na,1\n", "has the columns"), ("a,b\n", "SST-2 has")):
+        (tmp_path / "SST-2" / "train.tsv").write_text(text)
+        with pytest.raises(SystemExit, match=words):
+            glue.load("sst2", tmp_path)
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "in_domain_train.tsv").write_text("gj04,1,,a b\n")
+    with pytest.raises(SystemExit, match="has no row with tabs between source, label, mark, sent"):
+        glue.load("cola", tmp_path)
+
+
 def test_a_similarity_is_a_number(glue, tmp_path):
     (tmp_path / "STS-B").mkdir()
     for file in ("train.tsv", "dev.tsv"):

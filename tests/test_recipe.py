@@ -134,7 +134,7 @@ def test_what_failed_before_its_first_checkpoint_is_begun_anew(recipe, monkeypat
     line = f"--gate off --output {tmp_path} --lr"
     with pytest.raises(SystemExit, match=r"lora-off-0: .*No such file: '/nowhere'"):
         recipe.main(planned(recipe, monkeypatch, f"{line} 0.1"), perform)
-    assert (tmp_path / "lora-off-0" / "begun.json").exists()
+    assert not (tmp_path / "lora-off-0" / "begun.json").exists()
     recipe.main(planned(recipe, monkeypatch, f"{line} 0.2"), perform)
     kept = json.loads((tmp_path / "lora-off-0" / "results.json").read_text())
     assert kept["settings"]["lr"] == 0.2
@@ -147,7 +147,8 @@ def test_what_an_interruption_left_beside_results_is_removed(recipe, monkeypatch
     runs = planned(recipe, monkeypatch, f"--gate off --output {tmp_path}")
     recipe.main(runs, perform)
     (tmp_path / "lora-off-0" / "checkpoint-1").mkdir()
-    (tmp_path / "lora-off-0" / "begun.json").write_text("{}")
+    begun = json.dumps({"settings": recipe.plain(runs[0])})
+    (tmp_path / "lora-off-0" / "begun.json").write_text(begun)
     recipe.main(runs, None)
     assert [path.name for path in (tmp_path / "lora-off-0").iterdir()] == ["results.json"]
 
@@ -289,11 +290,11 @@ def test_every_method_is_trained(glue, tmp_path):
     ],
 )
 def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, folder, held_out):
-    # All 32 sentences in one step, so that how they are divided makes no difference.
+    # Of sentences all 32 in one step, so that how they are divided makes no difference.
     script = [EXAMPLES / f"{script}.py", "--smoke", "--gate", "0.5", "--batch-size", batch]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    logs, reports = [], []
+    logs, reports, scores = [], [], []
     for processes in ("2", "1"):
         output = tmp_path / processes
         command = [*run, processes, *script, "--output", output, "--accumulate", 3 - int(processes)]
@@ -302,6 +303,7 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, fold
         assert found["on"]["processes"] == int(processes)
         logs.append([(e["loss"], e["tau_mean"]) for e in found["log"] if "loss" in e])
         reports.append(found["report"])
+        scores += found["scores"].values()
     assert logs[0][-1][1] != 0
     assert np.allclose(*logs, atol=1e-5)
     # Of those that are held out each counts once, also of 15, which two cannot share evenly.
@@ -310,6 +312,7 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, fold
     two, one = ([m["positions"] for m in each["modules"].values()] for each in reports)
     assert two == one
     assert 0 < reports[1]["sparsity"] < 1
+    assert scores[0] == pytest.approx(scores[1])
     assert reports[0]["sparsity"] == pytest.approx(reports[1]["sparsity"], abs=0.01)
 
 

@@ -319,11 +319,11 @@ class RankAllocator:
                 self._sensitivity[name] = zeros
                 self._uncertainty[name] = {f: z.clone() for f, z in zeros.items()}
             for factor, parameter in self._factors(name).items():
-                gradient = gradients.get(factor)
                 smoothed = self._sensitivity[name][factor]
-                now = torch.zeros_like(smoothed)
-                if gradient is not None:
-                    now = (parameter.detach() * gradient).abs_().nan_to_num_(nan=0.0, posinf=0.0)
+                if factor in gradients:  # which are copies, and used up here
+                    now = gradients[factor].mul_(parameter).abs_().nan_to_num_(nan=0.0, posinf=0.0)
+                else:
+                    now = torch.zeros_like(smoothed)
                 smoothed.lerp_(now, 1 - beta1)
                 self._uncertainty[name][factor].lerp_(now.sub_(smoothed).abs_(), 1 - beta2)
         self._gradients = {}
