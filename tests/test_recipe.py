@@ -323,17 +323,20 @@ class Sums(torch.nn.Module):
         return {"logits": torch.stack([x, 2 * x], dim=-1)}
 
 
-def test_a_prediction_is_of_each_row_in_their_order(recipe):
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 2)])
+def test_a_prediction_is_of_each_row_in_their_order(recipe, monkeypatch, rank, processes):
     args = types.SimpleNamespace(
-        process_index=0, world_size=1, per_device_eval_batch_size=2, dataloader_num_workers=0,
-        device="cpu",
+        process_index=rank, world_size=processes, per_device_eval_batch_size=2,
+        dataloader_num_workers=0, device="cpu",
     )  # fmt: skip
+    elsewhere = [(0, np.array([3.0, 6.0])), (2, np.array([2.0, 4.0]))] if rank else []
+    monkeypatch.setattr(recipe, "gather_object", lambda mine: mine + elsewhere)
     model = Sums().train()
     trainer = types.SimpleNamespace(model=model, args=args)
 
     def collate(rows):
         assert not model.training
-        return {"x": torch.tensor(rows)}
+        return {"x": torch.tensor(rows, dtype=torch.float64)}
 
     found = recipe.predict(trainer, [3, 1, 2], collate)
     assert found.tolist() == [[3, 6], [1, 2], [2, 4]]
