@@ -149,13 +149,13 @@ def main() -> None:
     args = parser.parse_args()
     try:
         converted, words = model(args.checkpoint), tokenizer(args.tokenizer)
+        if len(words) != converted.config.vocab_size:
+            raise TokenGateError(
+                f"{args.tokenizer} has {len(words)} pieces and {args.checkpoint} "
+                f"{converted.config.vocab_size}: they are not of one model."
+            )
     except (TokenGateError, FileNotFoundError) as why:
         raise SystemExit(str(why)) from why
-    if len(words) != converted.config.vocab_size:
-        raise SystemExit(
-            f"{args.tokenizer} has {len(words)} pieces and {args.checkpoint} "
-            f"{converted.config.vocab_size}: they are not of one model."
-        )
     converted.save_pretrained(args.output)
     words.save_pretrained(args.output)
     print(f"{converted.num_parameters():,} parameters in {args.output}")

@@ -26,8 +26,6 @@ METRICS: dict[str, Metric] = {
     "spearman": lambda truth, answers: spearmanr(truth, answers).statistic,
     "pearson": lambda truth, answers: pearsonr(truth, answers).statistic,
 }
-
-
 NO_CONSENSUS = "-"  # MNLI's label of rows that were given different ones
 
 
@@ -140,14 +138,13 @@ def read(path: Path, task: Task) -> list[Row]:
     """
     # Not a csv dialect's quotes: these files have single ones within a text.
     text = io.StringIO(read_bytes(path).decode("utf-8-sig"))
-    lines = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    columns = list(task.columns or next(lines))
+    lines = list(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
+    columns = list(task.columns or lines.pop(0))
     wanted = (*(task.renamed or task.texts), task.label)
     if not set(wanted) <= set(columns):
         raise SystemExit(f"{path} has the columns {columns}, where {task.folder} has {wanted}.")
     *texts, label = (columns.index(name) for name in wanted)
     rows: list[Row] = []
-    line: list[str] = []
     for line in lines:
         if len(line) <= max(*texts, label) or line[label] == NO_CONSENSUS:
             continue
@@ -158,7 +155,7 @@ def read(path: Path, task: Task) -> list[Row]:
             )
         number = task.classes.index(answer) if task.classes else float(answer)
         rows.append((tuple(line[i].strip() for i in texts), number))
-    if line and not rows:
+    if lines and not rows:
         raise SystemExit(f"{path} has no row with tabs between {', '.join(columns)}.")
     return rows
 

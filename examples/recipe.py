@@ -41,6 +41,11 @@ from tokengate.planning import count_patched, plan_text
 METHODS = ["lora", "dora", "adalora", "adapter"]
 FIRST = int(os.environ.get("RANK", 0)) == 0
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# Of TrainingArguments. Without being told, they find their neighbours on GPUs alone.
+HARDWARE = {
+    "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
 FILES = ("results.json", "begun.json")  # of a run that is done, and that is not
 # Where results lie and how they came about, which is not what they are of.
 BESIDE = ("output", "folder", "checkpoint_every", "accumulate", "report_to")
@@ -166,9 +171,7 @@ def fit(
         "save_total_limit": 1,
         "logging_steps": max(1, min(50, steps // 10)),
         "report_to": run.report_to,
-        # Without being told, it finds its neighbours on GPUs alone.
-        "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        **HARDWARE,
     }
     target = None if run.gate in ("off", "on") else float(run.gate)
     trainer = TokenGateTrainer(
@@ -204,8 +207,13 @@ def predict(trainer: Trainer, rows: Sequence[Any], collate: Any) -> Tensor:
     for batch in tqdm(batches, "predict", disable=not FIRST):
         on_device = {name: value.to(args.device) for name, value in batch.items()}
         found.extend(model(**on_device)["logits"].float().cpu().numpy())
-    of_all = dict(gather_object(list(zip(mine, found, strict=True))))
-    return torch.from_numpy(np.stack([of_all[i] for i in range(len(rows))]))
+    return torch.from_numpy(np.stack(in_order(mine, found)))
+
+
+def in_order(numbers: Iterable[int], found: Iterable[Any]) -> list[Any]:
+    """What all processes found, each of the rows of its numbers, in the rows' order."""
+    of_all = dict(gather_object(list(zip(numbers, found, strict=True))))
+    return [of_all[number] for number in sorted(of_all)]
 
 
 def last_checkpoint(folder: Path) -> str | None:

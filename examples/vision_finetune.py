@@ -91,8 +91,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
             str(file.parent), num_train_epochs=run.pretrain_epochs, learning_rate=2e-3,
             warmup_steps=100, per_device_train_batch_size=64 // recipe.WORLD, weight_decay=0.01,
             per_device_eval_batch_size=256, save_strategy="no", report_to="none",
-            dataloader_num_workers=run.workers, dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=recipe.WORLD > 1 and not torch.cuda.is_available(),  # as `recipe.fit` says
+            dataloader_num_workers=run.workers, **recipe.HARDWARE,
         ),
         train_dataset=train,
         data_collator=default_data_collator,

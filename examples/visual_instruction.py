@@ -23,7 +23,6 @@ from typing import Any
 import recipe
 import torch
 import visual_data
-from accelerate.utils import gather_object
 from tokenizers import SentencePieceBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
@@ -152,8 +151,7 @@ def ask(trainer: Any, processor: Any, rows: list[Row], new_tokens: int) -> tuple
             )
             new = out[:, batch["input_ids"].shape[1] :]
             answers += processor.batch_decode(new, skip_special_tokens=True)
-    found = dict(gather_object(list(zip(mine, answers, strict=True))))
-    return [found[i] for i in range(len(rows))], rec
+    return recipe.in_order(mine, answers), rec
 
 
 def perform(run: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,9 @@ pytest.importorskip("sklearn", reason="the examples extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the examples extra is not installed")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data" / "glue"
+real = pytest.mark.skipif(
+    not DATA.exists(), reason="the real files lie beside the project, not in it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project, not in it")
+@real
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_real_files_have_as_many_rows_as_their_authors_say(glue, name):
     for rows, count in zip(glue.load(name, DATA), COUNTS[name], strict=True):
@@ -144,7 +147,7 @@ def test_the_real_files_have_as_many_rows_as_their_authors_say(glue, name):
         assert all(text for texts, _ in rows for text in texts)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project, not in it")
+@real
 def test_settings_are_chosen_on_a_part_that_is_neither_trained_nor_tested_on(glue):
     everything, development = glue.load("cola", DATA)
     train, validation = glue.load("cola", DATA, validation=True)
@@ -230,7 +233,7 @@ def test_all_that_is_new_in_a_model_is_trained(glue, monkeypatch, tmp_path, kind
     assert any("embedding" in name for name in frozen)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the real files lie beside the project, not in it")
+@real
 @pytest.mark.parametrize("task", ["cola", "mrpc", "sst2"])
 def test_smoke_runs_on_real_rows(glue, monkeypatch, tmp_path, task):
     line = ["--smoke", "--epochs", 1, "--gate", 0.5, "--data", DATA, "--task", task]

@@ -12,6 +12,9 @@ import torch
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 TEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt.xz"
+real = pytest.mark.skipif(
+    not TEXT.exists(), reason="the real texts lie beside the project, not in it"
+)
 SEED_0 = ["lora-off-0", "lora-on-0"]
 
 
@@ -98,14 +101,14 @@ def test_smoke_runs_every_combination_once(recipe, monkeypatch, tmp_path, capsys
     call(recipe, monkeypatch, tmp_path)
 
 
-@pytest.mark.skipif(not TEXT.exists(), reason="the real texts lie beside the project, not in it")
+@real
 def test_smoke_runs_on_a_real_text(recipe, monkeypatch, tmp_path):
     call(recipe, monkeypatch, tmp_path, "--data", TEXT, "--method", "adalora", "--gate", "0.6")
     found = json.loads((tmp_path / "adalora-0.6-0" / "results.json").read_text())
     assert found["after"] != found["before"]
 
 
-@pytest.mark.skipif(not TEXT.exists(), reason="the real texts lie beside the project, not in it")
+@real
 def test_a_converted_checkpoint_learns_a_text(recipe, monkeypatch, tmp_path):
     convert = importlib.import_module("convert_llama2c")
     weights, model = TEXT.parents[1] / "weights", tmp_path / "model"
