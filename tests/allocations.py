@@ -7,19 +7,19 @@ from torch.profiler import ProfilerActivity, profile
 
 def largest_allocation(step):
     """Bytes, of all that is allocated while `step` runs."""
-    return max(_allocations(step))
+    return max(allocations_of(step))
 
 
 def peak_allocation(step):
     """Bytes, that are held at once at most while `step` runs."""
     held = peak = 0
-    for size in _allocations(step):
+    for size in allocations_of(step):
         held += size
         peak = max(peak, held)
     return peak
 
 
-def _allocations(step):
+def allocations_of(step):
     """Bytes in the order of time, negative where they are given back."""
     gc.collect()  # or what an earlier step left as garbage is given back in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.modifications import base
 from tokengate.modifications.dropped_linear import dropped_linear
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
@@ -72,6 +74,13 @@ def close_some(layer, x):
     return len(ratios) - below - 2
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "branched"])
+def branched(request, monkeypatch):
+    """Inputs as large as those whose gradients are added in place, and others, are both small."""
+    monkeypatch.setattr(base, "_LARGE", 0 if request.param else 2**17)
+    return request.param
+
+
 def run(layer, x, mask):
     """The layer's output and S. A layer does not take a mask yet; its gate does."""
     if mask is None:
@@ -91,7 +100,7 @@ def test_equals_reference(method, data):
     draw = data.draw
     shape = draw(st.sampled_from([(), (6,), (2, 5), (2, 3, 2), (0,)]))
     k, d, rank = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 8))
-    bias, gate, masked = (draw(st.booleans()) for _ in range(3))
+    bias, gate, masked, branched = (draw(st.booleans()) for _ in range(4))
     tau = draw(st.sampled_from([-1.0, 0.0, 0.3, 1.0, 100.0]))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, *SIXTEEN_BIT]))
     options = {"rank": rank, "scale": draw(st.sampled_from([0.3, 1.0, 2.0]))}
@@ -132,7 +141,8 @@ def test_equals_reference(method, data):
         assume(not (bias and dtype in SIXTEEN_BIT and (w < 0.5).any()))
         assume((np.abs(np.linalg.norm(wanted["m"], axis=-1) / w / tau - 1) > margin).all())
 
-    h, opened = run(layer, x, mask)
+    with mock.patch.object(base, "_LARGE", 0 if branched else 2**17):
+        h, opened = run(layer, x, mask)
     h.backward(grad)
     assert opened.flatten().tolist() == wanted["S"]
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-4}.get(dtype, 0.1)
@@ -225,7 +235,7 @@ def test_permuting_tokens_permutes_outputs_and_a_row_stands_alone(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("dropout", [0.1, 0.5], ids=["listed", "mask"])
-def test_dropout_is_the_plain_one_on_the_low_rank_path(method, gate, dropout):
+def test_dropout_is_the_plain_one_on_the_low_rank_path(method, gate, dropout, branched):
     """What is kept of dropout gives the gradients of dropout in plain autograd."""
     layer = layer_of(64, 8, True, torch.float64, method, gate=gate, dropout=dropout)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
@@ -271,7 +281,7 @@ def test_no_dropout_in_evaluation(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mixed", [False, True], ids=["open", "mixed"])
-def test_gradcheck_twice(method, mixed):
+def test_gradcheck_twice(method, mixed, branched):
     """The first and second derivatives of a layer, with S fixed and DoRA's norm a constant."""
     options = {"activation": "tanh"} if method == "adapter" else {}
     layer = layer_of(4, 3, True, torch.float64, method, rank=2, **options)

@@ -17,3 +17,8 @@ def is_eager(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode sees what is computed; it may keep what is to be written over."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0

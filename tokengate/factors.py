@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokengate.eager import is_eager
+from tokengate.eager import is_eager, is_watched
 from tokengate.errors import TokenGateError
 from tokengate.gate import TokenGate, accumulation_dtype, threshold_direction
 from tokengate.gated_sum import GatedSum, gated_sum, without_bias
@@ -105,9 +105,8 @@ class Factors:
 
 
 def _may_be_written(out: Tensor) -> bool:
-    # Through a view autograd would copy, and a dispatch mode may keep what it saw.
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    return out.is_contiguous() and out._base is None and not watched
+    # Through a view autograd would copy.
+    return out.is_contiguous() and out._base is None and not is_watched()
 
 
 class _FactoredGate(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokengate.accelerate_hooks import check_resident
 from tokengate.class_swap import Swapped, swap, swap_back
 from tokengate.errors import TokenGateError, brief
+from tokengate.factors import Factors
 from tokengate.gate import Norms, TokenGate, reshaped
 from tokengate.gated_sum import without_bias
 from tokengate.linear_like import LinearLike
@@ -74,12 +75,14 @@ class Gated(Swapped):
         """`(..., in_features) -> (..., out_features)`."""
         if not torch.compiler.is_compiling() and not self._reached:
             self._reached = True
-        out: Tensor = super().forward(input, *args, **kwargs)
         if not self._enabled or (self.modification is None and self._rows is None):
-            return out
+            untouched: Tensor = super().forward(input, *args, **kwargs)
+            return untouched
+        x, factors = self._before(input)
+        out: Tensor = super().forward(x, *args, **kwargs)
         mask = self._mask_of(input)
         if self._rows is None:
-            h, is_open = self._modified(input, out, mask, self.modification, self.gate)
+            h, is_open = self._modified(input, out, mask, self.modification, self.gate, factors)
         else:
             h, is_open = self._modified_by_rows(input, out, mask, self._rows)
         seen, at = h, is_open
@@ -91,6 +94,17 @@ class Gated(Swapped):
             self.gate.count(at, mask)
         return h
 
+    def _before(self, input: Tensor) -> tuple[Tensor, Factors | None]:
+        """The input for the base layer, and M(x) in factors if that can be begun before it."""
+        if not self._keeps_nothing() or "_hf_hook" in self.modification.__dict__:
+            return input, None
+        return self.modification.factors_before(input, cast(nn.Linear, self))
+
+    def _keeps_nothing(self) -> bool:
+        """Whether its output, and the gradient that it gives its input, may be written over."""
+        # Others than PyTorch's own layers may keep theirs for backward.
+        return self._own_class is nn.Linear and self._rows is None
+
     def _modified(
         self,
         input: Tensor,
@@ -98,6 +112,7 @@ class Gated(Swapped):
         mask: Tensor | None,
         modification: Modification,
         gate: TokenGate | None,
+        factors: Factors | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """h, `(..., out_features)`, and S, `(...)`, or None without a gate."""
         if "_hf_hook" in modification.__dict__:
@@ -106,11 +121,10 @@ class Gated(Swapped):
         at_positions = None
         if mask is not None:
             at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
-        factors = modification.factors(input, w, cast(LinearLike, self))
+        if factors is None:
+            factors = modification.factors(input, w, cast(LinearLike, self))
         if factors is not None:
-            # Others than PyTorch's own layers may keep their output for backward.
-            fresh = self._own_class is nn.Linear and self._rows is None
-            return factors.add_to(out, self.bias, gate, at_positions, fresh)
+            return factors.add_to(out, self.bias, gate, at_positions, self._keeps_nothing())
         m = _whole(modification, input, w)
         if gate is None:
             return out + m.to(out.dtype), None

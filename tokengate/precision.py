@@ -16,10 +16,15 @@ def trainable_dtype(weight: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within this context what is computed keeps the dtypes that were chosen for it."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    if autocasts(device):
+        return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast chooses dtypes on `device` at the moment."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class KeepsFloat32(nn.Module):

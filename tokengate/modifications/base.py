@@ -14,9 +14,12 @@ from tokengate.factors import Factors
 from tokengate.linear_like import features_of
 from tokengate.modifications.maps import Maps
 from tokengate.modifications.remembered import Remembered, optimiser_steps
-from tokengate.precision import KeepsFloat32, trainable_dtype
+from tokengate.precision import KeepsFloat32, autocasts, trainable_dtype
 
 _T = TypeVar("_T")
+
+# The gradients of an input with fewer elements are added up sooner than Python is asked to do it.
+_LARGE = 2**17
 
 
 class Modification(KeepsFloat32):
@@ -98,6 +101,30 @@ class Modification(KeepsFloat32):
         """
         maps = self._maps(linear, w.dtype)
         return None if maps is None else maps.factors(x, self.training)
+
+    def factors_before(self, x: Tensor, linear: nn.Linear) -> tuple[Tensor, Factors | None]:
+        """The input for `linear`, and `factors` where they need nothing of its output.
+
+        Their gradient is then added in place to that which `linear` gives its input. Where that
+        would gain nothing, or could be seen by others, there is None instead of factors.
+
+        Args:
+            x: the layer's input, `(..., in_features)`.
+            linear: the base layer; one of PyTorch's own, which do not keep that gradient.
+        """
+        weight = linear.weight
+        if (
+            self.reads_w
+            or not (torch.is_grad_enabled() and is_eager(x, weight) and x.requires_grad)
+            or x.numel() < _LARGE
+            or x.dtype != weight.dtype
+            or autocasts(x.device)
+            # The base layer says what is wrong with an input.
+            or x.shape[-1] != self.in_features
+        ):
+            return x, None
+        maps = self._maps(linear, x.dtype)
+        return (x, None) if maps is None else maps.branch(x, self.training)
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
         """What M multiplies by, computed in `dtype`, that of w; `linear` as in `factors`."""

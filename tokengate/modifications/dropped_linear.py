@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokengate.eager import is_eager
+from tokengate.eager import is_eager, is_watched
 from tokengate.precision import without_autocast
 
 # Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
@@ -40,13 +41,32 @@ def dropped_linear(
             return F.linear(x.to(dtype), weight.to(dtype))
     dropped, eager = None, is_eager(x)
     if drops:
-        if dropout <= _LISTED and x.device.type == "cpu" and eager:
-            dropped = _draw(x.numel(), dropout)
-        else:
-            dropped = torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
+        dropped = _drop(x, dropout, eager)
     function = _EagerDroppedLinear if eager else _DroppedLinear
     z: Tensor = function.apply(x, weight, dropped, 1 / (1 - dropout), dtype)
     return z
+
+
+def branched_linear(
+    x: Tensor, weight: Tensor, dropout: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    """x for another layer to read, and `dropped_linear` of it in its dtype; eager only.
+
+    Backward adds the gradient that comes through `weight` in place to that of the other layer.
+    Autograd would make a second tensor of x's size for it, which only dropout by a mask still
+    needs, and often a third for the sum. Who keeps the gradients between the graph's own nodes sees
+    the sum instead of the other layer's.
+    """
+    dropped = _drop(x, dropout, eager=True) if training and dropout > 0 else None
+    branches: tuple[Tensor, Tensor] = _Branched.apply(x, weight, dropped, 1 / (1 - dropout))
+    return branches
+
+
+def _drop(x: Tensor, dropout: float, eager: bool) -> Tensor:
+    """Which elements are dropped: a list of positions in the flattened `x`, or a mask like `x`."""
+    if dropout <= _LISTED and x.device.type == "cpu" and eager:
+        return _draw(x.numel(), dropout)
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
 
 
 def _draw(n: int, share: float) -> Tensor:
@@ -83,6 +103,7 @@ class _DroppedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, dropped, ctx.scale, _ = inputs
+        ctx.dtype = x.dtype
         ctx.save_for_backward(x, weight, dropped)
 
     @staticmethod
@@ -92,12 +113,9 @@ class _DroppedLinear(torch.autograd.Function):
         if dropped is not None:
             grad = grad * ctx.scale
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(grad.dtype)
-            fresh = not torch.is_grad_enabled()
-            grad_x = _thinned(grad_x, dropped, in_place=fresh).to(x.dtype)
+            grad_x = _grad_of_x(grad, weight, dropped).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            thinned = _thinned(x.to(grad.dtype), dropped).reshape(-1, x.shape[-1])
-            grad_weight = (grad.reshape(-1, grad.shape[-1]).T @ thinned).to(weight.dtype)
+            grad_weight = _grad_of_weight(grad, x, dropped).to(weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -112,7 +130,59 @@ class _EagerDroppedLinear(_DroppedLinear):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         z = _DroppedLinear.forward(*inputs)
         _DroppedLinear.setup_context(ctx, inputs, z)
+        if not ctx.needs_input_grad[1]:  # then nobody asks for x
+            ctx.save_for_backward(None, *inputs[1:3])
         return z
+
+
+class _Branched(torch.autograd.Function):
+    """x, and z as `_DroppedLinear` has it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, dropped: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.summed = None
+        return x, _EagerDroppedLinear.forward(ctx, x, weight, dropped, scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, dropped = ctx.saved_tensors
+        grad_weight = None
+        if dropped is not None:
+            grad = grad * ctx.scale
+        if torch.is_grad_enabled() or is_watched() or not grad_x.is_contiguous():
+            grad_x = grad_x + _grad_of_x(grad, weight, dropped)
+        # Pipelines keep what a node was given, and give it once more for the weights alone.
+        elif ctx.summed is None or ctx.summed() is not grad_x:
+            _add_grad_of_x(grad_x, grad, weight, dropped)
+            ctx.summed = weakref.ref(grad_x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_of_weight(grad, x, dropped).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _grad_of_x(grad: Tensor, weight: Tensor, dropped: Tensor | None) -> Tensor:
+    grad_x = grad @ weight.to(grad.dtype)
+    fresh = not (torch.is_grad_enabled() or is_watched())
+    return _thinned(grad_x, dropped, in_place=fresh)
+
+
+def _add_grad_of_x(grad_x: Tensor, grad: Tensor, weight: Tensor, dropped: Tensor | None) -> None:
+    if dropped is not None and dropped.dtype == torch.bool:
+        grad_x += _grad_of_x(grad, weight, dropped)
+        return
+    flat = grad_x.view(-1)
+    kept = None if dropped is None else flat.index_select(0, dropped)
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_x.view(-1, grad_x.shape[-1]).addmm_(rows, weight.to(grad.dtype))
+    if dropped is not None and kept is not None:  # what is dropped gets nothing added
+        flat.index_copy_(0, dropped, kept)
+
+
+def _grad_of_weight(grad: Tensor, x: Tensor, dropped: Tensor | None) -> Tensor:
+    thinned = _thinned(x.to(grad.dtype), dropped).reshape(-1, x.shape[-1])
+    return grad.reshape(-1, grad.shape[-1]).T @ thinned
 
 
 def _thinned(x: Tensor, dropped: Tensor | None, in_place: bool = False) -> Tensor:

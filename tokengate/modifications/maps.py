@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokengate.factors import Factors
-from tokengate.modifications.dropped_linear import dropped_linear
+from tokengate.modifications.dropped_linear import branched_linear, dropped_linear
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,12 @@ class Maps:
 
     def factors(self, x: Tensor, training: bool) -> Factors:
         """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
-        z = dropped_linear(x, self.down, self.dropout, training, self.up.dtype)
+        return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
+
+    def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:
+        """x for the base layer, and `factors`; see `branched_linear`."""
+        x, z = branched_linear(x, self.down, self.dropout, training)
+        return x, self._factors(z)
+
+    def _factors(self, z: Tensor) -> Factors:
         return Factors(z if self.activation is None else self.activation(z), self.up, self.gain)
