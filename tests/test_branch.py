@@ -264,3 +264,15 @@ def test_transforms_and_compiled_code_go_their_own_way(branches):
     torch.compile(loss, backend="aot_eager", fullgraph=True)(y).backward()
     torch.testing.assert_close(y.grad, wanted)
     assert len(branches) == 1
+
+
+def test_nothing_is_written_over_that_has_gradients_of_its_own(monkeypatch):
+    added = []
+    monkeypatch.setattr(dropped_linear, "_add_grad_of_x", lambda *args: added.append(args))
+    layer, x = layer_of(), torch.randn(5, 12, requires_grad=True)
+    loss = layer(x).square().sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert not added
+    assert first.requires_grad
+    torch.autograd.grad(loss, x)
+    assert len(added) == 1
