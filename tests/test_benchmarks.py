@@ -87,6 +87,24 @@ def test_all_variants_of_all_settings(run, name, methods, cases):
         assert set(variants) == (ALL if "bfloat16" in case else ALL - {"PEFT, same dtype"})
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_are_all_variants(run, monkeypatch):
+    """PEFT's DoRA takes the most pieces."""
+    config, compiled, compile = torch._dynamo.config, [], torch.nn.Module.compile
+    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(config, name, getattr(config, name))  # given back after the test
+
+    def quickly(model):
+        compiled.append(model)
+        compile(model, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    found = run("step", "--methods", "dora", "--dtypes", "float32", "--compile")
+    assert len(compiled) == len(*found["results"].values()) == 4
+    assert config.fail_on_recompile_limit_hit
+    torch.compiler.reset()
+
+
 def test_four_axes(run):
     axes = {"batches": "12", "ranks": "12", "widths": ("16", "32"), "layers": "12"}
     found = run("scaling", *(word for axis in axes for word in (f"--{axis}", *axes[axis])))
