@@ -39,6 +39,14 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Keeps(nn.Linear):
+    """A layer that keeps what it gave, as those do that need it for their own backward."""
+
+    def forward(self, x):
+        self.given = super().forward(x)
+        return self.given
+
+
 def snapshot(model):
     """Everything by which a model could differ: objects, classes, values and flags."""
     return {

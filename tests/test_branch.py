@@ -3,8 +3,7 @@
 import pytest
 import torch
 from allocations import allocations_of
-from models import away_from_initialisation
-from test_gated_sum import Keeps
+from models import Keeps, away_from_initialisation
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

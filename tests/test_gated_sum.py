@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import away_from_initialisation
+from models import Keeps, away_from_initialisation
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,14 +112,6 @@ def test_columns_that_cancel():
     assert (plain / exact - 1).abs().max() > 0.01
     found, _ = gated_sum._norms_of_product(z, up)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
-
-
-class Keeps(nn.Linear):
-    """A layer that keeps what it gave, as those do that need it for their own backward."""
-
-    def forward(self, x):
-        self.given = super().forward(x)
-        return self.given
 
 
 class Watched(TorchDispatchMode):
