@@ -9,6 +9,7 @@ from torch import nn
 
 import tokengate
 from tokengate.integrations.attention import split_attention
+from tokengate.modifications import base
 
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 hooks = pytest.importorskip("accelerate.hooks")
@@ -187,9 +188,11 @@ def test_a_patched_model_that_is_dispatched():
 
 @pytest.mark.parametrize("way", [on_cpu, on_disk])
 @pytest.mark.parametrize("options", [{}, {"gate": False}, {"method": "dora"}])
-def test_modifications_are_not_offloaded(way, options, tmp_path):
+@pytest.mark.parametrize("large", [0, 2**17], ids=["branched", "apart"])
+def test_modifications_are_not_offloaded(way, options, large, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "_LARGE", large)
     model = dispatched(way, tmp_path, tokengate.patch(net(), TARGETS, **options))
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(tokengate.TokenGateError, match="offloaded together with its modif"):
         model(x)
     # What the sentence says to do.
