@@ -104,7 +104,8 @@ class _DroppedLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, dropped, ctx.scale, _ = inputs
         ctx.dtype = x.dtype
-        ctx.save_for_backward(x, weight, dropped)
+        # Without a gradient of the weight nobody asks for x.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, dropped)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,8 +131,6 @@ class _EagerDroppedLinear(_DroppedLinear):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         z = _DroppedLinear.forward(*inputs)
         _DroppedLinear.setup_context(ctx, inputs, z)
-        if not ctx.needs_input_grad[1]:  # then nobody asks for x
-            ctx.save_for_backward(None, *inputs[1:3])
         return z
 
 
@@ -151,7 +150,7 @@ class _Branched(torch.autograd.Function):
         grad_weight = None
         if dropped is not None:
             grad = grad * ctx.scale
-        if torch.is_grad_enabled() or is_watched() or not grad_x.is_contiguous():
+        if not _may_write() or not grad_x.is_contiguous():
             grad_x = grad_x + _grad_of_x(grad, weight, dropped)
         # Pipelines keep what a node was given, and give it once more for the weights alone.
         elif ctx.summed is None or ctx.summed() is not grad_x:
@@ -162,10 +161,13 @@ class _Branched(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+def _may_write() -> bool:
+    """Whether backward may write over what nobody else has: not where that is kept or derived."""
+    return not (torch.is_grad_enabled() or is_watched())
+
+
 def _grad_of_x(grad: Tensor, weight: Tensor, dropped: Tensor | None) -> Tensor:
-    grad_x = grad @ weight.to(grad.dtype)
-    fresh = not (torch.is_grad_enabled() or is_watched())
-    return _thinned(grad_x, dropped, in_place=fresh)
+    return _thinned(grad @ weight.to(grad.dtype), dropped, in_place=_may_write())
 
 
 def _add_grad_of_x(grad_x: Tensor, grad: Tensor, weight: Tensor, dropped: Tensor | None) -> None:
