@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 import tokengate
+from tokengate.kernels import Factors
 
 
 @functools.cache
@@ -50,9 +51,9 @@ class VeRA(tokengate.Modification):
         nn.init.constant_(self.d, 0.1)
         nn.init.zeros_(self.b)
 
-    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> tokengate.Factors:
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors:
         z = F.linear(x.to(w.dtype), self.A.to(w.dtype)) * self.d.to(w.dtype)
-        return tokengate.Factors(z, (self.b.unsqueeze(1) * self.B).to(w.dtype))
+        return Factors(z, (self.b.unsqueeze(1) * self.B).to(w.dtype))
 
 
 class Block(nn.Module):

@@ -40,7 +40,7 @@ SHOWN = [
 def texts() -> list[tuple[str, int]]:
     """The package's paragraphs, labelled 0, and as many of its statements, labelled 1."""
     prose, code = [], []
-    for file in sorted(Path(tokengate.__file__).parent.glob("*.py")):
+    for file in sorted(Path(tokengate.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 prose += (ast.get_docstring(node) or "").split("\n\n")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGateError
-from tokengate.class_swap import Swapped, swap, swap_back
-from tokengate.folded import folded
+from tokengate.layers.folded import folded
+from tokengate.linears.class_swap import Swapped, swap, swap_back
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 _Model = TypeVar("_Model", bound=nn.Module)

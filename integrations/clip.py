@@ -32,7 +32,7 @@ from tokengate.errors import brief
 from tokengate.integrations import language, vision
 from tokengate.integrations.attention import SplitAttention, merge_attention, split_attention
 from tokengate.integrations.roles import check_known
-from tokengate.owners import reads_weight
+from tokengate.linears.owners import reads_weight
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

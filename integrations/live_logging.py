@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.gated_linear import require_layers
-from tokengate.report import SparsityReport, load_plots
+from tokengate.layers.gated_linear import require_layers
+from tokengate.reports.report import SparsityReport, load_plots
 from tokengate.sharding import numbers_here
 
 HEATMAP = "sparsity_heatmap"

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import brief
-from tokengate.linear_like import is_linear
-from tokengate.owners import reads_weight, returns_tuple
+from tokengate.linears.linear_like import is_linear
+from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.patching.slice_targets import matched, with_slices
+from tokengate.patching.targets import ALL_LINEAR, is_target, output_head
 from tokengate.patterns import Pattern, as_patterns, nearest, show
-from tokengate.recording import Recorder
-from tokengate.slice_targets import matched, with_slices
-from tokengate.targets import ALL_LINEAR, is_target, output_head
+from tokengate.reports.recording import Recorder
 
 PARTS = ("vision", "projector", "language")
 

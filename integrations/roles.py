@@ -9,8 +9,8 @@ from typing import TypeAlias
 from torch import nn
 
 from tokengate import TokenGateError
-from tokengate.fused import known_slices
-from tokengate.owners import reads_weight
+from tokengate.linears.fused import known_slices
+from tokengate.linears.owners import reads_weight
 
 # The ending of a layer's dotted name -> the roles that the layer holds, separated by spaces;
 # several where they are fused in one weight, none where the ending only looks like a role's.

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import sys
 from multiprocessing import forkserver
 
 import pytest
@@ -21,7 +22,8 @@ def seeded():
 def processes():
     """Forked from one that has imported everything, which takes longer than what they do."""
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent)
+    here = str(pathlib.Path(__file__).parent)  # and the folders in it that pyproject.toml names
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.startswith(here))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_runs", "trainer_runs"])
     forkserver.ensure_running()

@@ -1,20 +1,18 @@
 """The command `tokengate`: what it says of adapters and models, what it writes, how it refuses."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
 from models import Net, away_from_initialisation
+from places import ROOT
 from safetensors.torch import load_file
 
 import tokengate
+from tokengate.adapters.planning import plan_text
 from tokengate.command_line import main
-from tokengate.planning import plan_text
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(capsys, *arguments):
@@ -92,12 +90,12 @@ def test_inspect_without_gates_and_with_one(tmp_path, capsys):
 
 
 def test_inspect_shows_a_method_that_is_not_registered_here(tmp_path, capsys, monkeypatch):
-    from tokengate.modifications import registry
+    from tokengate.methods import registry
 
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     @tokengate.register("own")
-    class Own(tokengate.LoRA):
+    class Own(tokengate.methods.LoRA):
         pass
 
     tokengate.save(tokengate.patch(Net(), ["fc1"], "own"), tmp_path)

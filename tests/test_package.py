@@ -1,15 +1,18 @@
 """The package itself: what importing it loads, and what it ships."""
 
 import ast
-import pathlib
+import importlib
+import os
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+from places import ROOT
 
 import tokengate
 
-ROOT = pathlib.Path(__file__).parents[1]
 HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"]
 
 
@@ -23,17 +26,23 @@ def loaded_by(code):
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
     [
-        *("attention", "hf_peft", "language", "live_logging", "llava"),
-        *("model_configs", "peft_format", "peft_reading", "peft_writing", "roles", "tau_steps"),
+        *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
+        *("hf_peft.reading", "hf_peft.writing", "language", "live_logging", "llava"),
+        *("model_configs", "roles"),
     ],
-    ["clip", "penalty_unit", "plots", "sparsity_logs", "trainer", "trainer_callback", "vision"],
+    [
+        *("clip", "plots", "trainer.callback", "trainer.gradients", "trainer.penalty_unit"),
+        *("trainer.sparsity_logs", "trainer.surroundings", "trainer.tau_steps"),
+        *("trainer.trainer", "vision"),
+    ],
 )
 
 
 def test_importing_tokengate_imports_no_host():
     names = [f"tokengate.integrations.{name}" for name in WITHOUT_HOST]
     assert loaded_by(f"import tokengate, {', '.join(names)}") == []
-    on_disk = {path.stem for path in (ROOT / "integrations").glob("*.py")} - {"__init__"}
+    files = [p.relative_to(ROOT / "integrations") for p in (ROOT / "integrations").rglob("*.py")]
+    on_disk = {".".join(f.with_suffix("").parts) for f in files if f.stem != "__init__"}
     assert on_disk == {*WITHOUT_HOST, *WITH_HOST}
 
 
@@ -46,18 +55,8 @@ def test_public_names():
     public = {name for name in vars(tokengate) if not name.startswith("_")}
     modules = {name for name in public if isinstance(vars(tokengate)[name], type(sys))}
     assert public - modules == {
-        "AdaLoRA",
-        "Adapter",
-        "DifferentBaseWarning",
-        "DoRA",
-        "Factors",
-        "Folding",
-        "GatedLinear",
         "History",
-        "LoRA",
-        "MixedPositionsWarning",
         "Modification",
-        "ModificationNorms",
         "PatchView",
         "RankAllocator",
         "Slices",
@@ -67,7 +66,6 @@ def test_public_names():
         "TokenGate",
         "TokenGateError",
         "TokenView",
-        "UnreachedLayerWarning",
         "calibrate",
         "disabled",
         "fold",
@@ -89,121 +87,132 @@ def test_public_names():
     }
 
 
-def test_imports_point_one_way():
-    """A file may import only files above it in this list."""
-    order = [
-        "errors",
-        "accelerate_hooks",
-        "arguments",
-        "precision",
-        "patterns",
-        "tally",
-        "sharding",
-        "recomputation",
-        "eager",
-        "gate",
-        "gated_sum",
-        "factors",
-        "by_name",
-        "experts",
-        "quantised",
-        "slices",
-        "linear_like",
-        "all_or_nothing",
-        "class_swap",
-        "dequantised",
-        "modifications",
-        "rows",
-        "gated_linear",
-        "sliced_linear",
-        "merged_weight",
-        "folded",
-        "named_adapters",
-        "fused",
-        "slice_targets",
-        "batches",
-        "measuring",
-        "coverage",
-        "sequence_first",
-        "padding",
-        "fast_path",
-        "owners",
-        "mixing",
-        "targets",
-        "options",
-        "patching",
-        "scale_penalty",
-        "orthogonality",
-        "rank_allocator",
-        "sparsity_controller",
-        "tau_adam",
-        "param_groups",
-        "text_table",
-        "atomic_write",
-        "strict_json",
-        "histogram",
-        "sparsity_table",
-        "module_sparsity",
-        "report_difference",
-        "sample_views",
-        "html_report",
-        "html_table",
-        "report",
-        "call_store",
-        "samples",
-        "position_counts",
-        "recording",
-        "history",
-        "selection",
-        "adapter_config",
-        "adapter_folder",
-        "saving",
-        "fitting",
-        "loading",
-        "calibration",
-        "modification_norms",
-        "folding",
-        "inspection",
-        "difference",
-        "planning",
-        "command_line",
-    ]
-    found = {p.stem for p in (ROOT / "tokengate").glob("*.py")} | {"modifications"}
-    assert found - {"__init__"} == set(order)
-    for name in order:
-        path = ROOT / "tokengate" / name
-        files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokengate"):
-                    imported = node.module.split(".")[1]
-                    assert order.index(imported) <= order.index(name), (file, imported)
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    names = [node.module]
-                roots = {n.split(".")[0] for n in names} - {"tokengate", "torch", "safetensors"}
-                assert roots <= set(sys.stdlib_module_names), (file, roots)
+@pytest.mark.parametrize(
+    ("wing", "names"),
+    [
+        ("errors", ["DifferentBaseWarning", "MixedPositionsWarning", "UnreachedLayerWarning"]),
+        ("methods", ["AdaLoRA", "Adapter", "DoRA", "LoRA", "Modification", "register"]),
+        ("kernels", ["Factors"]),
+        ("layers", ["GatedLinear"]),
+        ("adapters", ["Folding"]),
+        ("reports", ["ModificationNorms"]),
+    ],
+)
+def test_what_few_need_is_in_its_wing(wing, names):
+    module = importlib.import_module(f"tokengate.{wing}")
+    assert all(hasattr(module, name) for name in names)
+    alone = {*names} - {"Modification", "register"}
+    assert not any(hasattr(tokengate, name) for name in alone)
+
+
+WINGS = [
+    *("adapters", "files", "gates", "kernels", "layers", "linears", "methods", "patching"),
+    *("reports", "training"),
+]
+
+
+def test_the_house_is_in_order():
+    root = {path.stem for path in (ROOT / "tokengate").glob("*.py")}
+    assert root == {"__init__", "errors", "arguments", "patterns", "sharding", "command_line"}
+    folders = [p for p in (ROOT / "tokengate").iterdir() if p.is_dir() and p.name[0] != "_"]
+    assert sorted(folder.name for folder in folders) == WINGS
+    for file in (ROOT / "tokengate").rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 330, file
+    for top in ("tokengate", "integrations", "examples", "tests"):
+        for folder in (ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir())):
+            assert len({*folder.glob("*.py")} - {folder / "__init__.py"}) <= 15, folder
+
+
+@pytest.mark.parametrize("wing", [*WINGS, "reports/page"])
+def test_a_wing_says_what_it_is_may_import_and_begins_with(wing):
+    text = ast.get_docstring(ast.parse((ROOT / "tokengate" / wing / "__init__.py").read_text()))
+    assert "import" in text.lower()
+    first = re.search(r"Open `(\w+\.py)`", text)
+    assert (ROOT / "tokengate" / wing / first[1]).exists()
+
+
+def lint_imports(folder):
+    """What import-linter says of the project in `folder`, and its exit code."""
+    pytest.importorskip("importlinter", reason="the test extra is not installed")
+    code = "from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The library and its contracts, to be spoiled."""
+    shutil.copytree(ROOT / "tokengate", tmp_path / "tokengate")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_imports_point_one_way(copied):
+    code, said = lint_imports(copied)
+    assert code == 0, said
+    assert "2 kept, 0 broken" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("kernels/norms.py", "import tokengate.gates.tally", "tokengate.kernels is not allowed"),
+        ("files/strict_json.py", "import tokengate.adapters", "tokengate.files is not allowed"),
+        ("methods/lora.py", "from tokengate.layers.rows import Rows", "tokengate.methods is not"),
+        ("reports/report.py", "import matplotlib", "tokengate is not allowed to import matplotlib"),
+        ("new_wing.py", "", "new_wing"),
+    ],
+)
+def test_the_contracts_can_fail(copied, file, line, broken):
+    path = copied / "tokengate" / file
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    code, said = lint_imports(copied)
+    assert code != 0
+    assert broken in said, said
+
+
+def test_the_core_imports_torch_safetensors_and_the_standard_library():
+    for file in (ROOT / "tokengate").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            roots = {n.split(".")[0] for n in names} - {"tokengate", "torch", "safetensors"}
+            assert roots <= set(sys.stdlib_module_names), (file, roots)
 
 
 def test_packages_on_disk_are_the_packages_listed():
     text = (ROOT / "pyproject.toml").read_text()
-    listed = ast.literal_eval(text.split("packages = ")[1].split("\n")[0])
+    tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
+    setuptools = tomllib.loads(text)["tool"]["setuptools"]
     on_disk = {
         ".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("tokengate/**/__init__.py")
     }
-    on_disk |= {"tokengate.integrations"}
-    assert set(listed) == on_disk
-    assert (ROOT / "integrations" / "__init__.py").exists()
-    data = ast.literal_eval(text.split("package-data]\ntokengate = ")[1].split("\n")[0])
-    for file in (ROOT / "tokengate").iterdir():
-        if file.is_file() and file.suffix != ".py":
-            assert any(map(file.match, data)), file
+    for path in ROOT.glob("integrations/**/__init__.py"):
+        place = path.parent.relative_to(ROOT)
+        name = ".".join(("tokengate", *place.parts))
+        on_disk.add(name)
+        assert setuptools["package-dir"][name] == place.as_posix()
+    assert set(setuptools["packages"]) == on_disk
+    data = setuptools["package-data"]
+    for file in (ROOT / "tokengate").rglob("*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc"):
+            package = ".".join(file.parent.relative_to(ROOT).parts)
+            assert any(map(file.match, data[package])), file
     assert f'version = "{tokengate.__version__}"' in text
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("examples", ["examples"]), ("examples/benchmarks", ["examples", "test"])],
+    [
+        ("examples", ["examples"]),
+        ("examples/analysis", ["examples"]),
+        ("examples/recipes", ["examples"]),
+        ("examples/benchmarks", ["examples", "test"]),
+    ],
 )
 def test_the_extras_of_the_examples_are_what_they_import(folder, extras):
     text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
@@ -226,7 +235,8 @@ def test_the_extras_of_the_examples_are_what_they_import(folder, extras):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    known = {"tokengate", "torch", "safetensors", *(file.stem for file in files)}
+    own = (file.stem for file in (ROOT / "examples").rglob("*.py"))
+    known = {"tokengate", "torch", "safetensors", *own}
     # What another package brings along, and what is imported by another name.
     brought = {
         "sklearn": "scikit-learn", "numpy": "scikit-learn", "scipy": "scikit-learn",

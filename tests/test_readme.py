@@ -1,18 +1,19 @@
 """The README's Python runs as printed, on a tiny model in place of the large one."""
 
-import pathlib
+import importlib
 import re
 import socket
 
 import pytest
 import torch
 from models import snapshot
+from places import ROOT
 
 import tokengate
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 CODE = [part.split("```")[0] for part in README.split("```python\n")[1:]]
@@ -85,7 +86,7 @@ def test_the_example_that_is_seen(monkeypatch, tmp_path):
 
 
 def test_the_example_of_several_processes(monkeypatch):
-    """On one process, which sees whether it runs; tests/test_distributed.py has two."""
+    """On one process, which sees whether it runs; tests/training/test_distributed.py has two."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -104,7 +105,7 @@ def test_the_example_of_several_processes(monkeypatch):
 
 
 def test_the_table_of_methods():
-    from tokengate.modifications import registry
+    from tokengate.methods import registry
 
     rows = [line.split("|") for line in README.splitlines() if line.startswith('| `"')]
     options = {row[1].strip(' `"'): row[3] for row in rows}
@@ -130,14 +131,27 @@ def test_the_api_table_names_what_there_is():
     ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
-    others = "token_gate TokenGate GatedLinear SparsityReport TokenGateError Modification Factors"
-    others += " ModificationNorms TokenView PatchView"
-    for name in (*others.split(), "LoRA", "DoRA", "AdaLoRA", "Adapter", "UnreachedLayerWarning"):
+    others = "token_gate TokenGate SparsityReport TokenGateError Modification TokenView PatchView"
+    for name in others.split():
         assert f"`{name}" in table
         assert hasattr(tokengate, name)
+    wings = {
+        "adapters": ["Folding"],
+        "errors": ["DifferentBaseWarning", "MixedPositionsWarning", "UnreachedLayerWarning"],
+        "kernels": ["Factors"],
+        "layers": ["GatedLinear"],
+        "methods": ["LoRA", "DoRA", "AdaLoRA", "Adapter"],
+        "reports": ["ModificationNorms"],
+    }
+    for wing, names in wings.items():
+        module = importlib.import_module(f"tokengate.{wing}")
+        assert f"`{wing}.{names[0]}`" in table
+        for name in names:
+            assert f"{name}`" in table
+            assert hasattr(module, name)
 
 
-INTEGRATIONS = (pathlib.Path(__file__).parents[1] / "integrations" / "README.md").read_text()
+INTEGRATIONS = (ROOT / "integrations" / "README.md").read_text()
 
 
 def section(title):

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokengate.adapter_folder import CONFIG, SavedAdapter, read_adapter, read_config
-from tokengate.difference import difference, difference_text
-from tokengate.errors import TokenGateError
-from tokengate.inspection import describe, description_text
-from tokengate.loading import DifferentBaseWarning, load
-from tokengate.mixing import MixedPositionsWarning
-from tokengate.patching import patch
-from tokengate.planning import count_patched, plan_text
-from tokengate.saving import save
+from tokengate.adapters.difference import difference, difference_text
+from tokengate.adapters.folder import CONFIG, SavedAdapter, read_adapter, read_config
+from tokengate.adapters.inspection import describe, description_text
+from tokengate.adapters.loading import load
+from tokengate.adapters.planning import count_patched, plan_text
+from tokengate.adapters.saving import save
+from tokengate.errors import DifferentBaseWarning, MixedPositionsWarning, TokenGateError
+from tokengate.patching.patch import patch
 
 _BASE = "config.json of the base, a folder with one, or timm:NAME"
 # Of `plan`: what it hands on to `patch` as it is.

@@ -15,3 +15,15 @@ def brief(value: Any) -> str:
     """`value` as it fits a sentence: on one line, and cut where it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class UnreachedLayerWarning(UserWarning):
+    """A patched layer was not called in the first forward of its model."""
+
+
+class MixedPositionsWarning(UserWarning):
+    """A layer was patched that mixes tokens or heads, so that its positions are no tokens."""
+
+
+class DifferentBaseWarning(UserWarning):
+    """A model has other linear layers than the one that an adapter was trained on."""

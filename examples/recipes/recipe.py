@@ -1,0 +1,313 @@
+"""What the recipes share: one command trains every combination of its options, once.
+
+    python RECIPE.py --method lora dora --gate off on 0.6 --seed 0 1 2 --output FOLDER
+
+Each combination is a run with a folder of its own in `--output`: results.json, the adapter, and
+until it is done begun.json and its checkpoints. A run that has results is not repeated, and one
+that was interrupted goes on at its last checkpoint, if it was begun with the same settings. Then
+table.md and results.png are written. The same command after `torchrun --nproc_per_node N` or
+`accelerate launch` trains on N processes, with the same number of samples in each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import recipe_results
+import torch
+import transformers
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import tokengate
+from tokengate.adapters.planning import count_patched, plan_text
+from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
+
+METHODS = ["lora", "dora", "adalora", "adapter"]
+FIRST = int(os.environ.get("RANK", 0)) == 0
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# Of TrainingArguments. Without being told, they find their neighbours on GPUs alone.
+HARDWARE = {
+    "use_cpu": WORLD > 1 and not torch.cuda.is_available(),
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+FILES = ("results.json", "begun.json")  # of a run that is done, and that is not
+# Where results lie and how they came about, which is not what they are of.
+BESIDE = ("output", "folder", "checkpoint_every", "accumulate", "report_to")
+
+
+def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -> Any:
+    """A parser with the options of all recipes; of those in `axes` each run has one value."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(axes=tuple(axes))
+    add = parser.add_argument
+    add("--method", nargs="+", default=["lora"], choices=METHODS, help="one or several")
+    add(
+        "--gate",
+        nargs="+",
+        default=["off", "on"],
+        type=gate,
+        help="off, on, or a sparsity to reach",
+    )
+    add("--seed", nargs="+", default=[0], type=int, help="one or several")
+    add("--rank", type=int, default=8, help="AdaLoRA's last, an adapter's width")
+    add("--scale", type=float, default=0.5, help="of the modification")
+    add("--dropout", type=float, default=0.0, help="of its input")
+    add("--penalty", type=float, default=1e-5, help="lambda; where --gate is a number, the first")
+    add("--s", type=float, help="of eq. 11; by default 0.4 / steps")
+    add("--hold-tau", type=float, default=0.0, help="at 0 for this share of a number's steps")
+    add("--lr", type=float, default=1e-3, help="of the modifications, at its highest")
+    add("--scheduler", default="linear", help="of transformers, after a warm-up")
+    add("--warmup", type=float, default=0.06, help="share of the steps")
+    add("--batch-size", type=int, default=16, help="of a step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches a step")
+    add("--epochs", type=float, default=3)
+    add("--rows", type=int, help="train on so many only")
+    add("--checkpoint-every", type=int, default=500, help="steps")
+    add("--report-to", default="none", help="tensorboard, wandb")
+    add("--output", type=Path, default=Path("outputs") / parser.prog.removesuffix(".py"))
+    add("--smoke", action="store_true", help="does it run? A tiny model, few rows")
+    return parser
+
+
+def gate(text: str) -> str:
+    """Off, on or a number, as the command line has it."""
+    if text not in ("off", "on"):
+        try:
+            reachable = 0 < float(text) < 1
+        except ValueError:
+            reachable = False
+        if not reachable:
+            raise argparse.ArgumentTypeError(f"{text} is not off, on or a sparsity within 0 and 1")
+    return text
+
+
+def planned(
+    parser: argparse.ArgumentParser,
+    preset: Callable[[argparse.Namespace], dict[str, Any]] = lambda run: {},
+) -> list[argparse.Namespace]:
+    """The options of every run: what was given, before what `preset` has, before the defaults."""
+    args = vars(parser.parse_args())
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    given = vars(parser.parse_args())
+    axes = args.pop("axes")
+    runs = []
+    for values in itertools.product(*(dict.fromkeys(args[axis]) for axis in axes)):
+        own = dict(zip(axes, values, strict=True))
+        chosen = preset(argparse.Namespace(**(args | own)))
+        run = argparse.Namespace(**(args | chosen | given | own))
+        run.folder = run.output / "-".join(map(str, values))
+        runs.append(run)
+    return runs
+
+
+def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) -> nn.Module:
+    """`tokengate.patch` by the run's options."""
+    # Of its target rank AdaLoRA has nothing to choose from: it starts at twice, as in section 4.1.
+    twice = {"rank": 2 * run.rank, "target_rank": run.rank}
+    return tokengate.patch(
+        model,
+        targets,
+        method=run.method,
+        gate=run.gate != "off",
+        penalty=run.penalty,
+        scale=run.scale,
+        dropout=run.dropout,
+        **(twice if run.method == "adalora" else {"rank": run.rank}),
+        **more,
+    )
+
+
+def fit(
+    model: nn.Module,
+    run: argparse.Namespace,
+    train: Sized,
+    collate: Any,
+    callbacks: Iterable[TrainerCallback] = (),
+    **more: Any,
+) -> TokenGateTrainer:
+    """Train from the beginning or the last checkpoint; `more` are further TrainingArguments."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:  # the Trainer would give a whole batch to each
+        raise SystemExit(
+            f"{gpus} GPUs are there for one process: start the recipe with torchrun "
+            f"--nproc_per_node {gpus}, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    share, left = divmod(run.batch_size, WORLD * run.accumulate)
+    if left or not share:
+        raise SystemExit(
+            f"--batch-size {run.batch_size} is no multiple of {WORLD} processes x {run.accumulate} "
+            "micro-batches: change one of them."
+        )
+    steps = math.ceil(math.ceil(len(train) / run.batch_size) * run.epochs)
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": share,
+        "gradient_accumulation_steps": run.accumulate,
+        "num_train_epochs": run.epochs,
+        "learning_rate": run.lr,
+        "lr_scheduler_type": run.scheduler,
+        "warmup_steps": int(run.warmup * steps),
+        "seed": run.seed,
+        "save_steps": run.checkpoint_every,
+        "save_total_limit": 1,
+        "logging_steps": max(1, min(50, steps // 10)),
+        "report_to": run.report_to,
+        **HARDWARE,
+    }
+    target = None if run.gate in ("off", "on") else float(run.gate)
+    trainer = TokenGateTrainer(
+        model,
+        TrainingArguments(str(run.folder), **(settings | more)),
+        train_dataset=train,
+        data_collator=collate,
+        callbacks=[
+            TokenGateCallback(s=run.s, target_sparsity=target, target_warmup=run.hold_tau),
+            *callbacks,
+        ],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
+    if FIRST:
+        tokengate.save(model, run.folder / "adapter")
+    return trainer
+
+
+@torch.no_grad()
+def predict(trainer: Trainer, rows: Sequence[Any], collate: Any) -> Tensor:
+    """The model's logits for each row, `(rows, classes)`, on all processes.
+
+    Every row is computed once. The Trainer's own `predict` repeats some where they do not divide
+    evenly among the processes, and what records sparsity around it would count these twice.
+    """
+    model, args = trainer.model.eval(), trainer.args
+    mine = range(args.process_index, len(rows), args.world_size)
+    batches = DataLoader(
+        Subset(rows, mine), args.per_device_eval_batch_size, collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+    )  # fmt: skip
+    found: list[np.ndarray] = []  # rows of a tensor would be sent with their whole batch
+    for batch in tqdm(batches, "predict", disable=not FIRST):
+        on_device = {name: value.to(args.device) for name, value in batch.items()}
+        found.extend(model(**on_device)["logits"].float().cpu().numpy())
+    return torch.from_numpy(np.stack(in_order(mine, found)))
+
+
+def in_order(numbers: Iterable[int], found: Iterable[Any]) -> list[Any]:
+    """What all processes found, each of the rows of its numbers, in the rows' order."""
+    of_all = dict(gather_object(list(zip(numbers, found, strict=True))))
+    return [of_all[number] for number in sorted(of_all)]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last that was saved to the end, which trainer_state.json is."""
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda place: int(place.name.split("-")[1]), default=None)
+    return last and str(last)
+
+
+def main(
+    runs: list[argparse.Namespace], perform: Callable[[argparse.Namespace], dict[str, Any]]
+) -> None:
+    """Do what is missing of the runs, then print the table and draw it.
+
+    Args:
+        runs: of `planned`.
+        perform: trains and evaluates one run, and returns `scores`, percentages by the name of a
+            test, `sparsity`, percentages by the same names, and whatever else is to be kept. What
+            begins with `sparsity`, such as `sparsity of image`, is like it and is shown below it.
+            Scores that are no percentages say how many `decimals` they have.
+    """
+    for run in runs:
+        check(run)
+    found = []
+    for number, run in enumerate(runs, 1):
+        done, begun = (run.folder / name for name in FILES)
+        if not done.exists():
+            if FIRST:
+                print(f"\nrun {number} of {len(runs)}: {run.folder.name}", flush=True)
+                recipe_results.keep_text(begun, json.dumps({"settings": plain(run)}))
+            gc.collect()  # a Trainer and its model, or there would be two of them
+            began = time.perf_counter()
+            set_seed(run.seed)
+            try:
+                kept = perform(run)
+            except BaseException as why:
+                if FIRST and not last_checkpoint(run.folder):
+                    begun.unlink(missing_ok=True)  # there is nothing that could be gone on with
+                if isinstance(why, tokengate.TokenGateError | FileNotFoundError):
+                    raise SystemExit(f"{run.folder.name}: {why}") from why
+                raise
+            seconds = time.perf_counter() - began
+            kept |= {"settings": plain(run), "seconds": seconds, "on": machine()}
+            if FIRST:
+                recipe_results.keep_text(done, json.dumps(kept, indent=1))
+        else:
+            kept = json.loads(done.read_text())
+        if FIRST:  # also what was left behind between the results and this
+            begun.unlink(missing_ok=True)
+            for checkpoint in run.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        found.append(kept)
+    if FIRST:
+        print("\n" + recipe_results.write(found, runs[0].output))
+
+
+def check(run: argparse.Namespace) -> None:
+    """Refuse a folder with the results, or the checkpoints, of other settings."""
+    for file in (run.folder / name for name in FILES):
+        if file.exists():
+            asked, had = plain(run), json.loads(file.read_text())["settings"]
+            if had != asked:
+                other = [name for name in asked | had if asked.get(name) != had.get(name)]
+                raise SystemExit(
+                    f"{file} is of other settings ({', '.join(other)}) than were asked: pass "
+                    "another --output, or the settings that it has."
+                )
+
+
+def show_plans(
+    runs: list[argparse.Namespace], patched: Callable[[argparse.Namespace], nn.Module]
+) -> None:
+    """What each run patches and the memory it takes, by a model without values."""
+    for run in (each for each in runs if each.seed == runs[0].seed):
+        with torch.device("meta"):
+            model = patched(run)
+        print(f"{run.folder.name}\n{plan_text(count_patched(model))}\n")
+
+
+def plain(run: argparse.Namespace) -> dict[str, Any]:
+    """What the results are of, as JSON has it."""
+    return {
+        name: value if isinstance(value, bool | int | float | None) else str(value)
+        for name, value in vars(run).items()
+        if name not in BESIDE
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where a run was done."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "processes": WORLD,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

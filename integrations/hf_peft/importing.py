@@ -1,0 +1,146 @@
+"""A plain model patched with an adapter that PEFT wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokengate import TokenGateError, layers
+from tokengate.adapters.config import AdapterConfig, LayerConfig
+from tokengate.adapters.folder import SavedAdapter
+from tokengate.adapters.loading import load_saved
+from tokengate.arguments import finite, non_negative, switch
+from tokengate.integrations.hf_peft.format import held_twice, is_module_to_save, is_target
+from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
+from tokengate.linears.linear_like import is_linear
+from tokengate.patching.patch import check_can_patch
+
+
+def import_peft(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tau: float = 0.0,
+    penalty: float = 1e-5,
+    gate: bool = True,
+    strict: bool = True,
+) -> dict[str, str]:
+    """Patch `model` with an adapter that PEFT's `save_pretrained` wrote into `folder`, in place.
+
+    With tau <= 0 or `gate=False` the model computes what PEFT's does. LoRA with everything that
+    sets ranks and scales (`rank_pattern`, `alpha_pattern`, `use_rslora`), DoRA, and AdaLoRA, whose
+    pruned rows come back as zeros; `modules_to_save` become parameters that are trained along, as
+    by `patch(train=...)`. What has no equal here is refused by name. Everything is checked first:
+    an error leaves the model untouched.
+
+    Args:
+        model: the base model, not patched, as PEFT had it; on the meta device the base's values
+            may come later, as after `tokengate.load`.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        tau: of every layer, as in `patch`; so are `penalty` and `gate`.
+        penalty: lambda of eq. 15.
+        gate: False for the plain method.
+        strict: False skips the layers and parameters that do not fit this model.
+
+    Returns:
+        What was skipped, and why, by the name of the layer or parameter; empty if nothing was.
+
+    Raises:
+        TokenGateError: the folder is damaged, has what has no equal here, or does not fit.
+    """
+    finite("tau", tau)
+    non_negative("penalty", penalty)
+    switch("gate", gate)
+    check_can_patch(model, "import_peft")
+    if layers(model):
+        raise TokenGateError(
+            f"import_peft was given a {type(model).__name__} that is patched already: call "
+            "tokengate.unpatch(model) first, or pass a new one."
+        )
+    adapter = read_peft(folder)
+    missing = _missing(model, adapter)
+    if strict and missing:
+        name, reason = next(iter(missing.items()))
+        raise TokenGateError(
+            f"the adapter in {str(folder)!r} does not fit: {name!r} {reason}; pass the model "
+            "it was saved from, or strict=False to skip what does not fit."
+        )
+    saved = _as_saved(adapter, folder, tau, penalty if gate else None, leave_out=missing)
+    return missing | load_saved(model, saved, "import_peft", strict=strict)
+
+
+def read_saved(folder: str | Path) -> SavedAdapter:
+    """PEFT's adapter in `folder` as if `tokengate.save` had written it, without gates.
+
+    Raises:
+        TokenGateError: the folder is damaged, or has what has no equal here.
+    """
+    return _as_saved(read_peft(folder), folder, 0.0, None)
+
+
+def _as_saved(
+    adapter: PeftAdapter,
+    folder: str | Path,
+    tau: float,
+    penalty: float | None,
+    leave_out: Collection[str] = (),
+) -> SavedAdapter:
+    tensors = {name: value for name, value in adapter.heads.items() if name not in leave_out}
+    trained = list(tensors)
+    described = {}
+    for name, parameters in adapter.parameters.items():
+        if name in leave_out:
+            continue
+        tensors |= {f"{name}.modification.{part}": value for part, value in parameters.items()}
+        if penalty is not None:
+            tensors[f"{name}.gate.tau"] = torch.tensor([float(tau)])
+        down, up = ("Q", "P") if adapter.method == "adalora" else ("A", "B")
+        described[name] = LayerConfig(
+            method=adapter.method,
+            options=adapter.options[name],
+            in_features=parameters[down].shape[1],
+            out_features=len(parameters[up]),
+            penalty=None if penalty is None else float(penalty),
+        )
+    targets = {"targets": adapter.config["target_modules"]}
+    config = AdapterConfig(
+        tokengate_version=version("tokengate"),
+        base_class=adapter.config.get("base_model_name_or_path") or "",
+        base_fingerprint="",  # PEFT does not say
+        layers=described,
+        tensors={},
+        targets=[{**targets, "exclude": adapter.config.get("exclude_modules"), "train": trained}],
+        train=trained,
+    )
+    return SavedAdapter(Path(folder), config, tensors)
+
+
+def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
+    """What PEFT would look for in the adapter, or change in the model, and could not here."""
+    twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
+    found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
+    for name, module in model.named_modules():
+        if is_linear(module) and is_target(adapter.config, name) and name not in adapter.parameters:
+            found[name] = "is one of its target_modules, and the adapter has no values for it"
+    modules = adapter.config.get("modules_to_save") or []
+    for owner, module in model.named_modules(remove_duplicate=False):
+        for key in module.state_dict() if is_module_to_save(modules, owner) else ():
+            if f"{owner}.{key}" not in adapter.heads:
+                found[f"{owner}.{key}"] = "is in its modules_to_save, and has no values there"
+    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name in adapter.heads:
+        if name in parameters and shared[id(parameters[name])] > 1:
+            found[name] = (
+                "is tied to another parameter in the model, which PEFT would not change along; "
+                "untie them first (tie_word_embeddings=False)"
+            )
+        elif name in buffers:
+            found[name] = "is a buffer in the model, which has no place beside trained parameters"
+    return found

@@ -1,0 +1,246 @@
+"""Read an adapter that Hugging Face PEFT saved, trusting nothing in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengate import TokenGateError
+from tokengate.adapters.config import TensorConfig
+from tokengate.adapters.folder import CONFIG, WEIGHTS, finite_tensors, header, read_config
+from tokengate.arguments import count, positive, share, switch
+from tokengate.errors import brief
+from tokengate.integrations.hf_peft.format import (
+    KEYS,
+    PREFIX,
+    adalora_scale,
+    by_pattern,
+    check_known,
+    is_module_to_save,
+    is_target,
+)
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What PEFT saved, in the terms of this library."""
+
+    config: dict[str, Any]
+    """`adapter_config.json` as it is."""
+    method: str
+    options: dict[str, dict[str, Any]]
+    """The method's, by layer."""
+    parameters: dict[str, dict[str, Tensor]]
+    """The method's, by layer: as `modification.named_parameters()` would give them."""
+    heads: dict[str, Tensor]
+    """Other parameters that were trained, by their name in the model."""
+
+
+def read_peft(folder: str | Path) -> PeftAdapter:
+    """The adapter in `folder`, as PEFT's `save_pretrained` wrote it.
+
+    Raises:
+        TokenGateError: the folder is incomplete or damaged, or holds what has no equal here.
+    """
+    folder = Path(folder)
+    where = str(folder / CONFIG)
+    config = _config(folder)
+    check_known(config, where)
+    method = "adalora"
+    if config["peft_type"] == "LORA":
+        method = "dora" if switch("use_dora", config.get("use_dora") or False) else "lora"
+    _, present = header(folder / WEIGHTS)
+    found: dict[str, set[str]] = {}
+    heads = []
+    for key, tensor in present.items():
+        layer, part = _split(key, method)
+        if layer is not None:
+            found.setdefault(layer, set()).add(part)
+        elif _is_saved_whole(config, key):
+            heads.append(key)
+        else:
+            raise TokenGateError(
+                f"{str(folder / WEIGHTS)!r} has {key!r} of shape {tensor.shape}, which neither "
+                f"belongs to {config['peft_type']} as {where} describes it nor to one of its "
+                f"modules_to_save, {brief(config.get('modules_to_save'))}: save the adapter "
+                "again, without values of the base."
+            )
+    if not found:
+        raise TokenGateError(f"{str(folder / WEIGHTS)!r} has no adapted layer: save it again.")
+    try:
+        options = {layer: _options(config, method, layer) for layer in found}
+        astray = [layer for layer in found if not is_target(config, layer)]
+    except re.error as error:
+        raise TokenGateError(
+            f"{where} has a pattern that is no regular expression ({error}): correct it."
+        ) from None
+    except TokenGateError as error:
+        raise TokenGateError(f"{where} is not as PEFT would have written it: {error}") from None
+    if astray:
+        raise TokenGateError(
+            f"{str(folder / WEIGHTS)!r} has values for {astray[0]!r}, which the target_modules "
+            f"{brief(config['target_modules'])} of {where} leave out, so that PEFT would drop "
+            "them: correct target_modules."
+        )
+    masks = _masks(config, set(found), where) if method == "adalora" else {}
+    for layer in found:
+        _check_shapes(folder / WEIGHTS, method, layer, options[layer], masks.get(layer), present)
+    tensors = finite_tensors(folder / WEIGHTS, present)
+    parameters = {}
+    for layer in found:
+        own = {p: tensors[f"{PREFIX}{layer}.{suffix}"] for p, suffix in KEYS[method].items()}
+        parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
+    return PeftAdapter(
+        config, method, options, parameters, {k.removeprefix(PREFIX): tensors[k] for k in heads}
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    for path in (folder, folder / CONFIG, folder / WEIGHTS):
+        if path.exists():
+            continue
+        if path.name == WEIGHTS and (folder / "adapter_model.bin").exists():
+            raise TokenGateError(
+                f"{str(folder)!r} has its values in 'adapter_model.bin', a pickle, which may run "
+                "any code when it is read: if you trust it, load it with PEFT and save it again, "
+                "as safetensors."
+            )
+        # Of adapters that are not called "default".
+        named = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+        hint = f", e.g. {str(folder / named[0])!r}" if named else ""
+        raise TokenGateError(
+            f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote{hint}."
+        )
+    config, where = read_config(folder), str(folder / CONFIG)
+    if "peft_type" not in config:
+        hint = ", which tokengate.load reads" if config.get("format") == "tokengate" else ""
+        raise TokenGateError(f"{where} has no peft_type{hint}: pass a folder that PEFT wrote.")
+    lists = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+    for key in lists:
+        value = config.get(key)
+        items = [value] if isinstance(value, str) else value or []
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise TokenGateError(
+                f"{where} has {key}={brief(value)}: correct it to a list of names."
+            )
+    if not config.get("target_modules"):
+        raise TokenGateError(f"{where} has no target_modules: save the adapter again.")
+    if isinstance(config.get("modules_to_save"), str):
+        config["modules_to_save"] = [config["modules_to_save"]]
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise TokenGateError(f"{where} has {key}={brief(config[key])}: correct it to a dict.")
+    return config
+
+
+def _split(key: str, method: str) -> tuple[str | None, str]:
+    """The layer and the parameter that a key means; (None, "") if it means none."""
+    for parameter, suffix in KEYS[method].items():
+        if key.startswith(PREFIX) and key.endswith(f".{suffix}") and len(key) > len(PREFIX):
+            return key[len(PREFIX) : -len(suffix) - 1], parameter
+    return None, ""
+
+
+def _is_saved_whole(config: dict[str, Any], key: str) -> bool:
+    parts = key.removeprefix(PREFIX).split(".")
+    owners = (".".join(parts[:i]) for i in range(1, len(parts)))
+    modules = config.get("modules_to_save") or []
+    return key.startswith(PREFIX) and any(is_module_to_save(modules, owner) for owner in owners)
+
+
+def _options(config: dict[str, Any], method: str, layer: str) -> dict[str, Any]:
+    dropout = share("lora_dropout", config.get("lora_dropout", 0.0))
+    alpha = config.get("lora_alpha", 8)
+    if method == "adalora":
+        rank = count("init_r", config.get("init_r", 12))
+        return {
+            "rank": rank,
+            "target_rank": min(count("target_r", config.get("target_r", 8), least=0), rank),
+            "scale": adalora_scale(positive("lora_alpha", alpha), rank),
+            "dropout": dropout,
+        }
+    rank = by_pattern(config.get("rank_pattern") or {}, layer, config.get("r", 8))
+    alpha = by_pattern(config.get("alpha_pattern") or {}, layer, alpha)
+    options = {
+        "rank": count(f"the rank of {layer!r}", rank),
+        "alpha": positive(f"the alpha of {layer!r}", alpha),
+        "dropout": dropout,
+    }
+    if switch("use_rslora", config.get("use_rslora") or False):
+        options["rslora"] = True
+    return options
+
+
+def _masks(config: dict[str, Any], layers: set[str], where: str) -> dict[str, list[bool]]:
+    """Which of the initial rows the layers still have that have not all of them."""
+    rank = config.get("init_r", 12)
+    masks = {}
+    for key, mask in (config.get("rank_pattern") or {}).items():
+        layer, _, part = key.rpartition(".")
+        if part != "lora_E" or layer not in layers:
+            raise TokenGateError(
+                f"{where} has a rank_pattern for {key!r}, which is no layer of the adapter: save "
+                "it again."
+            )
+        fits = isinstance(mask, list) and len(mask) == rank
+        if not fits or not all(isinstance(kept, bool) for kept in mask):
+            raise TokenGateError(
+                f"{where} has {brief(mask)} as the rank_pattern of {key!r}, which is not "
+                f"init_r={rank} times true or false: save the adapter again."
+            )
+        masks[layer] = mask
+    return masks
+
+
+def _check_shapes(
+    path: Path,
+    method: str,
+    layer: str,
+    options: dict[str, Any],
+    mask: list[bool] | None,
+    present: dict[str, TensorConfig],
+) -> None:
+    keys = {part: f"{PREFIX}{layer}.{suffix}" for part, suffix in KEYS[method].items()}
+    for key in keys.values():
+        if key not in present:
+            there = next(k for k in keys.values() if k in present)
+            raise TokenGateError(
+                f"{str(path)!r} lacks {key!r}, beside {there!r} of shape {present[there].shape}: "
+                "save the adapter again."
+            )
+    rank = options["rank"] if mask is None else sum(mask)
+    down, up = ("Q", "P") if method == "adalora" else ("A", "B")
+    # The layer's own sizes, in which the others have to agree.
+    ins, outs = (present[keys[down]].shape or [0])[-1], (present[keys[up]].shape or [0])[0]
+    wanted = {down: [rank, ins], up: [outs, rank], "E": [rank, 1], "magnitude": [outs]}
+    for part, key in keys.items():
+        if present[key].shape != wanted[part]:
+            raise TokenGateError(
+                f"{str(path)!r} has {key!r} of shape {present[key].shape}, where its configuration "
+                f"and the layer's other values ask for {wanted[part]}: save the adapter again."
+            )
+    for key in keys.values():
+        if present[key].dtype not in ("F64", "F32", "BF16", "F16"):
+            raise TokenGateError(
+                f"{str(path)!r} has {key!r} of shape {present[key].shape} as {present[key].dtype}, "
+                "which is not floating-point: save the adapter again."
+            )
+
+
+def _unpruned(own: dict[str, Tensor], mask: list[bool] | None) -> dict[str, Tensor]:
+    """P, E and Q with the pruned rows, which contribute nothing, back in their places."""
+    if mask is None:
+        return {**own, "E": own["E"][:, 0]}
+    kept = torch.tensor(mask, dtype=torch.bool)
+    full = {
+        "P": own["P"].new_zeros(len(own["P"]), len(mask)),
+        "E": own["E"].new_zeros(len(mask)),
+        "Q": own["Q"].new_zeros(len(mask), own["Q"].shape[1]),
+    }
+    full["P"][:, kept], full["E"][kept], full["Q"][kept] = own["P"], own["E"][:, 0], own["Q"]
+    return full

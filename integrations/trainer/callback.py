@@ -1,0 +1,347 @@
+"""Everything that training a gate wants, as a callback of Hugging Face's Trainer.
+
+The Trainer makes its optimiser, and loads a checkpoint into it, before a callback is asked. So the
+taus stay in that optimiser's groups, which therefore load as they were saved; but at every step
+their gradients are taken out of its sight and given to an Adam of their own. What is taken has
+neither weight decay nor a schedule, whatever the optimiser is and whoever made it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import tokengate
+from tokengate import History, RankAllocator, SparsityController, SparsityReport, TokenGateError
+from tokengate.arguments import count, non_negative, share, switch
+from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
+from tokengate.integrations.trainer.gradients import Gradients
+from tokengate.integrations.trainer.penalty_unit import check_not_sharded, set_unit
+from tokengate.integrations.trainer.sparsity_logs import (
+    Recording,
+    evaluated,
+    log_heatmap,
+    report_of,
+    will_be_logged,
+)
+from tokengate.integrations.trainer.surroundings import trainer_that_calls, unwrapped
+from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
+from tokengate.layers.gated_linear import require_layers
+from tokengate.methods.adalora import AdaLoRA
+from tokengate.reports.report import load_plots
+from tokengate.training.param_groups import slope_for
+
+_log = logging.getLogger(__name__)
+
+
+class TokenGateCallback(TrainerCallback):
+    """Trains the gates of a patched model in any `transformers.Trainer`.
+
+    - tau moves by eq. 18-22 with learning rate alpha * s, constant under any scheduler, without
+      weight decay, whatever `optim` is.
+    - tau's gradient is no part of the norm by which `max_grad_norm` clips the others, and is not
+      clipped: what the Trainer's accelerator clips is all but the taus.
+    - lambda has its unit: tau moves alike on 1 or 8 processes, with 1 or 16 micro-batches, and
+      under a GradScaler, whose skipped steps leave tau and its Adam state as they were.
+    - AdaLoRA layers get their penalty and a `RankAllocator` over `state.max_steps`. The penalty's
+      gradient is added to the loss's before it is clipped, once a step, which is the same as
+      adding the penalty to the loss; the loss that is logged is without it.
+    - Each log of the loss has `sparsity`, `tau_mean`, `tau_min`, `tau_max`, and with AdaLoRA
+      `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
+      all processes. `sparsity` is that of the step that is logged alone, in training mode, with
+      dropout and before its update, because counting at every step would cost time at every step.
+      It is missing where that step is not known before: with `logging_strategy="epoch"` and data
+      without a length. On several processes `eval_sparsity` counts twice the samples that
+      Accelerate repeats to fill their last batches.
+    - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
+      that was never stopped.
+
+    What a callback cannot do is left to `TokenGateTrainer`.
+
+    Args:
+        s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` chooses
+            for as many `total_steps` as the Trainer takes.
+        alpha: learning rate of eq. 22, which multiplies s.
+        betas: Adam's decay rates for tau.
+        eps: of eq. 22.
+        schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
+        orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
+        allocator: options of the `RankAllocator` other than `total_steps`.
+        target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
+        target_warmup: steps before that controller sets in: an int for their number, a float in
+            [0, 1) for their share of the training's.
+        details: True adds to the logs of the loss and of evaluations the sparsity of every
+            projection, e.g. `sparsity_q_proj`, and to those of the loss the average lambda,
+            `penalty`; and gives TensorBoard and Weights & Biases, where they are told of such a
+            log, a heatmap by layer and projection, `train/sparsity_heatmap`. Wants matplotlib.
+        history: a `tokengate.History` of the model, which is told of each log of the loss.
+
+    Attributes:
+        allocator: the `RankAllocator`, from the beginning of the training on; or None.
+        controller: the `SparsityController`, likewise.
+
+    Raises:
+        TokenGateError: a number is out of its range. When training begins: the model is not
+            patched; the optimiser lacks a tau or has a group for the taus alone; the model is
+            sharded (FSDP, DeepSpeed); or a checkpoint does not fit the model.
+    """
+
+    def __init__(
+        self,
+        s: float | None = None,
+        *,
+        alpha: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        schedule: bool = False,
+        orthogonality: float = 0.1,
+        allocator: Mapping[str, Any] | None = None,
+        target_sparsity: float | None = None,
+        target_warmup: int | float = 0,
+        details: bool = False,
+        history: History | None = None,
+    ) -> None:
+        # Made for its checks alone: tau's numbers are wrong here and not after an hour.
+        known = 0.0 if s is None else non_negative("s", s)
+        tokengate.TauAdam([torch.zeros(1)], known, alpha, betas, eps)
+        self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        self._schedule = switch("schedule", schedule)
+        self._gradients = Gradients(non_negative("orthogonality", orthogonality))
+        self._allocation = dict(allocator or {})
+        self._target = target_sparsity
+        check = share if isinstance(target_warmup, float) else partial(count, least=0)
+        self._target_warmup = check("target_warmup", target_warmup)
+        self._details = switch("details", details)
+        if details:
+            load_plots()  # or an error now, and not after an hour
+        if history is not None and not isinstance(history, History):
+            raise TokenGateError(
+                f"history is a {type(history).__name__}: pass tokengate.History(model)."
+            )
+        self._history = history
+        # A report that the reporters have not seen, and the name it is logged by.
+        self._unseen: tuple[str, SparsityReport] | None = None
+        self.allocator: RankAllocator | None = None
+        self.controller: SparsityController | None = None
+        self._steps: TauSteps | None = None
+        self._training, self._evaluation = Recording(), Recording()
+        self._warned = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Take the taus over, from the beginning or from where a checkpoint left them."""
+        self._end()
+        model, optimizer = context["model"], context["optimizer"]
+        patched = require_layers(model, "TokenGateCallback")
+        accelerator = trainer_that_calls().accelerator
+        check_not_sharded(AcceleratorState().distributed_type)
+        base = unwrapped(optimizer)
+        numbers = dict(self._numbers)
+        if numbers["s"] is None:
+            numbers["s"] = slope_for(state.max_steps)
+        steps = TauSteps(model, base, numbers, self._schedule)
+        saved: dict[str, Any] = state_of(base).get(KEY, {})
+        resumed = state.global_step > 0
+        if resumed and not saved:
+            raise TokenGateError(
+                f"training is resumed at step {state.global_step} from a checkpoint whose "
+                "optimizer state has nothing of TokenGateCallback: resume from one that was saved "
+                "with it and without save_only_model."
+            )
+        if saved:
+            steps.load(saved["taus"], exactly=resumed)
+        modifications = [layer.modification for layer in patched.values()]
+        adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
+        self.allocator = self.controller = None
+        self._steps = steps
+        try:
+            if adalora:
+                self.allocator = RankAllocator(
+                    model, base, total_steps=state.max_steps, **self._allocation
+                )
+            if self._target is not None:
+                warmup = self._target_warmup
+                if isinstance(warmup, float):
+                    warmup = int(warmup * state.max_steps)
+                self.controller = SparsityController(model, base, self._target, warmup_steps=warmup)
+            for name, part in steps.others(self.allocator, self.controller).items():
+                if resumed:
+                    if name not in saved:
+                        raise TokenGateError(
+                            f"the checkpoint at step {state.global_step} has no state of the "
+                            f"{name}: resume with the options that the run was started with."
+                        )
+                    part.load_state_dict(saved[name])
+        except BaseException:
+            self._end()
+            raise
+        steps.attach()
+        self._gradients.attach(accelerator, model, steps.taus.values(), adalora)
+        set_unit(model, args.world_size)
+        if args.eval_on_start:
+            self._evaluation.start(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Before the first micro-batch of a step."""
+        self._evaluation.drop()
+        scaler = getattr(context["optimizer"], "scaler", None)
+        if scaler is not None:
+            set_unit(context["model"], args.world_size, scaler)
+        if will_be_logged(args, state, context.get("train_dataloader")):
+            self._training.start(context["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """After the last micro-batch, with gradients summed up, averaged and unscaled."""
+        self._training.stop()
+        self._gradients.before_step(context["optimizer"], context["model"])
+        if self._steps is not None:
+            self._steps.seen = False
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """After the optimiser's step."""
+        optimizer = context["optimizer"]
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if self._steps is not None and not self._steps.seen and not skipped:
+            raise TokenGateError(
+                f"{type(unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
+                "that tau never moves: train with an optimizer whose step() updates the parameters."
+            )
+        if skipped and self.controller is not None:
+            self.controller.skip_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Evaluation comes next, if it comes."""
+        if control.should_evaluate:
+            self._evaluation.start(context["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Evaluation comes next, if it comes."""
+        if control.should_evaluate:
+            self._evaluation.start(context["model"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Add what `TokenGateTrainer` has not added before."""
+        added = self.add_to(context["logs"])
+        if self._unseen is not None and state.is_world_process_zero:
+            # From here, because the reporters, which come before, open their files in this event.
+            callbacks = trainer_that_calls().callback_handler.callbacks
+            log_heatmap(callbacks, *self._unseen, state.global_step)
+        self._unseen = None
+        if not added:
+            return
+        if state.log_history:
+            state.log_history[-1].update(added)
+        if args.report_to and not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s were told a log before TokenGateCallback could add sparsity and tau to it: "
+                "use TokenGateTrainer, or report_to='none'.",
+                ", ".join(args.report_to),
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Another data set may be evaluated at once, while training runs."""
+        self._evaluation.drop()
+        if self._steps is not None:
+            self._evaluation.start(context["model"])
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **context: Any,
+    ) -> None:
+        """`Trainer.predict` logs nothing: its metrics are added to here."""
+        if self._evaluation.runs:
+            self.add_to(metrics)
+        self._evaluation.drop()
+        self._unseen = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Give the optimiser back, with the state that a later training goes on from."""
+        self.end_training(context["model"])
+
+    def end_training(self, model: nn.Module) -> None:
+        """Leave nothing behind; `TokenGateTrainer` calls it where a training is interrupted."""
+        self._end()
+        if tokengate.layers(model):
+            tokengate.scale_penalty(model, 1)
+
+    def start_evaluation(self, model: Any) -> None:
+        """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
+        self._evaluation.drop()  # of one that failed, or of what ran in between
+        self._evaluation.start(model)
+
+    def add_to(self, logs: dict[str, Any]) -> dict[str, float]:
+        """Add to `logs` what belongs there, once, and return that.
+
+        Called by every process, with the same keys, if there are several.
+        """
+        added: dict[str, float] = {}
+        prefix = evaluated(logs)
+        if prefix and f"{prefix}_sparsity" not in logs:
+            added |= self._measured(f"{prefix}_", report_of(self._evaluation.take()))
+        elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
+            report = report_of(self._training.take())
+            added |= self._measured("", report)
+            added |= self._steps.statistics()
+            if self._gradients.distance is not None:
+                added["orthogonality"] = self._gradients.distance.item()
+            if self._history is not None:
+                step = trainer_that_calls().state.global_step
+                if self._history.steps[-1:] != [step]:  # unless it has been told, with the report
+                    self._history.log(step, loss=logs["loss"], report=report)
+        logs.update(added)
+        return added
+
+    def _measured(self, prefix: str, report: SparsityReport | None) -> dict[str, float]:
+        """What a log gets of a report."""
+        if report is None:
+            return {}
+        if not self._details:
+            return {f"{prefix}sparsity": report.sparsity}
+        self._unseen = f"{prefix}{HEATMAP}", report
+        found = sparsities(report) if prefix else scalars(trainer_that_calls().model, report)
+        return {f"{prefix}{name}": value for name, value in found.items()}
+
+    def _end(self) -> None:
+        self._gradients.detach()
+        if self._steps is not None:
+            self._steps.detach()
+            for part in (self.allocator, self.controller):
+                if part is not None:
+                    part.detach()
+        self._training.drop()
+        self._evaluation.drop()
+        self._steps = None

@@ -1,0 +1,168 @@
+"""The benchmarks run, on tiny models; and what they compare is what it is called."""
+
+import gc
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from places import EXAMPLES
+
+for library, extra in (("peft", "test"), ("transformers", "test"), ("matplotlib", "viz")):
+    pytest.importorskip(library, reason=f"the {extra} extra is not installed")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+FOLDER = EXAMPLES / "benchmarks"
+SHAPE = [
+    *("hidden_size=32", "intermediate_size=64", "num_hidden_layers=2", "vocab_size=64"),
+    *("num_attention_heads=4", "num_key_value_heads=2"),
+]
+TINY = [
+    *("--config", *SHAPE, "--batch", "2", "--length", "16", "--rank", "4"),
+    *("--rounds", "1", "--warmup", "0", "--threads", "1"),
+]
+ALL = {"frozen base", "tokengate, gated", "tokengate, ungated", "PEFT", "PEFT, same dtype"}
+METHODS = ["lora", "dora", "adalora"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the folder's files, none of which is known before or after."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert not names & set(sys.modules)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(script, monkeypatch, tmp_path, capsys):
+    """The results of one of the scripts, which also prints and draws them."""
+
+    def run(name, *arguments):
+        argv = [f"{name}.py", *TINY, *arguments, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        script(name).main()
+        text = (tmp_path / "results.json").read_text()
+        assert str(tmp_path) not in text
+        found = json.loads(text)
+        assert (found["options"]["seed"], found["options"]["threads"]) == (0, 1)
+        assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+        printed = capsys.readouterr().out
+        for case, variants in found["results"].items():
+            for variant, numbers in variants.items():
+                assert any(case in line and variant in line for line in printed.splitlines())
+                assert len(numbers) == 1
+                assert all(0 < number < math.inf for number in numbers)
+        assert all(0 < closed < 1 for closed in found["sparsity"].values())
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "cases"),
+    [
+        ("step", METHODS, [""]),
+        ("decode", ["dora"], [", prompt", ", token"]),
+        ("memory", ["adalora"], [", kept", ", peak"]),
+    ],
+)
+def test_all_variants_of_all_settings(run, name, methods, cases):
+    more = ["--new", "2"] if name == "decode" else []
+    dtypes = ["float32", "bfloat16"]
+    found = run(name, "--methods", *methods, "--dtypes", *dtypes, "--same-dtype", *more)
+    settings = {f"{m}, {d}, dropout 0.05" for m in methods for d in dtypes}
+    assert set(found["sparsity"]) == settings
+    assert set(found["results"]) == {setting + case for setting in settings for case in cases}
+    for case, variants in found["results"].items():
+        # In float32, PEFT's adapters are of the base's dtype as they come.
+        assert set(variants) == (ALL if "bfloat16" in case else ALL - {"PEFT, same dtype"})
+
+
+# In a process of its own, because what compiling leaves behind counts in other tests.
+COMPILED = """
+import runpy, sys, torch
+inductor = torch.nn.Module.compile
+def quickly(model):
+    print("compiled one")
+    inductor(model, backend="eager")
+torch.nn.Module.compile = quickly
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_compiled_are_all_variants(tmp_path):
+    """PEFT's DoRA takes the most pieces."""
+    asked = ["--methods", "dora", "--dtypes", "float32", "--compile", "--out", str(tmp_path)]
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(FOLDER / "step.py"), *TINY, *asked],
+        env={**os.environ, "PYTHONPATH": str(FOLDER)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    [variants] = json.loads((tmp_path / "results.json").read_text())["results"].values()
+    assert ran.stdout.count("compiled one") == len(variants) == 4
+
+
+def test_four_axes(run):
+    axes = {"batches": "12", "ranks": "12", "widths": ("16", "32"), "layers": "12"}
+    found = run("scaling", *(word for axis in axes for word in (f"--{axis}", *axes[axis])))
+    assert set(found["results"]) == {f"{axis} {size}" for axis in axes for size in axes[axis]}
+    for variants in found["results"].values():
+        assert set(variants) == {"frozen base", "tokengate, gated", "tokengate, ungated"}
+    assert set(found["slopes"]) == set(axes)
+    for slopes in found["slopes"].values():
+        assert set(slopes) == {"tokengate, gated", "tokengate, ungated"}
+        assert all(map(math.isfinite, slopes.values()))
+
+
+@pytest.fixture(params=METHODS)
+def setting(request, script, monkeypatch):
+    """A tiny one of each method."""
+    monkeypatch.setattr(sys, "argv", ["", *TINY, "--methods", request.param, "--dtypes", "float32"])
+    settings = script("settings")
+    [found] = settings.settings(settings.parser("", "").parse_args())
+    return found
+
+
+def test_the_same_is_compared(script, setting):
+    variants = script("variants")
+    ids = variants.tokens(setting)
+    with torch.no_grad():
+        logits = {n: m.eval()(input_ids=ids).logits for n, m in variants.models(setting).items()}
+    base, gated = logits["frozen base"], logits["tokengate, gated"]
+    ungated, peft = logits["tokengate, ungated"], logits["PEFT"]
+    change = (ungated - base).norm()
+    # AdaLoRA's is the smallest: a product of three that are.
+    assert change > 1e-4 * base.norm()
+    assert (peft - base).norm() > 1e-4 * base.norm()
+    assert (ungated - peft).norm() < 1e-2 * change
+    # Half of the positions are left alone.
+    assert (gated - ungated).norm() > 0.1 * change
+    assert (gated - base).norm() > 0.1 * change
+
+
+def test_what_was_kept_is_given_back(script, setting):
+    variants, memory = script("variants"), script("memory")
+
+    def tensors_after(training):
+        assert memory.kept(training) > 0
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        # A layer takes the hooks for checkpointing, and remembers two channels of 32 inputs.
+        return sum(tensor.shape[-1:] != (2,) for tensor in tensors)
+
+    for training in variants.trainings(variants.models(setting), setting).values():
+        assert tensors_after(training) == tensors_after(training)

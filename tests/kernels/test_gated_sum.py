@@ -1,0 +1,185 @@
+"""The quick sum of a layer's output and its gated modification, where it goes its own ways."""
+
+import pytest
+import torch
+from models import Keeps, away_from_initialisation
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokengate
+from tokengate.gates.threshold import TokenGate, opened
+from tokengate.kernels import gated_sum
+from tokengate.kernels.factors import Factors
+from tokengate.kernels.norms import norms
+
+
+def layer_of(method, kind=nn.Linear, bias=True, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    layer = kind(12, 10, bias=bias).to(dtype)
+    tokengate.patch(layer, "all-linear", method, rank=4, **options)
+    return away_from_initialisation(layer)
+
+
+def sums_of(layer, x):
+    """The output, S and all gradients of one call."""
+    x = x.clone().requires_grad_()
+    with tokengate.record(layer, positions=True) as rec:
+        h = layer(x)
+    (h.float() * torch.linspace(-1, 1, h.shape[-1])).sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    return [h.detach(), rec.positions[""][0], x.grad, *grads]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("gate", [True, False], ids=["gated", "ungated"])
+def test_blocks_are_one(method, bias, gate, monkeypatch):
+    layer = layer_of(method, bias=bias, gate=gate)
+    x = torch.randn(5, 7, 12)
+    if gate:
+        tokengate.calibrate(layer, [(x,)], sparsity=0.5)
+    whole = sums_of(layer, x)
+    if gate:
+        assert 0 < whole[1].float().mean() < 1
+    blocks = []
+    cut = gated_sum._blocks
+
+    def counted(rows):
+        parts = list(cut(rows))
+        blocks.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(gated_sum, "_blocks", counted)
+    monkeypatch.setattr(gated_sum, "_BLOCK", 30)
+    found = sums_of(layer, x)
+    # Only what is as wide as the output is divided.
+    assert set(blocks) == ({12} if method == "dora" or (bias and gate) else set())
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_squares_out_of_range(method, size):
+    """Norms whose squares float32 does not hold decide as those of inputs of usual size."""
+    layer = layer_of(method, bias=False)
+    x = torch.randn(40, 12)
+    tokengate.calibrate(layer, [(x,)], sparsity=0.5)
+    wanted = sums_of(layer, x)[1]
+    assert 0 < wanted.float().mean() < 1
+    assert torch.equal(sums_of(layer, x * size)[1], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_norms_from_products_of_columns(dtype, monkeypatch):
+    ways = []
+    quick = gated_sum._from_gram
+    monkeypatch.setattr(
+        gated_sum, "_from_gram", lambda z, up, wide: ways.append(wide) or quick(z, up, wide)
+    )
+    torch.manual_seed(0)
+    z, up = torch.randn(40, 4).to(dtype), torch.randn(10, 4).to(dtype)
+    found, exponent = gated_sum._norms_of_product(z, up)
+    exact = (z.double() @ up.double().T).norm(dim=1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert exponent == 0
+    assert ways == [torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def test_tau_s_gradient_where_backward_runs_within_autocast():
+    layer, x = layer_of("lora"), torch.randn(9000, 12)
+    tokengate.calibrate(layer, [(x,)], sparsity=0.5)
+    found = []
+    for within in (False, True):
+        layer.zero_grad()
+        h = layer(x)
+        with torch.autocast("cpu", torch.float16, enabled=within):
+            (3e3 * h).sum().backward()
+        found.append(layer.gate.tau.grad.clone())
+    assert found[0].abs() > 65504  # which is float16's largest
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=0)
+
+
+def test_columns_that_cancel():
+    """Of M(x) = up z little is left where the columns of `up` are nearly one: rounding, in
+    float32 squares."""
+    torch.manual_seed(0)
+    column = torch.randn(50, 1)
+    up = torch.cat([column, column + 1e-4 * torch.randn(50, 1)], dim=1)
+    z = torch.randn(30, 1) * torch.tensor([1.0, -1.0])
+    plain = gated_sum._from_gram(z, up, torch.float32)[0].clamp(min=0).sqrt()
+    exact = (z.double() @ up.double().T).norm(dim=1)
+    assert (plain / exact - 1).abs().max() > 0.01
+    found, _ = gated_sum._norms_of_product(z, up)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+class Watched(TorchDispatchMode):
+    """Keeps what products gave, and tells whether one of these was written over."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.written = [], []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        result = f(*args, **(kwargs or {}))
+        if f is torch.ops.aten.mm.default:
+            self.products.append(result)
+        if f is torch.ops.aten.addmm_.default:
+            given = {product.data_ptr() for product in self.products}
+            self.written.append(args[0].data_ptr() in given)
+        return result
+
+
+def test_an_output_of_others_is_not_written_over():
+    x = torch.randn(5, 12)
+    layer = layer_of("lora", Keeps)
+    h = layer(x)
+    assert not torch.equal(h, layer.given)
+    assert torch.equal(layer.given, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_its_own_output_is_written_over_unless_someone_watches(monkeypatch):
+    layer, x = layer_of("lora", bias=False), torch.randn(5, 12)
+    written = []
+    apply = gated_sum.GatedSum.apply
+    monkeypatch.setattr(
+        gated_sum.GatedSum, "apply", lambda *args: written.append(args[-1]) or apply(*args)
+    )
+    plain = layer(x)
+    with Watched() as watched:
+        assert torch.equal(layer(x), plain)
+    assert written == [True, False]
+    assert watched.products
+    assert watched.written == [False]
+
+
+def test_an_infinite_gradient_at_a_closed_position_passes_no_further_than_up():
+    w, z = torch.randn(3, 6), torch.ones(3, 2, requires_grad=True)
+    z.data[0] = 1e-3
+    up = torch.randn(6, 2, requires_grad=True)
+    gate = TokenGate(0.1)
+    h, is_open = Factors(z, up).add_to(w, None, gate)
+    assert (
+        is_open.tolist()
+        == opened(norms(z.detach() @ up.detach().T, w.dtype), norms(w, w.dtype), gate.tau).tolist()
+        == [False, True, True]
+    )
+    h.backward(torch.tensor([[torch.inf], [1.0], [1.0]]).expand(3, 6))
+    assert not z.grad[0].any()
+    assert z.grad[1:].isfinite().all()
+    assert z.grad[1:].all()
+    assert not up.grad.isfinite().any()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_a_caller_may_write_over_the_output(method, bias):
+    layer, x = layer_of(method, bias=bias), torch.randn(2, 5, 12)
+    h = layer(x)
+    wanted = h.detach() + 1
+    h += 1  # as Falcon does
+    assert torch.equal(h, wanted)
+    h.sum().backward()
+    assert layer.modification.B.grad.any()

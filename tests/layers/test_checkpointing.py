@@ -1,0 +1,112 @@
+"""Activation checkpointing: what is computed again in backward counts once, in everything."""
+
+import pytest
+import torch
+from models import Net, away_from_initialisation
+from torch.utils.checkpoint import checkpoint
+
+import tokengate
+
+METHODS = ["lora", "dora", "adalora", "adapter"]
+# Whether each forward is checkpointed, and how; and whether all of it or block by block.
+KINDS = {
+    "reentrant": {"use_reentrant": True},
+    "not reentrant": {"use_reentrant": False},
+    "without early stop": {"use_reentrant": False, "early_stop": False},
+}
+
+
+class Checkpointed(Net):
+    """`Net` whose blocks are checkpointed as `kind` says, or not."""
+
+    kind = None
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if self.kind is None else checkpoint(block, x, **self.kind)
+        return self.head(x)
+
+
+def patched(method, kind):
+    torch.manual_seed(0)
+    model = Checkpointed()
+    model.kind = kind
+    tau = 1.0 if method == "dora" else 0.3
+    options = {"rank": 3, "dropout": 0.3, "tau": tau, "penalty": 0.2}
+    tokengate.patch(model, ["q_proj", "v_proj", "fc1"], method, **options)
+    tokengate.scale_penalty(model, 2.0)
+    calls = []
+    model.blocks[0].q_proj.register_forward_hook(lambda *_: calls.append(1))
+    return away_from_initialisation(model.double(), 0.4), calls
+
+
+def everything(method, kind):
+    """What two forwards and one backward leave behind."""
+    model, calls = patched(method, kind)
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1, s=1e-3))
+    controller = tokengate.SparsityController(model, optimizer, 0.5)
+    for layer in tokengate.layers(model).values():  # what the controller starts from is 0
+        layer.gate._controlled.fill_(0.2)
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    with tokengate.record(model, positions=True) as rec:
+        loss = sum(model(x).square().sum() for x in inputs)
+        if method == "adalora":
+            loss = loss + tokengate.orthogonality(model)
+        loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs)}
+    tallies = {n: layer.gate._tally.clone() for n, layer in tokengate.layers(model).items()}
+    optimizer.step()
+    return {
+        "calls": len(calls),
+        "gradients": gradients,
+        "tallies": tallies,
+        "report": rec.report().to_dict(),
+        "positions": rec.positions,
+        "sparsity": controller.sparsity,
+        "penalties": controller.penalties,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_computed_again_and_counted_once(method, kind):
+    plain, again = everything(method, None), everything(method, KINDS[kind])
+    assert (plain["calls"], again["calls"]) == (2, 4)
+    assert {t[2].item() for t in plain["tallies"].values()} == {20}
+    assert 0 < plain["report"]["token_sparsity"] < 1
+    names = [name for name in plain["gradients"] if name.endswith("tau")]
+    assert len(names) == 6
+    assert all(plain["gradients"][name].abs() > 1e-3 for name in names)
+    for what in ("gradients", "tallies"):
+        assert set(again[what]) == set(plain[what])
+        for name, value in plain[what].items():
+            assert value.any()
+            torch.testing.assert_close(again[what][name], value, rtol=0, atol=1e-12, msg=name)
+    for what in ("report", "sparsity"):
+        assert again[what] == plain[what]
+    assert again["penalties"] == pytest.approx(plain["penalties"], rel=1e-9)
+    for name, calls in plain["positions"].items():
+        assert len(again["positions"][name]) == len(calls) == 2
+        assert all(map(torch.equal, again["positions"][name], calls))
+
+
+def test_dropout_would_show():
+    """The masks of dropout are drawn again as they were; others give other gradients."""
+    kind = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+    plain, again = everything("lora", None), everything("lora", kind)
+    name = "blocks.0.v_proj.modification.A"
+    assert (plain["gradients"][name] - again["gradients"][name]).abs().max() > 1e-3
+
+
+def test_lambda_would_show(monkeypatch):
+    """Counted again, a position pulls and is tallied twice."""
+    from tokengate.gates import threshold as gate
+    from tokengate.reports import recording
+
+    monkeypatch.setattr(gate, "in_backward", lambda: False)
+    monkeypatch.setattr(recording, "in_backward", lambda: False)
+    again = everything("lora", KINDS["not reentrant"])
+    assert {t[2].item() for t in again["tallies"].values()} == {40}
+    assert again["report"] != everything("lora", None)["report"]

@@ -1,0 +1,175 @@
+"""calibrate: tau is the quantile of r that eq. 23 asks for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Net, away_from_initialisation, padded_bert, snapshot
+
+import tokengate
+from tokengate import TokenGateError
+
+
+def patched(method="lora", **options):
+    torch.manual_seed(0)
+    model = tokengate.patch(Net(), ["q_proj", "fc1"], method=method, dropout=0.3, **options)
+    return away_from_initialisation(model, 0.2)
+
+
+def batches(count=6, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 40, (count,), generator=draw).tolist()
+    return [torch.randn(4, length, 8, generator=draw) for length in lengths]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_one_layer_reaches_the_sparsity_that_was_asked(method, sparsity):
+    """Of one layer, whose inputs no other gate changes."""
+    model = tokengate.patch(Net(), ["blocks.1.fc1"], method=method, dropout=0.3)
+    away_from_initialisation(model, 0.2)
+    data = batches(40)
+    with tokengate.record(model) as rec:
+        for x in data:
+            model(x)
+    assert rec.report().sparsity == 0
+    taus = tokengate.calibrate(model, data, sparsity=sparsity)
+    model.eval()
+    with tokengate.record(model) as rec:
+        for x in data:
+            model(x)
+    assert rec.report().sparsity == pytest.approx(sparsity, abs=0.005)
+    assert taus == {"blocks.1.fc1": model.blocks[1].fc1.gate.tau.item()}
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    sparsity=st.floats(0.05, 0.95),
+    scale=st.floats(0.01, 30),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+)
+@settings(max_examples=25, deadline=None)
+def test_tau_splits_the_ratios_of_the_reference(seed, sparsity, scale, lengths):
+    torch.manual_seed(seed)
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 5).double())
+    tokengate.patch(layer, ["0"], rank=2)
+    away_from_initialisation(layer, scale)
+    data = [torch.randn(2, length, 6, dtype=torch.float64) for length in lengths]
+    tau = tokengate.calibrate(layer, data, sparsity)["0"]
+    shares, ratios = [], []
+    for x in data:
+        w = x @ layer[0].weight.T
+        m = layer[0].modification.eval()(x, w)
+        for sample in range(len(x)):
+            r = [reference_ratio(w[sample, i], m[sample, i]) for i in range(x.shape[1])]
+            ratios += [(value, 1 / len(r)) for value in r]
+            shares.append(sum(value < tau for value in r) / len(r))
+    # As near as a position and the bins' width allow.
+    near = sum(weight for value, weight in ratios if abs(value / tau - 1) < 2e-3)
+    step = max(weight for _, weight in ratios) + near
+    assert abs(sum(shares) - sparsity * len(shares)) <= step + 1e-9
+
+
+def reference_ratio(w, m):
+    """||m|| / ||w||, summed up by hand."""
+    square = [sum(float(value) ** 2 for value in vector) for vector in (m.detach(), w.detach())]
+    return (square[0] / square[1]) ** 0.5
+
+
+def test_the_reference_and_the_gate_agree_about_the_ratio():
+    layer = patched().blocks[0].fc1
+    w, m = torch.randn(4, 8), torch.randn(4, 8)
+    tau = reference_ratio(w[0], m[0])
+    for sign in (-1, 1):
+        with torch.no_grad():
+            layer.gate.tau.fill_(tau * (1 + sign * 1e-5))
+        is_open = layer.gate.open_positions(w[:1], m[:1])
+        assert bool(is_open) is (sign < 0)
+
+
+def test_padding_does_not_count():
+    model, batch, alone = padded_bert(dropout=0.1)
+    padded = tokengate.calibrate(model, [batch])
+    assert padded == pytest.approx(tokengate.calibrate(model, alone), rel=1e-5)
+    unmasked = tokengate.calibrate(model, [{"input_ids": batch["input_ids"]}])
+    assert padded != pytest.approx(unmasked, rel=1e-5)
+
+
+def test_padding_does_not_count_where_the_positions_come_first():
+    x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(6)[None] >= torch.tensor([6, 2, 3])[:, None]
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        away_from_initialisation(tokengate.patch(model, ["linear1"]))
+        src = x if batch_first else x.transpose(0, 1)
+        found += [tokengate.calibrate(model, [{"src": src, "src_key_padding_mask": padding}])]
+        found += [tokengate.calibrate(model, [{"src": src}])]
+    first, unpadded, second, _ = (taus["linear1"] for taus in found)
+    assert abs(first - unpadded) > 0.01
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_nothing_but_tau_changes():
+    model = patched().train()
+    model.blocks[1].eval()
+    model(batches(1)[0])  # what the first forward leaves
+    before = snapshot(model)
+    taus = tokengate.calibrate(model, batches(), 0.5)
+    after = snapshot(model)
+    assert before != after
+    names = {f"{name}.gate.tau" for name in taus}
+    for state in (before, after):
+        for name in names:
+            del state["values"][name]
+    assert before == after
+    assert len(set(taus.values())) == len(taus)
+    assert min(taus.values()) > 0
+
+
+def test_a_second_calibration_gives_the_same():
+    model = patched()
+    first = tokengate.calibrate(model, batches())
+    assert tokengate.calibrate(model, batches()) == first
+    assert tokengate.calibrate(model, batches(), sparsity=0.0) == dict.fromkeys(first, 0.0)
+
+
+def test_a_modification_that_does_nothing_stays_open():
+    model = tokengate.patch(Net(), ["q_proj"])
+    assert set(tokengate.calibrate(model, batches()).values()) == {0.0}
+
+
+def test_memory_does_not_grow_with_the_data():
+    from tokengate.training.calibration import _Ratios
+
+    ratios = _Ratios()
+    size = ratios._bins.numel()
+    for _ in range(3):
+        ratios.add(torch.rand(1000) * 300, torch.ones(1000, dtype=torch.float64))
+    ratios.add(torch.tensor([0.0, torch.inf, torch.nan, 1e30]), torch.ones(4, dtype=torch.float64))
+    assert ratios._bins.numel() == size < 50_000
+    assert ratios.total == 3004
+
+
+def test_bad_input_leaves_the_taus_as_they_were():
+    model = patched(tau=0.25)
+    model(batches(1)[0])  # what the first forward leaves
+    before = snapshot(model)
+
+    def refused(match, *args):
+        with pytest.raises(TokenGateError, match=match):
+            tokengate.calibrate(model, *args)
+        assert snapshot(model) == before
+
+    refused("sparsity=1.0 is not in", batches(), 1.0)
+    refused("calibrate was given", torch.randn(2, 3, 8))
+    refused("calibrate was given", {"x": 1})
+    refused("saw no position of 'blocks.0.q_proj'", [])
+    with pytest.raises(RuntimeError):
+        tokengate.calibrate(model, [*batches(2), torch.randn(2, 3, 7)])
+    assert snapshot(model) == before
+    with pytest.raises(TokenGateError, match="calibrate was asked of a Net without"):
+        tokengate.calibrate(Net(), batches())
+    with pytest.raises(TokenGateError, match="have no gates"):
+        tokengate.calibrate(patched(gate=False), batches())

@@ -1,0 +1,301 @@
+"""What of a saved adapter fits a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.adapters.config import LayerConfig
+from tokengate.adapters.folder import SavedAdapter
+from tokengate.errors import TokenGateError, brief
+from tokengate.gates.threshold import TokenGate
+from tokengate.kernels.precision import trainable_dtype
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.sliced_linear import Sliced, slices_of
+from tokengate.linears.accelerate_hooks import weights_present
+from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
+from tokengate.linears.slices import Slices
+from tokengate.methods.base import Modification
+from tokengate.methods.registry import check_options, find_method, name_of, with_defaults
+from tokengate.patching.targets import find_targets
+from tokengate.patterns import nearest
+from tokengate.sharding import divided_as, gathered
+
+
+class Fit:
+    """What of an adapter fits a model; of a strict load, the first that does not is the error."""
+
+    def __init__(self, saved: SavedAdapter, strict: bool) -> None:
+        self.saved, self._strict = saved, strict
+        self.misfits: dict[str, str] = {}
+
+    def check_any(self, model: nn.Module, found: list[str]) -> None:
+        """An error if nothing fits."""
+        if not found:
+            reason = next(iter(self.misfits.values()), "it is empty")
+            raise TokenGateError(
+                f"nothing of the adapter in {str(self.saved.folder)!r} fits this "
+                f"{type(model).__name__}: {reason}."
+            )
+
+    def fill(
+        self, name: str, modification: Modification, gate: TokenGate | None, fresh: bool
+    ) -> None:
+        """Give a layer's parts what the adapter has for them; to fresh ones without a copy."""
+        _fill(modification, self._values(f"{name}.modification.", modification), fresh)
+        if gate is not None:
+            _fill(gate, self._values(f"{name}.gate.", gate), fresh)
+            gate.penalty = cast(float, self.saved.config.layers[name].penalty)
+            gate.s = self.saved.config.layers[name].s
+
+    def fill_extras(self, model: nn.Module, extras: dict[str, nn.Parameter]) -> None:
+        """The same for parameters of the model."""
+        for name in extras:
+            owner, _, attribute = name.rpartition(".")
+            holder = model.get_submodule(owner)
+            _fill_one(holder, attribute, self.saved.tensors[name])
+            extras[name] = getattr(holder, attribute)  # another object where it was on meta
+
+    def agrees(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter of the model has the adapter's values already."""
+        value = self.saved.tensors[name]
+        return not parameter.is_meta and torch.equal(
+            gathered(parameter).detach().cpu(), value.to(parameter.dtype)
+        )
+
+    def patched_layers(self, patched: dict[str, Gated]) -> dict[str, Gated]:
+        """The layers whose values can be replaced."""
+        found: dict[str, Gated] = {}
+        for name, config in self.saved.config.layers.items():
+            layer = patched.get(name)
+            if layer is None:
+                near = nearest(name, patched)
+                self._reject(name, f"is in the adapter and not patched in the model; {near}")
+            elif reason := _other_patch(layer, config):
+                self._reject(name, reason)
+            # Options that compare equal need not be valid: a rank of 8.0 is none.
+            elif self._holds(name, self._on_meta(name, layer), None) and self._holds(
+                name, layer.modification, layer.gate
+            ):
+                found[name] = layer
+        for name in patched.keys() - self.saved.config.layers.keys():
+            self._reject(name, "is patched in the model and not in the adapter")
+        return found
+
+    def new_layers(self, model: nn.Module, others: dict[str, Gated]) -> dict[str, Any]:
+        """The layers that can be patched, each with its modification and gate, without values.
+
+        Those that other adapters have patched already, too.
+        """
+        wanted = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, config in self.saved.config.layers.items():
+            reason = _unfit(name, config, modules)
+            if reason:
+                self._reject(name, reason)
+            else:
+                wanted[name] = config
+        slices = {
+            name.rpartition(".")[0]: divided
+            for name, config in wanted.items()
+            if (divided := _slices_of(config)) is not None
+        }
+        if not wanted:
+            return {}
+        chosen: dict[str, Any] = {name: others[name] for name in wanted if name in others}
+        if new := [_exactly(name) for name in wanted if name not in others]:
+            given = {
+                _exactly(name): each
+                for name, each in slices.items()
+                if any(n.startswith(f"{name}.") and n not in others for n in wanted)
+            }
+            chosen |= find_targets(model, new, None, given or None)
+        found: dict[str, Any] = {}
+        for name, layer in chosen.items():
+            config = wanted[name]
+            method = find_method(config.method)
+            check_options(method, config.options)
+            # On the meta device first: an adapter may claim any size.
+            if not self._holds(name, self._on_meta(name, layer), None):
+                continue
+            with weights_present(whole(layer)):
+                weight = layer.weight
+                modification = method(layer, **config.options)
+                modification.options = dict(config.options)
+                gate = None
+                if config.penalty is not None:
+                    device = "cpu" if weight.is_meta else weight.device
+                    gate = TokenGate(0.0, 0.0, dtype=trainable_dtype(weight), device=device)
+            if self._holds(name, modification, gate):
+                found[name] = (layer, modification, gate)
+        return found
+
+    def extras(
+        self, model: nn.Module, trained: dict[str, nn.Parameter] | None
+    ) -> dict[str, nn.Parameter]:
+        """The other parameters that get values; of a patched model those that it trains."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = {}
+        for name in self.saved.config.train:
+            value = self.saved.tensors.get(name)
+            if value is None:
+                self._reject(name, "was trained, and its values are not in the adapter")
+            elif name not in parameters:
+                near = nearest(name, parameters)
+                self._reject(name, f"of shape {list(value.shape)} is not in the model; {near}")
+            elif trained is not None and name not in trained:
+                self._reject(name, "is trained in the adapter and not by the model's patch")
+            elif reason := _unequal(parameters[name], value):
+                self._reject(name, reason)
+            else:
+                found[name] = parameters[name]
+        return found
+
+    def _values(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
+        """What the adapter has for a module's state."""
+        return {key: self.saved.tensors[prefix + key] for key in module.state_dict()}
+
+    def _holds(self, name: str, modification: Modification | None, gate: TokenGate | None) -> bool:
+        """Whether the adapter has just what these have, in their shapes."""
+        for part, module in (("modification", modification), ("gate", gate)):
+            if module is None:
+                continue
+            prefix = f"{name}.{part}."
+            saved = {k: t for k, t in self.saved.tensors.items() if k.startswith(prefix)}
+            expected = {prefix + key: t for key, t in module.state_dict().items()}
+            for key in sorted(saved.keys() | expected.keys()):
+                if key not in saved:
+                    reason = f"lacks {key!r} of shape {list(expected[key].shape)}"
+                elif key not in expected:
+                    reason = f"has {key!r} of shape {list(saved[key].shape)}, which is unknown here"
+                elif unequal := _unequal(expected[key], saved[key]):
+                    reason = f"has {key!r}, which {unequal}"
+                else:
+                    continue
+                self._reject(name, reason)
+                return False
+        return True
+
+    def _on_meta(self, name: str, layer: Any) -> Modification | None:
+        """The layer's modification without memory; None if the method needs a real layer for it."""
+        config = self.saved.config.layers[name]
+        dtype = trainable_dtype(whole(layer).weight)
+        sizes = config.in_features, config.out_features
+        stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
+        try:
+            return find_method(config.method)(stub, **config.options)
+        except TokenGateError as error:
+            raise TokenGateError(
+                f"the adapter in {str(self.saved.folder)!r} has options for {name!r} that "
+                f"{config.method!r} refuses: {error}"
+            ) from None
+        except Exception:
+            return None
+
+    def _reject(self, name: str, reason: str) -> None:
+        if self._strict:
+            raise TokenGateError(
+                f"the adapter in {str(self.saved.folder)!r} does not fit: {name!r} {reason}; load "
+                "it into the model it was saved from, or pass strict=False to skip what does not "
+                "fit."
+            )
+        self.misfits[name] = reason
+
+
+def _exactly(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name))
+
+
+def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str | None:
+    """Why the model has no layer of this name and shape."""
+    own = name if config.slices is None else name.rpartition(".")[0]
+    layer = modules.get(own)
+    if layer is None:
+        return (
+            f"is not in the model; {nearest(own, (n for n, m in modules.items() if is_linear(m)))}"
+        )
+    if not is_linear(layer):
+        return f"is a {type(layer).__name__} in the model, which is no linear layer"
+    there = features_of(cast(LinearLike, layer))
+    outputs = config.out_features
+    if (slices := _slices_of(config)) is not None:
+        part = name.rpartition(".")[2]
+        if slices.sizes.get(part, 0) * slices.groups != outputs:
+            return f"is no slice of {slices} with {outputs} outputs"
+        if isinstance(layer, Sliced) and slices != slices_of(layer):
+            return _otherwise_divided(slices, slices_of(layer))
+        outputs = slices.out_features
+    saved = (config.in_features, outputs)
+    if saved != there:
+        return f"has (in_features, out_features) {saved} in the adapter and {there} in the model"
+    return None
+
+
+def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
+    return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
+
+
+def _slices_of(config: LayerConfig) -> Slices | None:
+    return None if config.slices is None else Slices(groups=config.groups, **config.slices)
+
+
+def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
+    """How a patched layer differs from how the saved one was patched."""
+    saved, own = _slices_of(config), layer.slices if isinstance(layer, LinearSlice) else None
+    if saved != own:
+        return _otherwise_divided(saved, own)
+    kind = type(layer.modification)
+    if name_of(kind) != config.method:
+        return f"is {config.method!r} in the adapter and {name_of(kind) or kind.__name__!r} here"
+    if (layer.gate is None) != (config.penalty is None):
+        gated, ungated = ("adapter", "model") if layer.gate is None else ("model", "adapter")
+        return f"has a gate in the {gated} and none in the {ungated}"
+    check_options(kind, config.options)
+    there = with_defaults(kind, config.options)
+    here = with_defaults(kind, layer.modification.options)
+    for option in sorted(there.keys() | here.keys()):
+        if option != "dropout" and there.get(option) != here.get(option):
+            return (
+                f"has {option}={brief(there.get(option))} in the adapter and "
+                f"{option}={brief(here.get(option))} in the model"
+            )
+    return None
+
+
+def _unequal(wanted: Tensor, found: Tensor) -> str | None:
+    """Why a tensor cannot hold a value as it is."""
+    if wanted.shape != found.shape:
+        return f"has shape {list(found.shape)} in the adapter and {list(wanted.shape)} in the model"
+    if torch.promote_types(wanted.dtype, found.dtype) != wanted.dtype:
+        return (
+            f"is {_short(found.dtype)} of shape {list(found.shape)} in the adapter and "
+            f"{_short(wanted.dtype)} in the model, which cannot hold it"
+        )
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fill(module: nn.Module, values: dict[str, Tensor], fresh: bool) -> None:
+    for key, value in values.items():
+        owner, _, attribute = key.rpartition(".")
+        _fill_one(module.get_submodule(owner), attribute, value, fresh)
+
+
+@torch.no_grad()
+def _fill_one(owner: nn.Module, attribute: str, value: Tensor, fresh: bool = False) -> None:
+    there = getattr(owner, attribute)
+    if there.is_meta:
+        new = value.to(there.dtype, copy=True)
+        if isinstance(there, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=there.requires_grad)
+        setattr(owner, attribute, new)
+    elif fresh and there.device == value.device and there.dtype == value.dtype:
+        there.data = value  # nothing was in it yet
+    else:
+        there.copy_(divided_as(value.to(there.device), there))

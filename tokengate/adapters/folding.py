@@ -1,0 +1,370 @@
+"""Fold what a gate decides alike at every position: into W0, or away."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.adapters.folder import all_finite
+from tokengate.arguments import positive, switch
+from tokengate.errors import TokenGateError, brief
+from tokengate.kernels.gated_sum import without_bias
+from tokengate.layers.batches import check_batches, evaluating, run
+from tokengate.layers.folded import (
+    as_folded,
+    fold_layers,
+    folded,
+    unchanged_if_interrupted,
+    unfold,
+    unfolded,
+)
+from tokengate.layers.gated_linear import Gated, require_layers
+from tokengate.layers.named_adapters import adapter_names
+from tokengate.layers.padding import follow_masks, unfollow_masks
+from tokengate.layers.sliced_linear import take_off
+from tokengate.linears.accelerate_hooks import is_offloaded
+from tokengate.linears.dequantised import compute_dtype, product_error
+from tokengate.linears.linear_like import (
+    LinearLike,
+    LinearSlice,
+    holder,
+    is_transposed,
+    row_blocks,
+    whole,
+)
+from tokengate.linears.quantised import is_quantised, unreadable
+from tokengate.patching.patch import check_can_fold
+from tokengate.reports.recording import record
+from tokengate.reports.report import SparsityReport
+from tokengate.sharding import is_sharded
+
+# Columns of M's matrix that are computed at once.
+_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class FoldedLayer:
+    """What `fold` did to one layer."""
+
+    sparsity: float
+    """Share of the positions seen that its gate left unmodified."""
+    action: str
+    """"merged", "dropped" or "kept"."""
+    reason: str
+    error: float | None = None
+    """Of a merged layer: ||difference|| / ||h|| on random inputs, h being W0 x + M(x); of a
+    quantised one, with W0 x as its library computes it. Rounding, mostly.
+    """
+
+
+class Folding:
+    """What `fold` did; print it for a table.
+
+    Attributes:
+        layers: every layer that was patched, by name.
+        error: ||difference|| / ||output|| over the batches, of the model's first output; None
+            where `fold` was given a report instead.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: dict[str, FoldedLayer], error: float | None
+    ) -> None:
+        self._model = model
+        self.layers, self.error = layers, error
+
+    def names(self, action: str) -> list[str]:
+        """The layers that were "merged", "dropped" or "kept"."""
+        return [name for name, layer in self.layers.items() if layer.action == action]
+
+    def undo(self) -> None:
+        """The model as it was patched before; `unpatch` does the same and goes on."""
+        with unchanged_if_interrupted(self._model):
+            unfold(self._model)
+            _settle(self._model)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.layers)
+        lines = [f"{'layer':{width}}  sparsity (%)  action   reason"]
+        lines += [
+            f"{name:{width}}  {100 * each.sparsity:12.1f}  {each.action:7}  {each.reason}"
+            for name, each in self.layers.items()
+        ]
+        counts = Counter(each.action for each in self.layers.values())
+        summary = ", ".join(f"{counts[action]} {action}" for action in _ACTIONS)
+        if self.error is not None:
+            summary += f"; the output differs by {self.error:.2g} of its norm"
+        return "\n".join([*lines, summary])
+
+
+_ACTIONS = ("merged", "dropped", "kept")
+
+
+def fold(
+    model: nn.Module,
+    seen: SparsityReport | Iterable[Any],
+    *,
+    force: float | None = None,
+    safe: bool = True,
+    dequantise: bool = False,
+) -> Folding:
+    """Merge layers whose gate is open at every position seen, drop those closed at every one.
+
+        folding = tokengate.fold(model, loader)
+        print(folding)
+
+    A merged layer has W0 + M's matrix for its weight and costs what the base layer costs; a dropped
+    one is the base layer again; the rest stay gated. On what was seen the model computes what it
+    did, but for the rounding of the merged weights to W0's dtype; on other data, a gate that would
+    have decided otherwise is gone. (Section 5 of the paper: many of its DoRA modules end at 0 % or
+    100 %.)
+
+    It can be undone, by the folding's `undo` or by `unpatch`, which gives W0 back bit for bit: the
+    other weight of a merged layer is kept beside it, at the cost of its memory. `save` writes what
+    is merged as a modification without a gate, and nothing of what was dropped.
+
+    Args:
+        model: a patched model.
+        seen: a `SparsityReport` of data to be exact on; or such data, as batches that `model` is
+            called with (dicts by keyword, tuples by position), which are gone through twice.
+        force: also fold gates that decide alike at this share of the positions, e.g. 0.95; with
+            batches alone, for the error that the folding then states.
+        safe: False merges also where the merged weight gives other outputs than the modification,
+            beyond the rounding of W0's dtype; or, of a quantised W0, beyond what its library's
+            rounding of the inputs can explain.
+        dequantise: True makes quantised layers dense where they are merged, which takes the memory
+            of a dense weight beside that of the quantised one: the sum of the dequantised W0 and
+            M's matrix, in the dtype that the layer computes in.
+
+    Returns:
+        What was done, with the measured error.
+
+    Raises:
+        TokenGateError: no layer is patched, or it is wrapped (DDP, FSDP), compiled or within
+            `disabled`; an argument is wrong; the report is of other layers; W0 of a layer to be
+            merged is quantised, without `dequantise=True`; a merged weight is not finite, or with
+            `safe=True` not right. The model is then as it was.
+    """
+    patched = require_layers(model, "fold")
+    check_can_fold(model)
+    switch("safe", safe)
+    switch("dequantise", dequantise)
+    if folded(model):
+        raise TokenGateError("fold was asked of a model that is folded already: undo() that first.")
+    if len(adapter_names(model)) > 1:
+        raise TokenGateError(
+            "fold was asked of a model with several adapters, which could not be exchanged any "
+            "more: fold a model that has loaded one."
+        )
+    if force is not None and positive("force", force) > 1:
+        raise TokenGateError(f"force={brief(force)} is above 1: pass a share, e.g. force=0.95.")
+    batches = None
+    if not isinstance(seen, SparsityReport):
+        check_batches("fold", seen)
+        if iter(seen) is seen:
+            raise TokenGateError(
+                "fold goes through its batches twice, and these can be gone through once: pass a "
+                "list of them."
+            )
+        batches = seen
+        seen = _sparsities(model, batches)
+    elif force is not None:
+        raise TokenGateError(
+            f"fold was given force={force} with a report: pass batches, on which the error of what "
+            "is forced can be measured."
+        )
+    threshold = 1.0 if force is None else force
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    done: dict[str, FoldedLayer] = {}
+    merged: dict[str, Tensor] = {}
+    for name, layer in patched.items():
+        done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
+        if done[name].action == "merged":
+            merged[name], error = _merged(name, layer, safe)
+            done[name] = replace(done[name], error=error)
+    folding = Folding(model, done, None)
+    entries = {
+        name: as_folded(patched[name], merged.get(name))
+        for name, each in done.items()
+        if each.action != "kept"
+    }
+    with unchanged_if_interrupted(model, entries.values()):
+        fold_layers(model, entries)
+        _settle(model)
+        if batches is not None:
+            folding.error = _output_error(model, batches)
+    return folding
+
+
+def _settle(model: nn.Module) -> None:
+    # The masks' hooks stand around modules with patched layers, which may be others now.
+    unfollow_masks(model)
+    follow_masks(model)
+
+
+def _sparsities(model: nn.Module, batches: Iterable[Any]) -> SparsityReport:
+    with evaluating(model), record(model) as rec:
+        for batch in batches:
+            run(model, batch)
+    return rec.report()
+
+
+def _decide(
+    name: str,
+    layer: Gated,
+    seen: SparsityReport,
+    threshold: float,
+    owners: Counter[int],
+    dequantise: bool,
+) -> FoldedLayer:
+    found = seen.modules.get(name)
+    if found is None:
+        raise TokenGateError(
+            f"fold was given a report without {name!r}, which is patched: record the model as it "
+            "is now."
+        )
+    if not found.positions:
+        return FoldedLayer(found.sparsity, "kept", "no position was seen")
+    closed = 1 - found.modified / found.positions
+    if closed >= threshold:
+        return FoldedLayer(closed, "dropped", f"closed at {_portion(closed)}")
+    if 1 - closed < threshold:
+        return FoldedLayer(closed, "kept", "open at some positions, closed at others")
+    reason = _unmergeable(layer, owners)
+    if reason is not None:
+        return FoldedLayer(closed, "kept", f"open at {_portion(1 - closed)}, but {reason}")
+    if is_quantised(cast(LinearLike, layer)) and not dequantise:
+        raise TokenGateError(
+            f"fold would merge {name!r}, whose weight is quantised and could hold the sum only "
+            "rounded: pass dequantise=True to make it dense, or load the base without quantisation."
+        )
+    return FoldedLayer(closed, "merged", f"open at {_portion(1 - closed)}")
+
+
+def _portion(value: float) -> str:
+    return "every position" if value == 1 else f"{100 * value:.1f} % of the positions"
+
+
+def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
+    if not layer.modification.linear:
+        return f"{type(layer.modification).__name__} is no matrix"
+    linear = whole(cast(LinearLike, layer))
+    weight = holder(linear)
+    if is_sharded(weight):
+        return "its weight is sharded"
+    if weight.is_meta or is_offloaded(getattr(linear, "weight_holder", linear)):
+        return "its weight is elsewhere"
+    if owners[id(weight)] != 1:
+        made = "made of others" if owners[id(weight)] == 0 else "another module's, too"
+        return f"its weight is {made}"
+    if is_quantised(linear):
+        if isinstance(layer, LinearSlice):
+            return "it is a slice of a quantised layer"
+        if (reason := unreadable(linear)) is not None:
+            return f"W0 is what {reason}"
+    return None
+
+
+def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
+    """W0 + M's matrix, in W0's dtype and layout, and how far its outputs are from the layer's."""
+    # MPS has nothing finer than float32.
+    dtype = torch.float32 if layer.weight.device.type == "mps" else torch.float64
+    with torch.no_grad():
+        W0 = torch.cat([block.to(dtype) for block in row_blocks(layer)])
+        training = layer.modification.training
+        layer.modification.eval()
+        try:
+            matrix = _matrix(layer, W0)
+            quantised = is_quantised(layer)
+            total = (W0 + matrix).to(compute_dtype(layer) if quantised else layer.weight.dtype)
+            if not all_finite(total):
+                raise TokenGateError(
+                    f"fold found a merged weight of {name!r} that is not finite: nothing was "
+                    "folded; look for a modification that diverged."
+                )
+            x = torch.randn(
+                64, W0.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(0)
+            ).to(W0.device)
+            w = x @ W0.T
+            found = x @ total.to(dtype).T
+            error = _distance(found, w + _modification(layer, x, w))
+            # Each entry is rounded to the dtype, which in the sum is no larger beside its norm.
+            wrong = error > 4 * torch.finfo(total.dtype).eps
+            if quantised:
+                w = _own_product(layer, x.to(total.dtype)).to(dtype)
+                error = _distance(found, w + _modification(layer, x, w))
+                wrong = wrong or error > product_error(layer)
+        finally:
+            layer.modification.train(training)
+    if safe and wrong:
+        raise TokenGateError(
+            f"fold found that {name!r} with a merged weight of {total.dtype} differs from what it "
+            f"computes now by {error:.2g} of its output: nothing was folded; pass safe=False "
+            "to merge all the same."
+        )
+    return (total.T.contiguous() if is_transposed(layer) else total), error
+
+
+def _own_product(layer: Any, x: Tensor) -> Tensor:
+    """W0 x as the library of a quantised layer computes it in evaluation."""
+    # On a copy: bitsandbytes lays the weights out anew in the first evaluation.
+    twin = copy.deepcopy(layer)
+    take_off(twin)
+    return without_bias(twin.eval()(x), twin.bias)
+
+
+def _matrix(layer: Any, W0: Tensor) -> Tensor:
+    """M's matrix, `(out_features, in_features)`: what M makes of the unit vectors."""
+    in_features = W0.shape[1]
+    matrix = torch.empty_like(W0)
+    for start in range(0, in_features, _COLUMNS):
+        stop = min(start + _COLUMNS, in_features)
+        units = torch.zeros(stop - start, in_features, dtype=W0.dtype, device=W0.device)
+        units[:, start:stop].fill_diagonal_(1)
+        matrix[:, start:stop] = _modification(layer, units, W0[:, start:stop].T).T
+    return matrix
+
+
+def _modification(layer: Any, x: Tensor, w: Tensor) -> Tensor:
+    factors = layer.modification.factors(x, w, layer)
+    m: Tensor = layer.modification(x, w) if factors is None else factors.product(w)
+    return m
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||."""
+    difference = (found - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    return float(difference)
+
+
+def _output_error(model: nn.Module, batches: Iterable[Any]) -> float:
+    """How far the folded model's first output is from the unfolded one's, over all batches."""
+    difference = total = 0.0
+    with evaluating(model):
+        for batch in batches:
+            found = _first(run(model, batch))
+            with unfolded(model):
+                wanted = _first(run(model, batch))
+            difference += (found.double() - wanted.double()).square().sum().item()
+            total += wanted.double().square().sum().item()
+    return (difference / total) ** 0.5 if total else 0.0
+
+
+def _first(output: Any) -> Tensor:
+    """A model's logits, or its first floating-point output."""
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    logits = getattr(output, "logits", None)
+    for value in (logits, *values):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return value
+    raise TokenGateError(
+        f"fold found no floating-point tensor in the model's {type(output).__name__}: give it a "
+        "report of tokengate.record instead of batches."
+    )

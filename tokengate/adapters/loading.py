@@ -1,0 +1,146 @@
+"""Load a saved adapter into a model, patched or not."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from tokengate.adapters.fitting import Fit
+from tokengate.adapters.folder import SavedAdapter, read_adapter
+from tokengate.adapters.saving import class_name, fingerprint, trained_beside
+from tokengate.errors import DifferentBaseWarning, TokenGateError
+from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.folded import folded
+from tokengate.layers.gated_linear import all_layers, require_layers
+from tokengate.layers.named_adapters import (
+    DEFAULT,
+    adapter_names,
+    add_adapter,
+    check_name,
+    put_in_use,
+    use,
+)
+from tokengate.linears.mixing import warn_of_mixing
+from tokengate.patching.patch import check_can_patch, install
+
+
+def load(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, strict: bool = True
+) -> dict[str, str]:
+    """Give `model` the adapter that `save` wrote into `folder`, in place.
+
+    A model without a patched layer is patched as the saved one was: what the adapter has is
+    trainable, everything else frozen. In a patched model, whose layers must be patched in the same
+    way (but for dropout), the values are replaced, and every parameter stays the object it was.
+    Parameters that `patch(train=...)` had named are loaded along; `unpatch` does not give their old
+    values back.
+
+    Everything is checked first: an error leaves the model untouched. On the meta device the
+    adapter's parameters get their values on the CPU, so that the base can be loaded after it, with
+    `model.load_state_dict(..., strict=False, assign=True)`. In a model sharded by FSDP2 every
+    process calls it and keeps its own part.
+
+    With a `name` the adapter comes beside those that the model has, or in the place of the one that
+    is called so; `use` puts it in use. The first one is in use at once.
+
+    Args:
+        model: the base model, or one that is patched.
+        folder: what `save` was given.
+        name: of the adapter; by default it is the one in use, or the first.
+        strict: False skips the layers and parameters that do not fit this model.
+
+    Returns:
+        What was skipped, and why, by the name of the layer or parameter; empty if nothing was.
+
+    Raises:
+        TokenGateError: the folder is damaged or was changed; or something of it does not fit.
+
+    Warns:
+        DifferentBaseWarning: what the adapter has fits, but the model's linear layers are not all
+            those of the model it was saved from.
+    """
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
+    if name is not None:
+        check_name(name)
+    return load_saved(model, read_adapter(folder), "load", name=name, strict=strict)
+
+
+def load_saved(
+    model: nn.Module,
+    saved: SavedAdapter,
+    caller: str,
+    *,
+    name: str | None = None,
+    strict: bool = True,
+) -> dict[str, str]:
+    """As `load`, with what was read; without a fingerprint, any base is the right one."""
+    if folded(model):
+        raise TokenGateError(
+            f"{caller} was asked of a model that is folded: call the folding's undo() or "
+            "tokengate.unpatch(model) first."
+        )
+    fit = Fit(saved, strict)
+    known = adapter_names(model)
+    if known and (name is None or name in known):
+        with contextlib.nullcontext() if name is None else use(model, name):
+            _replace(model, fit)
+    else:
+        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=4)
+    if saved.config.base_fingerprint not in ("", fingerprint(model)):
+        warnings.warn(
+            f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
+            f"whose linear layers are not all those of this {class_name(model)}: make sure that "
+            "it is the same base.",
+            DifferentBaseWarning,
+            stacklevel=3,
+        )
+    return fit.misfits
+
+
+def _replace(model: nn.Module, fit: Fit) -> None:
+    """New values for the adapter in use."""
+    patched = require_layers(model, "load")
+    found = fit.patched_layers(patched)
+    extras = fit.extras(model, trained_beside(model, patched))
+    fit.check_any(model, [*found, *extras])
+    parts = [part for m in found.values() for part in (m.modification, m.gate) if part is not None]
+    written = [*extras.values(), *(t for part in parts for t in part.state_dict().values())]
+    with all_or_nothing(model.modules(), written):
+        for name, layer in found.items():
+            fit.fill(name, layer.modification, layer.gate, fresh=False)
+        fit.fill_extras(model, extras)
+
+
+def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Module]:
+    """Another adapter, or the first; the layers that it is the first to patch."""
+    check_can_patch(model, caller)
+    others = all_layers(model)
+    in_use = next((layer._in_use for layer in others.values()), own_name)
+    planned = fit.new_layers(model, others)
+    extras = fit.extras(model, None)
+    fit.check_any(model, [*planned, *extras])
+    for name, parameter in extras.items():
+        if others and not fit.agrees(name, parameter):
+            raise TokenGateError(
+                f"the adapter in {str(fit.saved.folder)!r} has trained {name!r}, which is not one "
+                "layer's, and the model's other adapters would get its values, too: load it into a "
+                "model of its own."
+            )
+    for name, (_, modification, gate) in planned.items():
+        fit.fill(name, modification, gate, fresh=True)
+    new = {name: plan for name, plan in planned.items() if name not in others}
+    with all_or_nothing(model.modules(), extras.values()):
+        fit.fill_extras(model, extras)
+        for name in planned.keys() & others.keys():
+            add_adapter(others[name], own_name, *planned[name][1:])
+        if new or not others:
+            asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
+            install(model, list(new.values()), extras, asked, own_name)
+        patched = all_layers(model)
+        for name in new:
+            put_in_use(patched[name], in_use)
+    return {patched[name] for name in new}

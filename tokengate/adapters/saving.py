@@ -1,0 +1,266 @@
+"""Save an adapter: what was trained, and how to patch a model so that it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokengate.adapters.config import AdapterConfig, LayerConfig, TensorConfig
+from tokengate.adapters.folder import (
+    CONFIG,
+    METADATA,
+    PREVIOUS,
+    SHA256,
+    WEIGHTS,
+    all_finite,
+    digest,
+    own_config,
+    read_config,
+)
+from tokengate.errors import TokenGateError, brief
+from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.layers.folded import Folded, base_layer, folded
+from tokengate.layers.gated_linear import Gated, layers, own_parameters, require_layers
+from tokengate.layers.named_adapters import check_name, use
+from tokengate.linears.class_swap import Swapped
+from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
+from tokengate.linears.slices import Slices
+from tokengate.methods.registry import name_of
+from tokengate.patching.patch import asked_of, wrapped
+from tokengate.sharding import gathered, is_sharded
+
+# As safetensors names them in its files.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+# What these put before all names of the model that they wrap.
+_PREFIXES = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "torch.compile": "_orig_mod",
+}
+
+
+def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
+    """Write the adapter of a patched model into `folder`: what `load` needs beside the base model.
+
+    `adapter_model.safetensors` has the modifications, the taus, and the other parameters that
+    `patch(train=...)` named; `adapter_config.json` how every layer was patched. An adapter that is
+    there already is replaced, in an instant: a process that is killed while saving leaves the old
+    one or the new one. Nothing is pickled.
+
+    Of several processes that save into one folder at once, the last one's adapter is left there,
+    if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
+    it on every process, of which the first writes. Otherwise call it on one.
+
+    Args:
+        model: a patched model.
+        folder: made if it is not there.
+        name: of several adapters, see `use`; that in use by default.
+
+    Raises:
+        TokenGateError: no layer is patched; `model` is a wrapper, of DistributedDataParallel or
+            torch.compile, whose names no other model has; a method has no name, or an option that
+            JSON does not know; a value is not finite, not there (on the meta device, or elsewhere
+            under ZeRO-3) or of a dtype that is not floating-point; `folder` is a file.
+        OSError: the folder cannot be written.
+    """
+    if name is not None:
+        check_name(name)
+    with contextlib.nullcontext() if name is None else use(model, name):
+        _save(model, Path(folder))
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    patched = what_modifies(model, "save")
+    if folder.exists() and not folder.is_dir():
+        raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
+    tensors = values_of(model, patched, "save")
+    config = AdapterConfig(
+        tokengate_version=version("tokengate"),
+        base_class=class_name(model),
+        base_fingerprint=fingerprint(model),
+        layers={name: _layer_config(name, layer) for name, layer in patched.items()},
+        tensors={
+            name: TensorConfig(_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()
+        },
+        targets=[_shown(call) for call in asked_of(model)],
+        train=sorted(trained_beside(model, patched)),
+    )
+    text = _as_json(config)
+    if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
+    # The weights come first and know their own configuration, and whose place they took: between
+    # the two renamings `load` can tell that they are the newer ones.
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    _write_config(folder)
+
+
+def _write_config(folder: Path) -> None:
+    """Write the configuration of the weights that are in place, as they know it themselves.
+
+    They may be another process's, which has saved meanwhile: whoever looks last puts it right.
+    """
+    written = ""
+    while written != digest(folder / WEIGHTS):
+        own, written = own_config(folder / WEIGHTS)
+        text = json.dumps({**own, SHA256: written}, indent=1)
+        write_text(folder / CONFIG, text)
+
+
+def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
+    """The layers with a modification; what is merged has one that is added everywhere."""
+    for name, wrapper in wrapped(model):
+        if name == "the model" and wrapper in _PREFIXES:
+            prefix = _PREFIXES[wrapper]
+            raise TokenGateError(
+                f"{caller} was given what {wrapper} made of a model, in which all names begin with "
+                f"'{prefix}.', as in no plain model: pass the model inside, which is its .{prefix}."
+            )
+    merged: dict[str, Gated | Folded] = {
+        name: replace(each, gate=None)
+        for name, each in folded(model).items()
+        if each.weight is not None
+    }
+    if not (merged or layers(model)) and folded(model):
+        raise TokenGateError(
+            f"{caller} was asked of a model all of whose modifications were dropped by fold, so "
+            "that it is its base: call the folding's undo() for what they were."
+        )
+    return merged | (layers(model) if merged else require_layers(model, caller))
+
+
+def class_name(model: nn.Module) -> str:
+    """The class of the model under our own, with its module."""
+    kind = model._own_class if isinstance(model, Swapped) else type(model)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names and shapes of the model's linear layers, patched or not."""
+    own = {m for layer in layers(model).values() for m in layer.modification.modules()}
+    shapes = [
+        f"{name} {features_of(cast(LinearLike, m))}"
+        for name, m in model.named_modules()
+        if is_linear(m) and m not in own
+    ]
+    return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
+
+
+def trained_beside(
+    model: nn.Module, patched: Mapping[str, Gated | Folded]
+) -> dict[str, nn.Parameter]:
+    """What is trained apart from modifications and taus, by name."""
+    own = own_parameters(patched.values())
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+
+
+def values_of(
+    model: nn.Module, patched: Mapping[str, Gated | Folded], caller: str
+) -> dict[str, Tensor]:
+    """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
+    found: dict[str, Tensor] = {}
+    for name, layer in patched.items():
+        for part, module in (("modification", layer.modification), ("gate", layer.gate)):
+            if module is not None:
+                found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
+    found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
+    return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
+
+
+def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
+    """On the CPU, contiguous and of its own; checked."""
+    if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
+        where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
+        raise TokenGateError(
+            f"{caller} found no values of {name!r}, which is {where}: gather or load it first."
+        )
+    if tensor.dtype not in _DTYPES:
+        raise TokenGateError(
+            f"{caller} found {name!r} of dtype {tensor.dtype}: only floating-point values are "
+            "saved, so keep others in a buffer with persistent=False."
+        )
+    copied = gathered(tensor).detach().to("cpu", copy=True).contiguous()
+    if not all_finite(copied):
+        raise TokenGateError(
+            f"{caller} found a value that is not finite in {name!r}, and wrote nothing: go back to "
+            "the last adapter before training diverged."
+        )
+    return copied
+
+
+def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
+    kind = type(layer.modification)
+    method = name_of(kind)
+    if method is None:
+        raise TokenGateError(
+            f"save found {name!r} modified by {kind.__name__}, by which name `load` could not find "
+            'it: decorate the class with @tokengate.register("...").'
+        )
+    gate = layer.gate
+    linear = base_layer(layer)
+    slices: Slices | None = linear.slices if isinstance(linear, LinearSlice) else None
+    return LayerConfig(
+        method=method,
+        options=dict(layer.modification.options),
+        in_features=layer.modification.in_features,
+        out_features=layer.modification.out_features,
+        penalty=None if gate is None else gate.penalty,
+        s=None if gate is None else gate.s,
+        slices=None if slices is None else dict(slices.sizes),
+        groups=1 if slices is None else slices.groups,
+    )
+
+
+def _as_json(config: AdapterConfig) -> str:
+    for name, layer in config.layers.items():
+        for option, value in layer.options.items():
+            try:
+                same = json.loads(json.dumps(value, allow_nan=False)) == value
+            except (TypeError, ValueError):
+                same = False
+            if not same:
+                raise TokenGateError(
+                    f"save found {option}={brief(value)} in {name!r}, which JSON cannot hold: give "
+                    "the method options of numbers, texts, lists and None."
+                )
+    return json.dumps(config.to_dict(), indent=1, allow_nan=False)
+
+
+def _shown(call: dict[str, Any]) -> dict[str, Any]:
+    def one(pattern: Any) -> Any:
+        if isinstance(pattern, str) or pattern is None:
+            return pattern
+        if isinstance(pattern, re.Pattern):
+            return {"regex": pattern.pattern}
+        return {"callable": getattr(pattern, "__qualname__", brief(pattern))}
+
+    return {
+        key: [one(p) for p in value] if isinstance(value, (list, tuple)) else one(value)
+        for key, value in call.items()
+    }
+
+
+def _previous(folder: Path) -> str:
+    """The digest of the weights that the configuration in `folder` belongs to; empty if none."""
+    try:
+        return str(read_config(folder).get(SHA256, ""))
+    except TokenGateError:  # none there, or none that could be read
+        return ""

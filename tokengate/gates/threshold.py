@@ -1,0 +1,280 @@
+"""The gate: which positions a modification may touch, and how its threshold tau learns.
+
+Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Position Indices?"
+(PEFT_S, published as TS-PEFT, arXiv 2511.16147); the equation numbers are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.arguments import finite, non_negative
+from tokengate.errors import TokenGateError
+from tokengate.gates.tally import by_sample, tally
+from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms
+from tokengate.kernels.precision import KeepsFloat32
+from tokengate.kernels.recomputation import in_backward
+from tokengate.sharding import number_here
+
+
+def token_gate(
+    w: Tensor,
+    m: Tensor,
+    tau: Tensor | float,
+    penalty: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Add the modification `m` to `w` where it is large enough: `(..., C) -> (..., C)`.
+
+    Forward, for every position i (eq. 2 and 4):
+
+        S_i = 0 if ||m_i|| < tau ||w_i|| else 1
+        h_i = w_i + S_i m_i
+
+    Backward, with G_i = dL/dh_i:
+
+        dL/dw_i = G_i,    dL/dm_i = S_i G_i
+        mu_i = <G_i, m_i>                                                      (eq. 10)
+        g = sum_i { 1[1(mu_i >= 0) = S_i] mu_i + S_i penalty }                 (eq. 14, 15, 17)
+        tau.grad = -g            so that a descending optimiser performs eq. 16
+
+    The condition is the paper's, multiplied out: where w_i = 0 nothing is divided, tau <= 0
+    is always open, and a NaN in `m_i` leaves the gate open, so that a broken modification is
+    seen. A closed position's output is `w_i`, bit for bit. Norms, mu and g are computed in
+    float32 (float64 if an input is float64); norms neither overflow nor underflow.
+
+    Args:
+        w: the frozen layer's output without bias, W0 x, of shape `(..., C)`.
+        m: the modification M(x), of the same shape; cast to `w`'s dtype when it is added.
+        tau: the threshold on ||m_i|| / ||w_i||: one element, of any shape; or a number.
+        penalty: lambda, added to g once per open position.
+        mask: of shape `(...)`; a position where it is 0 counts in neither mu nor lambda's sum.
+            It never changes the output.
+
+    Raises:
+        TokenGateError: shapes or dtypes do not fit, or a number is not finite or negative.
+    """
+    _check_tensors(w, m, mask)
+    if not isinstance(tau, Tensor):
+        dtype = accumulation_dtype(w, m)
+        tau = torch.full((1,), finite("tau", tau), dtype=dtype, device=w.device)
+    elif tau.numel() != 1 or not tau.is_floating_point():
+        raise TokenGateError(
+            f"tau has shape {tuple(tau.shape)} and dtype {tau.dtype}: pass one floating-point "
+            "element, e.g. of shape (1,)."
+        )
+    is_open = open_positions(w, m, tau)
+    h: Tensor = _Gate.apply(w, m, tau, is_open, non_negative("penalty", penalty), mask)
+    return h
+
+
+def open_positions(w: Tensor, m: Tensor, tau: Tensor) -> Tensor:
+    """S of eq. 4 as booleans: `(..., C), (..., C) -> (...)`. No gradient flows through it."""
+    with torch.no_grad():
+        dtype = accumulation_dtype(w, m)
+        return opened(norms(m, dtype), norms(w, dtype), tau)
+
+
+def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
+    """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
+    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    tau = tau.reshape(()).to(w_norm.dtype)
+    # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
+    return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+
+
+class TokenGate(KeepsFloat32):
+    """The gate of one layer: its threshold `tau`, of shape (1,), and its `penalty` lambda.
+
+    tau has one dimension because sharded training (FSDP2) refuses parameters without, and
+    stays float32 when the model is cast to 16 bits.
+
+    Args:
+        tau: initial threshold; at 0 or below every position is open.
+        penalty: lambda of eq. 15, >= 0.
+        dtype: float32, or float64 for a float64 base.
+
+    Raises:
+        TokenGateError: `tau` is not finite, or `penalty` not finite or negative.
+    """
+
+    tau: nn.Parameter
+    # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
+    s: float | None = None
+    # What `scale_penalty` and a `SparsityController` set, see `pull`, and what the latter counts.
+    # No buffers: DistributedDataParallel would send one rank's to all others in every forward.
+    _unit: Tensor | None = None
+    _controlled: Tensor | None = None
+    _tally: Tensor | None = None
+    # How many ask for them at this time, see `measuring`; and the norms of m and of w in the last
+    # call.
+    measures: int = 0
+    measured: tuple[Norms, Norms] | None = None
+
+    def __init__(
+        self,
+        tau: float = 0.0,
+        penalty: float = 0.0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.penalty = penalty
+        self.tau = nn.Parameter(torch.full((1,), finite("tau", tau), dtype=dtype, device=device))
+
+    @property
+    def penalty(self) -> float:
+        """lambda of eq. 15, as the user gave it."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        self._penalty = non_negative("penalty", value)
+
+    def pull(self) -> Tensor | float:
+        """What g adds for each open position: lambda, or what controls it, in its unit."""
+        base = self._penalty if self._controlled is None else self._controlled
+        unit = 1.0 if self._unit is None else self._unit
+        # A new tensor, because backward may come after the next change.
+        pulled = base * unit
+        return pulled.to(self.tau.device) if isinstance(pulled, Tensor) else pulled
+
+    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
+        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
+        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
+            with torch.no_grad():
+                self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
+
+    def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
+        """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""
+        with torch.no_grad():
+            dtype = accumulation_dtype(w, m)
+            return self.decide(norms(m, dtype), norms(w, dtype))
+
+    def decide(self, of_m: Norms, of_w: Norms) -> Tensor:
+        """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
+        if self.measures:
+            self.measured = of_m, of_w
+        return opened(of_m, of_w, self.tau)
+
+    def forward(
+        self, out: Tensor, m: Tensor, is_open: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`out` with `m` added where `is_open`: `(..., out_features) -> (..., out_features)`.
+
+        `out` is the layer's own output, bias included, so that a closed position keeps it bit
+        for bit; `is_open` is S as decided from the output without the bias.
+        """
+        h: Tensor = _Gate.apply(out, m, self.tau, is_open, self.pull(), mask)
+        return h
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody asks a copy for norms.
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+
+    def extra_repr(self) -> str:
+        # tau may live on the meta device, where it has no value, or on another rank.
+        tau = number_here(self.tau)
+        value = "" if tau is None else f"tau={tau:.4g}, "
+        return f"{value}penalty={self.penalty:g}"
+
+
+# What a gate has only within `measuring`.
+_TRANSIENT = ("measures", "measured")
+
+
+@contextlib.contextmanager
+def measuring(gates: Iterable[TokenGate]) -> Iterator[None]:
+    """Within this context each of these gates keeps the norms of its last call; may be nested."""
+    gates = list(gates)
+    for gate in gates:
+        gate.measures += 1
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.measures -= 1
+            if not gate.measures:
+                for name in _TRANSIENT:
+                    gate.__dict__.pop(name, None)
+
+
+class _Gate(torch.autograd.Function):
+    """h = out + S m, with eq. 14, 15 and 17 as the gradient of tau; S is given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        out: Tensor,
+        m: Tensor,
+        tau: Tensor,
+        is_open: Tensor,
+        penalty: Tensor | float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        # A selection, not a product with 0 or 1: out + 0 would turn -0.0 into 0.0.
+        return torch.where(is_open.unsqueeze(-1), out + m.to(out.dtype), out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, m, tau, is_open, penalty, mask = inputs
+        # mu needs m at closed positions too: that is how a closed gate reopens.
+        tensor = penalty if isinstance(penalty, Tensor) else None
+        ctx.save_for_backward(m if tau.requires_grad else None, is_open, mask, tensor)
+        ctx.m_dtype, ctx.tau_dtype, ctx.tau_shape = m.dtype, tau.dtype, tau.shape
+        ctx.penalty = None if tensor is penalty else penalty
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        m, is_open, mask, penalty = ctx.saved_tensors
+        grad_m = grad_tau = None
+        if ctx.needs_input_grad[1]:
+            # A selection again: a closed position passes 0 on even where grad is inf or NaN.
+            grad_m = torch.where(is_open.unsqueeze(-1), grad, torch.zeros_like(grad))
+            grad_m = grad_m.to(ctx.m_dtype)
+        if ctx.needs_input_grad[2]:
+            dtype = accumulation_dtype(grad, m)
+            mu = (grad.detach().to(dtype) * m.detach().to(dtype)).sum(-1)
+            penalty = ctx.penalty if penalty is None else penalty
+            g = threshold_direction(mu, is_open, penalty, mask)
+            grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
+        return grad, grad_m, grad_tau, None, None, None
+
+
+def threshold_direction(
+    mu: Tensor, is_open: Tensor, penalty: Tensor | float, mask: Tensor | None
+) -> Tensor:
+    """g of eq. 17, `(...), (...) -> ()`."""
+    moves = (mu >= 0) == is_open
+    if mask is not None:
+        real = mask != 0
+        moves, is_open = moves & real, is_open & real
+    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum(
+        dtype=mu.dtype
+    )
+
+
+def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:
+    for name, value in (("w", w), ("m", m), ("mask", mask)):
+        if not isinstance(value, Tensor) and not (name == "mask" and value is None):
+            raise TokenGateError(f"{name} is a {type(value).__name__}: pass a tensor.")
+    if w.shape != m.shape or w.dim() == 0:
+        raise TokenGateError(
+            f"w has shape {tuple(w.shape)} and m {tuple(m.shape)}: pass both as (..., channels)."
+        )
+    if not (w.is_floating_point() and m.is_floating_point()):
+        raise TokenGateError(
+            f"w has dtype {w.dtype} and m {m.dtype}: pass both as floating-point tensors."
+        )
+    if mask is not None and mask.shape != w.shape[:-1]:
+        raise TokenGateError(
+            f"mask has shape {tuple(mask.shape)} for positions of shape {tuple(w.shape[:-1])}: "
+            "pass one entry per position."
+        )

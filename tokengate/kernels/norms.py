@@ -1,0 +1,77 @@
+"""Norms of vectors, one for each position: sizes that neither overflow nor underflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tokengate.kernels.eager import is_eager
+
+# Of positions: see `norms`.
+Norms: TypeAlias = tuple[Tensor, Tensor | int]
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """What norms, mu and g are summed in: float32, or float64 if any tensor is float64."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def norms(x: Tensor, dtype: torch.dtype) -> Norms:
+    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and e, integers or 0, with ||x_i|| = n 2^e.
+
+    The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's range.
+    Where such numbers can matter, each position is first scaled by a power of two, which is exact.
+    """
+    if x.dtype == torch.float16 or x.numel() == 0:  # its squares fit float32
+        return plain_norms(x, dtype)
+    if x.dtype != torch.float64 and is_eager(x):
+        if x.device.type == "cuda":  # in double, because looking at values would wait for them
+            return plain_norms(x, torch.float64)
+        if x.device.type == "cpu":
+            found = plain_norms(x, dtype)
+            if in_range(found):
+                return found
+    _, exponent = torch.frexp(x.abs().amax(-1).to(dtype))
+    limit = 1022 if x.dtype == torch.float64 else 126
+    exponent = exponent.clamp(-limit, limit)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=dtype), -exponent).to(x.dtype)
+    return torch.linalg.vector_norm(x * scale.unsqueeze(-1), dim=-1, dtype=dtype), exponent
+
+
+def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
+    """The same where no square leaves the range of `dtype`."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype), 0
+
+
+def in_range(norms: Norms) -> bool:
+    """Whether no square that matters has left float32's range on the way to these plain norms."""
+    norm, _ = norms
+    if not norm.numel():
+        return True
+    least, largest = norm.aminmax()  # both are NaN where one of them is
+    return least.item() > 1e-15 and largest.item() < 1e18
+
+
+def ratios(of_m: Norms, of_w: Norms) -> Tensor:
+    """r = ||m_i|| / ||w_i|| of eq. 4, `(...)`, from the norms of m and of w.
+
+    Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
+    """
+    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    found = ldexp(m_norm, m_exponent - w_exponent) / w_norm
+    return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
+
+
+def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
+    """n 2^e of `norms`, `(...)`."""
+    return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
+
+
+def reshaped(of_x: Norms, reshape: Callable[[Tensor], Tensor]) -> Norms:
+    """The same norms in another shape."""
+    norm, exponent = of_x
+    return reshape(norm), reshape(exponent) if isinstance(exponent, Tensor) else exponent

@@ -1,0 +1,139 @@
+"""Layers whose modification is in their weight, or was dropped, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokengate.gates.threshold import TokenGate
+from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.sliced_linear import put_on, take_off
+from tokengate.linears.merged_weight import MergedWeight, merged_weight
+from tokengate.methods.base import Modification
+
+# On the model that was folded: {name: Folded}.
+_FOLDED = "_tokengate_folded"
+# What a layer has on itself once its adapters have names.
+_NAMED = ("_adapters", "_in_use")
+
+
+@dataclass
+class Folded:
+    """One layer that is plain again, and what it was."""
+
+    layer: Any
+    modification: Modification
+    gate: TokenGate | None
+    weight: MergedWeight | None
+    """None if nothing was merged."""
+    named: dict[str, Any]
+    """What the layer knows of its adapter's name; empty if that is the default."""
+    resting: nn.Module | None
+    """Its child for adapters that are out of use; None where they have no names."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merged weight is in place."""
+        return self.weight is not None and self.weight.in_place
+
+    def put(self, merged: bool) -> None:
+        """The merged weight in place, or W0; see `MergedWeight.put`."""
+        if self.weight is not None:
+            self.weight.put(merged)
+
+
+def base_layer(layer: Gated | Folded) -> Any:
+    """The linear layer itself, patched or plain again."""
+    return layer.layer if isinstance(layer, Folded) else layer
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether `module` is one that was given to `fold`."""
+    return _FOLDED in module.__dict__
+
+
+def folded(model: nn.Module) -> dict[str, Folded]:
+    """The layers of `model` that are folded, by name."""
+    found: dict[str, Folded] = {}
+    for prefix, module in model.named_modules():
+        for name, each in module.__dict__.get(_FOLDED, {}).items():
+            found[f"{prefix}.{name}" if prefix else name] = each
+    return found
+
+
+@contextlib.contextmanager
+def unchanged_if_interrupted(
+    model: nn.Module, entries: Collection[Folded] | None = None
+) -> Iterator[None]:
+    """`all_or_nothing` for a model with layers that are folded, or are to be: the `entries`."""
+    entries = folded(model).values() if entries is None else entries
+    before = [(each, each.merged) for each in entries]
+
+    def put_back() -> None:
+        for each, merged in before:
+            each.put(merged)
+
+    # A slice is no module of the model while it is folded.
+    modules = [*model.modules(), *(each.layer for each in entries)]
+    with all_or_nothing(modules, undo=put_back):
+        yield
+
+
+def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
+    """What `layer` is to be: plain, with the weight `merged`, or without its modification."""
+    return Folded(
+        layer,
+        layer.modification,
+        layer.gate,
+        None if merged is None else merged_weight(layer, merged),  # type: ignore[arg-type]
+        {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__},
+        layer._modules.get("adapters"),
+    )
+
+
+def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
+    """Make these layers of `model` plain."""
+    model.__dict__[_FOLDED] = dict(entries)
+    for each in entries.values():
+        take_off(each.layer)
+        each.put(merged=True)
+
+
+def unfold(model: nn.Module) -> None:
+    """Patch every folded layer in `model` again as it was, on its weight W0."""
+    with unchanged_if_interrupted(model):
+        for each in folded(model).values():
+            _reattach(each)
+        for module in model.modules():
+            module.__dict__.pop(_FOLDED, None)
+
+
+@contextlib.contextmanager
+def unfolded(model: nn.Module) -> Iterator[None]:
+    """Within this context the folded layers of `model` are patched as they were."""
+    entries = folded(model).values()
+    with unchanged_if_interrupted(model, entries):
+        for each in entries:
+            _reattach(each)
+        yield
+        for each in entries:
+            take_off(each.layer)
+            each.put(merged=True)
+
+
+def _reattach(each: Folded) -> None:
+    each.put(merged=False)
+    device = each.layer.weight.device
+    for part in (each.modification, each.gate):
+        # Only where it has to be: what is moved forgets what it has computed of W0.
+        if part is not None and any(p.device != device for p in part.parameters()):
+            part.to(device)
+    put_on(each.layer, each.modification, each.gate)
+    if each.resting is not None:
+        each.layer.__dict__ |= each.named
+        each.layer.register_module("adapters", each.resting)

@@ -1,0 +1,283 @@
+"""The patched layer: a frozen linear layer with a modification and a gate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError, brief
+from tokengate.gates.threshold import TokenGate
+from tokengate.kernels.factors import Factors
+from tokengate.kernels.gated_sum import without_bias
+from tokengate.kernels.norms import Norms, reshaped
+from tokengate.kernels.recomputation import MaskMemory
+from tokengate.layers.rows import Rows
+from tokengate.linears.accelerate_hooks import check_resident
+from tokengate.linears.class_swap import Swapped, swap, swap_back
+from tokengate.linears.linear_like import LinearLike
+from tokengate.methods.base import Modification
+
+# What a recorder is told after each call: S, of shape (...), or None where there is no gate; the
+# output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None. The
+# samples come first, also where the layer has them second.
+Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
+
+
+# What only an active context puts on a layer; a copy made meanwhile does not have it.
+_TRANSIENT = ("_enabled", "_observers", "_rows")
+# What it may have from `patch` on, and so has a copy.
+_LASTING = ("_memory", "_sequence_first", "_adapters", "_in_use")
+# What a layer has from the start, and a copy anew.
+_FRESH = {"_reached": False, "_mask": None, "_mask_from": None, "_others": None}
+
+
+class Gated(Swapped):
+    """h = W0 x + S M(x) + b (eq. 2), `(..., in_features) -> (..., out_features)`.
+
+    Never constructed: `patch` gives an existing linear layer this class and two children, so
+    the object, its `weight` and its `bias` stay what and where they were.
+
+    Attributes:
+        modification: M.
+        gate: the gate S, or None where every position is modified (`gate=False`).
+    """
+
+    bias: Any
+    # None in a layer that the adapter in use does not modify; such a layer is not in `layers`.
+    modification: Modification
+    gate: TokenGate | None
+
+    # All of its adapters by name, where it has had several; and which of them is in use.
+    _adapters: dict[str, Any] | None = None
+    _in_use: str | None = "default"
+    # While one batch has rows of several adapters: which.
+    _rows: Rows | None = None
+
+    # Set on the instance only while `disabled` or `record` is active.
+    _enabled: bool = True
+    _observers: tuple[Observer, ...] = ()
+    # While a module around it runs that received an attention mask: that mask, (B, T), and what
+    # stands for the module; and in cross-attention what k and v are made of, with its own mask,
+    # and the module that said so.
+    _mask: Tensor | None = None
+    _mask_from: object | None = None
+    _others: tuple[Tensor, Tensor | None, nn.Module] | None = None
+    _memory: MaskMemory
+    # Whether its input is (T, B, in_features) instead of (B, T, in_features).
+    _sequence_first: bool = False
+    # Whether it was ever called; not kept in compiled code.
+    _reached: bool = False
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(..., in_features) -> (..., out_features)`."""
+        if not torch.compiler.is_compiling() and not self._reached:
+            self._reached = True
+        if not self._enabled or (self.modification is None and self._rows is None):
+            untouched: Tensor = super().forward(input, *args, **kwargs)
+            return untouched
+        x, factors = self._before(input)
+        out: Tensor = super().forward(x, *args, **kwargs)
+        mask = self._mask_of(input)
+        if self._rows is None:
+            h, is_open = self._modified(input, out, mask, self.modification, self.gate, factors)
+        else:
+            h, is_open = self._modified_by_rows(input, out, mask, self._rows)
+        seen, at = h, is_open
+        if self._sequence_first and h.dim() == 3:
+            seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
+        for observe in self._observers:
+            observe(at, seen, mask)
+        if self.training and self._rows is None and self.gate is not None and at is not None:
+            self.gate.count(at, mask)
+        return h
+
+    def _before(self, input: Tensor) -> tuple[Tensor, Factors | None]:
+        """The input for the base layer, and M(x) in factors if that can be begun before it."""
+        if not self._keeps_nothing() or "_hf_hook" in self.modification.__dict__:
+            return input, None
+        return self.modification.factors_before(input, cast(nn.Linear, self))
+
+    def _keeps_nothing(self) -> bool:
+        """Whether its output, and the gradient that it gives its input, may be written over."""
+        # Others than PyTorch's own layers may keep theirs for backward.
+        return self._own_class is nn.Linear and self._rows is None
+
+    def _modified(
+        self,
+        input: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        modification: Modification,
+        gate: TokenGate | None,
+        factors: Factors | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """h, `(..., out_features)`, and S, `(...)`, or None without a gate."""
+        if "_hf_hook" in modification.__dict__:
+            check_resident(modification)
+        w = without_bias(out, self.bias) if modification.reads_w else out
+        at_positions = None
+        if mask is not None:
+            at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
+        if factors is None:
+            factors = modification.factors(input, w, cast(LinearLike, self))
+        if factors is not None:
+            return factors.add_to(out, self.bias, gate, at_positions, self._keeps_nothing())
+        m = _whole(modification, input, w)
+        if gate is None:
+            return out + m.to(out.dtype), None
+        is_open = gate.open_positions(w, m)
+        h: Tensor = gate(out, m, is_open, at_positions)
+        return h, is_open
+
+    def _modified_by_rows(
+        self, input: Tensor, out: Tensor, mask: Tensor | None, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """The same, of each row's own adapter; S is False in the rows of none."""
+        dim = 1 if self._sequence_first and input.dim() == 3 else 0
+        is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+        h = out
+        for name, at in rows.of(input, dim, None if self._sequence_first else mask):
+            adapter: Any = (self._adapters or {}).get(name)
+            if adapter is None:
+                continue
+            own_mask = mask
+            if mask is not None:  # (B, T), also where the input is flattened
+                own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
+            part, opened = self._modified(
+                input.index_select(dim, at),
+                out.index_select(dim, at),
+                own_mask,
+                adapter.modification,
+                adapter.gate,
+            )
+            h = h.index_copy(dim, at, part)
+            if opened is None:
+                opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)
+            is_open = is_open.index_copy(dim, at, opened)
+        return h, is_open
+
+    def _mask_of(self, input: Tensor) -> Tensor | None:
+        """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`.
+
+        Of a sequence-first layer, `(T, B, k)`.
+        """
+        mask = self._mask
+        if self._others is not None and input is self._others[0]:
+            mask = self._others[1]
+        if self.training:
+            mask = self._memory.settle(input, mask)
+        if mask is None:
+            return None
+        mask = mask.to(input.device)  # of a model over several devices
+        if self._sequence_first:
+            return mask if input.shape[:-1] == mask.T.shape else None
+        flattened = input.dim() == 2 and len(input) == mask.numel()
+        return mask if flattened or input.shape[:-1] == mask.shape else None
+
+    def _kept_by_copies(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT} | _FRESH
+
+
+class GatedLinear(Gated, nn.Linear):
+    """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
+
+    _own_class = nn.Linear
+
+
+def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
+    m: Tensor = modification(x, w)
+    # Addition would broadcast what is too small, to all positions alike.
+    if m.shape != w.shape:
+        raise TokenGateError(
+            f"{type(modification).__name__} gave a modification of shape {tuple(m.shape)} for an "
+            f"output of shape {tuple(w.shape)}: return M(x) in the shape of w."
+        )
+    return m
+
+
+def layers(model: nn.Module) -> dict[str, Gated]:
+    """The patched layers of `model` by name, in the model's order; a shared layer once."""
+    return {n: m for n, m in all_layers(model).items() if m.modification is not None}
+
+
+@contextlib.contextmanager
+def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
+    """Within this context each of these layers also tells its own observer of every call."""
+    try:
+        for layer, observer in observers.items():
+            layer._observers = (*layer._observers, observer)
+        yield
+    finally:
+        for layer, observer in observers.items():
+            # From the instance: the layer may have been unpatched in the meantime.
+            left = tuple(o for o in layer.__dict__.pop("_observers", ()) if o is not observer)
+            if left:
+                layer._observers = left
+
+
+def last_norms(layer: Gated, is_open: Tensor) -> tuple[Norms, Norms] | None:
+    """Those of m and of w in the call that an observer of `layer` is told of, in its S's shape.
+
+    None where the gate in use was not `measuring`, or there were several.
+    """
+    gate = layer.gate
+    if gate is None or gate.measured is None or layer._rows is not None:
+        return None
+
+    def samples_first(of: Tensor) -> Tensor:
+        if layer._sequence_first and is_open.dim() == 2:
+            return of.reshape(is_open.T.shape).T
+        return of.reshape(is_open.shape)
+
+    of_m, of_w = gate.measured
+    return reshaped(of_m, samples_first), reshaped(of_w, samples_first)
+
+
+def own_parameters(patched: Iterable[Any]) -> set[int]:
+    """The ids of what modifications and gates have, of patched or folded layers."""
+    parts = (part for layer in patched for part in (layer.modification, layer.gate))
+    return {id(p) for part in parts if part is not None for p in part.parameters()}
+
+
+def all_layers(model: nn.Module) -> dict[str, Gated]:
+    """Those, too, that the adapter in use does not modify."""
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
+    return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
+
+
+def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
+    """`layers(model)`; an error that names the function `asked` if there is none."""
+    patched = layers(model)
+    if not patched and all_layers(model):
+        raise TokenGateError(
+            f"{asked} was asked of a model none of whose adapters is in use: call "
+            "tokengate.use(model, name) first."
+        )
+    if not patched:
+        raise TokenGateError(
+            f"{asked} was asked of a {type(model).__name__} without a patched layer: call "
+            "tokengate.patch(model, targets=...) first, and pass that model."
+        )
+    return patched
+
+
+def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
+    """Turn `layer` itself into a gated one."""
+    swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
+    layer.register_module("modification", modification.train(layer.training))
+    layer.register_module("gate", None if gate is None else gate.train(layer.training))
+    layer.__dict__ |= {**_FRESH, "_memory": MaskMemory()}
+
+
+def detach(layer: Gated) -> None:
+    """Turn `layer` back into what it was."""
+    for name in ("modification", "gate", "adapters"):
+        layer._modules.pop(name, None)
+    for name in (*_TRANSIENT, *_FRESH, *_LASTING):
+        layer.__dict__.pop(name, None)
+    swap_back(layer)

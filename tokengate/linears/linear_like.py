@@ -1,0 +1,151 @@
+"""Layers that compute W0 x + b: `nn.Linear`, transformers' `Conv1D`, a part of a fused layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.linears.by_name import is_from
+from tokengate.linears.quantised import dequantised_blocks, is_quantised
+from tokengate.linears.slices import Slices
+
+# To a type checker, Conv1D looks as nn.Linear does.
+LinearLike: TypeAlias = nn.Linear
+
+# A block of rows is one of about so many, which bounds what reading W0 takes beside it.
+_BLOCKS = 16
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` can be patched as a linear layer."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weight is `(in_features, out_features)`."""
+    return is_from(module, "transformers", "Conv1D")
+
+
+def features_of(layer: LinearLike) -> tuple[int, int]:
+    """`in_features` and `out_features`."""
+    if is_transposed(layer):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def whole(layer: LinearLike) -> LinearLike:
+    """The layer that has the weight: of a slice the fused one, of others themselves."""
+    return layer.fused if isinstance(layer, LinearSlice) else layer
+
+
+def row_blocks(layer: LinearLike) -> Iterator[Tensor]:
+    """W0 in consecutive blocks of at most a 16th of it, `(rows, in_features)`, dense and floating.
+
+    Views of the layer's weight, or one block after the other dequantised, so that there is never
+    a whole dense copy of a quantised W0.
+    """
+    if isinstance(layer, LinearSlice):
+        return layer.row_blocks()
+    if is_quantised(layer):
+        return dequantised_blocks(layer, _share(features_of(layer)[1]))
+    weight = _dense(layer)
+    return iter(torch.split(weight, _share(len(weight))))
+
+
+def product(layer: LinearLike, right: Tensor) -> Tensor:
+    """W0 `right`, `(in_features, r) -> (out_features, r)`, computed in the dtype W0 is read in."""
+    if isinstance(layer, LinearSlice):
+        return layer.slices.take(product(layer.fused, right), layer.name, 0)
+    if is_quantised(layer):
+        return torch.cat([block @ right.to(block.dtype) for block in row_blocks(layer)])
+    weight = _dense(layer)
+    return weight @ right.to(weight.dtype)
+
+
+def holder(layer: LinearLike) -> Tensor:
+    """The tensor that has the values of its weight, of which this may be a view."""
+    weight = whole(layer).weight
+    return weight if weight._base is None else weight._base
+
+
+def has_own_weight(layer: LinearLike) -> bool:
+    """Whether its weight is a parameter, and no part of another module's."""
+    return isinstance(layer.weight, nn.Parameter)
+
+
+@torch.no_grad()
+def write_rows(layer: LinearLike, rows: Tensor) -> None:
+    """Write `(out_features, in_features)` over a weight that is rows of another's, in place."""
+    if isinstance(layer, LinearSlice):
+        layer.slices.write(_dense(layer.fused).data, layer.name, rows)
+    else:
+        layer.weight.data.copy_(rows)
+
+
+def _dense(layer: LinearLike) -> Tensor:
+    return layer.weight.T if is_transposed(layer) else layer.weight
+
+
+def _share(rows: int) -> int:
+    return max(1, -(-rows // _BLOCKS))
+
+
+class LinearSlice(nn.Module):
+    """One projection of a fused linear layer: `(..., in_features) -> (..., out_features)`.
+
+    It has no parameters of its own: `weight` and `bias` are the fused layer's.
+
+    Args:
+        fused: the layer.
+        slices: what it holds.
+        name: which of them this is.
+    """
+
+    fused: LinearLike
+
+    def __init__(self, fused: LinearLike, slices: Slices, name: str) -> None:
+        super().__init__()
+        # Past nn.Module, which would make the layer a child of its own child.
+        object.__setattr__(self, "fused", fused)
+        self.slices, self.name = slices, name
+        self.training = fused.training
+        self.in_features = features_of(fused)[0]
+        self.out_features = slices.groups * slices.sizes[name]
+
+    @property
+    def weight(self) -> Tensor:
+        """`(out_features, in_features)`, a view where the rows are in one group; of a quantised
+        layer the whole weight, in which rows are not apart.
+        """
+        if is_quantised(self.fused):
+            return self.fused.weight
+        return self.slices.take(_dense(self.fused), self.name, 0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`(out_features,)`, or None."""
+        return None if self.fused.bias is None else self.slices.take(self.fused.bias, self.name)
+
+    def forward(self, input: Tensor, out: Tensor) -> Tensor:
+        """`out`, which is this projection of `input` as the fused layer computed it."""
+        return out
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        """Its rows in the order of the fused layer's; see the function of this name."""
+        start, size = self.slices.place(self.name)
+        step = sum(self.slices.sizes.values())
+        at = 0
+        for block in row_blocks(self.fused):
+            # Groups of which this block holds a part.
+            for group in range(at // step, -(-(at + len(block)) // step)):
+                first = max(group * step + start, at)
+                last = min(group * step + start + size, at + len(block))
+                if first < last:
+                    yield block[first - at : last - at]
+            at += len(block)
+
+    def extra_repr(self) -> str:
+        return f"{self.name} of {self.slices}"

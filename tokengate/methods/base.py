@@ -1,0 +1,198 @@
+"""What a method is: M of eq. 1, beside one frozen linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.kernels.eager import is_eager
+from tokengate.kernels.factors import Factors
+from tokengate.kernels.precision import KeepsFloat32, autocasts, trainable_dtype
+from tokengate.linears.linear_like import features_of
+from tokengate.methods.maps import Maps
+from tokengate.methods.remembered import Remembered, optimiser_steps
+
+_T = TypeVar("_T")
+
+# The gradients of an input with fewer elements are added up sooner than Python is asked to do it.
+_LARGE = 2**17
+
+
+class Modification(KeepsFloat32):
+    """M(x) of eq. 1 for one frozen linear layer. A method is a subclass of about ten lines:
+
+        @tokengate.register("diagonal")
+        class Diagonal(tokengate.Modification):
+            def __init__(self, linear, *, scale=1.0):
+                super().__init__(linear)
+                self.scale = scale
+                self.gain = self.new_parameter(self.out_features)
+
+            def reset_parameters(self):
+                nn.init.zeros_(self.gain)
+
+            def forward(self, x, w):
+                return self.scale * self.gain.to(w.dtype) * w
+
+    The rules:
+
+    - The keyword-only arguments of `__init__` are the options a user may pass to `patch`; check
+      them there, and raise `TokenGateError`. A subclass with `**options` also takes the options of
+      the class it extends. An option's value may not be a dict: to `patch`, a dict gives one
+      value for each pattern of layers.
+    - Trainable parameters come from `new_parameter`, which knows dtype and device. They stay
+      float32 beside a 16-bit base, so cast them to w's dtype where they are used. What is frozen
+      and drawn from a seed is a buffer with `persistent=False`, on `linear.weight.device`.
+    - `reset_parameters` gives them their initial values, with which M(x) = 0 for every x.
+    - `forward` gives M(x), in the shape of w.
+    - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
+      what is of size rank, where it would keep all of M(x); and it may read the base layer. Where
+      its factors are `Maps`, which do not depend on x, it defines these, and they are made once for
+      all calls without gradients. Of a class and those it extends, the latest definition of the
+      three counts. Forward hooks on a modification see calls of `forward` only.
+    - The base layer is not kept: what is wanted of it once is read in `__init__`.
+
+    Args:
+        linear: the layer that is to be modified; it is only read.
+    """
+
+    linear: ClassVar[bool] = False
+    """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
+    options: dict[str, Any]
+    """Those that `patch` was given for this layer."""
+    reads_w: ClassVar[bool] = True
+    """Whether the values of w are asked for, not its dtype alone."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ways = {"forward", "factors", "maps"}
+        own = ways & vars(next(c for c in cls.__mro__ if ways & vars(c).keys())).keys()
+        if "factors" not in own:
+            # Else the inherited factors would be asked, and what is new never run.
+            cls.factors = Modification.factors if "maps" in own else _no_factors  # type: ignore
+        cls.reads_w = cls.factors is not Modification.factors
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = features_of(linear)
+        self._dtype = trainable_dtype(linear.weight)
+        self._device = linear.weight.device
+        self._ready: Remembered[Maps | None] = Remembered()
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """A trainable parameter of `shape`, without values until `reset_parameters`."""
+        return nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self._device))
+
+    def reset_parameters(self) -> None:
+        """Give the parameters their initial values, with which M(x) = 0 for every x."""
+        raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
+
+    def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
+        """M(x) as `Factors`, or None where the method has only a `forward`; by default of `maps`.
+
+        Args:
+            x: the layer's input, `(..., in_features)`.
+            w: W0 x, `(..., out_features)`.
+            linear: the base layer; None where M is asked for apart from a layer.
+        """
+        maps = self._maps(linear, w.dtype)
+        return None if maps is None else maps.factors(x, self.training)
+
+    def factors_before(self, x: Tensor, linear: nn.Linear) -> tuple[Tensor, Factors | None]:
+        """The input for `linear`, and `factors` where they need nothing of its output.
+
+        Their gradient is then added in place to that which `linear` gives its input. Where that
+        would gain nothing, or could be seen by others, there is None instead of factors.
+
+        Args:
+            x: the layer's input, `(..., in_features)`.
+            linear: the base layer; one of PyTorch's own, which do not keep that gradient.
+        """
+        weight = linear.weight
+        if (
+            self.reads_w
+            or not (torch.is_grad_enabled() and is_eager(x, weight) and x.requires_grad)
+            or x.numel() < _LARGE
+            or x.dtype != weight.dtype
+            or autocasts(x.device)
+            # The base layer says what is wrong with an input.
+            or x.shape[-1] != self.in_features
+        ):
+            return x, None
+        maps = self._maps(linear, x.dtype)
+        return (x, None) if maps is None else maps.branch(x, self.training)
+
+    def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
+        """What M multiplies by, computed in `dtype`, that of w; `linear` as in `factors`."""
+        return None
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """M(x), with w = W0 x: `(..., in_features), (..., out_features) -> (..., out_features)`."""
+        factors = self.factors(x, w, None)
+        if factors is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must define forward(x, w) or factors(x, w, linear)."
+            )
+        return factors.product(w)
+
+    def _maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
+        """`maps`; without gradients once for as long as what they are made of does not change."""
+        if torch.is_grad_enabled() or self.training:
+            return self.maps(linear, dtype)
+
+        def cast() -> Maps | None:
+            maps = self.maps(linear, dtype)
+            return None if maps is None else replace(maps, down=maps.down.to(dtype))
+
+        return self._remembered(self._ready, dtype, linear, cast)
+
+    def _remembered(
+        self,
+        last: Remembered[_T],
+        dtype: torch.dtype,
+        linear: nn.Linear | None,
+        compute: Callable[[], _T],
+    ) -> _T:
+        """What was computed last, in `dtype`, while the parameters and W0 stay what they are."""
+        parameters = tuple(self.parameters(recurse=False))
+        base = () if linear is None else self._base_key(linear)
+        if base is None or not is_eager(*parameters):
+            return compute()
+        key = (optimiser_steps(), dtype, *base, *[p.data_ptr() for p in parameters])
+        return last.of(key, parameters, compute)
+
+    def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
+        """What stays equal while that of W0 does which `maps` read; None where nothing tells."""
+        return ()
+
+    def _forget(self) -> None:
+        """Make anew what is remembered of the parameters."""
+        if "_ready" in self.__dict__:
+            self._ready.forget()
+
+    def forget_base(self) -> None:
+        """Make anew what is remembered of W0, and of the parameters."""
+        self._forget()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter, `scale`, or, by `train` and `eval`, `training`.
+        self._forget()
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The base is loaded along; what is sharded is written without raising its version.
+        self.forget_base()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Modification:
+        self.forget_base()
+        super()._apply(fn, recurse)
+        return self
+
+
+def _no_factors(self: Modification, x: Tensor, w: Tensor, linear: nn.Linear | None) -> None:
+    return None

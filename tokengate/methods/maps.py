@@ -1,0 +1,42 @@
+"""The maps that a low-rank method multiplies by, apart from what they are multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokengate.kernels.dropped_linear import branched_linear, dropped_linear
+from tokengate.kernels.factors import Factors
+
+
+@dataclass(frozen=True)
+class Maps:
+    """M(x) = up act(down drop(x)) + gain * w.
+
+    Attributes:
+        down: `(rank, in_features)`, in the dtype it is trained in.
+        up: `(out_features, rank)`, in that of w.
+        gain: `(out_features,)`, in that of w; None for 0.
+        dropout: share of the elements of x that is dropped in training.
+        activation: act; None for the identity.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+    dropout: float = 0.0
+    activation: Callable[[Tensor], Tensor] | None = None
+
+    def factors(self, x: Tensor, training: bool) -> Factors:
+        """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
+        return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
+
+    def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:
+        """x for the base layer, and `factors`; see `branched_linear`."""
+        x, z = branched_linear(x, self.down, self.dropout, training)
+        return x, self._factors(z)
+
+    def _factors(self, z: Tensor) -> Factors:
+        return Factors(z if self.activation is None else self.activation(z), self.up, self.gain)

@@ -1,0 +1,365 @@
+"""Patch a model in place, and give it back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tokengate.arguments import finite, non_negative, switch
+from tokengate.errors import TokenGateError
+from tokengate.gates.threshold import TokenGate
+from tokengate.kernels.precision import trainable_dtype
+from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.coverage import unwatch, watch
+from tokengate.layers.fast_path import settle_fast_paths
+from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
+from tokengate.layers.gated_linear import Gated, all_layers, layers, own_parameters, require_layers
+from tokengate.layers.named_adapters import current_name, rename
+from tokengate.layers.padding import follow_masks, unfollow_masks
+from tokengate.layers.sliced_linear import put_on, take_off
+from tokengate.linears.accelerate_hooks import offloaded_parameters, weights_present
+from tokengate.linears.linear_like import LinearLike, whole
+from tokengate.linears.mixing import warn_of_mixing
+from tokengate.linears.slices import Slices
+from tokengate.methods.base import Modification
+from tokengate.methods.registry import build, check_options, find_method
+from tokengate.patching.options import options_by_layer
+from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+from tokengate.sharding import is_sharded
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+# On the model that was patched: {parameter name: requires_grad before}, for what was changed.
+_BEFORE = "_tokengate_requires_grad"
+# Likewise, what each call of `patch` was asked for, which is of use to readers of a saved adapter.
+_ASKED = "_tokengate_asked"
+
+
+def patch(
+    model: _Model,
+    targets: Targets,
+    method: str | type[Modification] = "lora",
+    *,
+    tau: float = 0.0,
+    penalty: float = 1e-5,
+    gate: bool = True,
+    exclude: Targets | None = None,
+    train: Any = (),
+    slices: Mapping[Pattern, Slices] | None = None,
+    **options: Any,
+) -> _Model:
+    """Give the targeted linear layers of `model` a gated modification, in place.
+
+    Everything is checked first: an error leaves the model untouched. Afterwards the modifications,
+    the taus and what `train` names are trainable, everything else is frozen. Patched layers
+    compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
+    exactly what they did before. A model may be patched again, on other layers and with another
+    method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so.
+
+    Args:
+        model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
+        targets: which layers. A list of names or dotted suffixes on whole components (`"q_proj"`,
+            `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
+            regular expressions (full match); or one callable `(name, module) -> bool`; or
+            `"all-linear"`, which is every linear layer but a language model's output head, what
+            `train` names, and what no patch could reach: a layer whose owner reads the weight
+            instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
+            Of what a pattern matches, the linear layers are patched; there must be at least one,
+            and none that cannot be. One projection of a fused layer is a target by the layer's
+            name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched, bit for bit.
+            What a forward still does not reach is reported after the
+            first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
+        method: the name of a method, or a `Modification` subclass.
+        tau: initial threshold of every layer; at 0 or below every position is open.
+        penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in
+            [1e-8, 1e-3].
+        gate: False for the plain method, which modifies every position.
+        exclude: layers to leave out, as `targets`; a module's name leaves out all inside it.
+        train: other parameters to keep trainable: patterns over names of parameters, or of
+            modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
+            dtype, also in a 16-bit model.
+        slices: how fused layers are divided, by pattern over their names, where the library does
+            not know it: `slices={"qkv": tokengate.Slices(q=64, k=64, v=64)}`.
+        **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
+            each layer the value of the first pattern that matches its name:
+            `rank={"*.q_proj": 16, "*": 8}`; every layer must find one, every pattern decide one.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TokenGateError: what is asked cannot be done, in one sentence.
+    """
+    finite("tau", tau)
+    non_negative("penalty", penalty)
+    switch("gate", gate)
+    check_can_patch(model, "patch")
+    kind = find_method(method)
+    check_options(kind, options)
+    adapter = current_name(model)
+    trained = _named_by_train(model, train)
+    chosen = find_targets(model, targets, exclude, slices)
+    plain = {whole(each.layer): name for name, each in folded(model).items()}
+    for name, layer in list(chosen.items()):
+        if whole(layer) in plain:
+            raise TokenGateError(
+                f"{name!r} is folded, with another weight than W0 in place: call "
+                "tokengate.unpatch(model) or the folding's undo() first."
+            )
+        if any(_has(whole(layer), parameter) for parameter in trained.values()):
+            if not (isinstance(targets, str) and targets == ALL_LINEAR):
+                raise TokenGateError(
+                    f"{name!r} is both a target and named by train=: a target's own weight stays "
+                    "frozen, so drop one of the two."
+                )
+            del chosen[name]
+    if not chosen:
+        raise TokenGateError(
+            "targets matches only layers that train= names: name other layers, or drop train=."
+        )
+
+    own_options = options_by_layer(options, list(chosen))
+    planned = []
+    for name, layer in chosen.items():
+        with weights_present(whole(layer)):
+            layer_gate = None
+            if gate:
+                weight = layer.weight
+                layer_gate = TokenGate(
+                    tau, penalty, dtype=trainable_dtype(weight), device=weight.device
+                )
+            planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
+    asked = {"targets": targets, "exclude": exclude, "train": train}
+    install(model, planned, trained, [asked], adapter)
+    warn_of_mixing(model, {layer for layer, *_ in planned})
+    return model
+
+
+def install(
+    model: nn.Module,
+    planned: list[tuple[Any, Modification, TokenGate | None]],
+    trained: dict[str, nn.Parameter],
+    asked: list[dict[str, Any]],
+    adapter: str,
+) -> None:
+    """Patch what was planned and checked: each layer with its modification and gate.
+
+    All of them are of the adapter with the name `adapter`.
+    """
+    with all_or_nothing(model.modules()):
+        _freeze_all_but(model, trained)
+        for layer, modification, layer_gate in planned:
+            put_on(layer, modification, layer_gate)
+            rename(layer, adapter)
+        model.__dict__.setdefault(_ASKED, []).extend(asked)
+        settle_fast_paths(model)
+        follow_masks(model)
+        watch(model)
+
+
+def asked_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What `patch` was asked for, call by call: its targets, exclude and train."""
+    return [call for root in _patched_roots(model) for call in root.__dict__.get(_ASKED, ())]
+
+
+def unpatch(model: _Model) -> _Model:
+    """Take all modifications out: the same module and parameter objects, trainable as before.
+
+    Raises:
+        TokenGateError: no layer of the model is patched, or it is wrapped by
+            DistributedDataParallel or sharded.
+    """
+    _check_can_unpatch(model, all_layers(model))
+    with unchanged_if_interrupted(model):
+        _unpatch(model)
+    return model
+
+
+def _unpatch(model: nn.Module) -> None:
+    unfold(model)
+    patched, roots = all_layers(model), _patched_roots(model)
+    # With a subtree unpatched on its own before, a root may have no patched layer left.
+    if not roots:
+        patched = require_layers(model, "unpatch")
+    for layer in patched.values():
+        take_off(layer)
+    settle_fast_paths(model)
+    unfollow_masks(model)
+    for root in roots:
+        unwatch(root)
+        root.__dict__.pop(_ASKED, None)
+        before = root.__dict__.pop(_BEFORE)
+        for name, parameter in root.named_parameters():
+            if name in before:
+                parameter.requires_grad_(before[name])
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` is the base model, exactly. May be nested.
+
+    Raises:
+        TokenGateError: no layer of the model is patched.
+    """
+    merged = [(each, each.merged) for each in folded(model).values()]
+    patched = all_layers(model).values()
+    if not (merged or patched):
+        require_layers(model, "disabled")
+    before = {layer: layer.__dict__.get("_enabled") for layer in patched}
+    try:
+        for each, _ in merged:
+            each.put(merged=False)
+        for layer in before:
+            layer._enabled = False
+        settle_fast_paths(model)
+        yield
+    finally:
+        for layer, enabled in before.items():
+            if enabled is not None:
+                layer._enabled = enabled
+            else:
+                layer.__dict__.pop("_enabled", None)
+        # What was undone or unpatched meanwhile has W0 for good.
+        remaining = {id(each) for each in folded(model).values()}
+        for each, was_merged in merged:
+            if id(each) in remaining:
+                each.put(was_merged)
+        settle_fast_paths(model)
+
+
+# Wrappers that took hold of the model's parameters or code, by class name, because importing
+# them would cost what most users do not use.
+_WRAPPERS = {
+    "DataParallel": "DataParallel",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
+}
+# Those that gather parameters, or reduce their gradients, as they found them.
+_HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
+
+
+def check_can_patch(model: nn.Module, caller: str) -> None:
+    """An error, which names the function that was called, if nothing may be patched now."""
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(
+            f"{caller} was given a {type(model).__name__}: pass a torch.nn.Module."
+        )
+    if torch.is_inference_mode_enabled():
+        raise TokenGateError(
+            f"{caller} was called under torch.inference_mode, where new parameters can never be "
+            "trained: patch outside of it."
+        )
+    for name, wrapper in wrapped(model):
+        raise TokenGateError(
+            f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
+            "first, then wrap."
+        )
+
+
+def check_can_fold(model: nn.Module) -> None:
+    """An error if nothing may be folded now."""
+    patched = all_layers(model)
+    for name, layer in patched.items():
+        if not layer._enabled:
+            raise TokenGateError(
+                f"fold was called while {name!r} is disabled, where W0 has to stay in place: call "
+                "it outside of tokengate.disabled."
+            )
+    for name, wrapper in (*wrapped(model), *_sharded(patched)):
+        raise TokenGateError(
+            f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes "
+            "out: fold a model that is not wrapped, and wrap it then."
+        )
+
+
+def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
+    held = (each for each in wrapped(model) if each[1] in _HOLDING)
+    for name, wrapper in (*held, *_sharded(patched)):
+        raise TokenGateError(
+            f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters that "
+            "unpatch takes out: unpatch a model that is not wrapped, or use disabled()."
+        )
+
+
+def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What in `model` is wrapped, by name, and by what."""
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                yield name or "the model", _WRAPPERS[base.__name__]
+
+
+def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:
+    """The layers in a part of what is sharded as a whole, in the same form."""
+    for name, layer in patched.items():
+        own = () if layer.modification is None else layer.modification.parameters()
+        if any(is_sharded(p) for p in own):
+            yield name or "the layer", "fully_shard"
+
+
+def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
+    # Under all names: a tied weight has several.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, nn.Parameter] = {}
+    for pattern in as_patterns("train", () if train is None else train):
+        hits = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if any(matches(pattern, prefix) for prefix in _prefixes(name))
+        }
+        if not hits:
+            raise TokenGateError(
+                f"train {show(pattern)} matches no parameter of this {type(model).__name__}; "
+                f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
+            )
+        named |= hits
+    offloaded = offloaded_parameters(model)
+    for name, parameter in named.items():
+        if id(parameter) in offloaded:
+            raise TokenGateError(
+                f"train names {name!r}, which is offloaded and replaced in every forward, so that "
+                "it could not be trained: keep it on a device, or drop it."
+            )
+        if not parameter.is_floating_point():
+            raise TokenGateError(
+                f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
+            )
+    return named
+
+
+def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
+    """Whether the layer's weight or bias is the parameter, or a view of it."""
+    own = (t for t in (layer.weight, layer.bias) if t is not None)
+    return any(parameter is t or parameter is getattr(t, "_base", None) for t in own)
+
+
+def _prefixes(name: str) -> list[str]:
+    """A parameter's name and those of the modules that hold it: a, a.b, a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    # What an earlier patch left trainable stays so: its taus and modifications, its `train`.
+    settled = {id(p) for root in _patched_roots(model) for p in root.parameters()}
+    settled |= own_parameters(layers(model).values())
+    keep = {id(p) for p in trained.values()}
+    before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
+    for name, parameter in model.named_parameters():
+        stays = id(parameter) in settled and parameter.requires_grad
+        wanted = stays or id(parameter) in keep
+        if parameter.requires_grad != wanted:
+            before.setdefault(name, parameter.requires_grad)
+            parameter.requires_grad_(wanted)
+
+
+def _patched_roots(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model` that were given to `patch`, the model itself included."""
+    return [module for module in model.modules() if _BEFORE in module.__dict__]

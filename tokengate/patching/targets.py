@@ -1,0 +1,236 @@
+"""From `targets=` to the linear layers that will be patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias, cast
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tokengate.errors import TokenGateError
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.sliced_linear import Sliced
+from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
+from tokengate.linears.experts import stacked_expert
+from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
+from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.linears.quantised import blocks_gradients
+from tokengate.patching.slice_targets import (
+    check_slices,
+    matched,
+    unknown_slice,
+    with_slices,
+    without_parts_of_wholes,
+)
+from tokengate.patterns import Pattern, as_patterns, is_one_word, nearest, show
+
+Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(
+    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None
+) -> dict[str, LinearLike]:
+    """The layers that `targets` means, without those that `exclude` means, by name.
+
+    A layer that is shared is listed once, under its first name.
+
+    Args:
+        model: the model.
+        targets: as in `patch`.
+        exclude: as in `patch`.
+        slices: the user's own `Slices` of fused layers, by pattern.
+
+    Raises:
+        TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
+            patched already.
+    """
+    names = _Names(model, slices)
+    if not callable(targets) and targets != ALL_LINEAR:
+        targets = as_patterns("targets", targets)
+    excluded: set[nn.Module] = set()
+    if exclude is not None:
+        hits = excluded.union(*names.matches("exclude", exclude).values())
+        # A name that is excluded means all that is inside it; a callable is asked for each.
+        excluded = hits if callable(exclude) else {m for hit in hits for m in hit.modules()}
+    names.check_experts(targets, excluded)
+    chosen: set[nn.Module] = set()
+    for label, found in names.matches("targets", targets).items():
+        left = {
+            m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
+        }
+        wanted = sorted(left, key=lambda module: names.first[module])
+        if not wanted:
+            raise TokenGateError(
+                f"target {label} matches only what exclude= leaves out: drop one of the two."
+            )
+        # Other modules may share a linear layer's name; without one, each of them is a mistake.
+        linear = [m for m in wanted if is_target(m)]
+        for module in linear or wanted:
+            refusal = names.refusal(module)
+            if refusal is not None:
+                raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
+        chosen |= set(linear)
+    check_slices(chosen, excluded, names.first, slices)
+    # In the model's order, so that a seed gives the same initial values however one asks.
+    return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
+
+
+class _Names:
+    """The modules of a model by name, and what is known of each as a target."""
+
+    def __init__(self, model: nn.Module, slices: Any) -> None:
+        self.model = model
+        # All names of a shared module count for matching; the first one is its name.
+        self.named = with_slices(model, slices)
+        self.first: dict[nn.Module, str] = {}
+        for name, module in self.named:
+            self.first.setdefault(module, name)
+        # Layers that no patch could reach, and why, as the end of a sentence.
+        self.unreachable: dict[nn.Module, str] = {}
+        for owner, name in self.first.items():
+            for attribute, module in owner.named_children():
+                if is_linear(module) and reads_weight(owner, attribute):
+                    self.unreachable[module] = (
+                        f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
+                        "instead of calling the layer, so that a patch would do nothing: exclude it"
+                        f"{_other_remedy(owner)}"
+                    )
+            if is_linear(owner) and returns_tuple(type(owner)):
+                self.unreachable[owner] = (
+                    f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
+                    "modification is added to: exclude it"
+                )
+        self.offloaded = offloaded_whole(model)
+        # A weight that is also an embedding's.
+        self.embedding: dict[int, str] = {
+            id(module.weight): name
+            for module, name in self.first.items()
+            if isinstance(module, nn.Embedding)
+        }
+
+    def check_experts(self, targets: Any, excluded: set[nn.Module]) -> None:
+        """An error if a name means experts that are no layers, besides layers or instead."""
+        for pattern in targets if isinstance(targets, list) else ():
+            if not is_one_word(pattern):
+                continue
+            held = stacked_expert(self.model, pattern, excluded)
+            if held is not None:
+                raise TokenGateError(
+                    f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
+                    f"together in its 3-D parameter {held[1]!r} and not in linear layers: leave "
+                    "them out with exclude=['experts'], or name other layers in full."
+                )
+
+    def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
+        """What each pattern matches, linear or not; an error where that is nothing."""
+        kind = type(self.model).__name__
+        if isinstance(patterns, str) and patterns == ALL_LINEAR:
+            return {f'"{ALL_LINEAR}"': self._all_linear()}
+        if callable(patterns) and not isinstance(patterns, (nn.Module, type)):
+            chosen = {module for name, module in self.named if patterns(name, module)}
+            if not chosen:
+                raise TokenGateError(
+                    f"the callable given as {argument}= chose no module of this {kind}: "
+                    "return True for at least one."
+                )
+            return {"<callable>": without_parts_of_wholes(chosen)}
+        found = {}
+        for pattern in as_patterns(argument, patterns):
+            hits = matched(pattern, self.named)
+            if not hits:
+                linear = [name for name, module in self.named if is_target(module)]
+                raise TokenGateError(
+                    f"{argument.removesuffix('s')} {show(pattern)} matches no module of this "
+                    f"{kind}: use the name of a linear layer; {nearest(pattern, linear)}"
+                    f"{unknown_slice(pattern, linear)}."
+                )
+            found[show(pattern)] = hits
+        if not found and argument == "targets":
+            raise TokenGateError(
+                f'{argument}={patterns!r} names no layer: pass names, e.g. ["q_proj", "v_proj"].'
+            )
+        return found
+
+    def _all_linear(self) -> set[nn.Module]:
+        # A language model's output head is a linear layer that one seldom means to adapt.
+        head = output_head(self.model)
+        linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
+        linear = linear - {head} - self.unreachable.keys()
+        if not linear:
+            raise TokenGateError(
+                f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
+                "which has no linear layer: pass a model that has one."
+            )
+        return linear
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why `module` cannot be patched, as the end of a sentence; None if it can."""
+        kind = type(module).__name__
+        if isinstance(module, LinearSlice) and not isinstance(module, Gated):
+            if isinstance(module.fused, Gated):
+                return (
+                    f"a slice of {self.first[module.fused]!r}, which is patched as a whole: call "
+                    "tokengate.unpatch(model) first, or exclude it"
+                )
+            return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
+        if not is_target(module):
+            inside = (name for name, m in module.named_modules() if is_linear(m))
+            example = next(inside, None)
+            remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
+            return f"which is a {kind}, not a linear layer: {remedy}"
+        module = cast(LinearLike, module)
+        if isinstance(module, Gated):
+            return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
+        if isinstance(module, Sliced):
+            return "which is patched in part already: call tokengate.unpatch(model) first"
+        if is_lazy(module.weight):
+            return "which has no weight yet: run the model once, then patch, or exclude it"
+        if hides_class(module):
+            return (
+                f"a {kind} whose forward was replaced on the instance, so that a patch would never "
+                "run: patch first, then replace it, or exclude it"
+            )
+        if module in self.offloaded:
+            return (
+                f"which is offloaded with the whole of {self.offloaded[module]!r}, so that its "
+                "modification would be too: offload without preload_module_classes, or exclude it"
+            )
+        if blocks_gradients(module):
+            return (
+                "which quantises its input too, through which torchao passes no gradient to what "
+                "is before it: quantise the weights only, or exclude it"
+            )
+        if hasattr(module, "modification") or hasattr(module, "gate"):
+            return f"a {kind} with its own attribute `modification` or `gate`: exclude it"
+        if id(module.weight) in self.embedding:
+            return (
+                f"whose weight is tied to the embedding {self.embedding[id(module.weight)]!r}: "
+                "untie them first (`tie_word_embeddings=False`), or exclude it"
+            )
+        return self.unreachable.get(module)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """A language model's last layer, which gives the logits; None where there is none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if callable(get_head) else None
+
+
+def is_target(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer or a slice of a fused one."""
+    return is_linear(module) or isinstance(module, LinearSlice)
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module)
+    own = kind.__module__.startswith("torch.nn.")
+    return f"an nn.{kind.__name__}" if own else f"a {kind.__name__}"
+
+
+def _other_remedy(owner: nn.Module) -> str:
+    if not isinstance(owner, nn.MultiheadAttention):
+        return ""
+    return ", or call tokengate.integrations.attention.split_attention(model) first"

@@ -1,0 +1,376 @@
+"""Count, while a model runs, which positions its gates leave unmodified."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.arguments import count, switch
+from tokengate.errors import TokenGateError, brief
+from tokengate.gates.tally import by_sample, tally
+from tokengate.gates.threshold import measuring
+from tokengate.kernels.norms import ratios as ratios_of
+from tokengate.kernels.recomputation import in_backward
+from tokengate.layers.gated_linear import Gated, last_norms, observing, require_layers
+from tokengate.reports.call_store import CallStore, KeptCalls
+from tokengate.reports.histogram import count_ratios
+from tokengate.reports.module_sparsity import ModuleSparsity
+from tokengate.reports.position_counts import PositionCounts
+from tokengate.reports.report import SparsityReport
+from tokengate.reports.samples import Sample, Samples, alike, only, within
+from tokengate.reports.sparsity_table import value
+from tokengate.sharding import number_here
+
+# Of a layer's name and the shape of its S, for each group by name: which of these positions are in
+# it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
+Groups: TypeAlias = Callable[[str, torch.Size], Mapping[str, Tensor | bool]]
+
+# Per group, where None is all positions, and module: samples, their summed sparsity, positions,
+# closed positions; then, where they were asked for, how often r is where.
+_Counts: TypeAlias = dict[str | None, dict[str, Tensor]]
+# tau of every module; None without a gate, and where another rank has it.
+_Taus: TypeAlias = dict[str, float | None]
+# By module, where positions are kept.
+_Details: TypeAlias = dict[str, PositionCounts]
+_Found: TypeAlias = tuple[_Counts, _Taus, _Details]
+
+#: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
+MEMORY = 2**28
+
+
+class Recorder:
+    """What `record` collects. Read it with `report()`, during the recording or after it.
+
+    Attributes:
+        positions: with `record(positions=True)`, for every module the list of its S, one boolean
+            tensor of shape `(...)` on the CPU for each call; otherwise empty. A module's list is
+            made when it is asked for.
+        ratios: with `record(positions=True, ratios=True)`, the same of r = ||M(x)|| / ||W0 x||
+            (eq. 4) in float16, for every module that has a gate: to 0.05 % from 6e-5 on and to
+            3e-8 below; what is above 65,504, and r where no tau closes the gate, is infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        positions: bool = False,
+        groups: Groups | None = None,
+        ratios: bool = False,
+        memory: int = MEMORY,
+        folder: Path | str | None = None,
+    ) -> None:
+        self._layers = require_layers(model, "record")
+        # Apart from the layers, which may have been unpatched when the report is made.
+        self._gates = {name: layer.gate for name, layer in self._layers.items()}
+        # On the modules' devices.
+        self._counts: _Counts = {}
+        self._details: _Details = {}
+        if groups is not None and not callable(groups):
+            raise TokenGateError(
+                f"groups={brief(groups)} is no function: pass one of a layer's name and the shape "
+                "of its S."
+            )
+        self._groups = groups
+        self._asked_ratios = switch("ratios", ratios)
+        made = CallStore(count("memory", memory), folder)  # in any case, for its checks
+        store = made if switch("positions", positions) else None
+        self._calls = store
+        self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
+        self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
+            store, CallStore.ratios, CallStore.has_ratios
+        )
+
+    @property
+    def alike(self) -> list[Samples]:
+        """The samples in each set of modules that were called alike, the largest set first.
+
+        A vision tower and a language model make two of them, and so do layers before and after
+        patches are merged; an expert, which sees the positions that a router sends there one by
+        one, is alone with itself.
+
+        Raises:
+            TokenGateError: no positions were kept.
+        """
+        if self._calls is None or not self.positions:
+            raise TokenGateError(
+                "no positions were recorded: run the model inside `with tokengate.record(model, "
+                "positions=True):`."
+            )
+        called = [name for name in self._layers if name in self.positions]
+        return alike(self._calls, called, self._asked_ratios)
+
+    @property
+    def samples(self) -> Samples:
+        """All samples, in the order of calls and, within a call, of its rows: see `sample`.
+
+        Raises:
+            TokenGateError: no positions were kept; the modules were not all called alike.
+        """
+        return only(self.alike)
+
+    def sample(self, index: int, modules: Collection[str] | None = None) -> Sample:
+        """One sample in all modules: S, r and padding of its T positions.
+
+        Samples are what the report counts: each row of each call. What `generate` computes one
+        token at a time with a cache is in each call a sample of one position; run the whole text
+        once to see it as one. Of positions without samples, `(N,)`, each is one, unless the
+        padding mask tells the samples.
+
+        Args:
+            index: of the sample, in the order of calls and, within a call, of its rows.
+            modules: in these alone, which must have been called alike: as often, and with as many
+                samples, as long and as padded. None: all that were called.
+
+        Raises:
+            TokenGateError: no positions were kept; a module was not called; the modules were not
+                called alike; there is no such sample.
+        """
+        samples = self.samples if modules is None else only(within(self.alike, modules))
+        if not isinstance(index, Integral) or not -len(samples) <= index < len(samples):
+            raise TokenGateError(
+                f"sample {brief(index)} was asked of a recording of {len(samples)}: pass an index "
+                "below that."
+            )
+        return samples[int(index)]
+
+    def report(self, reduce: bool | Any = False) -> SparsityReport:
+        """Sparsity (eq. 23) of what was run so far.
+
+        Args:
+            reduce: True adds up what was run on all ranks of `torch.distributed`, a process group
+                what was run on its ranks, each of which must call this, whether it ran anything or
+                not; all get the same report. Where there is one process, it is that one's.
+
+        Raises:
+            TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
+                recorded with the same `positions` and `ratios`.
+        """
+        return _report(self._collect(reduce), None)
+
+    def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
+        """The same for each group of positions, with `record(groups=...)`.
+
+        A sample without a position in a group is no sample of its report. A module that was called
+        only with positions of other groups is not in it. What `positions` adds to a report, by
+        sample and by place in the sequence, is of all positions together, and not in these.
+
+        Args:
+            reduce: as in `report`.
+
+        Raises:
+            TokenGateError: as in `report`.
+        """
+        found = self._collect(reduce)
+        return {group: _report(found, group) for group in found[0] if group is not None}
+
+    def _collect(self, reduce: bool | Any) -> _Found:
+        """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
+        taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
+        found = [(self._counts, taus, self._details)]
+        if reduce is not False:
+            asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
+            found = _of_all_ranks(found[0], reduce, asked)
+        counts: _Counts = {}
+        details: _Details = {}
+        for own, own_taus, own_details in found:
+            for group, modules in own.items():
+                _add(counts.setdefault(group, {}), modules)
+            for name, tau in own_taus.items():
+                if taus.get(name) is None:
+                    taus[name] = tau
+            for name, detail in own_details.items():
+                details.setdefault(name, PositionCounts()).extend(detail)
+        if not counts:
+            raise TokenGateError(
+                "nothing was recorded: run the model inside `with tokengate.record(model):`."
+            )
+        return counts, taus, details
+
+    def _observe(
+        self, name: str, layer: Gated, is_open: Tensor | None, h: Tensor, mask: Tensor | None
+    ) -> None:
+        if not torch.compiler.is_compiling() and in_backward():
+            return  # activation checkpointing computes again what was counted in the forward
+        with torch.no_grad():
+            ratios = None
+            if is_open is None:
+                is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
+            elif self._asked_ratios:
+                found = last_norms(layer, is_open)
+                if found is None:
+                    raise TokenGateError(
+                        f"record(ratios=True) cannot tell r of {name!r}, which has another adapter "
+                        "than when the recording began, or one for each row: record with one "
+                        "adapter, which is in use before."
+                    )
+                ratios = ratios_of(*found)
+            closed, real = by_sample(is_open, mask)
+            groups: Mapping[str, Tensor | bool] = {}
+            if self._groups is not None and is_open.numel():
+                groups = _checked(self._groups(name, is_open.shape), name, is_open.shape)
+            if self._calls is not None:
+                _keep(self._calls, self._details, name, is_open, real, ratios)
+            if is_open.numel() == 0:
+                return
+            self._count(None, name, closed, real, ratios)
+            for group, inside in groups.items():
+                shape = real.shape
+                if isinstance(inside, Tensor):
+                    shape, inside = inside.shape, inside.to(real.device)
+                self._count(
+                    group, name, closed.reshape(shape), real.reshape(shape) & inside, ratios
+                )
+
+    def _count(
+        self, group: str | None, name: str, closed: Tensor, real: Tensor, ratios: Tensor | None
+    ) -> None:
+        """Add the `real` positions, `(B, T)` as those that are `closed`, to a group's."""
+        counts = tally(closed, real)
+        if self._asked_ratios:
+            counts = torch.cat([counts, count_ratios(ratios, real)])
+        _add(self._counts.setdefault(group, {}), {name: counts})
+
+
+def _checked(found: Any, name: str, shape: torch.Size) -> Mapping[str, Tensor | bool]:
+    """What a `groups` function returned of a layer with an S of this shape, or an error."""
+
+    def fits(inside: Any) -> bool:
+        if isinstance(inside, Tensor):
+            same = inside.numel() == shape.numel()
+            return same and inside.dim() == 2 and inside.dtype == torch.bool
+        return isinstance(inside, bool)
+
+    if not isinstance(found, Mapping) or not all(map(fits, found.values())):
+        raise TokenGateError(
+            f"groups returned {brief(found)} of {name!r}, whose S has shape {tuple(shape)}: return "
+            "for every group, by name, True, False, or a boolean tensor (B, T) of as many."
+        )
+    return found
+
+
+# Compiled code would be compiled anew for every call, which finds more of them kept than the last.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _keep(
+    calls: CallStore,
+    details: _Details,
+    name: str,
+    is_open: Tensor,
+    real: Tensor,
+    ratios: Tensor | None,
+) -> None:
+    is_open, real = calls.add(name, is_open, real, ratios)
+    details.setdefault(name, PositionCounts()).add(~is_open, real)
+
+
+def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, counts in more.items():
+        so_far[name] = so_far[name] + counts if name in so_far else counts
+
+
+def _of_all_ranks(mine: _Found, reduce: Any, asked: dict[str, bool]) -> list[_Found]:
+    """What every rank has counted, and the taus that it has; all must have `asked` for the same."""
+    distributed = torch.distributed
+    there = distributed.is_available()
+    if reduce is not True and not (there and isinstance(reduce, distributed.ProcessGroup)):
+        raise TokenGateError(
+            f"reduce={brief(reduce)} was asked: pass True, False, or a process group of "
+            "torch.distributed."
+        )
+    if not (there and distributed.is_initialized()):
+        return [mine]
+    group = None if reduce is True else reduce
+    # As objects, because a rank that had nothing to run knows neither modules nor groups of
+    # positions; and one rank at a time, so that all of them add up in the same order.
+    counts, taus, details = mine
+    counts = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, (asked, counts, taus, details), group=group)
+    for option in asked:
+        if len({options[option] for options, *_ in found}) > 1:
+            raise TokenGateError(
+                f"the ranks recorded with {option}=True on some of them alone: pass the same to "
+                "record on all ranks, or report without reduce."
+            )
+    return [(counts, taus, details) for _, counts, taus, details in found]
+
+
+def _report(found: _Found, group: str | None) -> SparsityReport:
+    counts, taus, details = found
+    modules = {}
+    for name, tau in taus.items():
+        samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
+        ratios: list[float] = []
+        if name in counts[group]:
+            samples, summed, positions, closed, *ratios = counts[group][name].tolist()
+        if group is not None and not samples and name in counts[None]:
+            continue
+        detail = details.get(name) if group is None else None
+        modules[name] = ModuleSparsity(
+            sparsity=summed / samples if samples else float("nan"),
+            samples=int(samples),
+            positions=int(positions),
+            modified=int(positions - closed),
+            tau=tau,
+            # Without a gate, nothing was counted.
+            ratios=tuple(map(int, ratios)) if any(ratios) else None,
+            by_sample=None if detail is None else tuple(map(value, detail.by_sample)),
+            by_position=None if detail is None else detail.by_position(),
+        )
+    return SparsityReport(modules)
+
+
+@contextlib.contextmanager
+def record(
+    model: nn.Module,
+    positions: bool = False,
+    groups: Groups | None = None,
+    *,
+    ratios: bool = False,
+    memory: int = MEMORY,
+    folder: Path | str | None = None,
+) -> Iterator[Recorder]:
+    """Measure sparsity (eq. 23) of a patched model while it runs:
+
+        with tokengate.record(model) as rec:
+            model(**batch)
+        print(rec.report())
+
+    Per module: for each sample, the share of its positions that were left unmodified, averaged
+    over samples. Positions that the model's own `attention_mask` pads are not counted. Layers
+    without a gate modify every position: their sparsity is 0. May be nested.
+
+    Args:
+        model: a patched model.
+        positions: also keep S itself, in `rec.positions` and `rec.sample`; one bit for each
+            position and module, and 40 bytes for each call of one. The report then has sparsity by
+            sample and by place in the sequence, too. Compiled code has a graph break
+            there, so that `fullgraph=True` refuses it.
+        groups: also count apart what this function tells apart, for `rec.reports()`. At each call
+            of a layer it is given the layer's name and the shape of its S, and returns for every
+            group, by name, which positions are in it: a boolean tensor `(B, T)` of as many, True
+            for all of them, or False.
+        ratios: also measure r = ||M(x)|| / ||W0 x|| (eq. 4), where there is a gate; without one,
+            nothing is compared. The report then has its histogram. With `positions`, r is kept
+            beside S in `rec.ratios`, in 16 bits.
+        memory: how many bytes of what is kept may stay in memory; what is more goes to a temporary
+            file, which nobody else sees and which goes with the recorder.
+        folder: an existing one for that file; None is the system's for temporary files.
+
+    Raises:
+        TokenGateError: no layer of the model is patched; an argument is wrong. With `ratios`, in a
+            forward: a layer has another adapter than at first, or one for each row.
+    """
+    recorder = Recorder(model, positions, groups, ratios, memory, folder)
+    observers = {
+        layer: partial(recorder._observe, name, layer) for name, layer in recorder._layers.items()
+    }
+    measured = [gate for gate in recorder._gates.values() if gate is not None] if ratios else []
+    with measuring(measured), observing(observers):
+        yield recorder

@@ -1,0 +1,352 @@
+"""Sparsity by module, by layer and projection, and overall (eq. 23, Table 5)."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import math
+import os
+from collections.abc import Collection, Sequence
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from tokengate.arguments import choice
+from tokengate.errors import TokenGateError, brief
+from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.strict_json import read
+from tokengate.files.text_table import markdown_table, text_table
+from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
+from tokengate.reports.module_sparsity import ModuleSparsity as ModuleSparsity
+from tokengate.reports.module_sparsity import module_from_dict
+from tokengate.reports.page.html_page import html_page
+from tokengate.reports.page.html_table import html_table
+from tokengate.reports.page.sample_views import PatchView, TokenView
+from tokengate.reports.report_difference import ReportDifference, report_difference
+from tokengate.reports.sparsity_table import (
+    SparsityTable,
+    mean,
+    percent,
+    places,
+    present,
+    std,
+    table_of,
+    value,
+)
+
+_FORMAT = "tokengate report"
+_VERSION = 1
+
+
+class SparsityReport:
+    """Sparsity: the share of positions that the modifications left alone (eq. 23).
+
+    Attributes:
+        modules: everything known of each module, by name.
+    """
+
+    def __init__(self, modules: dict[str, ModuleSparsity]) -> None:
+        self.modules = modules
+
+    @property
+    def by_module(self) -> dict[str, float]:
+        """Sparsity of each module, in [0, 1]; NaN where it was never called."""
+        return {name: module.sparsity for name, module in self.modules.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity averaged over samples, then over the modules that were called (eq. 23)."""
+        return mean(self.by_module.values())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (population) of sparsity over the modules that were called."""
+        return std(self.by_module.values())
+
+    @property
+    def token_sparsity(self) -> float:
+        """Share of unmodified positions over all positions of all modules together."""
+        positions = sum(module.positions for module in self.modules.values())
+        modified = sum(module.modified for module in self.modules.values())
+        return 1 - modified / positions if positions else math.nan
+
+    @property
+    def table(self) -> SparsityTable:
+        """Layer x projection, the shape of the paper's Table 5.
+
+        A name is split at its first whole number: `model.layers.3.self_attn.q_proj` is row 3,
+        column `q_proj` (as much of the end as tells the columns apart).
+        """
+        return table_of(self.by_module)
+
+    def by_sample(self, modules: Collection[str] | None = None) -> list[float]:
+        """Sparsity of each sample, averaged over modules; NaN of one that is padding alone.
+
+        Args:
+            modules: over these; None: over all that were called.
+
+        Raises:
+            TokenGateError: the recording was without `positions`; a module is unknown, was not
+                called, or saw another number of samples than the others.
+        """
+        found = self._details("by_sample", modules, "positions=True")
+        counts = {name: len(shares) for name, shares in found.items()}
+        first, *others = counts
+        for other in others:
+            if counts[other] != counts[first]:
+                raise TokenGateError(
+                    f"sparsity by sample was asked over {first!r} with {counts[first]} samples and "
+                    f"{other!r} with {counts[other]}: pass modules= with as many samples each."
+                )
+        return [mean(shares) for shares in zip(*found.values(), strict=True)]
+
+    def by_position(self, modules: Collection[str] | None = None) -> list[float]:
+        """Share of unmodified positions at each place in the sequence, all samples together.
+
+        The first real position of a sample is at place 0, wherever its padding is.
+
+        Args:
+            modules: of these together; None: of all that were called.
+
+        Raises:
+            TokenGateError: the recording was without `positions`; a module is unknown or was not
+                called.
+        """
+        found = self._details("by_position", modules, "positions=True")
+        by_place = zip_longest(*found.values(), fillvalue=(0, 0))
+        sums = [[sum(counts) for counts in zip(*place, strict=True)] for place in by_place]
+        return [1 - modified / positions if positions else math.nan for positions, modified in sums]
+
+    def histogram(self, of: str = "r", modules: Collection[str] | None = None) -> Histogram:
+        """How often r = ||M(x)|| / ||W0 x|| (eq. 4) or tau is where.
+
+        Args:
+            of: "r": of all positions, with four bins to the octave; infinite where no tau closes
+                the gate. "tau": of the modules, with bins of one width.
+            modules: of these; None: of all that have it.
+
+        Raises:
+            TokenGateError: `of` is something else; no module has it: for r, the recording was
+                without `ratios`; a module is unknown or does not have it.
+        """
+        if choice("of", of, ("r", "tau")) == "tau":
+            taus = self._details("tau", modules, "a gate")
+            return histogram_of(list(taus.values()))
+        found = self._details("ratios", modules, "ratios=True")
+        return Histogram(RATIO_EDGES, tuple(map(sum, zip(*found.values(), strict=True))))
+
+    def _details(self, of: str, modules: Collection[str] | None, needs: str) -> dict[str, Any]:
+        """That attribute of the modules, or of all that have it, by name."""
+        known = {n: getattr(m, of) for n, m in self.modules.items() if getattr(m, of) is not None}
+        wrong = [name for name in modules or () if name not in known]
+        if wrong or not known or (modules is not None and not modules):
+            what = f"{wrong[0]!r}" if wrong else "no module" if known else "any module"
+            raise TokenGateError(
+                f"{of} was asked of {what}, where this report has it of {len(known)} modules: "
+                f"pass names of those that were called, recorded with {needs}."
+            )
+        return {name: found for name, found in known.items() if modules is None or name in modules}
+
+    def merge(self, later: SparsityReport) -> SparsityReport:
+        """The report of one recording of both, exactly; the taus are the later's.
+
+        A detail (r, sparsity by sample and by position) that a module has in one of the two alone
+        is left out.
+
+        Raises:
+            TokenGateError: `later` is no report.
+        """
+        modules = dict(self.modules)
+        for name, module in check_report("merge", later).modules.items():
+            modules[name] = modules[name].merged(module) if name in modules else module
+        return SparsityReport(modules)
+
+    def compare(self, other: SparsityReport) -> ReportDifference:
+        """What is different in `other`, by module, the largest change of sparsity first.
+
+        Raises:
+            TokenGateError: `other` is no report.
+        """
+        return report_difference(self.modules, check_report("compare", other).modules)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all; `SparsityReport.load` reads it.
+
+        Raises:
+            TokenGateError: `path` is a folder.
+            OSError: the file cannot be written.
+        """
+        found = {"format": _FORMAT, "format_version": _VERSION, **self.to_dict()}
+        write_text(path, json.dumps(found, allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityReport:
+        """What `save` wrote.
+
+        Raises:
+            TokenGateError: the file cannot be read, or holds something else.
+        """
+        found = read(path, "report")
+        is_report = found.get("format") == _FORMAT and isinstance(found.get("modules"), dict)
+        if not is_report or found.get("format_version") != _VERSION:
+            raise TokenGateError(
+                f"{path} is no report of version {_VERSION}: pass a file that SparsityReport.save "
+                "wrote."
+            )
+        modules = {}
+        for name, module in found["modules"].items():
+            try:
+                modules[name] = module_from_dict(module)
+            except ValueError as error:
+                raise TokenGateError(
+                    f"{path} is broken at module {name!r}, as {error}: save the report again."
+                ) from None
+        return cls(modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON; None in place of those that are not finite."""
+        return {
+            **self._averages(),
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
+        }
+
+    def _averages(self) -> dict[str, float | None]:
+        return {
+            "sparsity": value(self.sparsity),
+            "std": value(self.std),
+            "token_sparsity": value(self.token_sparsity),
+        }
+
+    def to_csv(self) -> str:
+        """One line for each module; an empty field where there is no value."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["module", "sparsity", "samples", "positions", "modified", "tau"])
+        for name, m in self.modules.items():
+            writer.writerow([name, value(m.sparsity), m.samples, m.positions, m.modified, m.tau])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """The layer x projection table in percent, with averages, as Markdown."""
+        return markdown_table(*self._grid())
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        texts: Sequence[TokenView] = (),
+        images: Sequence[PatchView] = (),
+        title: str = "Where the modifications act",
+    ) -> str:
+        """The report as a page for a browser: one file, which loads nothing from elsewhere.
+
+        It has a heatmap of all modules, and every token of `texts` and patch of `images` shaded by
+        the share of modules that modified it: of all of them, or of those that are chosen there.
+
+        Args:
+            path: where to write it, too.
+            texts, images: samples to show, of modules of this report.
+            title: of the page.
+
+        Returns:
+            The HTML.
+
+        Raises:
+            TokenGateError: a sample has a module that the report has not, or is no view of one;
+                `path` is a folder.
+            OSError: the file cannot be written, or an image not be read.
+        """
+        table = self.table
+        page = html_page(
+            title,
+            self._averages(),
+            self.modules,
+            places(self.modules),
+            row_averages=[*map(value, table.row_averages)],
+            column_averages=[*map(value, table.column_averages)],
+            texts=texts,
+            images=images,
+        )
+        if path is not None:
+            write_text(path, page)
+        return page
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layer x projection table in percent, with averages."""
+        (_, *columns), body = self._grid()
+        table = self.table
+        # The averages stay without a colour.
+        values = [[*row, None] for row in table.values] + [[None] * len(columns)]
+        cells = html_table(columns, [row[0] for row in body], values, [row[1:] for row in body])
+        return f"<p>sparsity (%)</p>{cells}<p>{escape(self._summary())}</p>"
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The layer x projection table as a picture, a `matplotlib.figure.Figure`.
+
+        Args:
+            path: a file to write it to as well, in the format of its ending (.png, .pdf, .svg).
+
+        Raises:
+            TokenGateError: matplotlib is not installed, or has no format of that ending; there is
+                no module.
+            OSError: the file cannot be written.
+        """
+        figure = load_plots().heatmap(self)
+        if path is not None:
+            path = Path(path)
+            # matplotlib would write a name without an ending with one, and so another file.
+            if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+                raise TokenGateError(
+                    f"a picture was to be written as {brief(str(path))}: end its name in .png, "
+                    ".pdf, .svg or another of matplotlib's formats."
+                )
+            write_atomically(path, figure.savefig)
+        return figure
+
+    def __str__(self) -> str:
+        return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
+
+    def _summary(self) -> str:
+        called = len(present(self.by_module.values()))
+        summary = (
+            f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
+            f"; {100 * self.token_sparsity:.1f} % of all positions left unmodified"
+        )
+        uncalled = len(self.modules) - called
+        if uncalled:
+            summary += f"; {uncalled} modules were never called"
+        return summary
+
+    def _grid(self) -> tuple[list[str], list[list[str]]]:
+        table = self.table
+        rows = zip(table.rows, table.values, table.row_averages, strict=True)
+        return ["layer", *table.columns, "avg"], [
+            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
+            ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
+        ]
+
+
+def load_plots() -> Any:
+    """The module that draws, `tokengate.integrations.plots`; an error without matplotlib."""
+    try:
+        # By its name, because integrations import tokengate and never the reverse.
+        return importlib.import_module("tokengate.integrations.plots")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise TokenGateError(
+            "a picture was asked for without matplotlib: install it, pip install 'tokengate[viz]'."
+        ) from None
+
+
+def check_report(asked: str, found: Any) -> SparsityReport:
+    """`found`, which the function `asked` was given, if it is a report."""
+    if not isinstance(found, SparsityReport):
+        raise TokenGateError(
+            f"{asked} was given {brief(found)}: pass a SparsityReport, as rec.report() returns it "
+            "and SparsityReport.load reads it."
+        )
+    return found

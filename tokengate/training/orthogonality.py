@@ -1,0 +1,53 @@
+"""AdaLoRA's penalty on factors that are not orthogonal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError
+from tokengate.kernels.precision import without_autocast
+from tokengate.layers.gated_linear import require_layers
+from tokengate.methods.adalora import AdaLoRA
+from tokengate.sharding import gathered
+
+
+def adalora_layers(model: nn.Module, asked: str) -> dict[str, AdaLoRA]:
+    """The AdaLoRA modifications of `model` by layer name; an error if there is none."""
+    patched = require_layers(model, asked)
+    found = {
+        name: layer.modification
+        for name, layer in patched.items()
+        if isinstance(layer.modification, AdaLoRA)
+    }
+    if not found:
+        raise TokenGateError(
+            f"{asked} was asked of a {type(model).__name__} whose patched layers have no AdaLoRA: "
+            'patch with method="adalora".'
+        )
+    return found
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """How far AdaLoRA's factors are from orthogonal, `()`: add it to the loss, weighted:
+
+        loss = model(**batch).loss + 0.1 * tokengate.orthogonality(model)
+
+    The mean, over all P and Q of the model, of ||P'P - I|| and ||QQ' - I|| (Frobenius norms; Zhang
+    et al., 2023, section 3.1). The paper squares the norms; not squared and averaged, as here, is
+    what its authors' code and Hugging Face PEFT compute, so their weights (0.1 to 0.5) carry over.
+    Under FSDP2 every rank calls it, after the model's forward.
+
+    Raises:
+        TokenGateError: no layer of the model has an AdaLoRA.
+    """
+    distances = []
+    for modification in adalora_layers(model, "orthogonality").values():
+        P, Q = gathered(modification.P), gathered(modification.Q)
+        with without_autocast(P.device):  # 16 bits would round what is nearly orthogonal to it
+            grams = (P.T @ P, Q @ Q.T)
+        for gram in grams:
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            distances.append(torch.linalg.vector_norm(gram - identity))
+    # A model may be spread over devices.
+    return torch.stack([d.to(distances[0].device) for d in distances]).mean()

@@ -1,0 +1,96 @@
+"""Parameter groups for the user's own optimiser: the taus apart from everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokengate.arguments import betas as check_betas
+from tokengate.arguments import count, non_negative, positive
+from tokengate.errors import TokenGateError
+from tokengate.layers.gated_linear import require_layers
+
+# The paper's s, and how far tau is to be able to go in a training of fewer steps than the paper's.
+_PAPER, _TRAVEL = 4e-5, 0.4
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    s: float | None = None,
+    *,
+    total_steps: int | None = None,
+    alpha: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-8,
+    weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a patched model, for any `torch.optim` optimiser:
+
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=4e-5))
+
+    The first group holds the modifications and what `patch(train=...)` named, the second the taus,
+    with learning rate alpha * s and no weight decay; under Adam and AdamW that is eq. 18-22. In s
+    times the number of steps tau can travel at the most, so a run of few steps wants a larger s
+    than the paper's 4e-5: say how many there are, and s is chosen so that tau can travel 0.4 in
+    all, several times the ratios ||m_i|| / ||w_i|| that fine-tuning ends at, but is at least 4e-5.
+
+    Args:
+        model: a patched model.
+        lr: learning rate of the first group.
+        s: slope of eq. 11; the farthest tau moves in one step of Adam, at alpha = 1. 4e-5 if
+            neither it nor `total_steps` is given.
+        total_steps: instead of `s`: optimiser steps of the whole training.
+        alpha: learning rate of eq. 22, which multiplies s.
+        betas: Adam's decay rates for tau; the paper uses (0.9, 0.98).
+        eps: of eq. 22.
+        weight_decay: of the first group; None leaves it to the optimiser's default.
+
+    Raises:
+        TokenGateError: a number is out of its range, both `s` and `total_steps` are given, or the
+            model has nothing to train.
+    """
+    non_negative("lr", lr)
+    s = _slope(s, total_steps)
+    non_negative("alpha", alpha)
+    non_negative("alpha * s", alpha * s)
+    betas = check_betas(betas)
+    positive("eps", eps)
+    gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
+    taus = [gate.tau for gate in gates if gate is not None and gate.tau.requires_grad]
+    is_tau = {id(tau) for tau in taus}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_tau]
+    first: dict[str, Any] = {"params": others, "lr": lr}
+    if weight_decay is not None:
+        first["weight_decay"] = non_negative("weight_decay", weight_decay)
+    groups = [first]
+    if taus:
+        second = {"params": taus, "lr": alpha * s, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        groups.append(second)
+    for gate in gates:
+        if gate is not None:
+            gate.s = s
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise TokenGateError(
+            f"no parameter of this {type(model).__name__} is trainable: set requires_grad on the "
+            "modifications that are to be trained."
+        )
+    return groups
+
+
+def _slope(s: float | None, total_steps: int | None) -> float:
+    if total_steps is None:
+        return _PAPER if s is None else non_negative("s", s)
+    if s is not None:
+        raise TokenGateError(
+            f"s={s} and total_steps={total_steps} were both given, and s would follow from "
+            "total_steps: pass one of them."
+        )
+    return slope_for(total_steps)
+
+
+def slope_for(total_steps: int) -> float:
+    """The s with which tau can travel 0.4 in all these steps; at least the paper's."""
+    return max(_PAPER, _TRAVEL / count("total_steps", total_steps))
