@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokengate
-from tokengate.gates.threshold import open_positions
+from tokengate.gates.threshold import opened as decided
+from tokengate.kernels.change import Change
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # What rounding an input-sized sum costs: a few units in the last place of the accumulation,
@@ -28,6 +29,11 @@ def run(w, m, tau, penalty, grad, mask=None):
     h = tokengate.token_gate(w, m, tau, penalty, mask)
     h.backward(grad)
     return h.detach(), w.grad, m.grad, tau.grad
+
+
+def open_positions(w, m, tau):
+    """S as booleans, as the gate decides it."""
+    return decided(*Change(w, None, m).norms(), tau)
 
 
 def check_against_reference(w, m, tau, penalty, grad, mask=None):

@@ -9,6 +9,7 @@ from torch import nn
 
 import tokengate
 from tokengate.integrations.attention import split_attention
+from tokengate.kernels.change import Change
 
 T = 6
 REAL = torch.arange(T) < torch.tensor([6, 3, 4, 1, 6, 2])[:, None]
@@ -137,7 +138,7 @@ def test_layers_that_transformers_calls_sequence_first(make):
     for name, counted in rec.report().modules.items():
         x, layer = inputs[name], layers[name]
         w = nn.functional.linear(x, layer.weight)
-        is_open = layer.gate.open_positions(w, layer.modification(x, w))
+        is_open = layer.gate(Change(w, None, layer.modification(x, w))) != 0
         right = (is_open.T if name in first else is_open)[real].sum()
         assert (counted.samples, counted.positions) == (8, 38), name
         assert counted.modified == right, name

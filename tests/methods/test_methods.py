@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.kernels.change import Change
 from tokengate.kernels.dropped_linear import dropped_linear
 from tokengate.methods import base
 
@@ -90,7 +91,9 @@ def run(layer, x, mask):
     out = F.linear(x, layer.weight, layer.bias)
     w = out if layer.bias is None else out - layer.bias
     factors = layer.modification.factors(x, w, layer)
-    return factors.add_to(out, layer.bias, layer.gate, mask)
+    change = Change(out, layer.bias, factors)
+    a = layer.gate(change, mask)
+    return change.add(a), a.detach() != 0
 
 
 @pytest.mark.parametrize("method", METHODS)

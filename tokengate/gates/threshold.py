@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.tally import by_sample, tally
-from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms
+from tokengate.kernels.change import Change
+from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp
 from tokengate.kernels.precision import KeepsFloat32
 from tokengate.kernels.recomputation import in_backward
 from tokengate.sharding import number_here
@@ -68,16 +69,10 @@ def token_gate(
             f"tau has shape {tuple(tau.shape)} and dtype {tau.dtype}: pass one floating-point "
             "element, e.g. of shape (1,)."
         )
-    is_open = open_positions(w, m, tau)
-    h: Tensor = _Gate.apply(w, m, tau, is_open, non_negative("penalty", penalty), mask)
-    return h
-
-
-def open_positions(w: Tensor, m: Tensor, tau: Tensor) -> Tensor:
-    """S of eq. 4 as booleans: `(..., C), (..., C) -> (...)`. No gradient flows through it."""
-    with torch.no_grad():
-        dtype = accumulation_dtype(w, m)
-        return opened(norms(m, dtype), norms(w, dtype), tau)
+    change = Change(w, None, m)
+    is_open = opened(*change.norms(), tau)
+    a = _Threshold.apply(tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
+    return change.add(a)
 
 
 def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
@@ -151,28 +146,19 @@ class TokenGate(KeepsFloat32):
             with torch.no_grad():
                 self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
 
-    def open_positions(self, w: Tensor, m: Tensor) -> Tensor:
-        """S of eq. 4 as booleans: `(..., out_features) -> (...)`."""
-        with torch.no_grad():
-            dtype = accumulation_dtype(w, m)
-            return self.decide(norms(m, dtype), norms(w, dtype))
+    def forward(self, change: Change, mask: Tensor | None = None) -> Tensor:
+        """a_i = S_i of eq. 4 for the positions of `change`, `(...)`.
 
-    def decide(self, of_m: Norms, of_w: Norms) -> Tensor:
-        """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
-        if self.measures:
-            self.measured = of_m, of_w
-        return opened(of_m, of_w, self.tau)
-
-    def forward(
-        self, out: Tensor, m: Tensor, is_open: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """`out` with `m` added where `is_open`: `(..., out_features) -> (..., out_features)`.
-
-        `out` is the layer's own output, bias included, so that a closed position keeps it bit
-        for bit; `is_open` is S as decided from the output without the bias.
+        Args:
+            change: M(x) beside the output of the layer.
+            mask: `(...)`; a position where it is 0 counts in neither mu nor lambda's sum.
         """
-        h: Tensor = _Gate.apply(out, m, self.tau, is_open, self.pull(), mask)
-        return h
+        found = change.norms()
+        if self.measures:
+            self.measured = found
+        is_open = opened(*found, self.tau)
+        a: Tensor = _Threshold.apply(self.tau, is_open, self.pull(), mask, change.dtype)
+        return a
 
     def __getstate__(self) -> dict[str, Any]:
         # Nobody asks a copy for norms.
@@ -205,47 +191,35 @@ def measuring(gates: Iterable[TokenGate]) -> Iterator[None]:
                     gate.__dict__.pop(name, None)
 
 
-class _Gate(torch.autograd.Function):
-    """h = out + S m, with eq. 14, 15 and 17 as the gradient of tau; S is given."""
+class _Threshold(torch.autograd.Function):
+    """a = S, which is given, as numbers of `dtype`; from mu = dL/da, eq. 14, 15 and 17 for tau."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        out: Tensor,
-        m: Tensor,
         tau: Tensor,
         is_open: Tensor,
         penalty: Tensor | float,
         mask: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        # A selection, not a product with 0 or 1: out + 0 would turn -0.0 into 0.0.
-        return torch.where(is_open.unsqueeze(-1), out + m.to(out.dtype), out)
+        return is_open.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, m, tau, is_open, penalty, mask = inputs
-        # mu needs m at closed positions too: that is how a closed gate reopens.
+        tau, _, penalty, mask, _ = inputs
         tensor = penalty if isinstance(penalty, Tensor) else None
-        ctx.save_for_backward(m if tau.requires_grad else None, is_open, mask, tensor)
-        ctx.m_dtype, ctx.tau_dtype, ctx.tau_shape = m.dtype, tau.dtype, tau.shape
+        ctx.save_for_backward(output, mask, tensor)  # a, which the sum keeps, too
+        ctx.tau_dtype, ctx.tau_shape = tau.dtype, tau.shape
         ctx.penalty = None if tensor is penalty else penalty
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        m, is_open, mask, penalty = ctx.saved_tensors
-        grad_m = grad_tau = None
-        if ctx.needs_input_grad[1]:
-            # A selection again: a closed position passes 0 on even where grad is inf or NaN.
-            grad_m = torch.where(is_open.unsqueeze(-1), grad, torch.zeros_like(grad))
-            grad_m = grad_m.to(ctx.m_dtype)
-        if ctx.needs_input_grad[2]:
-            dtype = accumulation_dtype(grad, m)
-            mu = (grad.detach().to(dtype) * m.detach().to(dtype)).sum(-1)
-            penalty = ctx.penalty if penalty is None else penalty
-            g = threshold_direction(mu, is_open, penalty, mask)
-            grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
-        return grad, grad_m, grad_tau, None, None, None
+    def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
+        a, mask, penalty = ctx.saved_tensors
+        penalty = ctx.penalty if penalty is None else penalty
+        g = threshold_direction(mu.detach(), a != 0, penalty, mask)
+        return -g.to(ctx.tau_dtype).reshape(ctx.tau_shape), None, None, None, None
 
 
 def threshold_direction(

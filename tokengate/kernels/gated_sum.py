@@ -1,9 +1,9 @@
-"""out + S M(x) of a factored M(x) as a CPU or GPU computes it fastest, one operation after another.
+"""out + a M(x) of a factored M(x) as a CPU or GPU computes it fastest, one operation after another.
 
-`factors` has the same in terms that a compiler can fuse and `torch.func` transform. Here the gate
-acts on z, which is as wide as the rank: of M(x) alone there is no copy, and its norm is that of
-z under `up' up`. Where M(x) has a gain, it is as wide as the output; it is then made and used up
-a few rows at a time, while a processor's cache holds them.
+`traced_sum` has the same in terms that a compiler can fuse and `torch.func` transform. Here a
+weighs z, which is as wide as the rank: of M(x) alone there is no copy, and its norm is that of
+z under `up' up`. Where M(x) has a gain, it is as wide as the output; it is then made, measured and
+used up a few rows at a time, while a processor's cache holds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengate.gates.threshold import TokenGate, opened, threshold_direction
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
@@ -22,12 +21,12 @@ _BLOCK = 2**18
 
 
 class GatedSum(torch.autograd.Function):
-    """h = out + S (up z + gain w), w = out - bias, and S; forward and backward as `TokenGate`'s.
+    """h = out + a (up z + gain w), w = out - bias: `(..., out_features) -> (..., out_features)`.
 
-    `(..., out_features) -> (..., out_features), (...)`. Without a gate, S is None and counts as 1
-    everywhere. Kept for backward are z, `up`, S and, with a gain, `out`. Unlike `TokenGate`'s, its
-    backward multiplies a closed position by 0: a gradient that is infinite there reaches `up`, too.
-    And its forward may give a closed position 0.0 where it had -0.0.
+    Forward and backward as `traced_sum.FactoredSum`'s, with a = 1 where it is None. Kept for
+    backward are z, `up`, a and, with a gain, `out`. Unlike there, backward multiplies a closed
+    position by 0: a gradient that is infinite there reaches `up`, too. And without a gain, forward
+    may give a closed position 0.0 where it had -0.0.
     """
 
     @staticmethod
@@ -38,57 +37,48 @@ class GatedSum(torch.autograd.Function):
         z: Tensor,
         up: Tensor,
         gain: Tensor | None,
-        tau: Tensor | None,
-        gate: TokenGate | None,
-        mask: Tensor | None,
+        a: Tensor | None,
+        product: Tensor | None,
         in_place: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        h, is_open = gated_sum(out, bias, z, up, gain, gate, in_place)
-        if in_place:
-            ctx.mark_dirty(out)
-        pull: Tensor | float = 0.0
-        if gate is not None and tau is not None and is_open is not None:
-            ctx.mark_non_differentiable(is_open)
-            ctx.tau_dtype, ctx.tau_shape, pull = tau.dtype, tau.shape, gate.pull()
-        ctx.penalty = None if isinstance(pull, Tensor) else pull
+    ) -> Tensor:
+        h = gated_sum(out, bias, z, up, gain, a, product, in_place)
+        written = out if in_place else product
+        if written is not None:
+            ctx.mark_dirty(written)
         kept = (None, None) if gain is None else (out, bias)
-        tensor = pull if isinstance(pull, Tensor) else None
-        ctx.save_for_backward(*kept, z, up, gain, is_open, mask, tensor)
-        return h, is_open
+        ctx.save_for_backward(*kept, z, up, gain, a)
+        return h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, bias, z, up, gain, is_open, mask, pull = ctx.saved_tensors
-        _, needs_bias, needs_z, needs_up, _, needs_tau, *_ = ctx.needs_input_grad
-        grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau = grad, *[None] * 5
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, bias, z, up, gain, a = ctx.saved_tensors
+        _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
+        grad_out, grad_bias, grad_z, grad_up, grad_gain, mu = grad, *[None] * 5
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
         if needs_up:
             # 16-bit products are quicker this way round, wider ones the other.
-            kept_z = _where(is_open, z).reshape(-1, z.shape[-1])
+            weighted_z = _weighted(a, z).reshape(-1, z.shape[-1])
             narrow = grad.element_size() < 4
-            grad_up = (kept_z.T @ rows).T if narrow else rows.T @ kept_z
+            grad_up = (weighted_z.T @ rows).T if narrow else rows.T @ weighted_z
         if needs_z:
-            grad_z = _where(is_open, down)
-        if needs_tau:
+            grad_z = _weighted(a, down)
+        if needs_a:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
             # No vecdot: where backward runs within autocast, that would sum in 16 bits.
-            mu = (down.detach().to(dtype) * z.detach().to(dtype)).sum(-1)
+            mu = (down.to(dtype) * z.to(dtype)).sum(-1)
         if gain is not None:
             in_blocks = not torch.is_grad_enabled()  # with gradients of its own, in one
             grad_out, mu_of_w, grad_gain = _through_gain(
-                rows, out.reshape(rows.shape), bias, gain, is_open, in_blocks
+                rows, out.reshape(rows.shape), bias, gain, a, in_blocks
             )
             if needs_bias:
                 grad_bias = -(grad_out - rows).sum(0).to(bias.dtype)
             grad_out = grad_out.view(grad.shape)
-            if needs_tau:
-                mu = mu + mu_of_w.detach().view(mu.shape)
-        if needs_tau:
-            g = threshold_direction(mu, is_open, ctx.penalty if pull is None else pull, mask)
-            grad_tau = -g.to(ctx.tau_dtype).reshape(ctx.tau_shape)
-        return grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_tau, None, None, None
+            if mu is not None:
+                mu = mu + mu_of_w.view(mu.shape)
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None
 
 
 def gated_sum(
@@ -97,21 +87,25 @@ def gated_sum(
     z: Tensor,
     up: Tensor,
     gain: Tensor | None,
-    gate: TokenGate | None,
+    a: Tensor | None,
+    product: Tensor | None,
     in_place: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """What `GatedSum` gives, without its gradients."""
+) -> Tensor:
+    """What `GatedSum` gives, without its gradients.
+
+    `product` is up z + gain w, if that was made before, and becomes the sum.
+    """
     width = out.shape[-1]
     z = z.reshape(-1, z.shape[-1])
     # What is returned is no view, or the caller might not write over it.
     if gain is None:
         h = out if in_place else out.clone(memory_format=torch.contiguous_format)
-        is_open = _add_low_rank(h.view(-1, width), z, bias, up, gate)
-    else:
-        h = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        rows = h.view(-1, width), out.reshape(-1, width)
-        is_open = _add_with_gain(*rows, z, bias, up, gain, gate)
-    return h, None if is_open is None else is_open.view(out.shape[:-1])
+        flat = None if a is None else a.reshape(-1)
+        h.view(-1, width).addmm_(_weighted(flat, z), up.T)
+        return h
+    h = torch.empty(out.shape, dtype=out.dtype, device=out.device) if product is None else product
+    _add_with_gain(h.view(-1, width), out.reshape(-1, width), z, bias, up, gain, a, product is None)
+    return h
 
 
 def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,15 +113,20 @@ def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out - bias.to(out.dtype)
 
 
-def _add_low_rank(
-    h: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gate: TokenGate | None
-) -> Tensor | None:
-    """Add S up z to the layer's output in `h`; S."""
-    is_open = None
-    if gate is not None:
-        is_open = gate.decide(_norms_of_product(z, up), _norms_without_bias(h, bias))
-    h.addmm_(_where(is_open, z), up.T)
-    return is_open
+def product_with_gain(
+    out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gain: Tensor
+) -> tuple[Tensor, Norms, Norms]:
+    """m = up z + gain w, `(..., C)`, with its norms and those of w, `(N,)`; z is `(N, rank)`."""
+    product = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    m, out = product.view(-1, out.shape[-1]), out.reshape(-1, out.shape[-1])
+    of_m, of_w = [], []
+    dtype = accumulation_dtype(out)
+    for block in _blocks(out):
+        w = without_bias(out[block], bias)
+        torch.mul(w, gain, out=m[block]).addmm_(z[block], up.T)
+        of_m.append(norms(m[block], dtype))
+        of_w.append(norms(w, dtype))
+    return product, _joined(of_m), _joined(of_w)
 
 
 def _add_with_gain(
@@ -137,28 +136,22 @@ def _add_with_gain(
     bias: Tensor | None,
     up: Tensor,
     gain: Tensor,
-    gate: TokenGate | None,
-) -> Tensor | None:
-    """Write `out` + S (up z + gain w) to `h`, which is not `out`; S."""
-    opens, of_m, of_w = [], [], []
-    dtype = accumulation_dtype(out)
+    a: Tensor | None,
+    empty: bool,
+) -> None:
+    """Write `out` + a m to `h`, which is m = up z + gain w, or `empty`."""
+    weights = None if a is None else a.reshape(-1, 1)
     for block in _blocks(out):
-        w = without_bias(out[block], bias)
-        m = (w * gain).addmm_(z[block], up.T)
-        if gate is None:
-            torch.add(out[block], m, out=h[block])
+        m = h[block]
+        if empty:
+            torch.mul(without_bias(out[block], bias), gain, out=m).addmm_(z[block], up.T)
+        if weights is None:
+            m.add_(out[block])
             continue
-        of_m.append(norms(m, dtype))
-        of_w.append(norms(w, dtype))
-        is_open = opened(of_m[-1], of_w[-1], gate.tau)
-        # A closed position's M(x) is finite, or its gate would be open.
-        torch.addcmul(out[block], m, is_open.unsqueeze(-1).to(m.dtype), out=h[block])
-        opens.append(is_open)
-    if gate is None:
-        return None
-    if gate.measures:
-        gate.decide(_joined(of_m), _joined(of_w))
-    return opens[0] if len(opens) == 1 else torch.cat(opens)
+        weight = weights[block]
+        torch.addcmul(out[block], m, weight.to(m.dtype), out=m)
+        # A selection: what is closed is as it was, whatever M(x) is there.
+        torch.where(weight != 0, m, out[block], out=m)
 
 
 def _through_gain(
@@ -166,13 +159,13 @@ def _through_gain(
     out: Tensor,
     bias: Tensor | None,
     gain: Tensor,
-    is_open: Tensor | None,
+    a: Tensor | None,
     in_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `out`, `(N, C)`, and of `gain`, `(C,)`; between them <gain * G_i, w_i>."""
     dtype = accumulation_dtype(grad)
     wide = gain.to(dtype)
-    at = grad.new_ones(len(grad), dtype=dtype) if is_open is None else is_open.flatten().to(dtype)
+    at = grad.new_ones(len(grad), dtype=dtype) if a is None else a.flatten().to(dtype)
     passed = torch.empty_like(grad) if in_blocks else None
     through: list[Tensor] = []
     mu: list[Tensor] = []
@@ -182,7 +175,7 @@ def _through_gain(
         mu.append(products @ wide)
         grad_gain = grad_gain + at[block] @ products
         part = grad[block]
-        if is_open is not None:
+        if a is not None:
             part = part * at[block].unsqueeze(-1).to(grad.dtype)
         if passed is None:
             through.append(torch.addcmul(grad[block], part, gain))
@@ -195,15 +188,15 @@ def _through_gain(
     )
 
 
-def _norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
-    """||w_i||: `(N, C) -> (N,), (N,)`."""
-    dtype = accumulation_dtype(out)
+def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
+    """||w_i||: `(..., C) -> (N,), (N,)`."""
+    out, dtype = out.reshape(-1, out.shape[-1]), accumulation_dtype(out)
     if bias is None:
         return norms(out, dtype)
     return _joined([norms(without_bias(out[block], bias), dtype) for block in _blocks(out)])
 
 
-def _norms_of_product(z: Tensor, up: Tensor) -> Norms:
+def norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`.
 
     Of few positions M(x) itself, which is less work.
@@ -239,11 +232,12 @@ def _joined(parts: list[Norms]) -> Norms:
     return torch.cat([n for n, _ in parts]), exponent
 
 
-def _where(is_open: Tensor | None, x: Tensor) -> Tensor:
-    if is_open is None:
+def _weighted(a: Tensor | None, x: Tensor) -> Tensor:
+    if a is None:
         return x
+    a = a.unsqueeze(-1)
     # A selection: what is closed is 0, whatever it was.
-    return torch.where(is_open.unsqueeze(-1), x, 0)
+    return torch.where(a != 0, a.to(x.dtype) * x, 0)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

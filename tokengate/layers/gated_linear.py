@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.threshold import TokenGate
+from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
@@ -124,14 +125,12 @@ class Gated(Swapped):
             at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
         if factors is None:
             factors = modification.factors(input, w, cast(LinearLike, self))
-        if factors is not None:
-            return factors.add_to(out, self.bias, gate, at_positions, self._keeps_nothing())
-        m = _whole(modification, input, w)
+        m = _whole(modification, input, w) if factors is None else factors
+        change = Change(out, self.bias, m, self._keeps_nothing())
         if gate is None:
-            return out + m.to(out.dtype), None
-        is_open = gate.open_positions(w, m)
-        h: Tensor = gate(out, m, is_open, at_positions)
-        return h, is_open
+            return change.add(None), None
+        a = gate(change, at_positions)
+        return change.add(a), a.detach() != 0
 
     def _modified_by_rows(
         self, input: Tensor, out: Tensor, mask: Tensor | None, rows: Rows

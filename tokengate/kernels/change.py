@@ -1,0 +1,109 @@
+"""A layer's output beside what changes it: how large both are, and their sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokengate.kernels.eager import is_eager, is_watched
+from tokengate.kernels.factors import Factors
+from tokengate.kernels.gated_sum import (
+    GatedSum,
+    gated_sum,
+    norms_of_product,
+    norms_without_bias,
+    product_with_gain,
+    without_bias,
+)
+from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
+from tokengate.kernels.precision import without_autocast
+from tokengate.kernels.traced_sum import FactoredSum, WholeSum
+
+
+class Change:
+    """M(x) and the output of the layer it is added to, once, weighted by position.
+
+    Args:
+        out: the layer's output, `(..., out_features)`.
+        bias: `(out_features,)`, or None; w is `out` without it.
+        m: M(x), whole, `(..., out_features)`, or in factors.
+        in_place: `out` is nobody else's and may be written over.
+
+    Raises:
+        TokenGateError: factors do not fit `out`.
+    """
+
+    def __init__(
+        self, out: Tensor, bias: Tensor | None, m: Tensor | Factors, in_place: bool = False
+    ) -> None:
+        self.out, self.bias, self.m = out, bias, m
+        self._quick = isinstance(m, Factors) and is_eager(out, m.z, m.up)
+        if isinstance(m, Factors) and self._quick:
+            m.check(out)
+            # Through a view autograd would copy.
+            plain = out.is_contiguous() and out._base is None and not is_watched()
+            in_place = in_place and m.gain is None and plain
+        self._in_place = in_place
+        # M(x) multiplied out, where its norms took that: the sum may use it up.
+        self._product: Tensor | None = None
+        self._norms: tuple[Norms, Norms] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What norms, a and mu are computed in: float32, or float64."""
+        parts = (self.m.z, self.m.up) if isinstance(self.m, Factors) else (self.m,)
+        return accumulation_dtype(self.out, *parts)
+
+    def norms(self) -> tuple[Norms, Norms]:
+        """||m_i|| and ||w_i||, `(...)` each, without gradients; to be asked for before `add`."""
+        if self._norms is None:
+            self._norms = self._measured()
+        return self._norms
+
+    def _measured(self) -> tuple[Norms, Norms]:
+        with torch.no_grad(), without_autocast(self.out.device):
+            if not (isinstance(self.m, Factors) and self._quick):
+                w = without_bias(self.out, self.bias)
+                m = self.m
+                if isinstance(m, Factors):
+                    m = self._product = m.product(w)
+                return norms(m, self.dtype), norms(w, self.dtype)
+            z, up, gain = self.m.z, self.m.up, self.m.gain
+            z = z.reshape(-1, z.shape[-1])
+            if gain is None:
+                of_m, of_w = norms_of_product(z, up), norms_without_bias(self.out, self.bias)
+            else:
+                self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
+            at = self.out.shape[:-1]
+            return reshaped(of_m, lambda n: n.view(at)), reshaped(of_w, lambda n: n.view(at))
+
+    def add(self, a: Tensor | None) -> Tensor:
+        """out + a M(x), `(..., out_features)`; with a = 1 where it is None. To be called once.
+
+        Backward gives `a` its dL/da_i = mu_i = <G_i, m_i> (eq. 10) at every position, of which
+        factors keep no m.
+
+        Args:
+            a: `(...)`, in `dtype`; where it is 0 the output is `out`, bit for bit.
+        """
+        out, bias, m, product = self.out, self.bias, self.m, self._product
+        self._product = None
+        if not isinstance(m, Factors):
+            return out + m.to(out.dtype) if a is None else _applied(WholeSum, out, m, a)
+        factors = (m.z, m.up, m.gain)
+        if self._quick:
+            with without_autocast(out.device):
+                if not torch.is_grad_enabled():
+                    return gated_sum(out, bias, *factors, a, product, self._in_place)
+                return _applied(GatedSum, out, bias, *factors, a, product, self._in_place)
+        if a is None:
+            return out + m.product(without_bias(out, bias))
+        if product is None:
+            with torch.no_grad():
+                product = m.product(without_bias(out, bias))
+        return _applied(FactoredSum, out, product, bias, *factors, a)
+
+
+def _applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
+    summed: Tensor = function.apply(*args)
+    return summed

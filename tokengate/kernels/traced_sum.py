@@ -1,0 +1,115 @@
+"""out + a M(x) in terms that a compiler can fuse, and `torch.func` transform and derive twice.
+
+`gated_sum` has the same as one operation after another, which is what runs in eager mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengate.kernels.gated_sum import without_bias
+from tokengate.kernels.norms import accumulation_dtype
+
+
+class WholeSum(torch.autograd.Function):
+    """h = out + a m: `(..., C), (..., C), (...) -> (..., C)`; where a_i = 0, `out` bit for bit.
+
+    Backward, with G_i = dL/dh_i: dL/dout_i = G_i, dL/dm_i = a_i G_i, dL/da_i = <G_i, m_i> (mu_i of
+    eq. 10) at every position, for which `m` is kept.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        return _selected_sum(out, m, a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, m, a = inputs
+        # mu needs m at closed positions too: that is how a closed gate reopens.
+        ctx.save_for_backward(m if ctx.needs_input_grad[2] else None, a)
+        ctx.m_dtype = m.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        m, a = ctx.saved_tensors
+        grad_m = grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_m = _passed_on(grad, a).to(ctx.m_dtype)
+        if ctx.needs_input_grad[2]:
+            dtype = accumulation_dtype(grad, m)
+            grad_a = (grad.to(dtype) * m.to(dtype)).sum(-1)
+        return grad, grad_m, grad_a
+
+
+class FactoredSum(torch.autograd.Function):
+    """h = out + a (up z + gain w), w = out - bias: `WholeSum` without m among what is kept.
+
+    `m` is M(x) multiplied out, which gets no gradient: its factors do.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        out: Tensor,
+        m: Tensor,
+        bias: Tensor | None,
+        z: Tensor,
+        up: Tensor,
+        gain: Tensor | None,
+        a: Tensor,
+    ) -> Tensor:
+        return _selected_sum(out, m, a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        out, _, bias, z, up, gain, a = inputs
+        if gain is None:
+            out = bias = None
+        # Inputs only, so that a second derivative sees what the first one depends on.
+        ctx.save_for_backward(out, bias, z, up, gain, a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, bias, z, up, gain, a = ctx.saved_tensors
+        _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a = ctx.needs_input_grad
+        grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_a = grad, *[None] * 5
+        passed = _passed_on(grad, a)
+        dtype = accumulation_dtype(grad, z)
+        if needs_up:
+            grad_up = passed.reshape(-1, up.shape[0]).T @ z.reshape(-1, up.shape[1])
+        down = grad @ up
+        if needs_z:
+            grad_z = _passed_on(down, a)
+        if needs_a:
+            # At closed positions too: that is how a closed gate reopens.
+            grad_a = (down.to(dtype) * z.to(dtype)).sum(-1)
+        if gain is not None:
+            w = without_bias(out, bias).to(dtype)
+            if needs_gain:
+                products = (passed.to(dtype) * w).reshape(-1, up.shape[0])
+                grad_gain = products.sum(0).to(gain.dtype)
+            if needs_a:
+                grad_a = grad_a + (grad.to(dtype) * gain.to(dtype) * w).sum(-1)
+            through_w = passed * gain
+            grad_out = grad + through_w
+            if needs_bias:
+                grad_bias = -through_w.reshape(-1, up.shape[0]).sum(0).to(bias.dtype)
+        return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_a
+
+
+def _selected_sum(out: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    # A selection, not only a product: out + 0 m would turn -0.0 into 0.0, and know no infinite m.
+    a = a.unsqueeze(-1)
+    return torch.where(a != 0, out + (a.to(m.dtype) * m).to(out.dtype), out)
+
+
+def _passed_on(grad: Tensor, a: Tensor) -> Tensor:
+    # A selection again: a closed position passes 0 on even where grad is inf or NaN.
+    a = a.unsqueeze(-1)
+    return torch.where(a != 0, a.to(grad.dtype) * grad, torch.zeros_like(grad))
