@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.layers.gated_linear import require_layers
-from tokengate.reports.report import SparsityReport, load_plots
+from tokengate.reports.picture import load_plots
+from tokengate.reports.report import SparsityReport
 from tokengate.sharding import numbers_here
 
 HEATMAP = "sparsity_heatmap"

@@ -8,6 +8,18 @@ from multiprocessing import forkserver
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Every run draws the same examples; see drawing.py.
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile(
+    "long",
+    derandomize=False,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("suite")
 
 # Of two workers on two cores each has one.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

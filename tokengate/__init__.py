@@ -15,7 +15,7 @@ from tokengate.layers.named_adapters import use as use
 from tokengate.linears.slices import Slices as Slices
 from tokengate.methods.base import Modification as Modification
 from tokengate.methods.registry import register as register
-from tokengate.patching.patch import disabled as disabled
+from tokengate.patching.disabled import disabled as disabled
 from tokengate.patching.patch import patch as patch
 from tokengate.patching.patch import unpatch as unpatch
 from tokengate.reports.history import History as History

@@ -18,7 +18,7 @@ from tokengate.arguments import finite, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, is_module_to_save, is_target
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.linears.linear_like import is_linear
-from tokengate.patching.patch import check_can_patch
+from tokengate.patching.wrappers import check_can_patch
 
 
 def import_peft(

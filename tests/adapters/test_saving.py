@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -692,55 +693,91 @@ def test_the_umask_is_never_changed(tmp_path, monkeypatch):
     tokengate.save(trained(), tmp_path)
 
 
-# Imports torch once, and is forked for every kill.
+# Imports torch once, and is forked for every kill. A child saves the one adapter over the other and
+# says "here" and waits when it comes to its n-th operation on files, or, where n is negative, saves
+# them in turns, and says so after -n saves without waiting.
 SAVER = """
-import os, sys
+import os, signal, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import torch
 torch.set_num_threads(1)
 from test_saving import trained
 import tokengate
 models = [trained("lora", rank=4), trained("dora", rank=8)]
-for _ in sys.stdin:
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        os.waitpid(child, 0)
-    while not child:
+
+def save(n):
+    left = n
+    def come_to(event, arguments):
+        nonlocal left
+        if event.partition(".")[0] not in ("open", "os", "shutil") or event == "os.getpid":
+            return
+        if left == 0:
+            print("here", flush=True)
+            signal.pause()
+        left -= 1
+    if n >= 0:
+        sys.addaudithook(come_to)
+        tokengate.save(models[1], sys.argv[2])
+        print("done", flush=True)
+    while n < 0:
         for model in models:
             tokengate.save(model, sys.argv[2])
+            n += 1
+            if n == 0:
+                print("here", flush=True)
+            n = n or -(10**9)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        save(int(line))
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
 """
 
 
 def test_killed_at_any_moment_the_folder_loads(tmp_path):
     folder = tmp_path / "adapter"
-    wanted = [values(trained("lora", rank=4)), values(trained("dora", rank=8))]
-    tokengate.save(trained("lora", rank=4), folder)
+    first = trained("lora", rank=4)
+    wanted = [values(first), values(trained("dora", rank=8))]
     here = pathlib.Path(__file__).parent
-    paths = [str(here), str(here.parent)]
-    command = [sys.executable, "-c", SAVER, os.pathsep.join(paths), str(folder)]
-    moments = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()
-    seen, halfway = set(), 0
+    paths = os.pathsep.join([str(here), str(here.parent)])
+
+    def found_after(server, n):
+        """Which of the two is there, and whether files were left, of one killed at moment n."""
+        tokengate.save(first, folder)
+        server.stdin.write(f"{n}\n")
+        server.stdin.flush()
+        said = {server.stdout.readline().strip() for _ in range(2)}  # in either order
+        (child,) = (int(each) for each in said if each.isdigit())
+        if "done" in said:
+            return None
+        os.kill(child, signal.SIGKILL)
+        other = fresh()
+        tokengate.load(other, folder)
+        found = [same(values(other), each) for each in wanted]
+        names = {path.name for path in folder.iterdir()}
+        left = {name for name in names if name.startswith(".adapter_")}
+        assert names - left == {"adapter_config.json", "adapter_model.safetensors"}
+        assert all(name.endswith(".tmp") for name in left)
+        for name in left:
+            shutil.rmtree(folder / name)
+        return found.index(True), bool(left)
+
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        for moment in moments:
-            server.stdin.write("save\n")
-            server.stdin.flush()
-            child = int(server.stdout.readline())
-            time.sleep(0.2 * moment)
-            os.kill(child, signal.SIGKILL)
-            other = fresh()
-            tokengate.load(other, folder)
-            found = [same(values(other), each) for each in wanted]
-            assert any(found)
-            seen.add(found.index(True))
-            names = {path.name for path in folder.iterdir()}
-            left = {name for name in names if name.startswith(".adapter_")}
-            assert names - left == {"adapter_config.json", "adapter_model.safetensors"}
-            assert all(name.endswith(".tmp") for name in left)
-            halfway += bool(left)
+        [sys.executable, "-c", SAVER, paths, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        moments = []
+        while (found := found_after(server, len(moments))) is not None:
+            moments.append(found)
+        for saves in range(1, 13):  # in the middle of whatever comes next
+            assert found_after(server, -saves) is not None
         server.stdin.close()
-    # They came while it was writing, and after other numbers of saves.
-    assert seen == {0, 1}
-    assert halfway
+    # The old one up to a moment and the new one from it on, with files half made before it.
+    kept = [index for index, _ in moments]
+    assert kept == sorted(kept)
+    assert {*kept} == {0, 1}
+    assert {(0, True), (0, False)} <= {*moments}
+    assert len(moments) > 10

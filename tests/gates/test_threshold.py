@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from drawing import many
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def problems(draw):
     return w, m, tau, penalty, grad, mask
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=many(400), deadline=None)
 @given(problems())
 def test_equals_reference(problem):
     check_against_reference(*problem)
@@ -191,7 +192,7 @@ def test_values_of_very_different_sizes():
     assert open_positions(w, m, torch.tensor([0.5])).tolist() == [True, False, True]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=many(60), deadline=None)
 @given(problems(), st.lists(st.integers(0, 10), max_size=4))
 def test_any_split_into_micro_batches_gives_the_same_g(problem, cuts):
     w, m, tau, penalty, grad, mask = problem

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import away_from_initialisation, snapshot
@@ -71,7 +72,7 @@ def run(module, arguments, options):
     return outputs + list(torch.autograd.grad(loss, wanted))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=many(100), deadline=None)
 @given(
     module_options=st.fixed_dictionaries(
         {

@@ -3,6 +3,7 @@
 import html_pages
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def test_a_plain_one_drops_its_prefix(name, prefix):
     assert torch.equal(grid.flatten(1), is_open[:, prefix:])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=many(25), deadline=None)
 @given(
     rows=st.integers(5, 12),
     columns=st.integers(5, 12),

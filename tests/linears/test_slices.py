@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import away_from_initialisation, snapshot
@@ -82,7 +83,7 @@ def test_take_and_put(groups, sizes, shape):
 
 @pytest.mark.parametrize("kind", [Fused, Transposed])
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=many(25), deadline=None)
 @given(data=st.data())
 def test_equals_the_loop(kind, method, data):
     """Every slice is the reference's layer with the slice's own rows of W0 and of the bias."""

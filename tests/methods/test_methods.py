@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from drawing import many
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import away_from_initialisation
@@ -97,7 +98,7 @@ def run(layer, x, mask):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=many(120), deadline=None)
 @given(data=st.data())
 def test_equals_reference(method, data):
     draw = data.draw

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence
@@ -88,7 +89,7 @@ def test_layers_without_a_gate_are_left_out():
     assert list(History(model).taus) == [Q, V]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=many(40), deadline=None)
 @given(limit=st.integers(2, 12), calls=st.integers(0, 100))
 def test_it_is_bounded_and_reaches_from_the_first_step_to_near_the_last(limit, calls):
     history = History(patched(), limit=limit)

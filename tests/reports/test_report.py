@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence
@@ -54,7 +55,7 @@ def recorded(model, runs, **options):
 RUNS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 12)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=many(40))
 @given(RUNS, RUNS, RUNS, st.sampled_from([{}, {"ratios": True}, {"positions": True}, EVERYTHING]))
 def test_reports_add_up_to_that_of_one_recording(a, b, c, options):
     model = patched()
@@ -195,7 +196,7 @@ def test_what_was_not_recorded_is_said():
         ungated.histogram()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=many(15))
 @given(RUNS, st.sampled_from([{}, EVERYTHING]))
 def test_saved_and_loaded_it_is_the_same(tmp_path_factory, runs, options):
     path = tmp_path_factory.mktemp("reports") / "report.json"

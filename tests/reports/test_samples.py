@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence
@@ -249,7 +250,7 @@ def test_beyond_the_limit_it_goes_to_a_file_that_goes_with_the_recorder(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=many(60))
 @given(st.data())
 def test_the_store_gives_back_what_it_was_given(data):
     store = CallStore(data.draw(st.sampled_from([1, 64, 2**20])), None)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence, padded_bert, snapshot
@@ -63,7 +64,7 @@ KEEP = st.sampled_from(["lowest", "highest"])
 
 
 @given(measured=numbers, by=BY, keep=KEEP, f=st.floats(0.001, 1), g=st.floats(0.001, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=many(200), deadline=None)
 def test_a_smaller_fraction_is_within_a_larger_one(measured, by, keep, f, g):
     less, more = (tokengate.select(measured, h, by, keep) for h in sorted((f, g)))
     assert set(less) <= set(more)
@@ -81,7 +82,7 @@ def test_a_smaller_fraction_is_within_a_larger_one(measured, by, keep, f, g):
     count=st.data(),
     by=BY,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=many(100), deadline=None)
 def test_lowest_and_highest_divide_the_modules(values, count, by):
     measured = {f"layers.{i}": value for i, value in enumerate(values)}
     few = count.draw(st.integers(1, len(values) - 1))
@@ -110,7 +111,7 @@ class Nested(nn.Module):
 
 
 @given(seed=st.integers(0, 10**6), fraction=st.floats(0.01, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=many(50), deadline=None)
 def test_the_next_patch_adapts_these_modules_and_no_other(seed, fraction):
     model = tokengate.patch(Nested(), "all-linear", tau=0.5)
     with tokengate.record(model) as rec:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, padded_bert, snapshot
@@ -49,7 +50,7 @@ def test_one_layer_reaches_the_sparsity_that_was_asked(method, sparsity):
     scale=st.floats(0.01, 30),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=many(25), deadline=None)
 def test_tau_splits_the_ratios_of_the_reference(seed, sparsity, scale, lengths):
     torch.manual_seed(seed)
     layer = torch.nn.Sequential(torch.nn.Linear(6, 5).double())

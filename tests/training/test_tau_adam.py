@@ -5,6 +5,7 @@ import math
 import pytest
 import reference
 import torch
+from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation
@@ -25,7 +26,7 @@ def follow(optimizer, tau, gs):
     return trajectory
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=many(100), deadline=None)
 @given(
     gs=directions,
     start=st.floats(-1, 1),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from tokengate.adapters.folder import all_finite
+from tokengate.adapters.merging import merged_weight_of
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
-from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.folded import (
     as_folded,
@@ -27,25 +24,18 @@ from tokengate.layers.folded import (
 from tokengate.layers.gated_linear import Gated, require_layers
 from tokengate.layers.named_adapters import adapter_names
 from tokengate.layers.padding import follow_masks, unfollow_masks
-from tokengate.layers.sliced_linear import take_off
 from tokengate.linears.accelerate_hooks import is_offloaded
-from tokengate.linears.dequantised import compute_dtype, product_error
 from tokengate.linears.linear_like import (
     LinearLike,
     LinearSlice,
     holder,
-    is_transposed,
-    row_blocks,
     whole,
 )
 from tokengate.linears.quantised import is_quantised, unreadable
-from tokengate.patching.patch import check_can_fold
+from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded
-
-# Columns of M's matrix that are computed at once.
-_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -185,7 +175,7 @@ def fold(
     for name, layer in patched.items():
         done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
         if done[name].action == "merged":
-            merged[name], error = _merged(name, layer, safe)
+            merged[name], error = merged_weight_of(name, layer, safe)
             done[name] = replace(done[name], error=error)
     folding = Folding(model, done, None)
     entries = {
@@ -268,78 +258,6 @@ def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
         if (reason := unreadable(linear)) is not None:
             return f"W0 is what {reason}"
     return None
-
-
-def _merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
-    """W0 + M's matrix, in W0's dtype and layout, and how far its outputs are from the layer's."""
-    # MPS has nothing finer than float32.
-    dtype = torch.float32 if layer.weight.device.type == "mps" else torch.float64
-    with torch.no_grad():
-        W0 = torch.cat([block.to(dtype) for block in row_blocks(layer)])
-        training = layer.modification.training
-        layer.modification.eval()
-        try:
-            matrix = _matrix(layer, W0)
-            quantised = is_quantised(layer)
-            total = (W0 + matrix).to(compute_dtype(layer) if quantised else layer.weight.dtype)
-            if not all_finite(total):
-                raise TokenGateError(
-                    f"fold found a merged weight of {name!r} that is not finite: nothing was "
-                    "folded; look for a modification that diverged."
-                )
-            x = torch.randn(
-                64, W0.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(0)
-            ).to(W0.device)
-            w = x @ W0.T
-            found = x @ total.to(dtype).T
-            error = _distance(found, w + _modification(layer, x, w))
-            # Each entry is rounded to the dtype, which in the sum is no larger beside its norm.
-            wrong = error > 4 * torch.finfo(total.dtype).eps
-            if quantised:
-                w = _own_product(layer, x.to(total.dtype)).to(dtype)
-                error = _distance(found, w + _modification(layer, x, w))
-                wrong = wrong or error > product_error(layer)
-        finally:
-            layer.modification.train(training)
-    if safe and wrong:
-        raise TokenGateError(
-            f"fold found that {name!r} with a merged weight of {total.dtype} differs from what it "
-            f"computes now by {error:.2g} of its output: nothing was folded; pass safe=False "
-            "to merge all the same."
-        )
-    return (total.T.contiguous() if is_transposed(layer) else total), error
-
-
-def _own_product(layer: Any, x: Tensor) -> Tensor:
-    """W0 x as the library of a quantised layer computes it in evaluation."""
-    # On a copy: bitsandbytes lays the weights out anew in the first evaluation.
-    twin = copy.deepcopy(layer)
-    take_off(twin)
-    return without_bias(twin.eval()(x), twin.bias)
-
-
-def _matrix(layer: Any, W0: Tensor) -> Tensor:
-    """M's matrix, `(out_features, in_features)`: what M makes of the unit vectors."""
-    in_features = W0.shape[1]
-    matrix = torch.empty_like(W0)
-    for start in range(0, in_features, _COLUMNS):
-        stop = min(start + _COLUMNS, in_features)
-        units = torch.zeros(stop - start, in_features, dtype=W0.dtype, device=W0.device)
-        units[:, start:stop].fill_diagonal_(1)
-        matrix[:, start:stop] = _modification(layer, units, W0[:, start:stop].T).T
-    return matrix
-
-
-def _modification(layer: Any, x: Tensor, w: Tensor) -> Tensor:
-    factors = layer.modification.factors(x, w, layer)
-    m: Tensor = layer.modification(x, w) if factors is None else factors.product(w)
-    return m
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||."""
-    difference = (found - wanted).norm() / wanted.norm().clamp(min=1e-30)
-    return float(difference)
 
 
 def _output_error(model: nn.Module, batches: Iterable[Any]) -> float:

@@ -24,7 +24,8 @@ from tokengate.layers.named_adapters import (
     use,
 )
 from tokengate.linears.mixing import warn_of_mixing
-from tokengate.patching.patch import check_can_patch, install
+from tokengate.patching.patch import install
+from tokengate.patching.wrappers import check_can_patch
 
 
 def load(

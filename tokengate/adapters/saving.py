@@ -37,7 +37,8 @@ from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
 from tokengate.methods.registry import name_of
-from tokengate.patching.patch import asked_of, wrapped
+from tokengate.patching.patch import asked_of
+from tokengate.patching.wrappers import wrapped
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.

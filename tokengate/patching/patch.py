@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from tokengate.arguments import finite, non_negative, switch
@@ -17,11 +15,11 @@ from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.coverage import unwatch, watch
 from tokengate.layers.fast_path import settle_fast_paths
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
-from tokengate.layers.gated_linear import Gated, all_layers, layers, own_parameters, require_layers
+from tokengate.layers.gated_linear import all_layers, layers, own_parameters, require_layers
 from tokengate.layers.named_adapters import current_name, rename
 from tokengate.layers.padding import follow_masks, unfollow_masks
 from tokengate.layers.sliced_linear import put_on, take_off
-from tokengate.linears.accelerate_hooks import offloaded_parameters, weights_present
+from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.linear_like import LinearLike, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
@@ -29,8 +27,9 @@ from tokengate.methods.base import Modification
 from tokengate.methods.registry import build, check_options, find_method
 from tokengate.patching.options import options_by_layer
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
-from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
-from tokengate.sharding import is_sharded
+from tokengate.patching.trained import named_by_train
+from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
+from tokengate.patterns import Pattern
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -102,7 +101,7 @@ def patch(
     kind = find_method(method)
     check_options(kind, options)
     adapter = current_name(model)
-    trained = _named_by_train(model, train)
+    trained = named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
     plain = {whole(each.layer): name for name, each in folded(model).items()}
     for name, layer in list(chosen.items()):
@@ -174,7 +173,7 @@ def unpatch(model: _Model) -> _Model:
         TokenGateError: no layer of the model is patched, or it is wrapped by
             DistributedDataParallel or sharded.
     """
-    _check_can_unpatch(model, all_layers(model))
+    check_can_unpatch(model, all_layers(model))
     with unchanged_if_interrupted(model):
         _unpatch(model)
     return model
@@ -199,151 +198,10 @@ def _unpatch(model: nn.Module) -> None:
                 parameter.requires_grad_(before[name])
 
 
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` is the base model, exactly. May be nested.
-
-    Raises:
-        TokenGateError: no layer of the model is patched.
-    """
-    merged = [(each, each.merged) for each in folded(model).values()]
-    patched = all_layers(model).values()
-    if not (merged or patched):
-        require_layers(model, "disabled")
-    before = {layer: layer.__dict__.get("_enabled") for layer in patched}
-    try:
-        for each, _ in merged:
-            each.put(merged=False)
-        for layer in before:
-            layer._enabled = False
-        settle_fast_paths(model)
-        yield
-    finally:
-        for layer, enabled in before.items():
-            if enabled is not None:
-                layer._enabled = enabled
-            else:
-                layer.__dict__.pop("_enabled", None)
-        # What was undone or unpatched meanwhile has W0 for good.
-        remaining = {id(each) for each in folded(model).values()}
-        for each, was_merged in merged:
-            if id(each) in remaining:
-                each.put(was_merged)
-        settle_fast_paths(model)
-
-
-# Wrappers that took hold of the model's parameters or code, by class name, because importing
-# them would cost what most users do not use.
-_WRAPPERS = {
-    "DataParallel": "DataParallel",
-    "DistributedDataParallel": "DistributedDataParallel",
-    "FullyShardedDataParallel": "FSDP",
-    "FSDPModule": "fully_shard",
-    "OptimizedModule": "torch.compile",
-}
-# Those that gather parameters, or reduce their gradients, as they found them.
-_HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
-
-
-def check_can_patch(model: nn.Module, caller: str) -> None:
-    """An error, which names the function that was called, if nothing may be patched now."""
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(
-            f"{caller} was given a {type(model).__name__}: pass a torch.nn.Module."
-        )
-    if torch.is_inference_mode_enabled():
-        raise TokenGateError(
-            f"{caller} was called under torch.inference_mode, where new parameters can never be "
-            "trained: patch outside of it."
-        )
-    for name, wrapper in wrapped(model):
-        raise TokenGateError(
-            f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
-            "first, then wrap."
-        )
-
-
-def check_can_fold(model: nn.Module) -> None:
-    """An error if nothing may be folded now."""
-    patched = all_layers(model)
-    for name, layer in patched.items():
-        if not layer._enabled:
-            raise TokenGateError(
-                f"fold was called while {name!r} is disabled, where W0 has to stay in place: call "
-                "it outside of tokengate.disabled."
-            )
-    for name, wrapper in (*wrapped(model), *_sharded(patched)):
-        raise TokenGateError(
-            f"fold found {name!r} wrapped by {wrapper}, which holds on to what fold takes "
-            "out: fold a model that is not wrapped, and wrap it then."
-        )
-
-
-def _check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
-    held = (each for each in wrapped(model) if each[1] in _HOLDING)
-    for name, wrapper in (*held, *_sharded(patched)):
-        raise TokenGateError(
-            f"{name!r} is wrapped by {wrapper}, which would go on to wait for the parameters that "
-            "unpatch takes out: unpatch a model that is not wrapped, or use disabled()."
-        )
-
-
-def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What in `model` is wrapped, by name, and by what."""
-    for name, module in model.named_modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                yield name or "the model", _WRAPPERS[base.__name__]
-
-
-def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:
-    """The layers in a part of what is sharded as a whole, in the same form."""
-    for name, layer in patched.items():
-        own = () if layer.modification is None else layer.modification.parameters()
-        if any(is_sharded(p) for p in own):
-            yield name or "the layer", "fully_shard"
-
-
-def _named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
-    # Under all names: a tied weight has several.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    named: dict[str, nn.Parameter] = {}
-    for pattern in as_patterns("train", () if train is None else train):
-        hits = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if any(matches(pattern, prefix) for prefix in _prefixes(name))
-        }
-        if not hits:
-            raise TokenGateError(
-                f"train {show(pattern)} matches no parameter of this {type(model).__name__}; "
-                f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
-            )
-        named |= hits
-    offloaded = offloaded_parameters(model)
-    for name, parameter in named.items():
-        if id(parameter) in offloaded:
-            raise TokenGateError(
-                f"train names {name!r}, which is offloaded and replaced in every forward, so that "
-                "it could not be trained: keep it on a device, or drop it."
-            )
-        if not parameter.is_floating_point():
-            raise TokenGateError(
-                f"train names {name!r}, whose dtype {parameter.dtype} cannot be trained: drop it."
-            )
-    return named
-
-
 def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
     """Whether the layer's weight or bias is the parameter, or a view of it."""
     own = (t for t in (layer.weight, layer.bias) if t is not None)
     return any(parameter is t or parameter is getattr(t, "_base", None) for t in own)
-
-
-def _prefixes(name: str) -> list[str]:
-    """A parameter's name and those of the modules that hold it: a, a.b, a.b.weight."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:

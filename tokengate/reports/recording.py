@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,21 @@ from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
 from tokengate.layers.gated_linear import Gated, last_norms, observing, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
+from tokengate.reports.counting import (
+    Counts,
+    Details,
+    Found,
+    Groups,
+    add_counts,
+    checked_groups,
+    made_report,
+    of_all_ranks,
+)
 from tokengate.reports.histogram import count_ratios
-from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
-from tokengate.reports.sparsity_table import value
 from tokengate.sharding import number_here
-
-# Of a layer's name and the shape of its S, for each group by name: which of these positions are in
-# it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
-Groups: TypeAlias = Callable[[str, torch.Size], Mapping[str, Tensor | bool]]
-
-# Per group, where None is all positions, and module: samples, their summed sparsity, positions,
-# closed positions; then, where they were asked for, how often r is where.
-_Counts: TypeAlias = dict[str | None, dict[str, Tensor]]
-# tau of every module; None without a gate, and where another rank has it.
-_Taus: TypeAlias = dict[str, float | None]
-# By module, where positions are kept.
-_Details: TypeAlias = dict[str, PositionCounts]
-_Found: TypeAlias = tuple[_Counts, _Taus, _Details]
 
 #: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
 MEMORY = 2**28
@@ -70,8 +65,8 @@ class Recorder:
         # Apart from the layers, which may have been unpatched when the report is made.
         self._gates = {name: layer.gate for name, layer in self._layers.items()}
         # On the modules' devices.
-        self._counts: _Counts = {}
-        self._details: _Details = {}
+        self._counts: Counts = {}
+        self._details: Details = {}
         if groups is not None and not callable(groups):
             raise TokenGateError(
                 f"groups={brief(groups)} is no function: pass one of a layer's name and the shape "
@@ -152,7 +147,7 @@ class Recorder:
             TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
                 recorded with the same `positions` and `ratios`.
         """
-        return _report(self._collect(reduce), None)
+        return made_report(self._collect(reduce), None)
 
     def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
         """The same for each group of positions, with `record(groups=...)`.
@@ -168,20 +163,20 @@ class Recorder:
             TokenGateError: as in `report`.
         """
         found = self._collect(reduce)
-        return {group: _report(found, group) for group in found[0] if group is not None}
+        return {group: made_report(found, group) for group in found[0] if group is not None}
 
-    def _collect(self, reduce: bool | Any) -> _Found:
+    def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
         taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
-            found = _of_all_ranks(found[0], reduce, asked)
-        counts: _Counts = {}
-        details: _Details = {}
+            found = of_all_ranks(found[0], reduce, asked)
+        counts: Counts = {}
+        details: Details = {}
         for own, own_taus, own_details in found:
             for group, modules in own.items():
-                _add(counts.setdefault(group, {}), modules)
+                add_counts(counts.setdefault(group, {}), modules)
             for name, tau in own_taus.items():
                 if taus.get(name) is None:
                     taus[name] = tau
@@ -214,7 +209,7 @@ class Recorder:
             closed, real = by_sample(is_open, mask)
             groups: Mapping[str, Tensor | bool] = {}
             if self._groups is not None and is_open.numel():
-                groups = _checked(self._groups(name, is_open.shape), name, is_open.shape)
+                groups = checked_groups(self._groups(name, is_open.shape), name, is_open.shape)
             if self._calls is not None:
                 _keep(self._calls, self._details, name, is_open, real, ratios)
             if is_open.numel() == 0:
@@ -235,31 +230,14 @@ class Recorder:
         counts = tally(closed, real)
         if self._asked_ratios:
             counts = torch.cat([counts, count_ratios(ratios, real)])
-        _add(self._counts.setdefault(group, {}), {name: counts})
-
-
-def _checked(found: Any, name: str, shape: torch.Size) -> Mapping[str, Tensor | bool]:
-    """What a `groups` function returned of a layer with an S of this shape, or an error."""
-
-    def fits(inside: Any) -> bool:
-        if isinstance(inside, Tensor):
-            same = inside.numel() == shape.numel()
-            return same and inside.dim() == 2 and inside.dtype == torch.bool
-        return isinstance(inside, bool)
-
-    if not isinstance(found, Mapping) or not all(map(fits, found.values())):
-        raise TokenGateError(
-            f"groups returned {brief(found)} of {name!r}, whose S has shape {tuple(shape)}: return "
-            "for every group, by name, True, False, or a boolean tensor (B, T) of as many."
-        )
-    return found
+        add_counts(self._counts.setdefault(group, {}), {name: counts})
 
 
 # Compiled code would be compiled anew for every call, which finds more of them kept than the last.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _keep(
     calls: CallStore,
-    details: _Details,
+    details: Details,
     name: str,
     is_open: Tensor,
     real: Tensor,
@@ -267,63 +245,6 @@ def _keep(
 ) -> None:
     is_open, real = calls.add(name, is_open, real, ratios)
     details.setdefault(name, PositionCounts()).add(~is_open, real)
-
-
-def _add(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, counts in more.items():
-        so_far[name] = so_far[name] + counts if name in so_far else counts
-
-
-def _of_all_ranks(mine: _Found, reduce: Any, asked: dict[str, bool]) -> list[_Found]:
-    """What every rank has counted, and the taus that it has; all must have `asked` for the same."""
-    distributed = torch.distributed
-    there = distributed.is_available()
-    if reduce is not True and not (there and isinstance(reduce, distributed.ProcessGroup)):
-        raise TokenGateError(
-            f"reduce={brief(reduce)} was asked: pass True, False, or a process group of "
-            "torch.distributed."
-        )
-    if not (there and distributed.is_initialized()):
-        return [mine]
-    group = None if reduce is True else reduce
-    # As objects, because a rank that had nothing to run knows neither modules nor groups of
-    # positions; and one rank at a time, so that all of them add up in the same order.
-    counts, taus, details = mine
-    counts = {g: {n: c.cpu() for n, c in modules.items()} for g, modules in counts.items()}
-    found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, (asked, counts, taus, details), group=group)
-    for option in asked:
-        if len({options[option] for options, *_ in found}) > 1:
-            raise TokenGateError(
-                f"the ranks recorded with {option}=True on some of them alone: pass the same to "
-                "record on all ranks, or report without reduce."
-            )
-    return [(counts, taus, details) for _, counts, taus, details in found]
-
-
-def _report(found: _Found, group: str | None) -> SparsityReport:
-    counts, taus, details = found
-    modules = {}
-    for name, tau in taus.items():
-        samples, summed, positions, closed = 0.0, 0.0, 0.0, 0.0
-        ratios: list[float] = []
-        if name in counts[group]:
-            samples, summed, positions, closed, *ratios = counts[group][name].tolist()
-        if group is not None and not samples and name in counts[None]:
-            continue
-        detail = details.get(name) if group is None else None
-        modules[name] = ModuleSparsity(
-            sparsity=summed / samples if samples else float("nan"),
-            samples=int(samples),
-            positions=int(positions),
-            modified=int(positions - closed),
-            tau=tau,
-            # Without a gate, nothing was counted.
-            ratios=tuple(map(int, ratios)) if any(ratios) else None,
-            by_sample=None if detail is None else tuple(map(value, detail.by_sample)),
-            by_position=None if detail is None else detail.by_position(),
-        )
-    return SparsityReport(modules)
 
 
 @contextlib.contextmanager

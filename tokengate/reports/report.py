@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import math
@@ -16,7 +15,7 @@ from typing import Any
 
 from tokengate.arguments import choice
 from tokengate.errors import TokenGateError, brief
-from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
 from tokengate.files.text_table import markdown_table, text_table
 from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
@@ -25,6 +24,7 @@ from tokengate.reports.module_sparsity import module_from_dict
 from tokengate.reports.page.html_page import html_page
 from tokengate.reports.page.html_table import html_table
 from tokengate.reports.page.sample_views import PatchView, TokenView
+from tokengate.reports.picture import load_plots, picture
 from tokengate.reports.report_difference import ReportDifference, report_difference
 from tokengate.reports.sparsity_table import (
     SparsityTable,
@@ -294,17 +294,7 @@ class SparsityReport:
                 no module.
             OSError: the file cannot be written.
         """
-        figure = load_plots().heatmap(self)
-        if path is not None:
-            path = Path(path)
-            # matplotlib would write a name without an ending with one, and so another file.
-            if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-                raise TokenGateError(
-                    f"a picture was to be written as {brief(str(path))}: end its name in .png, "
-                    ".pdf, .svg or another of matplotlib's formats."
-                )
-            write_atomically(path, figure.savefig)
-        return figure
+        return picture(load_plots().heatmap(self), path)
 
     def __str__(self) -> str:
         return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
@@ -327,19 +317,6 @@ class SparsityReport:
             *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
             ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
         ]
-
-
-def load_plots() -> Any:
-    """The module that draws, `tokengate.integrations.plots`; an error without matplotlib."""
-    try:
-        # By its name, because integrations import tokengate and never the reverse.
-        return importlib.import_module("tokengate.integrations.plots")
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise TokenGateError(
-            "a picture was asked for without matplotlib: install it, pip install 'tokengate[viz]'."
-        ) from None
 
 
 def check_report(asked: str, found: Any) -> SparsityReport:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
 from tokengate.sharding import divided_as, gathered
+from tokengate.training.importance import Importance
 from tokengate.training.orthogonality import adalora_layers
-
-_FACTORS = ("P", "E", "Q")
 
 
 class RankAllocator:
@@ -100,16 +99,15 @@ class RankAllocator:
                 f"final_warmup={last}, whose gradients could tell what to prune: pass more steps "
                 "or shorter warm-ups."
             )
+        self._importance = Importance(
+            self._modifications, self._schedule["beta1"], self._schedule["beta2"]
+        )
         self._check_optimizer(optimizer)
         self.step = 0
         self.masks = {
             name: torch.ones(m.rank, dtype=torch.bool, device=m.E.device)
             for name, m in self._modifications.items()
         }
-        # By layer and factor, from a layer's first gradient to the last allocation.
-        self._sensitivity: dict[str, dict[str, Tensor]] = {}
-        self._uncertainty: dict[str, dict[str, Tensor]] = {}
-        self._gradients: dict[str, dict[str, Tensor]] = {}
         self._skipped = self._pending = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -151,8 +149,8 @@ class RankAllocator:
             "step": self.step,
             "schedule": self._schedule,
             "masks": self.masks,
-            "sensitivity": whole(self._sensitivity),
-            "uncertainty": whole(self._uncertainty),
+            "sensitivity": whole(self._importance.sensitivity),
+            "uncertainty": whole(self._importance.uncertainty),
         }
         return copy.deepcopy(state)
 
@@ -183,7 +181,7 @@ class RankAllocator:
                 )
         for what in ("sensitivity", "uncertainty"):
             for name, tensors in state[what].items():
-                for factor, parameter in self._factors(name).items():
+                for factor, parameter in self._importance.factors(name).items():
                     if getattr(tensors.get(factor), "shape", None) != parameter.shape:
                         raise TokenGateError(
                             f"the state's {what} of {factor} in {name!r} does not have the shape "
@@ -191,7 +189,7 @@ class RankAllocator:
                         )
 
         def own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            factors = self._factors(name)
+            factors = self._importance.factors(name)
             copies = {k: t.to(factors[k].device, copy=True) for k, t in tensors.items()}
             return {k: divided_as(t, factors[k]) for k, t in copies.items()}
 
@@ -200,17 +198,14 @@ class RankAllocator:
             name: mask.to(self.masks[name].device, copy=True)
             for name, mask in state["masks"].items()
         }
-        self._sensitivity = {n: own(n, t) for n, t in state["sensitivity"].items()}
-        self._uncertainty = {n: own(n, t) for n, t in state["uncertainty"].items()}
+        self._importance.sensitivity = {n: own(n, t) for n, t in state["sensitivity"].items()}
+        self._importance.uncertainty = {n: own(n, t) for n, t in state["uncertainty"].items()}
 
     def __repr__(self) -> str:
         return (
             f"RankAllocator(step={self.step}, budget={self.budget}, "
             f"layers={len(self.masks)}, target_step={self._last})"
         )
-
-    def _factors(self, name: str) -> dict[str, nn.Parameter]:
-        return {factor: getattr(self._modifications[name], factor) for factor in _FACTORS}
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -228,7 +223,7 @@ class RankAllocator:
                 )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in self._modifications:
-            for factor, parameter in self._factors(name).items():
+            for factor, parameter in self._importance.factors(name).items():
                 if not parameter.requires_grad or id(parameter) not in held:
                     state = "not held by the optimizer" if parameter.requires_grad else "frozen"
                     raise TokenGateError(
@@ -262,24 +257,14 @@ class RankAllocator:
         step = self.step + 1
         if self._skipped or step > self._last:
             return
-        loss_scale = getattr(optimizer, "grad_scale", None)
-        self._gradients = {
-            name: {
-                factor: parameter.grad.detach() / (1.0 if loss_scale is None else loss_scale)
-                for factor, parameter in self._factors(name).items()
-                if parameter.grad is not None
-            }
-            for name in self._modifications
-        }
-        # The orthogonality penalty gives P and Q gradients, whether the layer was called or not.
-        reached = {name for name, gradients in self._gradients.items() if "E" in gradients}
+        reached = self._importance.read(getattr(optimizer, "grad_scale", None))
         if not reached:
             raise TokenGateError(
                 f"no gradient was seen at step {step} in any of the {len(self.masks)} AdaLoRA "
                 "layers: call loss.backward() before optimizer.step(), zero_grad() not between "
                 "them, and detach() this allocator where the model was unpatched."
             )
-        never = self._modifications.keys() - self._sensitivity.keys() - reached
+        never = self._modifications.keys() - self._importance.sensitivity.keys() - reached
         if never and self._allocates_at(step):
             raise TokenGateError(
                 f"the AdaLoRA layer {min(never)!r} has had no gradient in {step} steps and would "
@@ -298,7 +283,7 @@ class RankAllocator:
         self._pending = False
         self.step += 1
         if self.step < self._last:
-            self._update_importance()
+            self._importance.update()
         allocates = self._allocates_at(self.step)
         if allocates:
             self._allocate()
@@ -307,41 +292,14 @@ class RankAllocator:
                 E = modification.E
                 E.masked_fill_(divided_as(~self.masks[name], E), 0.0)
         if self.step >= self._last:
-            self._sensitivity, self._uncertainty = {}, {}
-
-    def _update_importance(self) -> None:
-        beta1, beta2 = self._schedule["beta1"], self._schedule["beta2"]
-        for name, gradients in self._gradients.items():
-            if name not in self._sensitivity:
-                if "E" not in gradients:  # it was never called and has no importance yet
-                    continue
-                zeros = {f: torch.zeros_like(p) for f, p in self._factors(name).items()}
-                self._sensitivity[name] = zeros
-                self._uncertainty[name] = {f: z.clone() for f, z in zeros.items()}
-            for factor, parameter in self._factors(name).items():
-                smoothed = self._sensitivity[name][factor]
-                if factor in gradients:  # which are copies, and used up here
-                    now = gradients[factor].mul_(parameter).abs_().nan_to_num_(nan=0.0, posinf=0.0)
-                else:
-                    now = torch.zeros_like(smoothed)
-                smoothed.lerp_(now, 1 - beta1)
-                self._uncertainty[name][factor].lerp_(now.sub_(smoothed).abs_(), 1 - beta2)
-        self._gradients = {}
+            self._importance.sensitivity, self._importance.uncertainty = {}, {}
 
     def _allocate(self) -> None:
         first = next(iter(self.masks.values())).device
-        scores = torch.cat([self._scores(name).to(first) for name in self.masks])
+        scores = torch.cat([self._importance.scores(name).to(first) for name in self.masks])
         best = scores.argsort(descending=True, stable=True)[: self.budget]
         kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[best] = True
         parts = torch.split(kept, [len(mask) for mask in self.masks.values()])
         for (name, mask), part in zip(self.masks.items(), parts, strict=True):
             self.masks[name] = part.to(mask.device, copy=True)
-
-    def _scores(self, name: str) -> Tensor:
-        """One score for each singular value of a layer, `(rank,)`."""
-        if name not in self._sensitivity:
-            return torch.zeros_like(self.masks[name], dtype=self._modifications[name].E.dtype)
-        # Gathered before they are averaged, so that the order of summation is one process's.
-        s = {f: gathered(self._sensitivity[name][f] * self._uncertainty[name][f]) for f in _FACTORS}
-        return s["E"] + s["P"].mean(0) + s["Q"].mean(1)

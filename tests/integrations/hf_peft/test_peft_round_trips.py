@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import away_from_initialisation
@@ -280,7 +281,7 @@ class Ambiguous(nn.Module):
         return torch.cat([self.get_submodule(name)(x) for name in self.NAMES], -1)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=many(25), suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(
         st.sampled_from(Ambiguous.NAMES),

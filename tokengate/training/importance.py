@@ -1,0 +1,81 @@
+"""How important every singular value of AdaLoRA's layers is, from the steps seen so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.methods.adalora import AdaLoRA
+from tokengate.sharding import gathered
+
+FACTORS = ("P", "E", "Q")
+
+# By layer and factor, from a layer's first gradient to the last allocation.
+ByFactor = dict[str, dict[str, Tensor]]
+
+
+class Importance:
+    """Smoothed sensitivity and uncertainty of every entry of P, E and Q.
+
+    Source: Zhang et al., 2023 (arXiv 2303.10512), eq. 8-10 and 12; see `RankAllocator`.
+
+    Attributes:
+        sensitivity: I', by layer and factor.
+        uncertainty: U', likewise.
+        gradients: of the step that is taken, copies.
+    """
+
+    def __init__(self, modifications: dict[str, AdaLoRA], beta1: float, beta2: float) -> None:
+        self._modifications = modifications
+        self._betas = beta1, beta2
+        self.sensitivity: ByFactor = {}
+        self.uncertainty: ByFactor = {}
+        self.gradients: ByFactor = {}
+
+    def factors(self, name: str) -> dict[str, nn.Parameter]:
+        """P, E and Q of a layer."""
+        return {factor: getattr(self._modifications[name], factor) for factor in FACTORS}
+
+    def read(self, loss_scale: Any) -> set[str]:
+        """Copy the gradients, which an optimiser may rewrite; the layers that were reached."""
+        self.gradients = {
+            name: {
+                factor: parameter.grad.detach() / (1.0 if loss_scale is None else loss_scale)
+                for factor, parameter in self.factors(name).items()
+                if parameter.grad is not None
+            }
+            for name in self._modifications
+        }
+        # The orthogonality penalty gives P and Q gradients, whether the layer was called or not.
+        return {name for name, gradients in self.gradients.items() if "E" in gradients}
+
+    def update(self) -> None:
+        """After a step: its gradients, times what the values have become."""
+        beta1, beta2 = self._betas
+        for name, gradients in self.gradients.items():
+            if name not in self.sensitivity:
+                if "E" not in gradients:  # it was never called and has no importance yet
+                    continue
+                zeros = {f: torch.zeros_like(p) for f, p in self.factors(name).items()}
+                self.sensitivity[name] = zeros
+                self.uncertainty[name] = {f: z.clone() for f, z in zeros.items()}
+            for factor, parameter in self.factors(name).items():
+                smoothed = self.sensitivity[name][factor]
+                if factor in gradients:  # which are copies, and used up here
+                    now = gradients[factor].mul_(parameter).abs_().nan_to_num_(nan=0.0, posinf=0.0)
+                else:
+                    now = torch.zeros_like(smoothed)
+                smoothed.lerp_(now, 1 - beta1)
+                self.uncertainty[name][factor].lerp_(now.sub_(smoothed).abs_(), 1 - beta2)
+        self.gradients = {}
+
+    def scores(self, name: str) -> Tensor:
+        """One score for each singular value of a layer, `(rank,)`."""
+        if name not in self.sensitivity:
+            layer = self._modifications[name]
+            return torch.zeros(layer.rank, dtype=layer.E.dtype, device=layer.E.device)
+        # Gathered before they are averaged, so that the order of summation is one process's.
+        s = {f: gathered(self.sensitivity[name][f] * self.uncertainty[name][f]) for f in FACTORS}
+        return s["E"] + s["P"].mean(0) + s["Q"].mean(1)
