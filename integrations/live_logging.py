@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokengate.gates.base import PenalisedGate
 from tokengate.layers.gated_linear import require_layers
 from tokengate.reports.picture import load_plots
 from tokengate.reports.report import SparsityReport
@@ -97,7 +98,8 @@ def pixels(report: SparsityReport) -> Any:
 
 def _penalties(model: nn.Module) -> list[float]:
     gates = [layer.gate for layer in require_layers(model, "scalars").values()]
-    found = [g.penalty if g._controlled is None else g._controlled for g in gates if g is not None]
+    penalised = [gate for gate in gates if isinstance(gate, PenalisedGate)]
+    found = [g.penalty if g._controlled is None else g._controlled for g in penalised]
     controlled = iter(numbers_here(p for p in found if isinstance(p, Tensor)))
     here = [next(controlled) if isinstance(p, Tensor) else p for p in found]
     return [penalty for penalty in here if penalty is not None]

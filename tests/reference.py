@@ -170,3 +170,36 @@ def layer(x, W, b, parameters, modify, tau, penalty, grad, mask=None):
 def sparsity(samples):
     """Eq. 23 averaged over samples: each one is the list of its positions' S."""
     return sum(1 - sum(s) / len(s) for s in samples) / len(samples)
+
+
+# Gates other than the paper's: h_i = w_i + a_i m_i, with a_i in [0, 1].
+
+
+def weighed(w, m, a, grad):
+    """h, dL/dm and dL/da = mu (eq. 10) for w, m of shape (N, C) and a of N numbers."""
+    h, grad_m, mu = np.array(w, dtype=np.float64), np.zeros(np.shape(m)), np.zeros(len(a))
+    for i in range(len(a)):
+        for j in range(len(w[i])):
+            h[i][j] = float(w[i][j]) + float(a[i]) * float(m[i][j])
+            grad_m[i][j] = float(a[i]) * float(grad[i][j])
+            mu[i] += float(grad[i][j]) * float(m[i][j])
+    return h, grad_m, mu
+
+
+def sigmoid_gate(x, v, c, training):
+    """GateRA: a_i = sigmoid(v . x_i + c), or whether that is at least 1/2."""
+    sums = [sum(float(p) * float(q) for p, q in zip(v, x_i, strict=True)) + c for x_i in x]
+    return [1 / (1 + math.exp(-s)) if training else float(s >= 0) for s in sums]
+
+
+def sigmoid_backward(x, a, mu, penalty, mask=None):
+    """dL/dv and dL/dc, where each real position adds the penalty times its entropy to L."""
+    grad_v, grad_c = np.zeros(len(x[0])), 0.0
+    for i in range(len(a)):
+        slope = float(mu[i])
+        if mask is None or mask[i]:
+            slope += penalty * math.log((1 - a[i]) / a[i])
+        slope *= a[i] * (1 - a[i])
+        grad_v += slope * np.array([float(p) for p in x[i]])
+        grad_c += slope
+    return grad_v, grad_c

@@ -92,14 +92,14 @@ def test_inspect_without_gates_and_with_one(tmp_path, capsys):
 def test_inspect_shows_a_method_that_is_not_registered_here(tmp_path, capsys, monkeypatch):
     from tokengate.methods import registry
 
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "kinds", dict(registry.METHODS.kinds))
 
     @tokengate.register("own")
     class Own(tokengate.methods.LoRA):
         pass
 
     tokengate.save(tokengate.patch(Net(), ["fc1"], "own"), tmp_path)
-    del registry._METHODS["own"]
+    del registry.METHODS.kinds["own"]
     assert "2 layers of own" in run(capsys, "inspect", tmp_path)
 
 

@@ -105,6 +105,7 @@ def test_the_example_of_several_processes(monkeypatch):
 
 
 def test_the_table_of_methods():
+    from tokengate.gates.registry import options_of
     from tokengate.methods import registry
 
     rows = [line.split("|") for line in README.splitlines() if line.startswith('| `"')]
@@ -113,7 +114,7 @@ def test_the_table_of_methods():
     assert set(options) == {"lora", "dora", "adalora", "adapter"}
     for method in ("lora", "adalora", "adapter"):
         named = re.findall(r"`(\w+)`", options[method])
-        assert named == list(registry._options_of(registry.find_method(method)))
+        assert named == list(options_of(registry.METHODS.find(method)))
 
 
 def test_the_api_table_names_what_there_is():

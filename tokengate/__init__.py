@@ -7,6 +7,8 @@ from tokengate.adapters.folding import fold as fold
 from tokengate.adapters.loading import load as load
 from tokengate.adapters.saving import save as save
 from tokengate.errors import TokenGateError as TokenGateError
+from tokengate.gates.base import Gate as Gate
+from tokengate.gates.registry import register_gate as register_gate
 from tokengate.gates.threshold import TokenGate as TokenGate
 from tokengate.gates.threshold import token_gate as token_gate
 from tokengate.layers.coverage import verify as verify

@@ -106,6 +106,7 @@ def _as_saved(
             in_features=parameters[down].shape[1],
             out_features=len(parameters[up]),
             penalty=None if penalty is None else float(penalty),
+            gate=None if penalty is None else "threshold",
         )
     targets = {"targets": adapter.config["target_modules"]}
     config = AdapterConfig(

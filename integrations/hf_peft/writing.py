@@ -27,7 +27,7 @@ from tokengate.integrations.hf_peft.format import (
 from tokengate.layers.folded import Folded, base_layer
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.linear_like import LinearSlice, is_transposed
-from tokengate.methods.registry import name_of
+from tokengate.methods.registry import METHODS
 
 
 def the_method(patched: Mapping[str, Gated | Folded]) -> str:
@@ -35,7 +35,7 @@ def the_method(patched: Mapping[str, Gated | Folded]) -> str:
     first: tuple[str, str] | None = None
     for name, layer in patched.items():
         kind = type(layer.modification)
-        method = name_of(kind)
+        method = METHODS.name_of(kind)
         is_slice = isinstance(base_layer(layer), LinearSlice)
         if is_slice or not name or method not in KEYS:
             what = "a slice of a fused layer" if is_slice else "modified"
@@ -59,7 +59,14 @@ def check_open(
     patched: Mapping[str, Gated | Folded], values: dict[str, Tensor], ungated: bool
 ) -> None:
     """An error if a gate may close, since PEFT would load the adapter without it."""
-    taus = {n: values[f"{n}.gate.tau"].item() for n, m in patched.items() if m.gate is not None}
+    for name, layer in patched.items():
+        if layer.gate is not None and f"{name}.gate.tau" not in values and not ungated:
+            raise TokenGateError(
+                f"export_peft found {name!r} gated by {type(layer.gate).__name__}, and PEFT has no "
+                "gates, so that every position would be modified: pass ungated=True if that is "
+                "what you want."
+            )
+    taus = {n: values[k].item() for n in patched if (k := f"{n}.gate.tau") in values}
     closing = {name: tau for name, tau in taus.items() if tau > 0}
     if closing and not ungated:
         name, tau = max(closing.items(), key=lambda item: item[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tokengate
-from tokengate import TokenGateError
+from tokengate import TokenGate, TokenGateError
 from tokengate.sharding import numbers_here
 
 # A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
@@ -30,7 +30,7 @@ class TauSteps:
         self.taus: dict[str, nn.Parameter] = {
             name: gate.tau
             for name, gate in gates.items()
-            if gate is not None and gate.tau.requires_grad
+            if isinstance(gate, TokenGate) and gate.tau.requires_grad
         }
         self._optimizer = optimizer
         self.seen = True

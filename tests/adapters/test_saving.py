@@ -230,7 +230,7 @@ def test_what_was_asked_is_on_record(tmp_path):
 
 
 def test_a_users_own_method(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "kinds", dict(registry.METHODS.kinds))
 
     class Nested(tokengate.Modification):
         """Parameters in a module of its own, and a constant."""
@@ -258,12 +258,12 @@ def test_a_users_own_method(tmp_path, monkeypatch):
     tokengate.load(other, tmp_path / "a")
     assert torch.equal(other(X), model(X))
     assert same(values(other), values(model))
-    del registry._METHODS["nested"]
+    del registry.METHODS.kinds["nested"]
     refused(fresh(), tmp_path / "a", "unknown method 'nested'")
 
 
 def test_options_that_json_cannot_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "kinds", dict(registry.METHODS.kinds))
 
     @tokengate.register("odd")
     class Odd(tokengate.methods.LoRA):

@@ -18,7 +18,7 @@ FILE = EXAMPLES / "custom_method.py"
 
 @pytest.fixture
 def vera(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "kinds", dict(registry.METHODS.kinds))
     spec = importlib.util.spec_from_file_location("custom_method", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokengate
+from tokengate.gates.positions import Positions
 from tokengate.gates.threshold import TokenGate, opened
 from tokengate.kernels import gated_sum
 from tokengate.kernels.change import Change
@@ -162,7 +163,7 @@ def test_an_infinite_gradient_at_a_closed_position_passes_no_further_than_up():
     up = torch.randn(6, 2, requires_grad=True)
     gate = TokenGate(0.1)
     change = Change(w, None, Factors(z, up))
-    a = gate(change)
+    a = gate(Positions(change))
     h, is_open = change.add(a), a.detach() != 0
     assert (
         is_open.tolist()

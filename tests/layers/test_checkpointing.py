@@ -102,7 +102,7 @@ def test_dropout_would_show():
 
 def test_lambda_would_show(monkeypatch):
     """Counted again, a position pulls and is tallied twice."""
-    from tokengate.gates import threshold as gate
+    from tokengate.gates import base as gate
     from tokengate.reports import recording
 
     monkeypatch.setattr(gate, "in_backward", lambda: False)

@@ -8,6 +8,7 @@ from test_padding import SIZES, close_half, patched
 from torch import nn
 
 import tokengate
+from tokengate.gates.positions import Positions
 from tokengate.integrations.attention import split_attention
 from tokengate.kernels.change import Change
 
@@ -138,7 +139,7 @@ def test_layers_that_transformers_calls_sequence_first(make):
     for name, counted in rec.report().modules.items():
         x, layer = inputs[name], layers[name]
         w = nn.functional.linear(x, layer.weight)
-        is_open = layer.gate(Change(w, None, layer.modification(x, w))) != 0
+        is_open = layer.gate(Positions(Change(w, None, layer.modification(x, w)))) != 0
         right = (is_open.T if name in first else is_open)[real].sum()
         assert (counted.samples, counted.positions) == (8, 38), name
         assert counted.modified == right, name

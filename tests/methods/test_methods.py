@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.dropped_linear import dropped_linear
 from tokengate.methods import base
@@ -93,7 +94,7 @@ def run(layer, x, mask):
     w = out if layer.bias is None else out - layer.bias
     factors = layer.modification.factors(x, w, layer)
     change = Change(out, layer.bias, factors)
-    a = layer.gate(change, mask)
+    a = layer.gate(Positions(change, x, mask))
     return change.add(a), a.detach() != 0
 
 

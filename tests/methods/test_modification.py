@@ -12,7 +12,7 @@ from tokengate.methods import registry
 
 def test_a_method_of_ones_own(monkeypatch):
     """The documented protocol: a registered class is gated, trained and checked like LoRA."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "kinds", dict(registry.METHODS.kinds))
 
     @tokengate.register("diagonal")
     class Diagonal(tokengate.Modification):

@@ -278,7 +278,11 @@ def hooked():
         (Net, {"targets": ["q_proj"], "method": "lroa"}, "unknown method 'lroa' .*'lora'"),
         (Net, {"targets": ["q_proj"], "method": nn.Linear}, "unknown method <class"),
         (Net, {"targets": ["q_proj"], "rank": -1}, "rank=-1 is not"),
-        (Net, {"targets": ["q_proj"], "gate": "False"}, "gate='False' is neither True nor False"),
+        (
+            Net,
+            {"targets": ["q_proj"], "gate": "False"},
+            "unknown gate 'False': choose one",
+        ),
         (Net, {"targets": ["q_proj"], "tau": 10**400}, "tau=1000.* is not a finite number"),
         (Net, {"targets": nn.Linear}, "targets=<class .* is not a list of names"),
         (Net, {"targets": nn.Linear(2, 2)}, "targets=Linear.* is not a list of names"),

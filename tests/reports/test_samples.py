@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokengate
+from tokengate.kernels.change import Change
 from tokengate.reports.call_store import CallStore
 
 NAMES = ["blocks.0.q_proj", "blocks.0.v_proj", "blocks.1.q_proj", "blocks.1.v_proj"]
@@ -85,21 +86,22 @@ def test_without_a_gate_there_is_no_r():
     assert not without_positions.ratios
 
 
-def test_nothing_is_measured_when_nobody_asks():
-    model = patched()
-    gate = model.blocks[0].q_proj.gate
-    keys = sorted(gate.__dict__)
+def test_nothing_is_measured_when_nobody_asks(monkeypatch):
+    model = tokengate.patch(Net(), ["q_proj"], gate=False)  # whose gates want no norms
+    keys = sorted(model.blocks[0].q_proj.__dict__)
+    measured, plain = [], Change.norms
+    monkeypatch.setattr(Change, "norms", lambda self: measured.append(1) or plain(self))
     with tokengate.record(model, positions=True) as rec:
         model(torch.randn(2, 3, 8))
-        assert sorted(gate.__dict__) == keys
+    assert not measured
     assert not rec.ratios
     assert rec.sample(0).ratios is None
     with tokengate.record(model, ratios=True), tokengate.record(model, ratios=True):
         model(torch.randn(2, 3, 8))
         copied = copy.deepcopy(model)
-        assert {"measures", "measured"} <= set(gate.__dict__)
-    assert sorted(copied.blocks[0].q_proj.gate.__dict__) == keys
-    assert sorted(gate.__dict__) == keys
+    assert len(measured) == 2  # once in each layer
+    assert sorted(copied.blocks[0].q_proj.__dict__) == keys
+    assert sorted(model.blocks[0].q_proj.__dict__) == keys
 
 
 def test_nested_recordings_and_calibration_measure_on():
@@ -225,7 +227,7 @@ def test_rows_of_several_adapters_have_no_r(tmp_path):
     with (
         tokengate.record(model, ratios=True),
         tokengate.use(model, ["default", "other"]),
-        one_sentence("'blocks.0.q_proj'", "one for each row"),
+        one_sentence("'blocks.0.q_proj'", "for each row"),
     ):
         model(torch.randn(2, 3, 8))
 

@@ -9,6 +9,7 @@ from models import Net, away_from_initialisation, padded_bert, snapshot
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 
 
@@ -85,7 +86,7 @@ def test_the_reference_and_the_gate_agree_about_the_ratio():
     for sign in (-1, 1):
         with torch.no_grad():
             layer.gate.tau.fill_(tau * (1 + sign * 1e-5))
-        is_open = layer.gate(Change(w[:1], None, m[:1])) != 0
+        is_open = layer.gate(Positions(Change(w[:1], None, m[:1]))) != 0
         assert bool(is_open) is (sign < 0)
 
 

@@ -21,13 +21,17 @@ class LayerConfig:
     in_features: int
     out_features: int
     penalty: float | None
-    """lambda; None without a gate."""
+    """lambda; None where there is no gate, or it has none."""
     s: float | None = None
     """The slope of eq. 11 that `param_groups` was last asked for."""
     slices: dict[str, int] | None = None
     """Of a slice: how its fused layer is divided."""
     groups: int = 1
     """How many times that repeats."""
+    gate: str | None = None
+    """The name of its gate; None without one."""
+    gate_options: dict[str, Any] = field(default_factory=dict)
+    """The gate's own, as `patch` was given them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
         entries = parts.get(part)
         if not isinstance(entries, dict):
             raise _wrong(where, part, entries)
+        if kind is LayerConfig:
+            entries = {name: _with_gate(each) for name, each in entries.items()}
         parts[part] = {n: _made(kind, e, f"{where}: {part} {n!r}") for n, e in entries.items()}
     config: AdapterConfig = _made(AdapterConfig, parts, where)
     for name, layer in config.layers.items():
@@ -107,10 +113,19 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
     return config
 
 
+def _with_gate(entry: Any) -> Any:
+    """What was written before gates had names: every gate was the paper's."""
+    if not isinstance(entry, dict) or "gate" in entry:
+        return entry
+    gate = None if entry.get("penalty") is None else "threshold"
+    return {**entry, "gate": gate, "gate_options": {}}
+
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
     "float | None": (float, int, type(None)),
+    "str | None": (str, type(None)),
     "dict[str, int] | None": (dict, type(None)),
 }
 

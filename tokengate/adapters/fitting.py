@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tokengate.adapters.config import LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import Gate, PenalisedGate
+from tokengate.gates.registry import GATES, check_options, with_defaults
 from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
@@ -19,7 +20,7 @@ from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
-from tokengate.methods.registry import check_options, find_method, name_of, with_defaults
+from tokengate.methods.registry import METHODS
 from tokengate.patching.targets import find_targets
 from tokengate.patterns import nearest
 from tokengate.sharding import divided_as, gathered
@@ -41,14 +42,13 @@ class Fit:
                 f"{type(model).__name__}: {reason}."
             )
 
-    def fill(
-        self, name: str, modification: Modification, gate: TokenGate | None, fresh: bool
-    ) -> None:
+    def fill(self, name: str, modification: Modification, gate: Gate | None, fresh: bool) -> None:
         """Give a layer's parts what the adapter has for them; to fresh ones without a copy."""
         _fill(modification, self._values(f"{name}.modification.", modification), fresh)
         if gate is not None:
             _fill(gate, self._values(f"{name}.gate.", gate), fresh)
-            gate.penalty = cast(float, self.saved.config.layers[name].penalty)
+            if isinstance(gate, PenalisedGate):
+                gate.penalty = cast(float, self.saved.config.layers[name].penalty)
             gate.s = self.saved.config.layers[name].s
 
     def fill_extras(self, model: nn.Module, extras: dict[str, nn.Parameter]) -> None:
@@ -116,19 +116,19 @@ class Fit:
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
             config = wanted[name]
-            method = find_method(config.method)
+            method = METHODS.find(config.method)
             check_options(method, config.options)
             # On the meta device first: an adapter may claim any size.
             if not self._holds(name, self._on_meta(name, layer), None):
                 continue
             with weights_present(whole(layer)):
-                weight = layer.weight
                 modification = method(layer, **config.options)
                 modification.options = dict(config.options)
                 gate = None
-                if config.penalty is not None:
-                    device = "cpu" if weight.is_meta else weight.device
-                    gate = TokenGate(0.0, 0.0, dtype=trainable_dtype(weight), device=device)
+                if config.gate is not None:
+                    kind = GATES.find(config.gate)
+                    check_options(kind, config.gate_options)
+                    gate = kind.beside(layer, **config.gate_options)
             if self._holds(name, modification, gate):
                 found[name] = (layer, modification, gate)
         return found
@@ -158,7 +158,7 @@ class Fit:
         """What the adapter has for a module's state."""
         return {key: self.saved.tensors[prefix + key] for key in module.state_dict()}
 
-    def _holds(self, name: str, modification: Modification | None, gate: TokenGate | None) -> bool:
+    def _holds(self, name: str, modification: Modification | None, gate: Gate | None) -> bool:
         """Whether the adapter has just what these have, in their shapes."""
         for part, module in (("modification", modification), ("gate", gate)):
             if module is None:
@@ -186,7 +186,7 @@ class Fit:
         sizes = config.in_features, config.out_features
         stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
         try:
-            return find_method(config.method)(stub, **config.options)
+            return METHODS.find(config.method)(stub, **config.options)
         except TokenGateError as error:
             raise TokenGateError(
                 f"the adapter in {str(self.saved.folder)!r} has options for {name!r} that "
@@ -248,11 +248,13 @@ def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
     if saved != own:
         return _otherwise_divided(saved, own)
     kind = type(layer.modification)
-    if name_of(kind) != config.method:
-        return f"is {config.method!r} in the adapter and {name_of(kind) or kind.__name__!r} here"
-    if (layer.gate is None) != (config.penalty is None):
+    if (method := METHODS.name_of(kind)) != config.method:
+        return f"is {config.method!r} in the adapter and {method or kind.__name__!r} here"
+    if (layer.gate is None) != (config.gate is None):
         gated, ungated = ("adapter", "model") if layer.gate is None else ("model", "adapter")
         return f"has a gate in the {gated} and none in the {ungated}"
+    if layer.gate is not None and (found := GATES.name_of(type(layer.gate))) != config.gate:
+        return f"has the gate {config.gate!r} in the adapter and {found!r} here"
     check_options(kind, config.options)
     there = with_defaults(kind, config.options)
     here = with_defaults(kind, layer.modification.options)

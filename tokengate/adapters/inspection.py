@@ -10,7 +10,8 @@ from typing import Any
 from tokengate.adapters.folder import CONFIG, WEIGHTS, SavedAdapter
 from tokengate.errors import TokenGateError
 from tokengate.files.text_table import size, text_table
-from tokengate.methods.registry import find_method, with_defaults
+from tokengate.gates.registry import with_defaults
+from tokengate.methods.registry import METHODS
 
 
 def describe(saved: SavedAdapter) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def describe_layer(saved: SavedAdapter, name: str) -> dict[str, Any]:
         "options": all_options(layer.method, layer.options),
         "parameters": sum(t.numel() for k, t in saved.tensors.items() if k.startswith(prefix)),
         "tau": None if tau is None else tau.item(),
+        "gate": layer.gate,
         "penalty": layer.penalty,
         "s": layer.s,
         "slices": layer.slices,
@@ -57,7 +59,7 @@ def sizes(in_features: int, out_features: int) -> dict[str, int]:
 def all_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """With the defaults, where the method is known here."""
     try:
-        return with_defaults(find_method(method), options)
+        return with_defaults(METHODS.find(method), options)
     except TokenGateError:
         return options
 

@@ -9,8 +9,9 @@ from torch import nn
 from tokengate.adapters.inspection import all_options, layer_table, option_lines, sizes
 from tokengate.adapters.saving import class_name, trained_beside
 from tokengate.files.text_table import size, text_table
+from tokengate.gates.threshold import TokenGate
 from tokengate.layers.gated_linear import require_layers
-from tokengate.methods.registry import name_of
+from tokengate.methods.registry import METHODS
 
 
 def count_patched(model: nn.Module) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
     layers = {}
     for name, layer in patched.items():
         modification = layer.modification
-        method = name_of(type(modification)) or type(modification).__name__
+        method = METHODS.name_of(type(modification)) or type(modification).__name__
         layers[name] = {
             "method": method,
             **sizes(modification.in_features, modification.out_features),
@@ -45,7 +46,7 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
         "trainable": trainable,
         "trainable_share": trainable / total,
         "modifications": sum(layer["parameters"] for layer in layers.values()),
-        "taus": sum(layer.gate is not None for layer in patched.values()),
+        "taus": sum(isinstance(layer.gate, TokenGate) for layer in patched.values()),
         "trained_beside": {name: list(p.shape) for name, p in beside.items()},
         "bytes": {
             "frozen parameters": sum(p.nbytes for p in parameters) - size_of_trained,

@@ -30,13 +30,15 @@ from tokengate.adapters.folder import (
 )
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.gates.base import Gate, PenalisedGate
+from tokengate.gates.registry import GATES
 from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated, layers, own_parameters, require_layers
 from tokengate.layers.named_adapters import check_name, use
 from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
-from tokengate.methods.registry import name_of
+from tokengate.methods.registry import METHODS
 from tokengate.patching.patch import asked_of
 from tokengate.patching.wrappers import wrapped
 from tokengate.sharding import gathered, is_sharded
@@ -209,7 +211,7 @@ def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
 
 def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
     kind = type(layer.modification)
-    method = name_of(kind)
+    method = METHODS.name_of(kind)
     if method is None:
         raise TokenGateError(
             f"save found {name!r} modified by {kind.__name__}, by which name `load` could not find "
@@ -223,11 +225,23 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         options=dict(layer.modification.options),
         in_features=layer.modification.in_features,
         out_features=layer.modification.out_features,
-        penalty=None if gate is None else gate.penalty,
+        penalty=gate.penalty if isinstance(gate, PenalisedGate) else None,
         s=None if gate is None else gate.s,
         slices=None if slices is None else dict(slices.sizes),
         groups=1 if slices is None else slices.groups,
+        gate=None if gate is None else _gate_name(name, gate),
+        gate_options={} if gate is None else dict(gate.options),
     )
+
+
+def _gate_name(name: str, gate: Gate) -> str:
+    found = GATES.name_of(type(gate))
+    if found is None:
+        raise TokenGateError(
+            f"save found {name!r} gated by {type(gate).__name__}, by which name `load` could not "
+            'find it: decorate the class with @tokengate.register_gate("...").'
+        )
+    return found
 
 
 def _as_json(config: AdapterConfig) -> str:

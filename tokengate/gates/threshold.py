@@ -6,20 +6,19 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
-from tokengate.gates.tally import by_sample, tally
+from tokengate.gates.base import PenalisedGate
+from tokengate.gates.positions import Positions
+from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
 from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp
-from tokengate.kernels.precision import KeepsFloat32
-from tokengate.kernels.recomputation import in_backward
+from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.sharding import number_here
 
 
@@ -83,8 +82,9 @@ def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
 
 
-class TokenGate(KeepsFloat32):
-    """The gate of one layer: its threshold `tau`, of shape (1,), and its `penalty` lambda.
+@register_gate("threshold")
+class TokenGate(PenalisedGate):
+    """The paper's gate: S_i of eq. 4, with a threshold `tau`, of shape (1,), and `penalty` lambda.
 
     tau has one dimension because sharded training (FSDP2) refuses parameters without, and
     stays float32 when the model is cast to 16 bits.
@@ -99,17 +99,8 @@ class TokenGate(KeepsFloat32):
     """
 
     tau: nn.Parameter
-    # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
-    s: float | None = None
-    # What `scale_penalty` and a `SparsityController` set, see `pull`, and what the latter counts.
-    # No buffers: DistributedDataParallel would send one rank's to all others in every forward.
-    _unit: Tensor | None = None
-    _controlled: Tensor | None = None
-    _tally: Tensor | None = None
-    # How many ask for them at this time, see `measuring`; and the norms of m and of w in the last
-    # call.
-    measures: int = 0
-    measured: tuple[Norms, Norms] | None = None
+    # 1e-5 is where the paper's search of lambda begins to close gates.
+    option_defaults: ClassVar[dict[str, float]] = {"tau": 0.0, "penalty": 1e-5}
 
     def __init__(
         self,
@@ -119,76 +110,36 @@ class TokenGate(KeepsFloat32):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        KeepsFloat32.__init__(self)
+        self._set_up(dtype, device)
         self.penalty = penalty
         self.tau = nn.Parameter(torch.full((1,), finite("tau", tau), dtype=dtype, device=device))
 
+    @classmethod
+    def beside(cls, linear: nn.Linear, **options: Any) -> TokenGate:
+        """A gate for a layer."""
+        weight = linear.weight
+        numbers = {**cls.option_defaults, **options}
+        return cls(**numbers, dtype=trainable_dtype(weight), device=weight.device)
+
     @property
-    def penalty(self) -> float:
-        """lambda of eq. 15, as the user gave it."""
-        return self._penalty
+    def threshold(self) -> Tensor:
+        """tau."""
+        return self.tau
 
-    @penalty.setter
-    def penalty(self, value: float) -> None:
-        self._penalty = non_negative("penalty", value)
-
-    def pull(self) -> Tensor | float:
-        """What g adds for each open position: lambda, or what controls it, in its unit."""
-        base = self._penalty if self._controlled is None else self._controlled
-        unit = 1.0 if self._unit is None else self._unit
-        # A new tensor, because backward may come after the next change.
-        pulled = base * unit
-        return pulled.to(self.tau.device) if isinstance(pulled, Tensor) else pulled
-
-    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
-        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
-        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
-            with torch.no_grad():
-                self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
-
-    def forward(self, change: Change, mask: Tensor | None = None) -> Tensor:
-        """a_i = S_i of eq. 4 for the positions of `change`, `(...)`.
-
-        Args:
-            change: M(x) beside the output of the layer.
-            mask: `(...)`; a position where it is 0 counts in neither mu nor lambda's sum.
-        """
-        found = change.norms()
-        if self.measures:
-            self.measured = found
-        is_open = opened(*found, self.tau)
-        a: Tensor = _Threshold.apply(self.tau, is_open, self.pull(), mask, change.dtype)
+    def weights(self, positions: Positions) -> Tensor:
+        """a_i = S_i of eq. 4, `(...)`."""
+        is_open = opened(*positions.norms, self.tau)
+        a: Tensor = _Threshold.apply(
+            self.tau, is_open, self.pull(), positions.mask, positions.dtype
+        )
         return a
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Nobody asks a copy for norms.
-        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
 
     def extra_repr(self) -> str:
         # tau may live on the meta device, where it has no value, or on another rank.
         tau = number_here(self.tau)
         value = "" if tau is None else f"tau={tau:.4g}, "
         return f"{value}penalty={self.penalty:g}"
-
-
-# What a gate has only within `measuring`.
-_TRANSIENT = ("measures", "measured")
-
-
-@contextlib.contextmanager
-def measuring(gates: Iterable[TokenGate]) -> Iterator[None]:
-    """Within this context each of these gates keeps the norms of its last call; may be nested."""
-    gates = list(gates)
-    for gate in gates:
-        gate.measures += 1
-    try:
-        yield
-    finally:
-        for gate in gates:
-            gate.measures -= 1
-            if not gate.measures:
-                for name in _TRANSIENT:
-                    gate.__dict__.pop(name, None)
 
 
 class _Threshold(torch.autograd.Function):

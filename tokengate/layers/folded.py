@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import Gate
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import put_on, take_off
@@ -28,7 +28,7 @@ class Folded:
 
     layer: Any
     modification: Modification
-    gate: TokenGate | None
+    gate: Gate | None
     weight: MergedWeight | None
     """None if nothing was merged."""
     named: dict[str, Any]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import Gate
+from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
@@ -22,10 +24,21 @@ from tokengate.linears.class_swap import Swapped, swap, swap_back
 from tokengate.linears.linear_like import LinearLike
 from tokengate.methods.base import Modification
 
-# What a recorder is told after each call: S, of shape (...), or None where there is no gate; the
-# output, of shape (..., out_features); and the padding mask of its positions, (B, T), or None. The
-# samples come first, also where the layer has them second.
-Observer = Callable[[Tensor | None, Tensor, Tensor | None], None]
+
+@dataclass(frozen=True, eq=False)
+class Observer:
+    """Who is told of each call of a layer.
+
+    Attributes:
+        tell: is given S, of shape (...), or None where there is no gate; the output, of shape
+            (..., out_features); the padding mask of its positions, (B, T), or None; and the norms
+            of m and of w in S's shape, or None where rows have adapters of their own or nobody
+            wants them. The samples come first, also where the layer has them second.
+        norms: whether these norms are wanted.
+    """
+
+    tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
+    norms: bool = False
 
 
 # What only an active context puts on a layer; a copy made meanwhile does not have it.
@@ -50,7 +63,7 @@ class Gated(Swapped):
     bias: Any
     # None in a layer that the adapter in use does not modify; such a layer is not in `layers`.
     modification: Modification
-    gate: TokenGate | None
+    gate: Gate | None
 
     # All of its adapters by name, where it has had several; and which of them is in use.
     _adapters: dict[str, Any] | None = None
@@ -83,15 +96,19 @@ class Gated(Swapped):
         x, factors = self._before(input)
         out: Tensor = super().forward(x, *args, **kwargs)
         mask = self._mask_of(input)
+        norms = None
         if self._rows is None:
-            h, is_open = self._modified(input, out, mask, self.modification, self.gate, factors)
+            h, is_open, norms = self._modified(
+                input, out, mask, self.modification, self.gate, factors
+            )
         else:
             h, is_open = self._modified_by_rows(input, out, mask, self._rows)
         seen, at = h, is_open
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
-        for observe in self._observers:
-            observe(at, seen, mask)
+            norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
+        for observer in self._observers:
+            observer.tell(at, seen, mask, norms)
         if self.training and self._rows is None and self.gate is not None and at is not None:
             self.gate.count(at, mask)
         return h
@@ -113,10 +130,10 @@ class Gated(Swapped):
         out: Tensor,
         mask: Tensor | None,
         modification: Modification,
-        gate: TokenGate | None,
+        gate: Gate | None,
         factors: Factors | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """h, `(..., out_features)`, and S, `(...)`, or None without a gate."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
+        """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w."""
         if "_hf_hook" in modification.__dict__:
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
@@ -127,10 +144,13 @@ class Gated(Swapped):
             factors = modification.factors(input, w, cast(LinearLike, self))
         m = _whole(modification, input, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing())
+        norms = None
+        if any(observer.norms for observer in self._observers):
+            norms = change.norms()
         if gate is None:
-            return change.add(None), None
-        a = gate(change, at_positions)
-        return change.add(a), a.detach() != 0
+            return change.add(None), None, norms
+        a = gate(Positions(change, input, at_positions))
+        return change.add(a), a.detach() != 0, norms
 
     def _modified_by_rows(
         self, input: Tensor, out: Tensor, mask: Tensor | None, rows: Rows
@@ -146,7 +166,7 @@ class Gated(Swapped):
             own_mask = mask
             if mask is not None:  # (B, T), also where the input is flattened
                 own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
-            part, opened = self._modified(
+            part, opened, _ = self._modified(
                 input.index_select(dim, at),
                 out.index_select(dim, at),
                 own_mask,
@@ -218,24 +238,6 @@ def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
                 layer._observers = left
 
 
-def last_norms(layer: Gated, is_open: Tensor) -> tuple[Norms, Norms] | None:
-    """Those of m and of w in the call that an observer of `layer` is told of, in its S's shape.
-
-    None where the gate in use was not `measuring`, or there were several.
-    """
-    gate = layer.gate
-    if gate is None or gate.measured is None or layer._rows is not None:
-        return None
-
-    def samples_first(of: Tensor) -> Tensor:
-        if layer._sequence_first and is_open.dim() == 2:
-            return of.reshape(is_open.T.shape).T
-        return of.reshape(is_open.shape)
-
-    of_m, of_w = gate.measured
-    return reshaped(of_m, samples_first), reshaped(of_w, samples_first)
-
-
 def own_parameters(patched: Iterable[Any]) -> set[int]:
     """The ids of what modifications and gates have, of patched or folded layers."""
     parts = (part for layer in patched for part in (layer.modification, layer.gate))
@@ -265,7 +267,7 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     return patched
 
 
-def attach(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
+def attach(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
     """Turn `layer` itself into a gated one."""
     swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
     layer.register_module("modification", modification.train(layer.training))

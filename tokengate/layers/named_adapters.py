@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import Gate
 from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import Gated, all_layers
 from tokengate.layers.rows import Rows
@@ -23,7 +23,7 @@ DEFAULT = "default"
 class Adapter(nn.Module):
     """One layer's part of a named adapter."""
 
-    def __init__(self, modification: Modification, gate: TokenGate | None) -> None:
+    def __init__(self, modification: Modification, gate: Gate | None) -> None:
         super().__init__()
         self.modification, self.gate = modification, gate
         # Where it has what is trained while it is in use; otherwise nothing is. Not the parameters
@@ -164,9 +164,7 @@ def adapters_of(layer: Gated) -> dict[str, Any]:
     return layer._adapters
 
 
-def add_adapter(
-    layer: Gated, name: str, modification: Modification, gate: TokenGate | None
-) -> None:
+def add_adapter(layer: Gated, name: str, modification: Modification, gate: Gate | None) -> None:
     """Give a patched layer another adapter, out of use."""
     adapter = Adapter(modification, gate).train(layer.training)
     adapter.note_trained()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import Gate
 from tokengate.layers.gated_linear import Gated, attach, detach
 from tokengate.linears.class_swap import Swapped, swap, swap_back
 from tokengate.linears.linear_like import LinearLike, LinearSlice
@@ -37,7 +37,7 @@ class SlicedLinear(Sliced, nn.Linear):
     _own_class = nn.Linear
 
 
-def put_on(layer: LinearLike, modification: Modification, gate: TokenGate | None) -> None:
+def put_on(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
     """Turn `layer` into a gated one; of a slice also its fused layer into one that holds it."""
     attach(layer, modification, gate)
     if not isinstance(layer, LinearSlice):

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokengate.arguments import finite, non_negative, switch
+from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
-from tokengate.gates.threshold import TokenGate
-from tokengate.kernels.precision import trainable_dtype
+from tokengate.gates.base import Gate
+from tokengate.gates.registry import check_options
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.coverage import unwatch, watch
 from tokengate.layers.fast_path import settle_fast_paths
@@ -24,7 +24,8 @@ from tokengate.linears.linear_like import LinearLike, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
-from tokengate.methods.registry import build, check_options, find_method
+from tokengate.methods.registry import METHODS, build
+from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.options import options_by_layer
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
 from tokengate.patching.trained import named_by_train
@@ -44,9 +45,10 @@ def patch(
     targets: Targets,
     method: str | type[Modification] = "lora",
     *,
-    tau: float = 0.0,
-    penalty: float = 1e-5,
-    gate: bool = True,
+    tau: float | None = None,
+    penalty: float | None = None,
+    gate: bool | str | type[Gate] | Mapping[Pattern, Any] = "threshold",
+    gate_options: Mapping[str, Any] | None = None,
     exclude: Targets | None = None,
     train: Any = (),
     slices: Mapping[Pattern, Slices] | None = None,
@@ -74,10 +76,16 @@ def patch(
             What a forward still does not reach is reported after the
             first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
-        tau: initial threshold of every layer; at 0 or below every position is open.
-        penalty: lambda of eq. 15, the pull towards closed positions; the paper searches it in
-            [1e-8, 1e-3].
-        gate: False for the plain method, which modifies every position.
+        tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.
+        penalty: lambda of eq. 15, the pull towards closed positions, 1e-5 by default; the paper
+            searches it in [1e-8, 1e-3].
+        gate: what decides where a modification is applied: the name of a gate, `"threshold"` (the
+            paper's), `"sigmoid"`, `"random"` or a registered one; a `Gate` subclass; False for the
+            plain method, which modifies every position; or a dict from patterns over the layers'
+            names to these.
+        gate_options: the gate's own, e.g. `{"sparsity": 0.6}` for `"random"`; a dict as a value
+            decides by pattern, as in `options`. `tau` and `penalty` are short for those of the
+            gates that have them.
         exclude: layers to leave out, as `targets`; a module's name leaves out all inside it.
         train: other parameters to keep trainable: patterns over names of parameters, or of
             modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
@@ -94,11 +102,12 @@ def patch(
     Raises:
         TokenGateError: what is asked cannot be done, in one sentence.
     """
-    finite("tau", tau)
-    non_negative("penalty", penalty)
-    switch("gate", gate)
+    if tau is not None:
+        finite("tau", tau)
+    if penalty is not None:
+        non_negative("penalty", penalty)
     check_can_patch(model, "patch")
-    kind = find_method(method)
+    kind = METHODS.find(method)
     check_options(kind, options)
     adapter = current_name(model)
     trained = named_by_train(model, train)
@@ -123,16 +132,13 @@ def patch(
         )
 
     own_options = options_by_layer(options, list(chosen))
+    gates = gates_by_layer(gate, gate_options, {"tau": tau, "penalty": penalty}, list(chosen))
     planned = []
     for name, layer in chosen.items():
         with weights_present(whole(layer)):
-            layer_gate = None
-            if gate:
-                weight = layer.weight
-                layer_gate = TokenGate(
-                    tau, penalty, dtype=trainable_dtype(weight), device=weight.device
-                )
-            planned.append((layer, build(kind, layer, own_options[name]), layer_gate))
+            planned.append(
+                (layer, build(kind, layer, own_options[name]), build_gate(gates[name], layer))
+            )
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
@@ -141,7 +147,7 @@ def patch(
 
 def install(
     model: nn.Module,
-    planned: list[tuple[Any, Modification, TokenGate | None]],
+    planned: list[tuple[Any, Modification, Gate | None]],
     trained: dict[str, nn.Parameter],
     asked: list[dict[str, Any]],
     adapter: str,

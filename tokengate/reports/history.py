@@ -111,7 +111,7 @@ class History:
             self._stride *= 2
         self._skip = self._stride - 1
 
-        taus = [gate.tau for gate in self._gates.values()]
+        taus = [gate.threshold for gate in self._gates.values()]
         if isinstance(loss, Tensor):
             *found, loss = numbers_here([*taus, loss])
         else:
@@ -176,11 +176,15 @@ class History:
 
 def _gates(model: nn.Module) -> dict[str, Any]:
     patched = require_layers(model, "History")
-    gates = {name: layer.gate for name, layer in patched.items() if layer.gate is not None}
+    gates = {
+        name: layer.gate
+        for name, layer in patched.items()
+        if layer.gate is not None and layer.gate.threshold is not None
+    }
     if not gates:
         raise TokenGateError(
-            f"History was asked of a {type(model).__name__} whose layers have no gates: patch it "
-            "without gate=False."
+            f"History was asked of a {type(model).__name__} whose layers have no gates with a "
+            "threshold: patch it without gate=False."
         )
     return gates
 

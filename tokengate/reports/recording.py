@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tokengate.arguments import count, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.tally import by_sample, tally
-from tokengate.gates.threshold import measuring
+from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
-from tokengate.layers.gated_linear import Gated, last_norms, observing, require_layers
+from tokengate.layers.gated_linear import Observer, observing, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
     Counts,
@@ -167,7 +167,10 @@ class Recorder:
 
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
-        taus = {n: None if g is None else number_here(g.tau) for n, g in self._gates.items()}
+        taus = {
+            n: None if g is None or g.threshold is None else number_here(g.threshold)
+            for n, g in self._gates.items()
+        }
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
@@ -189,7 +192,12 @@ class Recorder:
         return counts, taus, details
 
     def _observe(
-        self, name: str, layer: Gated, is_open: Tensor | None, h: Tensor, mask: Tensor | None
+        self,
+        name: str,
+        is_open: Tensor | None,
+        h: Tensor,
+        mask: Tensor | None,
+        norms: tuple[Norms, Norms] | None,
     ) -> None:
         if not torch.compiler.is_compiling() and in_backward():
             return  # activation checkpointing computes again what was counted in the forward
@@ -198,14 +206,12 @@ class Recorder:
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
             elif self._asked_ratios:
-                found = last_norms(layer, is_open)
-                if found is None:
+                if norms is None:
                     raise TokenGateError(
-                        f"record(ratios=True) cannot tell r of {name!r}, which has another adapter "
-                        "than when the recording began, or one for each row: record with one "
-                        "adapter, which is in use before."
+                        f"record(ratios=True) cannot tell r of {name!r}, which has an adapter for "
+                        "each row: record with one adapter in use."
                     )
-                ratios = ratios_of(*found)
+                ratios = ratios_of(*norms)
             closed, real = by_sample(is_open, mask)
             groups: Mapping[str, Tensor | bool] = {}
             if self._groups is not None and is_open.numel():
@@ -286,12 +292,12 @@ def record(
 
     Raises:
         TokenGateError: no layer of the model is patched; an argument is wrong. With `ratios`, in a
-            forward: a layer has another adapter than at first, or one for each row.
+            forward: a layer has an adapter for each row.
     """
     recorder = Recorder(model, positions, groups, ratios, memory, folder)
     observers = {
-        layer: partial(recorder._observe, name, layer) for name, layer in recorder._layers.items()
+        layer: Observer(partial(recorder._observe, name), norms=ratios)
+        for name, layer in recorder._layers.items()
     }
-    measured = [gate for gate in recorder._gates.values() if gate is not None] if ratios else []
-    with measuring(measured), observing(observers):
+    with observing(observers):
         yield recorder

@@ -42,26 +42,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         The new tau of every layer by name. A layer whose r is 0 everywhere keeps its gate open.
 
     Raises:
-        TokenGateError: no layer of the model has a gate; `use` was given rows; there are no
-            batches, or a layer was called in none of them; an argument is wrong. The taus are then
-            as they were.
+        TokenGateError: no layer of the model has a gate with a threshold; `use` was given rows;
+            there are no batches, or a layer was called in none of them; an argument is wrong. The
+            taus are then as they were.
     """
     share("sparsity", sparsity)
     gated = {
-        name: (layer, layer.gate)
+        name: (layer, layer.gate.threshold)
         for name, layer in require_layers(model, "calibrate").items()
-        if layer.gate is not None
+        if layer.gate is not None and layer.gate.threshold is not None
     }
     if not gated:
         raise TokenGateError(
-            f"calibrate was asked of a {type(model).__name__} whose layers have no gates: patch it "
-            "without gate=False."
+            f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "
+            "threshold: patch it without gate=False."
         )
     counted = {name: _Ratios() for name in gated}
-    taus = {name: gate.tau.detach().clone() for name, (_, gate) in gated.items()}
+    taus = {name: tau.detach().clone() for name, (_, tau) in gated.items()}
     try:
-        for _, gate in gated.values():
-            gate.tau.data.zero_()
+        for _, tau in gated.values():
+            tau.data.zero_()
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches)
@@ -71,8 +71,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         }
         return {name: tau.item() for name, tau in taus.items()}
     finally:
-        for name, (_, gate) in gated.items():
-            gate.tau.data.copy_(taus[name])
+        for name, (_, tau) in gated.items():
+            tau.data.copy_(taus[name])
 
 
 class _Ratios:

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.tally import by_sample
-from tokengate.gates.threshold import TokenGate, measuring
 from tokengate.kernels.norms import Norms, reshaped
-from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.gated_linear import Gated, last_norms, observing
+from tokengate.layers.gated_linear import Gated, Observer, observing
 
 # What is told of one call of a layer: the norms of m and of w, and what each position weighs, all
 # of them (B, T). The real positions of a sample weigh 1 together, as in eq. 23, padding nothing.
@@ -47,23 +46,13 @@ def measure(
             "tokengate.use(model, name) first, with the one that is meant."
         )
     unseen = dict(patched)
-    ungated = [layer for layer in patched.values() if layer.gate is None]
-    try:
-        for layer in ungated:
-            # One that is always open, and measures.
-            own: Any = next(layer.modification.parameters(), layer.weight)
-            layer.gate = TokenGate(dtype=trainable_dtype(own), device=own.device)
-        gates = [layer.gate for layer in patched.values() if layer.gate is not None]
-        observers = {
-            layer: partial(_observe, name, layer, listeners[name], unseen)
-            for name, layer in patched.items()
-        }
-        with evaluating(model), measuring(gates), observing(observers):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for layer in ungated:
-            layer.gate = None
+    observers = {
+        layer: Observer(partial(_observe, name, listeners[name], unseen), norms=True)
+        for name, layer in patched.items()
+    }
+    with evaluating(model), observing(observers):
+        for batch in batches:
+            run(model, batch)
     if unseen:
         raise TokenGateError(
             f"{asked} saw no position of {next(iter(unseen))!r} in the batches: pass some with "
@@ -73,19 +62,19 @@ def measure(
 
 def _observe(
     name: str,
-    layer: Gated,
     listen: Listener,
     unseen: dict[str, Gated],
     is_open: Tensor | None,
     h: Tensor,
     mask: Tensor | None,
+    norms: tuple[Norms, Norms] | None,
 ) -> None:
-    measured = None if is_open is None else last_norms(layer, is_open)
-    if is_open is None or measured is None or not is_open.numel():
+    if norms is None or not h.numel():
         return
-    _, real = by_sample(is_open, mask)
+    at = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
+    _, real = by_sample(at, mask)
     if not real.any():
         return
     unseen.pop(name, None)
-    of_m, of_w = (reshaped(norms, lambda of: of.reshape(real.shape)) for norms in measured)
+    of_m, of_w = (reshaped(each, lambda of: of.reshape(real.shape)) for each in norms)
     listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))

@@ -30,7 +30,8 @@ def param_groups(
 
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=4e-5))
 
-    The first group holds the modifications and what `patch(train=...)` named, the second the taus,
+    The first group holds the modifications, what else gates train, and what `patch(train=...)`
+    named, the second the taus,
     with learning rate alpha * s and no weight decay; under Adam and AdamW that is eq. 18-22. In s
     times the number of steps tau can travel at the most, so a run of few steps wants a larger s
     than the paper's 4e-5: say how many there are, and s is chosen so that tau can travel 0.4 in
@@ -58,7 +59,8 @@ def param_groups(
     betas = check_betas(betas)
     positive("eps", eps)
     gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
-    taus = [gate.tau for gate in gates if gate is not None and gate.tau.requires_grad]
+    thresholds = [gate.threshold for gate in gates if gate is not None]
+    taus = [t for t in thresholds if t is not None and t.requires_grad]
     is_tau = {id(tau) for tau in taus}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_tau]
     first: dict[str, Any] = {"params": others, "lr": lr}

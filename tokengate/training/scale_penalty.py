@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import positive
 from tokengate.errors import TokenGateError
-from tokengate.gates.threshold import TokenGate
+from tokengate.gates.base import PenalisedGate
 from tokengate.layers.gated_linear import require_layers
 
 
@@ -45,7 +45,7 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
     else:
         factor = positive("factor", factor)
     for layer in require_layers(model, "scale_penalty").values():
-        if layer.gate is not None:
+        if isinstance(layer.gate, PenalisedGate):
             _set(layer.gate, factor)
 
 
@@ -56,12 +56,13 @@ def _readable(factor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _set(gate: TokenGate, factor: float | Tensor) -> None:
+def _set(gate: PenalisedGate, factor: float | Tensor) -> None:
     if not isinstance(factor, Tensor) and factor == 1:
         gate._unit = None
         return
     if gate._unit is None:
-        gate._unit = torch.empty((), dtype=gate.tau.dtype, device=gate.tau.device)
+        own = next(gate.parameters())
+        gate._unit = torch.empty((), dtype=own.dtype, device=own.device)
     if isinstance(factor, Tensor):
         gate._unit.copy_(factor.reshape(()), non_blocking=True)
     else:

@@ -219,12 +219,12 @@ def _trained_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     gates = {
         name: layer.gate
         for name, layer in require_layers(model, "SparsityController").items()
-        if layer.gate is not None and layer.gate.tau.requires_grad
+        if isinstance(layer.gate, TokenGate) and layer.gate.tau.requires_grad
     }
     if not gates:
         raise TokenGateError(
             f"SparsityController was asked of a {type(model).__name__} none of whose layers has a "
-            "gate that is trained: patch it without gate=False."
+            "gate with a tau that is trained: patch it with gate='threshold'."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, gate in gates.items():

@@ -1,0 +1,133 @@
+"""What a gate is: a_i of h_i = w_i + a_i m_i, one number in [0, 1] for each position of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.arguments import non_negative
+from tokengate.errors import TokenGateError, brief
+from tokengate.gates.positions import Positions
+from tokengate.gates.tally import by_sample, tally
+from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
+from tokengate.kernels.recomputation import in_backward
+
+
+class Gate(KeepsFloat32):
+    """a_i in [0, 1] for every position of one layer. A gate is a subclass of about ten lines:
+
+        @tokengate.register_gate("large")
+        class Large(tokengate.Gate):
+            def __init__(self, linear, *, start=0.0):
+                super().__init__(linear)
+                self.limit = self.new_parameter(1)
+                nn.init.constant_(self.limit, start)
+
+            def weights(self, positions):
+                return torch.sigmoid(10 * (positions.r.clamp(max=1e3) - self.limit))
+
+    The rules:
+
+    - The keyword-only arguments of `__init__` are the options of `patch(gate_options=...)`; check
+      them there, and raise `TokenGateError`. An option's value may not be a dict: to `patch`, a
+      dict gives one value for each pattern of layers.
+    - `weights` gives a, of shape `(...)`, as numbers or booleans. Where a_i = 0 the output is the
+      base layer's, bit for bit, and the position counts as unmodified.
+    - From backward a gets dL/da_i = mu_i = <dL/dh_i, m_i> (eq. 10) at every position, closed ones
+      too, and autograd carries it on to what a was computed from.
+    - Parameters come from `new_parameter`; they are trained with the modifications, but for a
+      `threshold`, which is in the taus' group. Buffers are saved along if they are floating-point
+      and persistent.
+    - The base layer is not kept: what is wanted of it once is read in `__init__`.
+
+    Args:
+        linear: the layer that is gated; it is only read.
+    """
+
+    options: dict[str, Any]
+    """Those that `patch` was given for this layer."""
+    # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
+    s: float | None = None
+    # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
+    # to all others in every forward.
+    _tally: Tensor | None = None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._set_up(trainable_dtype(linear.weight), linear.weight.device)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def _set_up(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        self.options = {}
+        self._dtype, self._device = dtype, device
+
+    @classmethod
+    def beside(cls, linear: nn.Linear, **options: Any) -> Gate:
+        """A gate of this kind for a layer."""
+        gate = cls(linear, **options)
+        gate.options = dict(options)
+        return gate
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """A trainable parameter of `shape`, of zeros; float32 beside a 16-bit base."""
+        return nn.Parameter(torch.zeros(shape, dtype=self._dtype, device=self._device))
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """One element on r below which positions are closed, where this gate has such a thing.
+
+        It is reported, calibrated, and trained in the taus' group.
+        """
+        return None
+
+    def weights(self, positions: Positions) -> Tensor:
+        """a for these positions, `(...)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights(positions).")
+
+    def forward(self, positions: Positions) -> Tensor:
+        """a, checked: `(...)`, in `positions.dtype`.
+
+        Raises:
+            TokenGateError: `weights` gave something of another shape.
+        """
+        a: Any = self.weights(positions)
+        if not isinstance(a, Tensor) or a.shape != positions.shape:
+            found = f"shape {tuple(a.shape)}" if isinstance(a, Tensor) else brief(a)
+            raise TokenGateError(
+                f"{type(self).__name__} gave weights of {found} for positions of shape "
+                f"{tuple(positions.shape)}: return one number for each."
+            )
+        return a.to(positions.dtype)
+
+    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
+        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
+        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
+            with torch.no_grad():
+                self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
+
+
+class PenalisedGate(Gate):
+    """A gate whose gradient has a term of its own for each position, times its `penalty`."""
+
+    # What `scale_penalty` and a `SparsityController` set, see `pull`. No buffers, as above.
+    _unit: Tensor | None = None
+    _controlled: Tensor | None = None
+
+    @property
+    def penalty(self) -> float:
+        """lambda, as the user gave it."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        self._penalty = non_negative("penalty", value)
+
+    def pull(self) -> Tensor | float:
+        """What a position adds: lambda, or what controls it, in its unit (`scale_penalty`)."""
+        base = self._penalty if self._controlled is None else self._controlled
+        unit = 1.0 if self._unit is None else self._unit
+        # A new tensor, because backward may come after the next change.
+        pulled = base * unit
+        return pulled.to(next(self.parameters()).device) if isinstance(pulled, Tensor) else pulled

@@ -1,0 +1,67 @@
+"""What a gate is told of the positions of one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokengate.kernels.change import Change
+from tokengate.kernels.factors import Factors
+from tokengate.kernels.norms import Norms, ldexp, ratios
+
+
+class Positions:
+    """The positions of one call of a layer, of shape `(...)`; computed when asked for.
+
+    Sizes are constants: no gradient flows through them. They are in `dtype`, float32, or float64
+    where the layer is.
+
+    Args:
+        change: M(x) beside the output of the layer.
+        x: the layer's input, `(..., in_features)`.
+        mask: `(...)`; 0 where a position is padding, or None.
+    """
+
+    def __init__(self, change: Change, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        self._change, self._x, self.mask = change, x, mask
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(...)`."""
+        return self._change.out.shape[:-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a is to be in, and the sizes are."""
+        return self._change.dtype
+
+    @property
+    def x(self) -> Tensor:
+        """The layer's input, `(..., in_features)`."""
+        assert self._x is not None  # a layer gives it
+        return self._x
+
+    @property
+    def z(self) -> Tensor | None:
+        """The input in the low-rank space, `(..., rank)`; None where the method has no factors."""
+        return self._change.m.z if isinstance(self._change.m, Factors) else None
+
+    @property
+    def norms(self) -> tuple[Norms, Norms]:
+        """||m_i|| and ||w_i|| each as n 2^e, which no size of numbers can overflow."""
+        return self._change.norms()
+
+    @property
+    def r(self) -> Tensor:
+        """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
+        return ratios(*self.norms)
+
+    @property
+    def m_norm(self) -> Tensor:
+        """||m_i||, `(...)`."""
+        return ldexp(*self.norms[0])
+
+    @property
+    def w_norm(self) -> Tensor:
+        """||w_i|| = ||W0 x_i||, `(...)`."""
+        return ldexp(*self.norms[1])

@@ -1,0 +1,70 @@
+"""From `gate=` to the gate of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from tokengate.errors import TokenGateError, brief
+from tokengate.gates.base import Gate
+from tokengate.gates.registry import GATES, check_options, options_of
+from tokengate.patching.options import options_by_layer
+
+
+def gates_by_layer(
+    gate: Any,
+    options: Mapping[str, Any] | None,
+    own: Mapping[str, Any],
+    names: Collection[str],
+) -> dict[str, tuple[type[Gate], dict[str, Any]] | None]:
+    """The kind of gate of each layer of `names` and its options; None for no gate.
+
+    Args:
+        gate: as in `patch`.
+        options: its `gate_options`.
+        own: options that `patch` has by themselves, tau and penalty; None where not given. They
+            are for the gates that have them, of which there must be one.
+        names: of the layers.
+
+    Raises:
+        TokenGateError: no gate is called so; an option is unknown to one; a pattern is wrong.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise TokenGateError(
+            f"gate_options={brief(options)} is no dict: pass one, e.g. {{'sparsity': 0.5}}."
+        )
+    asked = options_by_layer({"gate": gate}, names)
+    given = options_by_layer(options or {}, names)
+    extra = {name: value for name, value in own.items() if value is not None}
+    used: set[str] = set()
+    found: dict[str, tuple[type[Gate], dict[str, Any]] | None] = {}
+    for name in names:
+        kind = _kind(asked[name]["gate"])
+        if kind is None:
+            found[name] = None
+            continue
+        check_options(kind, given[name])
+        known = options_of(kind)
+        used |= extra.keys() & known.keys()
+        found[name] = kind, {**{k: v for k, v in extra.items() if k in known}, **given[name]}
+    for name in extra.keys() - used:
+        kinds = {each[0].__name__ for each in found.values() if each is not None}
+        if kinds:
+            raise TokenGateError(
+                f"{name}={brief(extra[name])} was given, which no gate has: drop it, or ask for "
+                f"another than {', '.join(sorted(kinds))}."
+            )
+    return found
+
+
+def build_gate(planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Linear) -> Gate | None:
+    """The planned gate of a layer."""
+    return None if planned is None else planned[0].beside(linear, **planned[1])
+
+
+def _kind(gate: Any) -> type[Gate] | None:
+    if gate is False:
+        return None
+    return GATES.find("threshold" if gate is True else gate)
