@@ -146,7 +146,9 @@ def test_the_api_table_names_what_there_is():
     }
     for wing, names in wings.items():
         module = importlib.import_module(f"tokengate.{wing}")
-        assert f"`{wing}.{names[0]}`" in table
+        # The function `layers` hides the wing of that name as an attribute.
+        first = "from tokengate.layers import " if wing == "layers" else f"`{wing}."
+        assert f"{first}{names[0]}`" in table
         for name in names:
             assert f"{name}`" in table
             assert hasattr(module, name)

@@ -1,4 +1,4 @@
-"""The one error this library raises for what a user asked of it."""
+"""The one error this library raises for what a user asked of it, and its warnings."""
 
 from typing import Any
 

@@ -709,7 +709,7 @@ def save(n):
     left = n
     def come_to(event, arguments):
         nonlocal left
-        if event.partition(".")[0] not in ("open", "os", "shutil") or event == "os.getpid":
+        if event.partition(".")[0] not in ("open", "os", "shutil"):
             return
         if left == 0:
             print("here", flush=True)

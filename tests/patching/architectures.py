@@ -8,15 +8,15 @@ patch: roles, or names where the host has no roles.
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from places import ROOT
 from torch import Tensor, nn
 
-README = ROOT / "integrations" / "README.md"
+README = pathlib.Path(__file__).parents[2] / "integrations" / "README.md"
 BEGIN, END = "<!-- the table, from `python tests/patching/architectures.py` -->\n", "<!-- end -->\n"
 
 

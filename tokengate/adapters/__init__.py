@@ -3,7 +3,4 @@
 May import every other wing. Open `saving.py` first, then `folder.py`, which says what is written.
 """
 
-from tokengate.adapters.config import AdapterConfig as AdapterConfig
-from tokengate.adapters.folder import SavedAdapter as SavedAdapter
-from tokengate.adapters.folding import FoldedLayer as FoldedLayer
 from tokengate.adapters.folding import Folding as Folding

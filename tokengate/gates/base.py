@@ -87,7 +87,7 @@ class Gate(KeepsFloat32):
         raise NotImplementedError(f"{type(self).__name__} must define weights(positions).")
 
     def forward(self, positions: Positions) -> Tensor:
-        """a, checked: `(...)`, in `positions.dtype`.
+        """a, checked: `(...)`, in `positions.dtype`, or booleans.
 
         Raises:
             TokenGateError: `weights` gave something of another shape.
@@ -99,7 +99,7 @@ class Gate(KeepsFloat32):
                 f"{type(self).__name__} gave weights of {found} for positions of shape "
                 f"{tuple(positions.shape)}: return one number for each."
             )
-        return a.to(positions.dtype)
+        return a if a.dtype == torch.bool else a.to(positions.dtype)
 
     def count(self, is_open: Tensor, mask: Tensor | None) -> None:
         """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""

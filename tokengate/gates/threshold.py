@@ -130,6 +130,8 @@ class TokenGate(PenalisedGate):
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
         is_open = opened(*positions.norms, self.tau)
+        if not (torch.is_grad_enabled() and self.tau.requires_grad):
+            return is_open  # nobody asks for mu
         a: Tensor = _Threshold.apply(
             self.tau, is_open, self.pull(), positions.mask, positions.dtype
         )

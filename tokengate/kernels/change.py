@@ -50,7 +50,7 @@ class Change:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What norms, a and mu are computed in: float32, or float64."""
+        """What a and mu are computed in: float32, or float64."""
         parts = (self.m.z, self.m.up) if isinstance(self.m, Factors) else (self.m,)
         return accumulation_dtype(self.out, *parts)
 
@@ -84,7 +84,8 @@ class Change:
         factors keep no m.
 
         Args:
-            a: `(...)`, in `dtype`; where it is 0 the output is `out`, bit for bit.
+            a: `(...)`, in `dtype`, or booleans. Where it is 0 the output is `out`, but for what
+                `GatedSum` says of -0.0, and of factors that are not finite.
         """
         out, bias, m, product = self.out, self.bias, self.m, self._product
         self._product = None

@@ -2,8 +2,8 @@
 
 `traced_sum` has the same in terms that a compiler can fuse and `torch.func` transform. Here a
 weighs z, which is as wide as the rank: of M(x) alone there is no copy, and its norm is that of
-z under `up' up`. Where M(x) has a gain, it is as wide as the output; it is then made, measured and
-used up a few rows at a time, while a processor's cache holds them.
+z under `up' up`. Where M(x) has a gain, it is as wide as the output; it is then made and measured
+a few rows at a time, while a processor's cache holds them, and added once the gate has decided.
 """
 
 from __future__ import annotations
@@ -149,7 +149,10 @@ def _add_with_gain(
             m.add_(out[block])
             continue
         weight = weights[block]
-        torch.addcmul(out[block], m, weight.to(m.dtype), out=m)
+        if weight.dtype == torch.bool:
+            m.add_(out[block])
+        else:
+            torch.addcmul(out[block], m, weight.to(m.dtype), out=m)
         # A selection: what is closed is as it was, whatever M(x) is there.
         torch.where(weight != 0, m, out[block], out=m)
 
@@ -237,6 +240,8 @@ def _weighted(a: Tensor | None, x: Tensor) -> Tensor:
         return x
     a = a.unsqueeze(-1)
     # A selection: what is closed is 0, whatever it was.
+    if a.dtype == torch.bool:
+        return torch.where(a, x, 0)
     return torch.where(a != 0, a.to(x.dtype) * x, 0)
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a forward that is computed again in backward needs its own mask again.
+"""Activation checkpointing: a forward that is computed again in backward needs its own masks again.
 
 By then the module that received the mask has long returned, and other forwards may have run in
 between. But what is computed again is the same to the bit, so a few numbers of a layer's input tell
@@ -20,40 +20,40 @@ _WAITING, _CHANNELS = 32, 2
 class _Call:
     shape: torch.Size
     sample: Tensor  # (..., _CHANNELS) of the input
-    mask: Tensor | None
+    told: tuple[Tensor | None, ...]
     recalled: bool = False
 
 
 class MaskMemory:
-    """The masks of one layer's checkpointed calls, until they are computed again."""
+    """What one layer's checkpointed calls were told, until they are computed again."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
-    def settle(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask of the call with input `x`: `mask`, or in backward the one it had in forward."""
+    def settle(self, x: Tensor, *told: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the call with input `x` was told: `told`, or in backward what it was in forward."""
         if torch.compiler.is_compiling():
-            return mask
+            return told
         if in_backward():
-            return self._recall(x, mask)
+            return self._recall(x, told)
         if _in_checkpoint():
             # Not before: a graph that is kept is computed again for every backward.
             self._calls = [call for call in self._calls if not call.recalled][1 - _WAITING :]
             sample = x.detach()[..., :_CHANNELS].clone()
-            self._calls.append(_Call(x.shape, sample, mask))
-        return mask
+            self._calls.append(_Call(x.shape, sample, told))
+        return told
 
-    def _recall(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _recall(self, x: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         calls = [call for call in reversed(self._calls) if call.shape == x.shape]
         if not calls:
-            return mask
+            return told
         best = 0
-        if any(call.mask is not calls[0].mask for call in calls):
+        if any(a is not b for call in calls for a, b in zip(call.told, calls[0].told, strict=True)):
             sample = x.detach()[..., :_CHANNELS]
             distances = [(call.sample - sample).abs().float().sum() for call in calls]
             best = int(torch.stack(distances).argmin())
         calls[best].recalled = True
-        return calls[best].mask
+        return calls[best].told
 
     def __reduce__(self) -> tuple[type[MaskMemory], tuple[()]]:
         return MaskMemory, ()

@@ -106,10 +106,14 @@ class FactoredSum(torch.autograd.Function):
 def _selected_sum(out: Tensor, m: Tensor, a: Tensor) -> Tensor:
     # A selection, not only a product: out + 0 m would turn -0.0 into 0.0, and know no infinite m.
     a = a.unsqueeze(-1)
+    if a.dtype == torch.bool:
+        return torch.where(a, out + m.to(out.dtype), out)
     return torch.where(a != 0, out + (a.to(m.dtype) * m).to(out.dtype), out)
 
 
 def _passed_on(grad: Tensor, a: Tensor) -> Tensor:
     # A selection again: a closed position passes 0 on even where grad is inf or NaN.
     a = a.unsqueeze(-1)
+    if a.dtype == torch.bool:
+        return torch.where(a, grad, torch.zeros_like(grad))
     return torch.where(a != 0, a.to(grad.dtype) * grad, torch.zeros_like(grad))

@@ -4,7 +4,4 @@ May import `methods`, `gates`, `kernels`, `linears` and below. Open `gated_linea
 `tokengate.layers` as an attribute is the function of that name: import from here by `from`.
 """
 
-from tokengate.layers.folded import Folded as Folded
-from tokengate.layers.gated_linear import Gated as Gated
 from tokengate.layers.gated_linear import GatedLinear as GatedLinear
-from tokengate.layers.sliced_linear import Sliced as Sliced

@@ -18,6 +18,8 @@ from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.kernels.recomputation import MaskMemory
+from tokengate.layers.regions import ACTIVE
+from tokengate.layers.regions import inside as allowed
 from tokengate.layers.rows import Rows
 from tokengate.linears.accelerate_hooks import check_resident
 from tokengate.linears.class_swap import Swapped, swap, swap_back
@@ -95,14 +97,15 @@ class Gated(Swapped):
             return untouched
         x, factors = self._before(input)
         out: Tensor = super().forward(x, *args, **kwargs)
-        mask = self._mask_of(input)
+        mask, inside = self._told_of(input)
         norms = None
         if self._rows is None:
             h, is_open, norms = self._modified(
-                input, out, mask, self.modification, self.gate, factors
+                input, out, mask, inside, self.modification, self.gate, factors
             )
         else:
-            h, is_open = self._modified_by_rows(input, out, mask, self._rows)
+            h, is_open = self._modified_by_rows(input, out, mask, inside, self._rows)
+        mask = _counted(mask, inside)
         seen, at = h, is_open
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
@@ -129,6 +132,7 @@ class Gated(Swapped):
         input: Tensor,
         out: Tensor,
         mask: Tensor | None,
+        inside: Tensor | None,
         modification: Modification,
         gate: Gate | None,
         factors: Factors | None = None,
@@ -138,22 +142,35 @@ class Gated(Swapped):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
         at_positions = None
-        if mask is not None:
-            at_positions = (mask.T if self._sequence_first else mask).reshape(out.shape[:-1])
+        if (counted := _counted(mask, inside)) is not None:
+            at_positions = self._in_own_order(counted, out)
         if factors is None:
             factors = modification.factors(input, w, cast(LinearLike, self))
         m = _whole(modification, input, w) if factors is None else factors
-        change = Change(out, self.bias, m, self._keeps_nothing())
+        change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
         norms = None
         if any(observer.norms for observer in self._observers):
             norms = change.norms()
-        if gate is None:
-            return change.add(None), None, norms
-        a = gate(Positions(change, input, at_positions))
-        return change.add(a), a.detach() != 0, norms
+        a = None if gate is None else gate(Positions(change, input, at_positions))
+        if inside is not None:
+            inside = self._in_own_order(inside, out)
+            if inside.dtype != torch.bool:  # weights
+                a = inside.to(change.dtype) * (1.0 if a is None else a)
+        h = change.add(a)
+        is_open = a if a is None or a.dtype == torch.bool else a.detach() != 0
+        if inside is not None:
+            # A selection: outside it is the base, whatever M(x) and its gate are there.
+            h = torch.where(inside.unsqueeze(-1) != 0, h, out)
+            is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
+        return h, is_open, norms
 
     def _modified_by_rows(
-        self, input: Tensor, out: Tensor, mask: Tensor | None, rows: Rows
+        self,
+        input: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        inside: Tensor | None,
+        rows: Rows,
     ) -> tuple[Tensor, Tensor]:
         """The same, of each row's own adapter; S is False in the rows of none."""
         dim = 1 if self._sequence_first and input.dim() == 3 else 0
@@ -166,10 +183,12 @@ class Gated(Swapped):
             own_mask = mask
             if mask is not None:  # (B, T), also where the input is flattened
                 own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
+            own_inside = None if inside is None else inside[at]
             part, opened, _ = self._modified(
                 input.index_select(dim, at),
                 out.index_select(dim, at),
                 own_mask,
+                own_inside,
                 adapter.modification,
                 adapter.gate,
             )
@@ -179,16 +198,29 @@ class Gated(Swapped):
             is_open = is_open.index_copy(dim, at, opened)
         return h, is_open
 
-    def _mask_of(self, input: Tensor) -> Tensor | None:
-        """The mask `(B, T)` of the positions of `input`, `(B, T, k)` or flattened `(B T, k)`.
+    def _told_of(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The padding mask of the positions of `input`, `(B, T)`, and what restrictions allow.
 
-        Of a sequence-first layer, `(T, B, k)`.
+        Of `(B, T, k)`, flattened `(B T, k)`, or in a sequence-first layer `(T, B, k)`; the second
+        has the shape of its positions, samples first.
         """
-        mask = self._mask
-        if self._others is not None and input is self._others[0]:
+        mask, inside = self._mask, None
+        elsewhere = self._others is not None and input is self._others[0]
+        if elsewhere and self._others is not None:
             mask = self._others[1]
+        if ACTIVE.get():
+            first = input.transpose(0, 1) if self._sequence_first and input.dim() == 3 else input
+            inside = allowed(self, first.shape[:-1], input, elsewhere)
         if self.training:
-            mask = self._memory.settle(input, mask)
+            mask, inside = self._memory.settle(input, mask, inside)
+        return self._fitting(mask, input), inside
+
+    def _in_own_order(self, mask: Tensor, out: Tensor) -> Tensor:
+        """`(...)`, as the positions of `out` are, from samples first."""
+        swapped = self._sequence_first and mask.dim() == 2
+        return (mask.T if swapped else mask).reshape(out.shape[:-1])
+
+    def _fitting(self, mask: Tensor | None, input: Tensor) -> Tensor | None:
         if mask is None:
             return None
         mask = mask.to(input.device)  # of a model over several devices
@@ -199,6 +231,15 @@ class Gated(Swapped):
 
     def _kept_by_copies(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT} | _FRESH
+
+
+def _counted(mask: Tensor | None, inside: Tensor | None) -> Tensor | None:
+    """Which positions count, `(B, T)`: those that are real and inside; None for all."""
+    if inside is None:
+        return mask
+    if mask is None:
+        return (inside != 0).reshape(len(inside), -1) if inside.dim() else inside != 0
+    return (mask != 0) & (inside != 0).reshape(mask.shape)
 
 
 class GatedLinear(Gated, nn.Linear):

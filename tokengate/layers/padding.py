@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sequence_first import mark_sequence_first
+from tokengate.layers.windows import enter_window, leave_window
 
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
@@ -88,6 +89,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if isinstance(module, nn.MultiheadAttention):
         _enter_attention(module, followed, args, kwargs)
         return
+    enter_window(module, followed.parameters, _bound(followed, args, kwargs))
     call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
@@ -108,6 +110,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             if layer._mask_from is followed:
                 layer._mask = layer._mask_from = None
         return
+    leave_window(module)
     call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
@@ -152,9 +155,12 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return ()
 
 
+def _bound(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
+
+
 def _bind(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    names = followed.parameters
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    names, bound = followed.parameters, _bound(followed, args, kwargs)
     states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
     tensors = states or [value for value in args if isinstance(value, Tensor)]
     first = tensors[0] if tensors else None

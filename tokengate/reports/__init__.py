@@ -4,7 +4,4 @@ May import `training`, `layers` and below. Open `recording.py` first, then `repo
 the report as a page for a browser.
 """
 
-from tokengate.reports.history import History as History
 from tokengate.reports.modification_norms import ModificationNorms as ModificationNorms
-from tokengate.reports.recording import Recorder as Recorder
-from tokengate.reports.report import SparsityReport as SparsityReport

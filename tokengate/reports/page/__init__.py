@@ -3,6 +3,3 @@
 May import what `reports` may; `report.py` asks for it. Open `html_page.py` first, which fills in
 `page.html`, `page.css` and `page.js`.
 """
-
-from tokengate.reports.page.sample_views import PatchView as PatchView
-from tokengate.reports.page.sample_views import TokenView as TokenView

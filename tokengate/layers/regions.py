@@ -1,0 +1,198 @@
+"""Where modifications may act at this time, in this thread and task: what layers ask of that.
+
+Nothing of it is kept on a model: it lives in a context variable. `restriction` has what users say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError, brief
+from tokengate.layers.windows import Window, current_window
+
+# Of a layer's name and the shape of its positions, (B, T): which are inside, a tensor of that shape
+# or one truth for all.
+Chooses: TypeAlias = Callable[[str, torch.Size], Tensor | bool]
+
+
+class After:
+    """What `after` made: positions from the last occurrence of some tokens on."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.ids = token_ids
+        # Of the call before, which this one goes on from if it has a cache of as many positions.
+        self._first: Tensor | None = None
+        self._total = -1
+
+    def first(self, window: Window, name: str) -> Tensor:
+        """In each row, the first position inside, `(B, 1)`; beyond the end if there is none."""
+        known = window.memo.get(self)
+        if known is None:
+            if window.ids is None:
+                raise TokenGateError(
+                    f"tokengate.after cannot tell where the tokens of {name!r} are, since no "
+                    "module around it was called with input_ids: pass a mask, or restrict other "
+                    "layers alone, {'pattern': tokengate.after(...)}."
+                )
+            known = window.memo[self] = self._found(window.ids, window.start)
+        return known
+
+    def _found(self, ids: Tensor, start: int) -> Tensor:
+        wanted = torch.tensor(self.ids, device=ids.device)
+        never = torch.iinfo(torch.long).max
+        first = torch.full((len(ids), 1), never, device=ids.device)
+        continued = start > 0 and start == self._total and self._first is not None
+        if continued and len(self._first) == len(ids):  # type: ignore[arg-type]
+            first = self._first.to(ids.device)  # type: ignore[union-attr]
+        # What is generated goes on as the prompt did.
+        if ids.shape[1] >= len(wanted) and not (continued and ids.shape[1] == 1):
+            hits = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)
+            places = torch.arange(hits.shape[1], device=ids.device).expand_as(hits)
+            last = torch.where(hits, places, -1).amax(1, keepdim=True)
+            first = torch.where(last >= 0, start + last, first)
+        self._first, self._total = first, start + ids.shape[1]
+        return first
+
+
+def after(token_ids: Sequence[int]) -> After:
+    """For `restrict`: the positions from the last occurrence of these tokens on, row by row.
+
+    As an activated LoRA's (aLoRA) invocation: the tokens themselves are inside. A row without them
+    runs as the base. With a cache, what is generated is inside if its row's prompt had them. The
+    tokens are looked for in the `input_ids` that the module around a layer is called with.
+
+    Args:
+        token_ids: one or more, in their order.
+
+    Raises:
+        TokenGateError: these are no token ids.
+    """
+    ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+    ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else []
+    if not ids or any(type(each) is not int or each < 0 for each in ids):
+        raise TokenGateError(
+            f"after was given {brief(token_ids)}: pass the ids of one or more tokens, [5, 17]."
+        )
+    return After(ids)
+
+
+@dataclass(eq=False)
+class Region:
+    """One mask of a restriction, and whether it has fitted a call whole."""
+
+    where: Any
+    new: bool
+    fitted: list[bool] = field(default_factory=list)
+
+    def of(self, name: str, shape: torch.Size, window: Window | None) -> Tensor | bool:
+        """Which positions of a call of the layer are inside: of `shape`, or one truth for all."""
+        if isinstance(self.where, Tensor):
+            return self._aligned(self.where, name, shape, window or Window(0))
+        if isinstance(self.where, After):
+            window = window or Window(0)
+            first = self.where.first(window, name)
+            rows = first.shape[0]
+            length = shape.numel() // rows
+            if shape not in ((rows, length), (rows * length,)) or (
+                window.length not in (None, length)
+            ):
+                raise self._unfit(name, shape, f"rows of {window.length} tokens in {rows} rows")
+            places = torch.arange(window.start, window.start + length, device=first.device)
+            return (places >= first).reshape(shape)
+        found = self.where(name, shape)
+        if isinstance(found, bool):
+            return found
+        if not isinstance(found, Tensor) or found.shape != shape:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else brief(found)
+            raise TokenGateError(
+                f"restrict's function returned {what} for {name!r}, called with positions of shape "
+                f"{tuple(shape)}: return a mask of that shape, True or False."
+            )
+        return checked_mask(found)
+
+    def _aligned(self, mask: Tensor, name: str, shape: torch.Size, window: Window) -> Tensor:
+        """Of a mask `(B, T)` of whole sequences, the part that a call is about."""
+        if (
+            window.start == 0
+            and mask.numel() == shape.numel()
+            and (mask.shape == shape or len(shape) == 1)
+        ):
+            if not self.fitted:
+                self.fitted.append(True)
+            return mask.reshape(shape)
+        length = shape[-1] if len(shape) == 2 else window.length
+        if mask.dim() != 2 or length is None or shape.numel() % (length * len(mask)):
+            raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
+        end = window.start + length
+        # Longer than the mask is only what goes on from what it fitted: generated tokens.
+        if end > mask.shape[1] and not (window.start or self.fitted):
+            raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
+        if window.start == 0 and end < mask.shape[1] and not window.cached:
+            raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
+        part = mask[:, window.start : end]
+        beyond = length - part.shape[1]
+        if beyond:
+            part = torch.cat([part, part.new_full((len(mask), beyond), self.new)], 1)
+        # Beams of one sample stand side by side.
+        return part.repeat_interleave(shape.numel() // part.numel(), 0).reshape(shape)
+
+    def _unfit(self, name: str, shape: torch.Size, what: str) -> TokenGateError:
+        return TokenGateError(
+            f"restrict was given {what}, which does not fit {name!r}, called with positions of "
+            f"shape {tuple(shape)}: pass a mask (B, T) of whole sequences, or one for each kind of "
+            "layer, {'pattern': mask}."
+        )
+
+
+# What is active, from the first entered on: of each, the layers it is about.
+Restrictions: TypeAlias = tuple[Mapping[nn.Module, tuple[str, Region]], ...]
+ACTIVE: ContextVar[Restrictions] = ContextVar("tokengate_restrictions", default=())
+
+
+def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool) -> Tensor | None:
+    """How much of M(x) the restrictions let through, of `shape`; None where there is none.
+
+    Args:
+        layer: that is called.
+        shape: of its positions, samples first.
+        states: its input.
+        elsewhere: whether that is not what the modules around were called with, but what they
+            attend to.
+    """
+    found: Tensor | None = None
+    for each in ACTIVE.get():
+        if layer not in each:
+            continue
+        name, region = each[layer]
+        window = Window(0) if elsewhere else current_window()
+        part = region.of(name, shape, window)
+        if isinstance(part, bool):
+            part = torch.full(shape, part, device=states.device)
+        part = part.to(states.device)
+        if found is None:
+            found = part
+        elif found.dtype == part.dtype == torch.bool:
+            found = found & part
+        else:
+            found = found * part
+    return found
+
+
+def checked_mask(mask: Tensor) -> Tensor:
+    """As booleans, or as weights where it has others than 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not torch.compiler.is_compiling():
+        if not ((mask >= 0) & (mask <= 1)).all():
+            raise TokenGateError(
+                "restrict was given a mask with values outside [0, 1]: pass booleans, or weights."
+            )
+        if ((mask == 0) | (mask == 1)).all():
+            return mask != 0
+    return mask

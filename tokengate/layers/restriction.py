@@ -1,0 +1,108 @@
+"""Positions that the user gives: where, within a context, the modifications may act at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokengate.arguments import switch
+from tokengate.errors import TokenGateError, brief
+from tokengate.layers.folded import folded
+from tokengate.layers.gated_linear import all_layers
+from tokengate.layers.regions import ACTIVE, After, Region, checked_mask
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+
+
+class restrict:
+    """Within this context the modifications of `model` act at the given positions alone:
+
+        with tokengate.restrict(model, mask): ...                       # (B, T), True is inside
+        with tokengate.restrict(model, {"*.q_proj": mask}): ...         # of these layers alone
+        with tokengate.restrict(model, lambda name, shape: mask): ...   # asked at each call
+        with tokengate.restrict(model, tokengate.after([5, 17])): ...   # the suffix only
+
+    h_i = w_i + restriction_i a_i m_i: outside, a layer is the base, bit for bit, whatever its gate
+    says, also with `gate=False`; and its keys and values are the base's, so that a cache of what is
+    outside serves every adapter. These positions count in neither mu, lambda nor sparsity. Nested
+    restrictions multiply.
+
+    A mask of whole sequences is for the module that receives them: with a cache it is aligned by
+    how many positions that has, and beams of one sample share its row. Backward belongs inside the
+    context where activations are computed again. It belongs to this thread or task: other ones run
+    as they did.
+
+    Args:
+        model: a patched model.
+        where: a mask `(B, T)`, of booleans or of weights in [0, 1]; a dict from patterns over the
+            layers' names to masks (a layer follows the first that matches, others are free); a
+            function of a layer's name and its positions' shape `(B, T)`, which returns a mask of
+            that shape, True or False; or `after(token_ids)`.
+        new: whether positions beyond a mask's end, which are generated, are inside.
+
+    Raises:
+        TokenGateError: no layer is patched; the model is folded; `where` is none of these, or a
+            pattern matches no patched layer. In a forward: a mask does not fit a layer's call.
+    """
+
+    def __init__(self, model: nn.Module, where: Any, *, new: bool = True) -> None:
+        patched = all_layers(model)
+        if not patched and not folded(model):
+            raise TokenGateError(
+                f"restrict was asked of a {type(model).__name__} without a patched layer: call "
+                "tokengate.patch(model, targets=...) first, and pass that model."
+            )
+        if folded(model):
+            raise TokenGateError(
+                "restrict was asked of a model that is folded, where merged layers act everywhere: "
+                "call the folding's undo() first."
+            )
+        switch("new", new)
+        regions = _by_layer(where, list(patched), new)
+        self._regions: Mapping[nn.Module, tuple[str, Region]] = {
+            patched[name]: (name, each) for name, each in regions.items()
+        }
+
+    def __enter__(self) -> None:
+        ACTIVE.set((*ACTIVE.get(), self._regions))
+
+    def __exit__(self, *error: object) -> None:
+        # Without itself, rather than as it was before: contexts may end in another order.
+        ACTIVE.set(tuple(each for each in ACTIVE.get() if each is not self._regions))
+
+
+def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:
+    if not isinstance(where, Mapping):
+        region = Region(_valid(where), new)
+        return dict.fromkeys(names, region)
+    patterns = as_patterns("restrict", where)
+    regions = {p: Region(_valid(where[p]), new) for p in patterns}
+    found: dict[str, Region] = {}
+    used: set[Pattern] = set()
+    for name in names:
+        pattern = next((p for p in patterns if matches(p, name)), None)
+        if pattern is not None:
+            used.add(pattern)
+            found[name] = regions[pattern]
+    for pattern in patterns:
+        if pattern not in used:
+            raise TokenGateError(
+                f"restrict names {show(pattern)}, which matches no patched layer: correct it or "
+                f"take it out; {nearest(pattern, names)}."
+            )
+    return found
+
+
+def _valid(where: Any) -> Any:
+    if isinstance(where, Tensor):
+        if where.dim() == 0:
+            raise TokenGateError("restrict was given a single number: pass a mask (B, T).")
+        return checked_mask(where)
+    if isinstance(where, After) or (callable(where) and not isinstance(where, re.Pattern)):
+        return where
+    raise TokenGateError(
+        f"restrict was given {brief(where)}: pass a mask (B, T), a dict from patterns to masks, a "
+        "function (name, shape) -> mask, or tokengate.after(token_ids)."
+    )
