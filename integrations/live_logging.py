@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.gates.base import PenalisedGate
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.reports.picture import load_plots
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import numbers_here

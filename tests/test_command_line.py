@@ -152,7 +152,9 @@ def test_diff_of_other_layers_and_options(tmp_path, capsys):
     assert found["only_in_b"] == [
         "blocks.0.v_proj", "blocks.1.v_proj", "head.bias", "head.weight",
     ]  # fmt: skip
-    assert found["options"]["blocks.0.fc1"] == {"rank": [2, 4], "penalty": [1e-5, None]}
+    assert found["options"]["blocks.0.fc1"] == {
+        "rank": [2, 4], "gate": ["threshold", None], "penalty": [1e-5, None],
+    }  # fmt: skip
     layer = found["layers"]["blocks.0.fc1"]
     assert layer == {"distance": None, "tau": [pytest.approx(0.2), None]}
     text = run(capsys, "diff", tmp_path / "a", tmp_path / "b")

@@ -55,6 +55,7 @@ def test_public_names():
     public = {name for name in vars(tokengate) if not name.startswith("_")}
     modules = {name for name in public if isinstance(vars(tokengate)[name], type(sys))}
     assert public - modules == {
+        "Gate",
         "History",
         "Modification",
         "PatchView",
@@ -66,6 +67,7 @@ def test_public_names():
         "TokenGate",
         "TokenGateError",
         "TokenView",
+        "after",
         "calibrate",
         "disabled",
         "fold",
@@ -77,6 +79,8 @@ def test_public_names():
         "patch",
         "record",
         "register",
+        "register_gate",
+        "restrict",
         "save",
         "scale_penalty",
         "select",

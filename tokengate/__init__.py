@@ -12,8 +12,8 @@ from tokengate.gates.registry import register_gate as register_gate
 from tokengate.gates.threshold import TokenGate as TokenGate
 from tokengate.gates.threshold import token_gate as token_gate
 from tokengate.layers.coverage import verify as verify
-from tokengate.layers.gated_linear import layers as layers
 from tokengate.layers.named_adapters import use as use
+from tokengate.layers.patched import layers as layers
 from tokengate.layers.regions import after as after
 from tokengate.layers.restriction import restrict as restrict
 from tokengate.linears.slices import Slices as Slices

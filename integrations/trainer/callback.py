@@ -38,7 +38,7 @@ from tokengate.integrations.trainer.sparsity_logs import (
 )
 from tokengate.integrations.trainer.surroundings import trainer_that_calls, unwrapped
 from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.training.param_groups import slope_for

@@ -21,9 +21,10 @@ from tokengate.layers.folded import (
     unfold,
     unfolded,
 )
-from tokengate.layers.gated_linear import Gated, require_layers
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
 from tokengate.layers.padding import follow_masks, unfollow_masks
+from tokengate.layers.patched import require_layers
 from tokengate.linears.accelerate_hooks import is_offloaded
 from tokengate.linears.linear_like import (
     LinearLike,

@@ -14,7 +14,6 @@ from tokengate.adapters.saving import class_name, fingerprint, trained_beside
 from tokengate.errors import DifferentBaseWarning, TokenGateError
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.folded import folded
-from tokengate.layers.gated_linear import all_layers, require_layers
 from tokengate.layers.named_adapters import (
     DEFAULT,
     adapter_names,
@@ -23,6 +22,7 @@ from tokengate.layers.named_adapters import (
     put_in_use,
     use,
 )
+from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch

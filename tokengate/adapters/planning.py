@@ -10,7 +10,7 @@ from tokengate.adapters.inspection import all_options, layer_table, option_lines
 from tokengate.adapters.saving import class_name, trained_beside
 from tokengate.files.text_table import size, text_table
 from tokengate.gates.threshold import TokenGate
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.methods.registry import METHODS
 
 

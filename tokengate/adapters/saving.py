@@ -33,8 +33,9 @@ from tokengate.files.atomic_write import write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES
 from tokengate.layers.folded import Folded, base_layer, folded
-from tokengate.layers.gated_linear import Gated, layers, own_parameters, require_layers
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, use
+from tokengate.layers.patched import layers, own_parameters, require_layers
 from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning
 from tokengate.layers.batches import keeping_modes
-from tokengate.layers.gated_linear import Gated, layers, require_layers
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.patched import layers, require_layers
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.linears.experts import is_expert

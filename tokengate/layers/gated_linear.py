@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
-from tokengate.kernels.recomputation import MaskMemory
-from tokengate.layers.regions import ACTIVE
+from tokengate.kernels.recomputation import MaskMemory, in_backward
+from tokengate.layers.regions import ACTIVE, Regional
 from tokengate.layers.regions import inside as allowed
 from tokengate.layers.rows import Rows
 from tokengate.linears.accelerate_hooks import check_resident
@@ -70,8 +70,8 @@ class Gated(Swapped):
     # All of its adapters by name, where it has had several; and which of them is in use.
     _adapters: dict[str, Any] | None = None
     _in_use: str | None = "default"
-    # While one batch has rows of several adapters: which.
-    _rows: Rows | None = None
+    # While one batch has rows, or regions, of several adapters: which.
+    _rows: Rows | Regional | None = None
 
     # Set on the instance only while `disabled` or `record` is active.
     _enabled: bool = True
@@ -97,12 +97,14 @@ class Gated(Swapped):
             return untouched
         x, factors = self._before(input)
         out: Tensor = super().forward(x, *args, **kwargs)
-        mask, inside = self._told_of(input)
+        mask, inside, *parts = self._told_of(input)
         norms = None
         if self._rows is None:
             h, is_open, norms = self._modified(
                 input, out, mask, inside, self.modification, self.gate, factors
             )
+        elif isinstance(self._rows, Regional):
+            h, is_open = self._modified_by_region(input, out, mask, inside, parts, self._rows)
         else:
             h, is_open = self._modified_by_rows(input, out, mask, inside, self._rows)
         mask = _counted(mask, inside)
@@ -198,22 +200,58 @@ class Gated(Swapped):
             is_open = is_open.index_copy(dim, at, opened)
         return h, is_open
 
-    def _told_of(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _modified_by_region(
+        self,
+        input: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        inside: Tensor | None,
+        parts: Sequence[Tensor | None],
+        regional: Regional,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, of each region's own adapter; all are compared with the base's output."""
+        is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+        h, w = out, without_bias(out, self.bias)
+        for name, part in zip(regional.regions, parts, strict=True):
+            adapter: Any = (self._adapters or {}).get(name)
+            if adapter is None or part is None:
+                continue
+            if inside is not None:
+                part = part * inside  # of truths, both
+            factors = adapter.modification.factors(input, w, cast(LinearLike, self))
+            m = _whole(adapter.modification, input, w) if factors is None else factors.product(w)
+            counted = self._in_own_order(cast(Tensor, _counted(mask, part)), out)
+            weights = self._in_own_order(part, out).to(Change(out, self.bias, m).dtype)
+            if adapter.gate is not None:
+                change = Change(out, self.bias, m)
+                a = adapter.gate(Positions(change, input, counted))
+                weights = torch.where(weights != 0, weights * a, 0)
+            h = Change(h, self.bias, m).add(weights)
+            is_open = is_open | (weights.detach() != 0)
+        return h, is_open
+
+    def _told_of(self, input: Tensor) -> tuple[Tensor | None, ...]:
         """The padding mask of the positions of `input`, `(B, T)`, and what restrictions allow.
 
         Of `(B, T, k)`, flattened `(B T, k)`, or in a sequence-first layer `(T, B, k)`; the second
-        has the shape of its positions, samples first.
+        has the shape of its positions, samples first, and so has what follows: each adapter's
+        region, where there are several.
         """
         mask, inside = self._mask, None
         elsewhere = self._others is not None and input is self._others[0]
         if elsewhere and self._others is not None:
             mask = self._others[1]
-        if ACTIVE.get():
+        parts: tuple[Tensor | None, ...] = ()
+        again = self.training and not torch.compiler.is_compiling() and in_backward()
+        if not again and (ACTIVE.get() or isinstance(self._rows, Regional)):
             first = input.transpose(0, 1) if self._sequence_first and input.dim() == 3 else input
             inside = allowed(self, first.shape[:-1], input, elsewhere)
+            if isinstance(self._rows, Regional):
+                parts = self._rows.of(self, first.shape[:-1], input, elsewhere)
         if self.training:
-            mask, inside = self._memory.settle(input, mask, inside)
-        return self._fitting(mask, input), inside
+            mask, inside, *rest = self._memory.settle(input, mask, inside, *parts)
+            parts = tuple(rest)
+        return self._fitting(mask, input), inside, *parts
 
     def _in_own_order(self, mask: Tensor, out: Tensor) -> Tensor:
         """`(...)`, as the positions of `out` are, from samples first."""
@@ -259,11 +297,6 @@ def _whole(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
     return m
 
 
-def layers(model: nn.Module) -> dict[str, Gated]:
-    """The patched layers of `model` by name, in the model's order; a shared layer once."""
-    return {n: m for n, m in all_layers(model).items() if m.modification is not None}
-
-
 @contextlib.contextmanager
 def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
     """Within this context each of these layers also tells its own observer of every call."""
@@ -277,35 +310,6 @@ def observing(observers: Mapping[Gated, Observer]) -> Iterator[None]:
             left = tuple(o for o in layer.__dict__.pop("_observers", ()) if o is not observer)
             if left:
                 layer._observers = left
-
-
-def own_parameters(patched: Iterable[Any]) -> set[int]:
-    """The ids of what modifications and gates have, of patched or folded layers."""
-    parts = (part for layer in patched for part in (layer.modification, layer.gate))
-    return {id(p) for part in parts if part is not None for p in part.parameters()}
-
-
-def all_layers(model: nn.Module) -> dict[str, Gated]:
-    """Those, too, that the adapter in use does not modify."""
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
-    return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
-
-
-def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
-    """`layers(model)`; an error that names the function `asked` if there is none."""
-    patched = layers(model)
-    if not patched and all_layers(model):
-        raise TokenGateError(
-            f"{asked} was asked of a model none of whose adapters is in use: call "
-            "tokengate.use(model, name) first."
-        )
-    if not patched:
-        raise TokenGateError(
-            f"{asked} was asked of a {type(model).__name__} without a patched layer: call "
-            "tokengate.patch(model, targets=...) first, and pass that model."
-        )
-    return patched
 
 
 def attach(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:

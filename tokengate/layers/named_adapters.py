@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -11,7 +11,9 @@ from torch import nn
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
 from tokengate.layers.folded import is_folded
-from tokengate.layers.gated_linear import Gated, all_layers
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.patched import all_layers
+from tokengate.layers.regions import Region, Regional, valid_where
 from tokengate.layers.rows import Rows
 from tokengate.linears.experts import is_expert
 from tokengate.methods.base import Modification
@@ -58,6 +60,8 @@ class use:
         with tokengate.use(model, None): ...            # the base model, here
         with tokengate.use(model, ["french", None]):    # the first row's adapter, the second's base
             model(two_rows)
+        with tokengate.use(model, {"cat": left, "dog": right}):     # each at its own positions
+            model(picture)
 
     Nothing is copied or made: the modules that were loaded change places. What is not in use is not
     trained, and no part of `layers`, `param_groups`, `save` and the rest; it is in the model's
@@ -67,15 +71,19 @@ class use:
 
     Args:
         model: a patched model.
-        name: of an adapter, "default" for what `patch` added; None for none of them; or a sequence
-            of these, one for each row of every batch.
+        name: of an adapter, "default" for what `patch` added; None for none of them; a sequence
+            of these, one for each row of every batch; or a dict from adapters to regions, each a
+            mask, function or `after` as in `restrict`: where regions overlap, all are added, and
+            each gate compares its own with the base layer's output.
 
     Raises:
         TokenGateError: no layer is patched; the model is folded; it has no adapter of that name.
             With rows, in a forward: the batch has another number of them.
     """
 
-    def __init__(self, model: nn.Module, name: str | Sequence[str | None] | None) -> None:
+    def __init__(
+        self, model: nn.Module, name: str | Sequence[str | None] | Mapping[str, Any] | None
+    ) -> None:
         modules = list(_without_parts_of_layers(model, set()))
         self._layers = [module for module in modules if isinstance(module, Gated)]
         known = _names_of(self._layers)
@@ -105,7 +113,11 @@ class use:
                     "sees positions without their rows: pass one name for all."
                 )
         self._before = [(layer, layer._in_use, layer._rows) for layer in self._layers]
-        shared = None if rows is None else Rows(rows)
+        shared: Rows | Regional | None = None if rows is None else Rows(rows)
+        if isinstance(name, Mapping):
+            regions = {n: Region(valid_where("use", where), True) for n, where in name.items()}
+            places: dict[nn.Module, str] = {m: n for n, m in all_layers(model).items()}
+            shared = Regional(places, regions)
         try:
             for layer in self._layers:
                 put_in_use(layer, layer._in_use if rows is not None else name, shared)  # type: ignore[arg-type]
@@ -201,7 +213,7 @@ def check_name(name: Any) -> None:
         )
 
 
-def put_in_use(layer: Gated, name: str | None, rows: Rows | None = None) -> None:
+def put_in_use(layer: Gated, name: str | None, rows: Rows | Regional | None = None) -> None:
     """One layer's part of `use`; a layer that `name` does not modify is then plain."""
     if rows is not None or layer._rows is not None:
         adapters_of(layer)

@@ -5,6 +5,7 @@ Nothing of it is kept on a model: it lives in a context variable. `restriction` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class Region:
         if not isinstance(found, Tensor) or found.shape != shape:
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else brief(found)
             raise TokenGateError(
-                f"restrict's function returned {what} for {name!r}, called with positions of shape "
+                f"a region's function returned {what} for {name!r}, called with positions of shape "
                 f"{tuple(shape)}: return a mask of that shape, True or False."
             )
         return checked_mask(found)
@@ -144,10 +145,35 @@ class Region:
 
     def _unfit(self, name: str, shape: torch.Size, what: str) -> TokenGateError:
         return TokenGateError(
-            f"restrict was given {what}, which does not fit {name!r}, called with positions of "
+            f"a region was given as {what}, which does not fit {name!r}, called with positions of "
             f"shape {tuple(shape)}: pass a mask (B, T) of whole sequences, or one for each kind of "
             "layer, {'pattern': mask}."
         )
+
+
+class Regional:
+    """Several adapters, each at its own positions, while `use` was given a dict.
+
+    Args:
+        names: of the layers.
+        regions: of each adapter, by its name.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str], regions: Mapping[str, Region]) -> None:
+        self.names, self.regions = names, regions
+
+    def of(
+        self, layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool
+    ) -> tuple[Tensor, ...]:
+        """As `inside` below, for each adapter in their order."""
+        window = Window(0) if elsewhere else current_window()
+        found = []
+        for region in self.regions.values():
+            part = region.of(self.names.get(layer, "a layer"), shape, window)
+            if isinstance(part, bool):
+                part = torch.full(shape, part, device=states.device)
+            found.append(part.to(states.device))
+        return tuple(found)
 
 
 # What is active, from the first entered on: of each, the layers it is about.
@@ -184,6 +210,20 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
     return found
 
 
+def valid_where(asked: str, where: Any) -> Any:
+    """What tells positions: a checked mask, a function or `After`; `asked` is for the errors."""
+    if isinstance(where, Tensor):
+        if where.dim() == 0:
+            raise TokenGateError(f"{asked} was given a single number: pass a mask (B, T).")
+        return checked_mask(where)
+    if isinstance(where, After) or (callable(where) and not isinstance(where, re.Pattern)):
+        return where
+    raise TokenGateError(
+        f"{asked} was given {brief(where)}: pass a mask (B, T), a function (name, shape) -> mask, "
+        "tokengate.after(token_ids), or a dict of these."
+    )
+
+
 def checked_mask(mask: Tensor) -> Tensor:
     """As booleans, or as weights where it has others than 0 and 1."""
     if mask.dtype == torch.bool:
@@ -191,7 +231,7 @@ def checked_mask(mask: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         if not ((mask >= 0) & (mask <= 1)).all():
             raise TokenGateError(
-                "restrict was given a mask with values outside [0, 1]: pass booleans, or weights."
+                "a region was given as a mask with values outside [0, 1]: pass booleans or weights."
             )
         if ((mask == 0) | (mask == 1)).all():
             return mask != 0

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokengate.arguments import switch
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import TokenGateError
 from tokengate.layers.folded import folded
-from tokengate.layers.gated_linear import all_layers
-from tokengate.layers.regions import ACTIVE, After, Region, checked_mask
+from tokengate.layers.patched import all_layers
+from tokengate.layers.regions import ACTIVE, Region, valid_where
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
@@ -75,10 +74,10 @@ class restrict:
 
 def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:
     if not isinstance(where, Mapping):
-        region = Region(_valid(where), new)
+        region = Region(valid_where("restrict", where), new)
         return dict.fromkeys(names, region)
     patterns = as_patterns("restrict", where)
-    regions = {p: Region(_valid(where[p]), new) for p in patterns}
+    regions = {p: Region(valid_where("restrict", where[p]), new) for p in patterns}
     found: dict[str, Region] = {}
     used: set[Pattern] = set()
     for name in names:
@@ -93,16 +92,3 @@ def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:
                 f"take it out; {nearest(pattern, names)}."
             )
     return found
-
-
-def _valid(where: Any) -> Any:
-    if isinstance(where, Tensor):
-        if where.dim() == 0:
-            raise TokenGateError("restrict was given a single number: pass a mask (B, T).")
-        return checked_mask(where)
-    if isinstance(where, After) or (callable(where) and not isinstance(where, re.Pattern)):
-        return where
-    raise TokenGateError(
-        f"restrict was given {brief(where)}: pass a mask (B, T), a dict from patterns to masks, a "
-        "function (name, shape) -> mask, or tokengate.after(token_ids)."
-    )

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokengate.layers.fast_path import settle_fast_paths
 from tokengate.layers.folded import folded
-from tokengate.layers.gated_linear import all_layers, require_layers
+from tokengate.layers.patched import all_layers, require_layers
 
 
 @contextlib.contextmanager

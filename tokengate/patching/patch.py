@@ -15,9 +15,9 @@ from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.coverage import unwatch, watch
 from tokengate.layers.fast_path import settle_fast_paths
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
-from tokengate.layers.gated_linear import all_layers, layers, own_parameters, require_layers
 from tokengate.layers.named_adapters import current_name, rename
 from tokengate.layers.padding import follow_masks, unfollow_masks
+from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.linear_like import LinearLike, whole

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.gated_linear import Gated, all_layers
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.patched import all_layers
 from tokengate.sharding import is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing

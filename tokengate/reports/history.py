@@ -15,7 +15,7 @@ from tokengate.arguments import count
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.reports.report import SparsityReport, check_report
 from tokengate.sharding import numbers_here
 

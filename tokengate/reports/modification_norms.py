@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.kernels.norms import Norms, ldexp, ratios
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.training.measuring import measure
 
 

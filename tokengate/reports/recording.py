@@ -18,7 +18,8 @@ from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
-from tokengate.layers.gated_linear import Observer, observing, require_layers
+from tokengate.layers.gated_linear import Observer, observing
+from tokengate.layers.patched import require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
     Counts,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError
 from tokengate.kernels.norms import Norms, ratios
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.training.measuring import measure
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.

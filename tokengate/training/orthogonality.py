@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.kernels.precision import without_autocast
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import gathered
 

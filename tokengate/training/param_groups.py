@@ -9,7 +9,7 @@ from torch import nn
 from tokengate.arguments import betas as check_betas
 from tokengate.arguments import count, non_negative, positive
 from tokengate.errors import TokenGateError
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 
 # The paper's s, and how far tau is to be able to go in a training of fewer steps than the paper's.
 _PAPER, _TRAVEL = 4e-5, 0.4

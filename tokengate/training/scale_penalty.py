@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tokengate.arguments import positive
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import PenalisedGate
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 
 
 def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokengate.arguments import count, finite, switch
 from tokengate.errors import TokenGateError
 from tokengate.gates.threshold import TokenGate
-from tokengate.layers.gated_linear import require_layers
+from tokengate.layers.patched import require_layers
 from tokengate.sharding import gathered
 
 # Found in simulation (tests/training/test_sparsity_controller.py): how hard an error pulls, in
