@@ -278,6 +278,7 @@ def test_a_gate_with_a_threshold_is_calibrated_and_learns_as_tau(own):
 @pytest.mark.parametrize("gate", ["sigmoid", "random"])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_it_is_the_same(gate, method):
+    torch.compiler.reset()  # or these would count among the recompilations of one forward
     layer, x = layer_of(method, gate, dtype=torch.float32), torch.randn(3, 4, 6)
     plain = layer(x)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), plain)

@@ -205,6 +205,7 @@ def test_what_is_computed_again_is_restricted_again(reentrant):
 
 
 def test_compiled_graphs_are_of_what_was_in_force():
+    torch.compiler.reset()
     layer, x = layer_of(gate=False), torch.randn(2, 5, 6)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     free = compiled(x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokengate.layers.gated_linear import Gated
+from tokengate.layers.regions import ACTIVE, Regional
 from tokengate.layers.sequence_first import mark_sequence_first
 from tokengate.layers.windows import enter_window, leave_window
 
@@ -89,7 +90,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if isinstance(module, nn.MultiheadAttention):
         _enter_attention(module, followed, args, kwargs)
         return
-    enter_window(module, followed.parameters, _bound(followed, args, kwargs))
+    # Compiled code cannot set what it finds out; a mask that then wants it fits no call.
+    if not torch.compiler.is_compiling() and _restricted(module):
+        enter_window(module, followed.parameters, _bound(followed, args, kwargs))
     call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
@@ -110,7 +113,8 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             if layer._mask_from is followed:
                 layer._mask = layer._mask_from = None
         return
-    leave_window(module)
+    if not torch.compiler.is_compiling():
+        leave_window(module)
     call = _bind(followed, args, kwargs)
     if call.mask is not None or call.pixels:
         for layer in _patched(module):
@@ -153,6 +157,14 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return tuple(inspect.signature(kind.forward).parameters)[1:]
     except (TypeError, ValueError):
         return ()
+
+
+def _restricted(module: nn.Module) -> bool:
+    """Whether a layer in it asks which positions a call is about."""
+    if ACTIVE.get():
+        return True
+    first = next(_patched(module), None)  # `use` is of all layers
+    return first is not None and isinstance(first._rows, Regional)
 
 
 def _bound(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class restrict:
 
     A mask of whole sequences is for the module that receives them: with a cache it is aligned by
     how many positions that has, and beams of one sample share its row. Backward belongs inside the
-    context where activations are computed again. It belongs to this thread or task: other ones run
-    as they did.
+    context where activations are computed again in evaluation mode. It belongs to this thread or
+    task: other ones run as they did. Compiled code is compiled anew for each restriction, with
+    masks of calls without a cache; others are refused.
 
     Args:
         model: a patched model.
