@@ -6,7 +6,7 @@ import socket
 
 import pytest
 import torch
-from models import snapshot
+from models import away_from_initialisation, snapshot
 from places import ROOT
 
 import tokengate
@@ -48,17 +48,30 @@ def test_the_language_model_example(monkeypatch, capsys):
 
 
 def test_the_adalora_example(capsys):
-    assert len(CODE) == 6
+    assert len(CODE) == 7
     scope = {}
     exec(CODE[1], scope)
     assert sum(scope["allocator"].ranks.values()) == 8
     assert str(scope["allocator"].ranks) in capsys.readouterr().out
 
 
+def test_the_example_of_regions():
+    scope = {}
+    exec(CODE[2], scope)
+    model, x, suffix = scope["model"], scope["x"], scope["suffix"]
+    away_from_initialisation(model)
+    with tokengate.disabled(model):
+        base = model(x)
+    with tokengate.restrict(model, suffix):
+        found = model(x)
+    assert torch.equal(found[~suffix], base[~suffix])
+    assert not torch.equal(found[suffix], base[suffix])
+
+
 def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(CODE[2], scope)
+    exec(CODE[3], scope)
     assert (tmp_path / "outputs" / "adapter" / "adapter_config.json").exists()
     assert "1 kept" in capsys.readouterr().out
     assert list(tokengate.layers(scope["model"])) == ["0"]
@@ -70,7 +83,7 @@ def test_the_example_of_a_page(monkeypatch, tmp_path):
     tokenizer.convert_ids_to_tokens = lambda ids: [f"token {number}" for number in ids.tolist()]
     model = tokengate.patch(small_llama(), ["q_proj"])
     scope = {"tokengate": tokengate, "model": model, "tokenizer": tokenizer}
-    exec(CODE[3], {**scope, "batch": tokenizer("a b c", return_tensors="pt")})
+    exec(CODE[4], {**scope, "batch": tokenizer("a b c", return_tensors="pt")})
     page = (tmp_path / "outputs" / "report.html").read_text()
     assert '"tokens":["token 3","token 4","token 5"]' in page
 
@@ -79,7 +92,7 @@ def test_the_example_that_is_seen(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="the viz extra is not installed")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(CODE[4], scope)
+    exec(CODE[5], scope)
     assert {path.name for path in tmp_path.iterdir()} == {"sparsity.png", "trajectories.png"}
     assert scope["history"].steps == list(range(0, 100, 10))
     assert scope["history"].sparsity[-1] > 0
@@ -96,7 +109,7 @@ def test_the_example_of_several_processes(monkeypatch):
     ids = torch.arange(3, 9)[None]
     scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
     try:
-        exec(CODE[5], scope)
+        exec(CODE[6], scope)
     finally:
         torch.distributed.destroy_process_group()
     assert {m.positions for m in scope["report"].modules.values()} == {6}
@@ -108,7 +121,8 @@ def test_the_table_of_methods():
     from tokengate.gates.registry import options_of
     from tokengate.methods import registry
 
-    rows = [line.split("|") for line in README.splitlines() if line.startswith('| `"')]
+    text = README.split("## The methods")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith('| `"')]
     options = {row[1].strip(' `"'): row[3] for row in rows}
     assert options["dora"].strip() == 'as `"lora"`'
     assert set(options) == {"lora", "dora", "adalora", "adapter"}
@@ -119,7 +133,8 @@ def test_the_table_of_methods():
 
 def test_the_api_table_names_what_there_is():
     table = README.split("## The API")[1].split("##")[0]
-    called = "patch unpatch disabled layers param_groups TauAdam record RankAllocator orthogonality"
+    called = "patch unpatch disabled restrict after register_gate layers "
+    called += "param_groups TauAdam record RankAllocator orthogonality"
     for name in (
         *called.split(),
         "register",
@@ -132,7 +147,9 @@ def test_the_api_table_names_what_there_is():
     ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)
-    others = "token_gate TokenGate SparsityReport TokenGateError Modification TokenView PatchView"
+    others = (
+        "Gate token_gate TokenGate SparsityReport TokenGateError Modification TokenView PatchView"
+    )
     for name in others.split():
         assert f"`{name}" in table
         assert hasattr(tokengate, name)

@@ -552,3 +552,24 @@ def test_refusals(call, says):
         call(model)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
+
+
+def test_a_restriction_to_one_modality():
+    """The language model's layers at image tokens alone, and the tower's nowhere."""
+    torch.manual_seed(0)
+    model = llava()
+    tokengate.patch(model, ["q_proj", "v_proj"], rank=2, gate=False)
+    away_from_initialisation(model)
+    ids = torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 5, 6]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    images = ids == IMAGE
+    where = {"*language_model*": images, "*": lambda name, shape: False}
+    with tokengate.restrict(model, where), tokengate.record(model, positions=True) as rec:
+        found = model(**inputs).logits
+    for name, is_open in rec.positions.items():
+        inside = images if "language_model" in name else torch.zeros_like(is_open[0])
+        assert torch.equal(is_open[0], inside), name
+    with tokengate.disabled(model):
+        base = model(**inputs).logits
+    assert torch.equal(found[:, :1], base[:, :1])
+    assert not torch.equal(found[:, 1:], base[:, 1:])

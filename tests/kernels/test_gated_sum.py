@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokengate
 from tokengate.gates.positions import Positions
 from tokengate.gates.threshold import TokenGate, opened
+from tokengate.kernels import change as change_module
 from tokengate.kernels import gated_sum
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
@@ -187,3 +188,26 @@ def test_a_caller_may_write_over_the_output(method, bias):
     assert torch.equal(h, wanted)
     h.sum().backward()
     assert layer.modification.B.grad.any()
+
+
+@pytest.mark.parametrize("gain", [False, True], ids=["plain", "gain"])
+@pytest.mark.parametrize("kind", ["factors", "whole", "traced"])
+def test_gradients_of_fractional_weights(gain, kind, monkeypatch):
+    """a in (0, 1) is an input like any other: its gradient is mu, also of the second order."""
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    w, z, up, factor, m = leaf(3, 5), leaf(3, 2), leaf(5, 2), leaf(5), leaf(3, 5)
+    a = torch.rand(3, dtype=torch.float64).mul(0.8).add(0.1).requires_grad_()
+    if kind == "traced":
+        monkeypatch.setattr(change_module, "is_eager", lambda *tensors: False)
+
+    def summed(w, a, *parts):
+        made = parts[0] if kind == "whole" else Factors(*parts)
+        return Change(w, None, made).add(a)
+
+    parts = (m,) if kind == "whole" else (z, up, factor) if gain else (z, up)
+    assert torch.autograd.gradcheck(summed, (w, a, *parts))
+    assert torch.autograd.gradgradcheck(summed, (w, a, *parts))

@@ -72,7 +72,7 @@ def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:
     length = states.shape[1]
     cache = next((bound[n] for n in _CACHES if bound.get(n) is not None), None)
     if cache is None:
-        return Window(0, length, ids)
+        return Window(0, length, ids, bool(bound.get("use_cache")))
     mask = bound.get("attention_mask")
     if hasattr(cache, "get_seq_length"):
         return Window(int(cache.get_seq_length()), length, ids, True)
