@@ -2,9 +2,8 @@
 
 A small transformer learns to redraw handwritten digits from noisy ones, patch by patch. One
 adapter teaches it to draw them black on white, another to draw outlines only. With `tokengate.use`
-each acts at its own patches of one picture, and the rest stays the base's.
-Nothing is downloaded; two cores
-need two minutes.
+each acts at its own patches of one picture, and the rest stays the base's. Nothing is downloaded;
+two cores need two minutes.
 
     python examples/regional_adapter.py --output outputs/regional_adapter
 """
