@@ -3,6 +3,7 @@
 import contextvars
 import copy
 import inspect
+import sys
 import threading
 
 import pytest
@@ -154,6 +155,51 @@ def test_other_threads_run_as_they_did():
     assert not torch.equal(here, free)
     assert all(torch.equal(each, free) for each in found)
     assert "restrict" not in " ".join(vars(layer))
+
+
+def test_threads_share_a_restriction_and_not_what_it_has_seen():
+    """Each prompt has its tokens elsewhere; a row of one is never cut as another's."""
+    model = llama(gate=False)
+    prompts = [ids_with(place, rows=1) for place in (1, 3, 5, 7)]
+    shared, wanted = tokengate.restrict(model, tokengate.after(INVOKE)), []
+    for ids in prompts:
+        with tokengate.restrict(model, tokengate.after(INVOKE)), torch.no_grad():
+            wanted.append(model(ids).logits)
+    assert not torch.equal(wanted[0], wanted[1])
+    wrong = []
+
+    def serve(ids, logits):
+        for _ in range(10):
+            with shared, torch.no_grad():
+                cache = model(ids[:, :9], use_cache=True).past_key_values
+                rest = model(ids[:, 9:], **{CACHE: cache}).logits
+            if (rest - logits[:, 9:]).abs().max() > 1e-4:
+                wrong.append(ids)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [
+            threading.Thread(target=serve, args=pair) for pair in zip(prompts, wanted, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    with shared, shared:  # entered twice, it ends twice
+        pass
+    ids = prompts[0]
+    assert not torch.equal(model(ids).logits, wanted[0])
+
+
+def test_a_call_without_positions():
+    layer = layer_of()
+    with tokengate.restrict(layer, MASK):
+        assert layer(torch.randn(0, 6)).shape == (0, 5)
+        assert layer(torch.randn(0, 5, 6)).shape == (0, 5, 5)
 
 
 def test_patterns_and_functions_choose_layers():

@@ -276,7 +276,8 @@ def _counted(mask: Tensor | None, inside: Tensor | None) -> Tensor | None:
     if inside is None:
         return mask
     if mask is None:
-        return (inside != 0).reshape(len(inside), -1) if inside.dim() else inside != 0
+        kept = inside != 0
+        return kept.flatten(1) if kept.dim() > 1 else kept.reshape(-1, 1)
     return (mask != 0) & (inside != 0).reshape(mask.shape)
 
 

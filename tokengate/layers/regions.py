@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -89,10 +89,17 @@ class Region:
 
     where: Any
     new: bool
-    fitted: list[bool] = field(default_factory=list)
+    fitted: bool = False
+
+    def anew(self) -> Region:
+        """The same, which has seen no call yet."""
+        where = After(self.where.ids) if isinstance(self.where, After) else self.where
+        return Region(where, self.new)
 
     def of(self, name: str, shape: torch.Size, window: Window | None) -> Tensor | bool:
         """Which positions of a call of the layer are inside: of `shape`, or one truth for all."""
+        if not shape.numel():  # an expert without tokens
+            return True
         if isinstance(self.where, Tensor):
             return self._aligned(self.where, name, shape, window or Window(0))
         if isinstance(self.where, After):
@@ -124,8 +131,7 @@ class Region:
             and mask.numel() == shape.numel()
             and (mask.shape == shape or len(shape) == 1)
         ):
-            if not self.fitted:
-                self.fitted.append(True)
+            self.fitted = True
             return mask.reshape(shape)
         length = shape[-1] if len(shape) == 2 else window.length
         if mask.dim() != 2 or length is None or shape.numel() % (length * len(mask)):
@@ -176,8 +182,8 @@ class Regional:
         return tuple(found)
 
 
-# What is active, from the first entered on: of each, the layers it is about.
-Restrictions: TypeAlias = tuple[Mapping[nn.Module, tuple[str, Region]], ...]
+# What is active, from the first entered on: who entered it, and the layers it is about.
+Restrictions: TypeAlias = tuple[tuple[object, Mapping[nn.Module, tuple[str, Region]]], ...]
 ACTIVE: ContextVar[Restrictions] = ContextVar("tokengate_restrictions", default=())
 
 
@@ -192,7 +198,7 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
             attend to.
     """
     found: Tensor | None = None
-    for each in ACTIVE.get():
+    for _, each in ACTIVE.get():
         if layer not in each:
             continue
         name, region = each[layer]

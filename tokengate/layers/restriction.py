@@ -66,11 +66,18 @@ class restrict:
         }
 
     def __enter__(self) -> None:
-        ACTIVE.set((*ACTIVE.get(), self._regions))
+        # What a region has seen belongs to this context, also where others enter the same object.
+        anew = {region: region.anew() for _, region in self._regions.values()}
+        regions = {layer: (name, anew[each]) for layer, (name, each) in self._regions.items()}
+        ACTIVE.set((*ACTIVE.get(), (self, regions)))
 
     def __exit__(self, *error: object) -> None:
         # Without itself, rather than as it was before: contexts may end in another order.
-        ACTIVE.set(tuple(each for each in ACTIVE.get() if each is not self._regions))
+        active = list(ACTIVE.get())
+        last = max((i for i, (who, _) in enumerate(active) if who is self), default=None)
+        if last is not None:
+            del active[last]
+        ACTIVE.set(tuple(active))
 
 
 def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:
