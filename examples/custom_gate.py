@@ -14,8 +14,7 @@ import copy
 from pathlib import Path
 
 import torch
-from custom_method import Reader, accuracy, train
-from sklearn.datasets import load_digits
+from custom_method import Reader, accuracy, load_images, train
 from torch import Tensor, nn
 
 import tokengate
@@ -44,11 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/custom_gate"))
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target))
-    upright = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
-    labels = torch.tensor(digits.target)[order]
-    turned = upright.rot90(1, (1, 2))
+    upright, turned, labels = load_images()
     test, rest = slice(0, 500), slice(500, None)
     base = Reader()
     train(base, [{"params": list(base.parameters()), "lr": 2e-3}], upright[rest], labels[rest], "")

@@ -90,6 +90,14 @@ class Reader(nn.Module):
         return self.head(x.mean(1))
 
 
+def load_images() -> tuple[Tensor, Tensor, Tensor]:
+    """Digits upright and on their side, (N, 8, 8) each, and what they are, in a random order."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target))
+    upright = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
+    return upright, upright.rot90(1, (1, 2)), torch.tensor(digits.target)[order]
+
+
 def train(model: nn.Module, groups: list[dict], images: Tensor, labels: Tensor, name: str) -> None:
     """400 steps of AdamW on random batches of 64."""
     optimizer = torch.optim.AdamW(groups)
@@ -115,11 +123,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/custom_method"))
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target))
-    upright = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
-    labels = torch.tensor(digits.target)[order]
-    turned = upright.rot90(1, (1, 2))
+    upright, turned, labels = load_images()
     test, rest = slice(0, 500), slice(500, None)
 
     base = Reader()
