@@ -297,7 +297,10 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, fold
     for processes in ("2", "1"):
         output = tmp_path / processes
         command = [*run, processes, *script, "--output", output, "--accumulate", 3 - int(processes)]
-        subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
+        done = subprocess.run(
+            list(map(str, command)), env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
         found = json.loads((output / folder / "results.json").read_text())
         assert found["on"]["processes"] == int(processes)
         logs.append([(e["loss"], e["tau_mean"]) for e in found["log"] if "loss" in e])
