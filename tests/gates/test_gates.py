@@ -294,3 +294,11 @@ def test_scale_penalty_reaches_entropy():
         found.append(layer.gate.c.grad.item())
     assert found[1] == pytest.approx(4 * found[0])
     assert isinstance(layer.gate, SigmoidGate)
+
+
+def test_an_adapter_with_other_options_of_its_gate_does_not_fit(tmp_path):
+    tokengate.save(layer_of(gate="random", gate_options={"sparsity": 0.9}), tmp_path)
+    into = layer_of(gate="random", gate_options={"sparsity": 0.1})
+    with one_sentence("sparsity=0.9 in the adapter and sparsity=0.1 in the model"):
+        tokengate.load(into, tmp_path)
+    tokengate.load(layer_of(gate="random", gate_options={"sparsity": 0.9}), tmp_path)

@@ -523,3 +523,84 @@ def test_what_is_no_region_of_an_adapter_is_refused(tmp_path):
             tokengate.use(model, wrong)
     with tokengate.use(model, {"a": MASK[:, :4]}), one_sentence("(2, 4)", "(2, 5)", "q_proj"):
         model(x)
+
+
+@pytest.mark.parametrize("how", ["chunks", "cropped", "interleaved", "head"])
+def test_after_knows_the_text_of_each_cache(how):
+    """Whatever is run in between, a cached call is what one forward of the whole text is."""
+    model, ids = llama(gate=False), ids_with(4, rows=1)
+    if how == "head":
+        tokengate.patch(model, ["lm_head"], rank=4, gate=False)
+        away_from_initialisation(model, 0.3)
+    with torch.no_grad(), tokengate.restrict(model, tokengate.after(INVOKE)):
+        whole = model(ids, use_cache=False).logits
+        cache = transformers.DynamicCache()
+        found = []
+        cuts = {
+            "chunks": [5, 9, 12],
+            "cropped": [8, 11],
+            "interleaved": [8, 12],
+            "head": [8, 9, 12],
+        }
+        start = 0
+        for end in cuts[how]:
+            found.append(model(ids[:, start:end], **{CACHE: cache}).logits)
+            start = end
+            if how == "interleaved":
+                model(torch.randint(10, 64, (1, 5)), use_cache=False)
+        if how == "cropped":
+            cache.crop(-3)
+            found = [found[0], model(ids[:, 8:], **{CACHE: cache}).logits]
+    with torch.no_grad(), tokengate.disabled(model):
+        base = model(ids, use_cache=False).logits
+    assert (whole - base)[:, 4:].abs().max() > 0.05
+    # In chunks, the first of its tokens was the base's when it was not yet known as one of them.
+    at = 5 if how == "chunks" else 0
+    if how == "chunks":
+        assert (torch.cat(found, 1) - base)[:, 5:].abs().max() > 0.05
+        return
+    torch.testing.assert_close(torch.cat(found, 1)[:, at:], whole[:, at:], rtol=1e-4, atol=1e-5)
+
+
+def test_after_does_not_guess_and_does_not_look_into_padding():
+    model, ids = llama(gate=False), ids_with(4)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        with (
+            tokengate.restrict(model, tokengate.after(INVOKE)),
+            one_sentence("not seen in this context"),
+        ):
+            model(ids[:, 8:], **{CACHE: cache})
+        padded = torch.cat([ids, torch.tensor([INVOKE, INVOKE])], 1)
+        mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 2, dtype=torch.long)], 1)
+        with tokengate.restrict(model, tokengate.after(INVOKE)):
+            wanted = model(ids).logits
+            found = model(padded, attention_mask=mask).logits[:, :12]
+            other = model(padded).logits[:, :12]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert (other - wanted).abs().max() > 0.05
+
+
+def test_equal_inputs_under_two_restrictions_are_computed_again_apart():
+    layer, x = layer_of().train(), torch.randn(2, 5, 6, requires_grad=True)
+    grads = []
+    for again in (False, True):
+        layer.zero_grad()
+        parts = []
+        for where in (MASK, ~MASK):
+            with tokengate.restrict(layer, where):
+                parts.append(checkpoint(layer, x, use_reentrant=False) if again else layer(x))
+        (parts[0].square().sum() + 3 * parts[1].sum()).backward()
+        grads.append(layer.modification.B.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+def test_copies_side_by_side_are_no_beams_and_an_expert_sees_other_positions():
+    model, x = net(), torch.randn(2, 5, 8)
+    with tokengate.restrict(model, MASK), one_sentence("(2, 5)", "(4, 5)"):
+        model(torch.cat([x, x]))
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    tokengate.patch(experts, "all-linear")
+    with one_sentence("'experts.0', an expert"):
+        tokengate.restrict(experts, MASK)
+    tokengate.restrict(experts, lambda name, shape: True)

@@ -255,6 +255,17 @@ def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
         return f"has a gate in the {gated} and none in the {ungated}"
     if layer.gate is not None and (found := GATES.name_of(type(layer.gate))) != config.gate:
         return f"has the gate {config.gate!r} in the adapter and {found!r} here"
+    if layer.gate is not None:
+        # What training starts from, and its own penalty, may differ.
+        free = ("tau", "penalty", "start")
+        there = with_defaults(type(layer.gate), config.gate_options)
+        here = with_defaults(type(layer.gate), layer.gate.options)
+        for option in sorted((there.keys() | here.keys()) - set(free)):
+            if there.get(option) != here.get(option):
+                return (
+                    f"has a gate with {option}={brief(there.get(option))} in the adapter and "
+                    f"{option}={brief(here.get(option))} in the model"
+                )
     check_options(kind, config.options)
     there = with_defaults(kind, config.options)
     here = with_defaults(kind, layer.modification.options)

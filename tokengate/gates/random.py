@@ -17,9 +17,10 @@ _CHANNELS, _BITS = 16, 24
 class RandomGate(Gate):
     """a_i = 0 with probability `sparsity`, else 1, whatever M(x) is.
 
-    Drawn from the seed and the first 16 numbers of x_i, so that a position is decided alike
-    whenever it is computed (again in backward, with a cache or without), and on every rank. Layers
-    that see the same input close the same positions, unless they are given other seeds.
+    Drawn from the seed and the bits of the first 16 numbers of x_i, so that a position is decided
+    alike whenever the same is computed (again in backward, on every rank); where x is rounded
+    otherwise, as with a cache and without, the draw is another. Layers that see the same input
+    close the same positions, unless they are given other seeds.
 
     Args:
         linear: the layer that is gated.

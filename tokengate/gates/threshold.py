@@ -120,7 +120,10 @@ class TokenGate(PenalisedGate):
         """A gate for a layer."""
         weight = linear.weight
         numbers = {**cls.option_defaults, **options}
-        return cls(**numbers, dtype=trainable_dtype(weight), device=weight.device)
+        gate = cls(**numbers, dtype=trainable_dtype(weight), device=weight.device)
+        # tau is saved as a tensor, and the penalty by itself.
+        gate.options = {k: v for k, v in options.items() if k not in ("tau", "penalty")}
+        return gate
 
     @property
     def threshold(self) -> Tensor:

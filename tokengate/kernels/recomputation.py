@@ -51,7 +51,10 @@ class MaskMemory:
         if any(a is not b for call in calls for a, b in zip(call.told, calls[0].told, strict=True)):
             sample = x.detach()[..., :_CHANNELS]
             distances = [(call.sample - sample).abs().float().sum() for call in calls]
-            best = int(torch.stack(distances).argmin())
+            least = torch.stack(distances).min()
+            # Of calls with equal inputs, as backward comes to them: the last first, each once.
+            alike = [i for i, distance in enumerate(distances) if distance == least]
+            best = next((i for i in alike if not calls[i].recalled), alike[0] if alike else 0)
         calls[best].recalled = True
         return calls[best].told
 

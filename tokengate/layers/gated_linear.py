@@ -223,7 +223,7 @@ class Gated(Swapped):
             counted = self._in_own_order(cast(Tensor, _counted(mask, part)), out)
             weights = self._in_own_order(part, out).to(Change(out, self.bias, m).dtype)
             if adapter.gate is not None:
-                change = Change(out, self.bias, m)
+                change = Change(out, self.bias, m if factors is None else factors)
                 a = adapter.gate(Positions(change, input, counted))
                 weights = torch.where(weights != 0, weights * a, 0)
             h = Change(h, self.bias, m).add(weights)

@@ -105,7 +105,7 @@ class use:
                     f"use was given {brief(each)}, and the model's adapters are "
                     f"{', '.join(map(repr, known))}: pass one of these, or None for the base model."
                 )
-        if rows is not None:
+        if rows is not None or isinstance(name, Mapping):
             routed = next(filter(is_expert, all_layers(model)), None)
             if routed is not None:
                 raise TokenGateError(
@@ -115,7 +115,7 @@ class use:
         self._before = [(layer, layer._in_use, layer._rows) for layer in self._layers]
         shared: Rows | Regional | None = None if rows is None else Rows(rows)
         if isinstance(name, Mapping):
-            regions = {n: Region(valid_where("use", where), True) for n, where in name.items()}
+            regions = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
             places: dict[nn.Module, str] = {m: n for n, m in all_layers(model).items()}
             shared = Regional(places, regions)
         try:

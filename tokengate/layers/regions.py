@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.windows import Window, current_window
+
+_UNSEEN = -1  # is no token
+_WAITING = 32  # calls whose cache may come back
 
 # Of a layer's name and the shape of its positions, (B, T): which are inside, a tensor of that shape
 # or one truth for all.
@@ -27,46 +31,67 @@ class After:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.ids = token_ids
-        # Of the call before, which this one goes on from if it has a cache of as many positions.
-        self._first: Tensor | None = None
-        self._total = -1
+        # The text that each cache has, as far as it was seen here; -1 where it was not.
+        self._texts: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        # Those of calls that may have made a cache of their own, which is known when it comes back.
+        self._loose: list[Tensor] = []
 
     def first(self, window: Window, name: str) -> Tensor:
         """In each row, the first position inside, `(B, 1)`; beyond the end if there is none."""
-        known = window.memo.get(self)
-        if known is None:
+        if self not in window.memo:
             if window.ids is None:
                 raise TokenGateError(
                     f"tokengate.after cannot tell where the tokens of {name!r} are, since no "
                     "module around it was called with input_ids: pass a mask, or restrict other "
                     "layers alone, {'pattern': tokengate.after(...)}."
                 )
-            known = window.memo[self] = self._found(window.ids, window.start)
-        return known
+            window.memo[self] = self._found(window, window.ids, name)
+        first: Tensor = window.memo[self]
+        return first
 
-    def _found(self, ids: Tensor, start: int) -> Tensor:
-        wanted = torch.tensor(self.ids, device=ids.device)
+    def _found(self, window: Window, ids: Tensor, name: str) -> Tensor:
+        before = ids.new_full((len(ids), window.start), _UNSEEN)
+        seen = None if window.cache is None else self._texts.get(window.cache, self._made(before))
+        if seen is not None and len(seen) == len(ids) and seen.shape[1] >= window.start:
+            before = seen[:, : window.start].to(ids.device)  # what was cropped is forgotten
+        text = torch.cat([before, ids], 1)
+        if window.cache is not None:
+            self._texts[window.cache] = text
+        else:
+            self._loose = [*self._loose[1 - _WAITING :], text]
+        searched = text
+        if window.real is not None and window.real.shape == text.shape:
+            searched = text.masked_fill(window.real.to(text.device) == 0, _UNSEEN)
         never = torch.iinfo(torch.long).max
         first = torch.full((len(ids), 1), never, device=ids.device)
-        continued = start > 0 and start == self._total and self._first is not None
-        if continued and len(self._first) == len(ids):  # type: ignore[arg-type]
-            first = self._first.to(ids.device)  # type: ignore[union-attr]
-        # What is generated goes on as the prompt did.
-        if ids.shape[1] >= len(wanted) and not (continued and ids.shape[1] == 1):
-            hits = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)
+        wanted = torch.tensor(self.ids, device=ids.device)
+        if text.shape[1] >= len(wanted):
+            hits = (searched.unfold(1, len(wanted), 1) == wanted).all(-1)
             places = torch.arange(hits.shape[1], device=ids.device).expand_as(hits)
             last = torch.where(hits, places, -1).amax(1, keepdim=True)
-            first = torch.where(last >= 0, start + last, first)
-        self._first, self._total = first, start + ids.shape[1]
+            first = torch.where(last >= 0, last, first)
+        if (before == _UNSEEN).any() and (first == never).any():
+            raise TokenGateError(
+                f"tokengate.after cannot tell whether {name!r} is called after its tokens: the "
+                f"cache has {window.start} positions that were not seen in this context: compute "
+                "them within it, or pass a mask."
+            )
         return first
+
+    def _made(self, before: Tensor) -> Tensor | None:
+        """The one text that a cache of so many positions can be of; None if there are others."""
+        alike = [text for text in self._loose if text.shape == before.shape]
+        one = bool(alike) and all(torch.equal(text, alike[0]) for text in alike)
+        return alike[0] if one else None
 
 
 def after(token_ids: Sequence[int]) -> After:
     """For `restrict`: the positions from the last occurrence of these tokens on, row by row.
 
     As an activated LoRA's (aLoRA) invocation: the tokens themselves are inside. A row without them
-    runs as the base. With a cache, what is generated is inside if its row's prompt had them. The
-    tokens are looked for in the `input_ids` that the module around a layer is called with.
+    runs as the base. They are looked for, padding left out, in the `input_ids` that the module
+    around a layer is called with and in those that its cache was made of; what is generated is
+    inside if its row has them; without a cache, from the last of them on, be it generated itself.
 
     Args:
         token_ids: one or more, in their order.
@@ -138,7 +163,7 @@ class Region:
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
         end = window.start + length
         # Longer than the mask is only what goes on from what it fitted: generated tokens.
-        if end > mask.shape[1] and not (window.start or self.fitted):
+        if end > mask.shape[1] and not self.fitted:
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
         if window.start == 0 and end < mask.shape[1] and not window.cached:
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
@@ -146,8 +171,13 @@ class Region:
         beyond = length - part.shape[1]
         if beyond:
             part = torch.cat([part, part.new_full((len(mask), beyond), self.new)], 1)
+        if end == mask.shape[1]:
+            self.fitted = True
+        beams = shape.numel() // part.numel()
+        if beams > 1 and window.ids is None:
+            raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
         # Beams of one sample stand side by side.
-        return part.repeat_interleave(shape.numel() // part.numel(), 0).reshape(shape)
+        return part.repeat_interleave(beams, 0).reshape(shape)
 
     def _unfit(self, name: str, shape: torch.Size, what: str) -> TokenGateError:
         return TokenGateError(

@@ -12,6 +12,7 @@ from tokengate.errors import TokenGateError
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers
 from tokengate.layers.regions import ACTIVE, Region, valid_where
+from tokengate.linears.experts import is_expert
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
@@ -61,6 +62,13 @@ class restrict:
             )
         switch("new", new)
         regions = _by_layer(where, list(patched), new)
+        for name, region in regions.items():
+            if is_expert(name) and not callable(region.where):
+                raise TokenGateError(
+                    f"restrict was given a mask of whole sequences for {name!r}, an expert, which "
+                    "sees the positions that are routed there: restrict other layers, "
+                    "{'pattern': mask}, or pass a function (name, shape) -> mask."
+                )
         self._regions: Mapping[nn.Module, tuple[str, Region]] = {
             patched[name]: (name, each) for name, each in regions.items()
         }

@@ -23,6 +23,8 @@ class Window:
 
     Attributes:
         cached: whether more may follow, in calls that go on from a cache.
+        cache: the cache itself, by which such calls are known.
+        real: the padding mask of all positions so far, `(B, start + length)`, or None.
         memo: what was found out about them, once for all layers.
     """
 
@@ -30,6 +32,8 @@ class Window:
     length: int | None = None
     ids: Tensor | None = None
     cached: bool = False
+    cache: Any = None
+    real: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -71,13 +75,14 @@ def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:
         return None
     length = states.shape[1]
     cache = next((bound[n] for n in _CACHES if bound.get(n) is not None), None)
-    if cache is None:
-        return Window(0, length, ids, bool(bound.get("use_cache")))
     mask = bound.get("attention_mask")
+    real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if cache is None:
+        return Window(0, length, ids, bool(bound.get("use_cache")), None, real)
     if hasattr(cache, "get_seq_length"):
-        return Window(int(cache.get_seq_length()), length, ids, True)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return Window(mask.shape[1] - length, length, ids, True)
+        return Window(int(cache.get_seq_length()), length, ids, True, cache, real)
+    if real is not None:
+        return Window(real.shape[1] - length, length, ids, True, cache, real)
     raise TokenGateError(
         f"restrict found {type(module).__name__} called with a {type(cache).__name__}, which does "
         "not tell how many positions it has: pass an attention_mask (B, T) of all positions."
