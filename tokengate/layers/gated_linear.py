@@ -221,9 +221,9 @@ class Gated(Swapped):
             factors = adapter.modification.factors(input, w, cast(LinearLike, self))
             m = _whole(adapter.modification, input, w) if factors is None else factors.product(w)
             counted = self._in_own_order(cast(Tensor, _counted(mask, part)), out)
-            weights = self._in_own_order(part, out).to(Change(out, self.bias, m).dtype)
+            change = Change(out, self.bias, m if factors is None else factors)
+            weights = self._in_own_order(part, out).to(change.dtype)
             if adapter.gate is not None:
-                change = Change(out, self.bias, m if factors is None else factors)
                 a = adapter.gate(Positions(change, input, counted))
                 weights = torch.where(weights != 0, weights * a, 0)
             h = Change(h, self.bias, m).add(weights)

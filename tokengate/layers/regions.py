@@ -6,7 +6,7 @@ Nothing of it is kept on a model: it lives in a context variable. `restriction` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,10 +20,6 @@ from tokengate.layers.windows import Window, current_window
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
-
-# Of a layer's name and the shape of its positions, (B, T): which are inside, a tensor of that shape
-# or one truth for all.
-Chooses: TypeAlias = Callable[[str, torch.Size], Tensor | bool]
 
 
 class After:
@@ -202,14 +198,9 @@ class Regional:
         self, layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool
     ) -> tuple[Tensor, ...]:
         """As `inside` below, for each adapter in their order."""
-        window = Window(0) if elsewhere else current_window()
-        found = []
-        for region in self.regions.values():
-            part = region.of(self.names.get(layer, "a layer"), shape, window)
-            if isinstance(part, bool):
-                part = torch.full(shape, part, device=states.device)
-            found.append(part.to(states.device))
-        return tuple(found)
+        name = self.names.get(layer, "a layer")
+        regions = self.regions.values()
+        return tuple(_asked(region, name, shape, states, elsewhere) for region in regions)
 
 
 # What is active, from the first entered on: who entered it, and the layers it is about.
@@ -232,11 +223,7 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
         if layer not in each:
             continue
         name, region = each[layer]
-        window = Window(0) if elsewhere else current_window()
-        part = region.of(name, shape, window)
-        if isinstance(part, bool):
-            part = torch.full(shape, part, device=states.device)
-        part = part.to(states.device)
+        part = _asked(region, name, shape, states, elsewhere)
         if found is None:
             found = part
         elif found.dtype == part.dtype == torch.bool:
@@ -244,6 +231,14 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
         else:
             found = found * part
     return found
+
+
+def _asked(region: Region, name: str, shape: torch.Size, states: Tensor, elsewhere: bool) -> Tensor:
+    """What one region says of a call, as a tensor beside its input."""
+    part = region.of(name, shape, Window(0) if elsewhere else current_window())
+    if isinstance(part, bool):
+        return torch.full(shape, part, device=states.device)
+    return part.to(states.device)
 
 
 def valid_where(asked: str, where: Any) -> Any:
