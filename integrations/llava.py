@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -159,16 +159,59 @@ def record_modalities(model: nn.Module) -> Iterator[Recorder]:
             if a layer is in none of the parts; in a forward, if the language model is run without
             `input_ids`, or a layer in it has other positions than they have.
     """
-    tokens = _image_tokens(model)
+    with (
+        _modalities(model, "record_modalities") as groups,
+        tokengate.record(model, groups=groups) as recorder,
+    ):
+        yield recorder
+
+
+@contextlib.contextmanager
+def restrict_to(model: nn.Module, modality: str) -> Iterator[None]:
+    """`tokengate.restrict` to the positions of images, or to those of text:
+
+        with restrict_to(model, "image"):
+            model.generate(**batch)
+
+    Which these are, `record_modalities` says. So "text" leaves the vision tower and the projector
+    as the base's, and "image" what is generated.
+
+    Args:
+        model: a patched vision-language model of transformers.
+        modality: "image" or "text".
+
+    Raises:
+        TokenGateError: `modality` is another; and as `record_modalities` and `tokengate.restrict`.
+    """
+    if modality not in ("image", "text"):
+        raise TokenGateError(
+            f"restrict_to was asked for {brief(modality)}: choose 'image' or 'text'."
+        )
+    with _modalities(model, "restrict_to") as groups:
+
+        def where(name: str, shape: torch.Size) -> Tensor | bool:
+            found = groups(name, shape)[modality]
+            return found if isinstance(found, bool) else found.reshape(shape)
+
+        with tokengate.restrict(model, where):
+            yield
+
+
+@contextlib.contextmanager
+def _modalities(
+    model: nn.Module, asked: str
+) -> Iterator[Callable[[str, torch.Size], dict[str, Tensor | bool]]]:
+    """What tells of a layer and the shape of its positions which of them are of what."""
+    tokens = _image_tokens(model, asked)
     names = list(tokengate.layers(model))
     for name in names:
         if _part_of(name) is None and model.get_submodule(name) is not output_head(model):
             raise TokenGateError(
-                f"record_modalities was asked of a {type(model).__name__} whose patched layer "
-                f"{name!r} is in none of {', '.join(PARTS)}, so that its positions could be "
-                "anything: exclude it, or use tokengate.record."
+                f"{asked} was asked of a {type(model).__name__} whose patched layer {name!r} is in "
+                f"none of {', '.join(PARTS)}, so that its positions could be anything: exclude it, "
+                "or use tokengate.record and tokengate.restrict."
             )
-    ids = _InputIds(tokens)
+    ids = _InputIds(tokens, asked)
 
     def groups(name: str, shape: torch.Size) -> dict[str, Tensor | bool]:
         if _part_of(name) in ("vision", "projector"):
@@ -176,15 +219,15 @@ def record_modalities(model: nn.Module) -> Iterator[Recorder]:
         is_image = ids.are_images(name, shape)
         return {"image": is_image, "text": ~is_image}
 
-    with tokengate.record(model, groups=groups) as recorder, ids.followed(model, names):
-        yield recorder
+    with ids.followed(model, names):
+        yield groups
 
 
 class _InputIds:
     """The `input_ids` of the forward that is running, `(B, T)`, as what is an image's in them."""
 
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: list[int], asked: str) -> None:
+        self._tokens, self._asked = tokens, asked
         self._is_image: Tensor | None = None
         self._outside: dict[nn.Module, Tensor | None] = {}
 
@@ -217,14 +260,14 @@ class _InputIds:
         known = self._is_image
         if known is None:
             raise TokenGateError(
-                f"record_modalities met {name!r} in a forward without input_ids, which tell images "
+                f"{self._asked} met {name!r} in a forward without input_ids, which tell images "
                 "from text: call the whole model, with input_ids instead of inputs_embeds."
             )
         if shape not in (known.shape, known.flatten().shape):
             raise TokenGateError(
-                f"record_modalities met {name!r} with positions of the shape {tuple(shape)}, where "
-                f"the input_ids are {tuple(known.shape)}: exclude the layer, or use "
-                "tokengate.record."
+                f"{self._asked} met {name!r} with positions of the shape {tuple(shape)}, where the "
+                f"input_ids are {tuple(known.shape)}: exclude the layer, or use tokengate.record "
+                "and tokengate.restrict."
             )
         return known
 
@@ -248,12 +291,12 @@ def _around(layer: str) -> Iterator[str]:
             return
 
 
-def _image_tokens(model: nn.Module) -> list[int]:
+def _image_tokens(model: nn.Module, asked: str) -> list[int]:
     config = getattr(model, "config", None)
     found = {getattr(config, name, None) for name in _IMAGE_TOKENS} - {None}
     if not found:
         raise TokenGateError(
-            f"record_modalities was asked of a {type(model).__name__} whose config has no "
+            f"{asked} was asked of a {type(model).__name__} whose config has no "
             "image_token_id: pass a vision-language model of transformers that puts images where "
             "its input_ids have that token."
         )

@@ -47,6 +47,19 @@ class Keeps(nn.Linear):
         return self.given
 
 
+def small_llama():
+    """A LLaMA of three layers, in evaluation, with weights large enough to matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 def snapshot(model):
     """Everything by which a model could differ: objects, classes, values and flags."""
     return {

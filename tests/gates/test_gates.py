@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tokengate
 from tokengate.gates import Positions, RandomGate, SigmoidGate, registry
@@ -36,6 +37,10 @@ def own(monkeypatch):
             return torch.sigmoid(2 * (positions.r.clamp(max=1e3) - self.limit))
 
     return Soft
+
+
+class Traced(torch.Tensor):
+    """Is no plain tensor, so that a layer takes the way that can be traced."""
 
 
 def layer_of(method="lora", gate="threshold", bias=True, dtype=torch.float64, **options):
@@ -71,6 +76,72 @@ def test_a_gate_gets_mu_at_every_position_and_the_sum_is_weighed(own, method, bi
     a.backward(torch.from_numpy(grad_a))
     assert abs(limit.grad) > 1e-3
     torch.testing.assert_close(layer.gate.limit.grad.reshape(()), limit.grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_gradients_flow_through_sizes(own, method, bias, traced):
+    """As plain autograd has them, of h = w + a m with a from ||m|| / ||w||."""
+    layer = layer_of(method, "soft", bias)
+    layer.weight.requires_grad_(True)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    x[3] = 0  # w_i = 0, r is infinite and clamped: no gradient is NaN
+    grad = torch.randn(4, 5, dtype=torch.float64)
+
+    def plain(x):
+        w = nn.functional.linear(x, layer.weight)
+        m = layer.modification.factors(x, w, layer).product(w)
+        some = (w != 0).any(-1)
+        r = torch.linalg.vector_norm(m, dim=-1) / torch.where(some, w.norm(dim=-1), 1)
+        a = torch.sigmoid(2 * (torch.where(some, r, torch.inf).clamp(max=1e3) - layer.gate.limit))
+        return w + a.unsqueeze(-1) * m + (layer.bias if bias else 0), a
+
+    def gradients(h, inputs):
+        return torch.autograd.grad(h, inputs, grad)
+
+    own_x = x.clone().requires_grad_()
+    inputs = (own_x, *(p for p in layer.parameters() if p.requires_grad))
+    h, a = plain(own_x)
+    some = torch.autograd.grad(a.sum(), inputs[1:], retain_graph=True, allow_unused=True)
+    assert max(g.abs().max() for g in some if g is not None) > 1e-3
+    wanted = gradients(h, inputs)
+    found = gradients(layer(own_x.as_subclass(Traced) if traced else own_x), inputs)
+    for one, other in zip(found, wanted, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(one.as_subclass(torch.Tensor), other)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_buffer_is_fed_in_backward(method, traced):
+    """Q = sum of g g', g_i = dL/dz_i as if a_i were 1, at closed positions too; once each."""
+
+    class Fed(tokengate.Gate):
+        def __init__(self, linear):
+            super().__init__(linear)
+            self.register_buffer("Q", torch.zeros(3, 3, dtype=torch.float64))
+
+        def weights(self, positions):
+            positions.learn(self.add)
+            return positions.x[..., 0] > 0
+
+        def add(self, z, g):
+            self.Q += (g.flatten(0, -2).T @ g.flatten(0, -2)).detach()
+
+    layer, x = layer_of(method, Fed), torch.randn(2, 4, 6, dtype=torch.float64)
+    grad = torch.randn(2, 4, 5, dtype=torch.float64)
+    if traced:
+        x = x.as_subclass(Traced)
+    w = nn.functional.linear(x, layer.weight)
+    factors = layer.modification.factors(x, w, layer)
+    g = (grad @ factors.up).reshape(-1, 3).detach()
+    is_open = (x[..., 0] > 0).flatten()
+    assert 0 < is_open.sum() < 8
+    once = g.T @ g
+    for _ in range(2):  # micro-batches
+        checkpoint(layer, x.requires_grad_(), use_reentrant=False).backward(grad)
+    torch.testing.assert_close(layer.gate.Q, 2 * once)
 
 
 def test_positions_tell_what_they_say():
@@ -302,3 +373,20 @@ def test_an_adapter_with_other_options_of_its_gate_does_not_fit(tmp_path):
     with one_sentence("sparsity=0.9 in the adapter and sparsity=0.1 in the model"):
         tokengate.load(into, tmp_path)
     tokengate.load(layer_of(gate="random", gate_options={"sparsity": 0.9}), tmp_path)
+
+
+@pytest.mark.parametrize("value", [(1, 2), float("nan"), {1}])
+def test_options_that_json_cannot_hold_are_not_saved(value, tmp_path):
+    class Odd(tokengate.Gate):
+        def __init__(self, linear, *, odd=None):
+            super().__init__(linear)
+
+        def weights(self, positions):
+            return positions.r >= 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry.GATES, "kinds", {**registry.GATES.kinds, "odd": Odd})
+        model = tokengate.patch(Net(), ["fc1"], gate="odd", gate_options={"odd": value})
+        with one_sentence("save found odd=", "JSON cannot hold"):
+            tokengate.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())

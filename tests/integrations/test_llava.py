@@ -5,14 +5,14 @@ import re
 import pytest
 import reference
 import torch
-from models import away_from_initialisation, snapshot
+from models import away_from_initialisation, one_sentence, snapshot
 from torch import nn
 
 import tokengate
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
-from tokengate.integrations.llava import llava_targets, record_modalities  # noqa: E402
+from tokengate.integrations.llava import llava_targets, record_modalities, restrict_to  # noqa: E402
 
 IMAGE, VIDEO = 63, 62
 TEXT = {
@@ -412,6 +412,33 @@ def test_in_generate_the_new_tokens_are_text(cached, side):
     for name in llava_targets(llava(), "language", ["q_proj", "v_proj"]):
         found = tuple(report.modules[name].positions for report in rec.reports().values())
         assert found == wanted
+
+
+def test_restricted_to_a_modality():
+    model, given = everywhere(llava(), tau=0.0), llava_batch("left")
+    images = given["input_ids"] == IMAGE
+    real = given["attention_mask"].bool()
+    kept = {}
+    for modality in ("image", "text"):
+        with restrict_to(model, modality), tokengate.record(model, positions=True) as rec:
+            model(**given)
+        kept[modality] = rec.positions
+    for name in kept["image"]:
+        (of_images,), (of_text,) = kept["image"][name], kept["text"][name]
+        if "language_model" in name:
+            assert of_images[images & real].any()
+            assert not of_images[~images].any()
+            assert of_text[~images & real].any()
+            assert not of_text[images].any()
+        else:
+            assert of_images.any()
+            assert not of_text.any()
+    # What is generated is text, and the cache is of what was restricted alike.
+    with restrict_to(model, "text"):
+        whole, cached = (generate(model, given, cached) for cached in (False, True))
+    assert torch.equal(whole, cached)
+    with one_sentence("restrict_to was asked for 'sound'", "'image' or 'text'"):
+        restrict_to(model, "sound").__enter__()
 
 
 def test_beams_and_the_inner_model():

@@ -148,7 +148,7 @@ def test_its_own_output_is_written_over_unless_someone_watches(monkeypatch):
     written = []
     apply = gated_sum.GatedSum.apply
     monkeypatch.setattr(
-        gated_sum.GatedSum, "apply", lambda *args: written.append(args[-1]) or apply(*args)
+        gated_sum.GatedSum, "apply", lambda *args: written.append(args[-2]) or apply(*args)
     )
     plain = layer(x)
     with Watched() as watched:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, one_sentence
+from models import Net, away_from_initialisation, one_sentence, small_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,13 +40,7 @@ def layer_of(method="lora", gate="threshold", dtype=torch.float32, bias=True):
 
 
 def llama(gate="threshold", dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        initializer_range=0.2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = small_llama().to(dtype)
     tokengate.patch(model, ["q_proj", "k_proj", "v_proj", "up_proj"], rank=4, gate=gate, **options)
     return away_from_initialisation(model, 0.3)
 
@@ -232,9 +226,10 @@ def test_rows_of_several_adapters_are_restricted_too(tmp_path):
     assert (one - model(x)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_what_is_computed_again_is_restricted_again(reentrant):
-    model, x = net(), torch.randn(2, 5, 8, requires_grad=True)
+def test_what_is_computed_again_is_restricted_again(reentrant, training):
+    model, x = net().train(training), torch.randn(2, 5, 8, requires_grad=True)
     grads = []
     for again in (False, True):
         model.zero_grad()
@@ -442,6 +437,21 @@ def test_a_mask_that_fits_no_call_is_an_error_with_both_shapes(shape):
     mask = torch.ones(shape, dtype=torch.bool)
     with tokengate.restrict(model, mask), one_sentence(str(shape), "(2, 5)", "blocks.0.q_proj"):
         model(x)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_mask_goes_on_only_with_what_it_fitted(cached):
+    model = llama()
+    ids, mask = torch.randint(1, 64, (1, 12)), torch.ones(1, 6, dtype=torch.bool)
+    longer = ids if cached else ids[:, :8]
+    with tokengate.restrict(model, mask):
+        model(ids[:, :6], use_cache=cached)
+        if not cached:
+            model(ids[:, :7], use_cache=False)  # the next token, of a generation without a cache
+            model(ids[:, :8], use_cache=False)
+            model(ids[:, :6], use_cache=False)
+        with one_sentence("(1, 6)", f"(1, {longer.shape[1]})"):
+            model(longer, use_cache=cached)
 
 
 def test_other_refusals(tmp_path):

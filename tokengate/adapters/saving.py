@@ -247,7 +247,7 @@ def _gate_name(name: str, gate: Gate) -> str:
 
 def _as_json(config: AdapterConfig) -> str:
     for name, layer in config.layers.items():
-        for option, value in layer.options.items():
+        for option, value in [*layer.options.items(), *layer.gate_options.items()]:
             try:
                 same = json.loads(json.dumps(value, allow_nan=False)) == value
             except (TypeError, ValueError):
@@ -255,7 +255,7 @@ def _as_json(config: AdapterConfig) -> str:
             if not same:
                 raise TokenGateError(
                     f"save found {option}={brief(value)} in {name!r}, which JSON cannot hold: give "
-                    "the method options of numbers, texts, lists and None."
+                    "method and gate options of numbers, texts, lists and None."
                 )
     return json.dumps(config.to_dict(), indent=1, allow_nan=False)
 

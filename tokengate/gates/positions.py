@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from tokengate.kernels.change import Change
-from tokengate.kernels.factors import Factors
-from tokengate.kernels.norms import Norms, ldexp, ratios
+from tokengate.kernels.factors import Factors, Learn
+from tokengate.kernels.norms import Norms, ratios
 
 
 class Positions:
     """The positions of one call of a layer, of shape `(...)`; computed when asked for.
 
-    Sizes are constants: no gradient flows through them. They are in `dtype`, float32, or float64
-    where the layer is.
+    Sizes are in `dtype`, float32, or float64 where the layer is. Gradients flow through r, m_norm
+    and w_norm into M(x) and w; where they are not wanted, take `.detach()`.
 
     Args:
         change: M(x) beside the output of the layer.
@@ -46,22 +46,31 @@ class Positions:
         """The input in the low-rank space, `(..., rank)`; None where the method has no factors."""
         return self._change.m.z if isinstance(self._change.m, Factors) else None
 
+    def learn(self, call: Learn) -> None:
+        """In backward, `call(z, g)`: g_i = dL/dz_i as if a_i were 1, `(..., rank)`; of factors.
+
+        Once for each backward of this call, also where activations are computed again, and not in
+        code that is compiled.
+        """
+        self._change.learn = call
+
     @property
     def norms(self) -> tuple[Norms, Norms]:
-        """||m_i|| and ||w_i|| each as n 2^e, which no size of numbers can overflow."""
+        """||m_i|| and ||w_i|| as n 2^e, which no size of numbers can overflow; as constants."""
         return self._change.norms()
 
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
-        return ratios(*self.norms)
+        of_m, of_w = self._change.sizes()
+        return ratios((of_m, 0), (of_w, 0))
 
     @property
     def m_norm(self) -> Tensor:
         """||m_i||, `(...)`."""
-        return ldexp(*self.norms[0])
+        return self._change.sizes()[0]
 
     @property
     def w_norm(self) -> Tensor:
         """||w_i|| = ||W0 x_i||, `(...)`."""
-        return ldexp(*self.norms[1])
+        return self._change.sizes()[1]

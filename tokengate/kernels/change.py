@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from tokengate.kernels.eager import is_eager, is_watched
-from tokengate.kernels.factors import Factors
+from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.gated_sum import (
     GatedSum,
     gated_sum,
+    norm_from_gram,
     norms_of_product,
     norms_without_bias,
     product_with_gain,
     without_bias,
 )
-from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
+from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms, reshaped
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum
 
@@ -47,6 +48,8 @@ class Change:
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
+        #: Of factors: is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`.
+        self.learn: Learn | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +62,26 @@ class Change:
         if self._norms is None:
             self._norms = self._measured()
         return self._norms
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """The same as plain numbers in `dtype`, with gradients to M(x) and w.
+
+        Of factors without a gain from the r x r products of up's columns; else M(x) is kept.
+        """
+        out, m = self.out, self.m
+        parts = (out, m.z, m.up) if isinstance(m, Factors) else (out, m)
+        if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+            return ldexp(*self.norms()[0]), ldexp(*self.norms()[1])
+        self._in_place = False  # `out` is kept
+        with without_autocast(out.device):
+            w = without_bias(out, self.bias)
+            if isinstance(m, Factors) and m.gain is None:
+                m.check(out)
+                of_m = norm_from_gram(m.z, m.up).to(self.dtype)
+            else:
+                m = m.product(w) if isinstance(m, Factors) else m
+                of_m = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
+            return of_m, torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
 
     def _measured(self) -> tuple[Norms, Norms]:
         with torch.no_grad(), without_autocast(self.out.device):
@@ -96,13 +119,14 @@ class Change:
             with without_autocast(out.device):
                 if not torch.is_grad_enabled():
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
-                return _applied(GatedSum, out, bias, *factors, a, product, self._in_place)
+                in_place = self._in_place
+                return _applied(GatedSum, out, bias, *factors, a, product, in_place, self.learn)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:
             with torch.no_grad():
                 product = m.product(without_bias(out, bias))
-        return _applied(FactoredSum, out, product, bias, *factors, a)
+        return _applied(FactoredSum, out, product, bias, *factors, a, self.learn)
 
 
 def _applied(function: type[torch.autograd.Function], *args: object) -> Tensor:

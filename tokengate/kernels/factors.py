@@ -7,7 +7,9 @@ needs z and `up`, not M(x) itself, which is as large as the layer's output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError
 from tokengate.kernels.precision import without_autocast
+
+# What is called in backward with z and its gradient, `(..., rank)` both.
+Learn: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)

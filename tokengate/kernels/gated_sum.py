@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokengate.kernels.factors import Learn
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
@@ -40,6 +41,7 @@ class GatedSum(torch.autograd.Function):
         a: Tensor | None,
         product: Tensor | None,
         in_place: bool,
+        learn: Learn | None,
     ) -> Tensor:
         h = gated_sum(out, bias, z, up, gain, a, product, in_place)
         written = out if in_place else product
@@ -47,6 +49,7 @@ class GatedSum(torch.autograd.Function):
             ctx.mark_dirty(written)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
+        ctx.learn = learn
         return h
 
     @staticmethod
@@ -56,6 +59,8 @@ class GatedSum(torch.autograd.Function):
         grad_out, grad_bias, grad_z, grad_up, grad_gain, mu = grad, *[None] * 5
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
+        if ctx.learn is not None:
+            ctx.learn(z, down)
         if needs_up:
             # 16-bit products are quicker this way round, wider ones the other.
             weighted_z = _weighted(a, z).reshape(-1, z.shape[-1])
@@ -78,7 +83,7 @@ class GatedSum(torch.autograd.Function):
             grad_out = grad_out.view(grad.shape)
             if mu is not None:
                 mu = mu + mu_of_w.view(mu.shape)
-        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None, None
 
 
 def gated_sum(
@@ -214,9 +219,15 @@ def norms_of_product(z: Tensor, up: Tensor) -> Norms:
         in_range = least.item() > 1e-30 and largest.item() < 1e30
         if in_range and (square / bound).amin().item() > 1e-3:
             return square.sqrt_(), 0
+    return norm_from_gram(z, up), 0
+
+
+def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
+    """||up z_i||, `(..., r), (C, r) -> (...)`, which has gradients: 0 where it is 0."""
     wide = torch.float32 if z.device.type == "mps" else torch.float64  # which mps has not
     square, _ = _from_gram(z, up, wide)
-    return square.clamp_(min=0).sqrt_(), 0  # a NaN stays one
+    some = ~(square <= 0)  # a NaN stays one
+    return torch.where(some, square, 1).sqrt().where(some, 0)
 
 
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

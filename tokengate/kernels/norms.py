@@ -62,8 +62,9 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
     Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
     """
     (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
-    found = ldexp(m_norm, m_exponent - w_exponent) / w_norm
-    return torch.where((w_norm == 0) | found.isnan(), torch.inf, found)
+    none = w_norm == 0
+    found = ldexp(m_norm, m_exponent - w_exponent) / torch.where(none, 1, w_norm)
+    return torch.where(none | found.isnan(), torch.inf, found)
 
 
 def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:

@@ -30,13 +30,16 @@ class MaskMemory:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
-    def settle(self, x: Tensor, *told: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What the call with input `x` was told: `told`, or in backward what it was in forward."""
+    def settle(self, keep: bool, x: Tensor, *told: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the call with input `x` was told: `told`, or in backward what it was in forward.
+
+        `keep` says whether that is worth remembering.
+        """
         if torch.compiler.is_compiling():
             return told
         if in_backward():
             return self._recall(x, told)
-        if _in_checkpoint():
+        if keep and _in_checkpoint():
             # Not before: a graph that is kept is computed again for every backward.
             self._calls = [call for call in self._calls if not call.recalled][1 - _WAITING :]
             sample = x.detach()[..., :_CHANNELS].clone()

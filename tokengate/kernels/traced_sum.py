@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokengate.kernels.factors import Learn
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import accumulation_dtype
 
@@ -63,12 +64,13 @@ class FactoredSum(torch.autograd.Function):
         up: Tensor,
         gain: Tensor | None,
         a: Tensor,
+        learn: Learn | None,
     ) -> Tensor:
         return _selected_sum(out, m, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        out, _, bias, z, up, gain, a = inputs
+        out, _, bias, z, up, gain, a, ctx.learn = inputs
         if gain is None:
             out = bias = None
         # Inputs only, so that a second derivative sees what the first one depends on.
@@ -77,13 +79,15 @@ class FactoredSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
-        _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a = ctx.needs_input_grad
+        _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a, _ = ctx.needs_input_grad
         grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_a = grad, *[None] * 5
         passed = _passed_on(grad, a)
         dtype = accumulation_dtype(grad, z)
         if needs_up:
             grad_up = passed.reshape(-1, up.shape[0]).T @ z.reshape(-1, up.shape[1])
         down = grad @ up
+        if ctx.learn is not None:
+            ctx.learn(z, down)
         if needs_z:
             grad_z = _passed_on(down, a)
         if needs_a:
@@ -100,7 +104,7 @@ class FactoredSum(torch.autograd.Function):
             grad_out = grad + through_w
             if needs_bias:
                 grad_bias = -through_w.reshape(-1, up.shape[0]).sum(0).to(bias.dtype)
-        return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_a
+        return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_a, None
 
 
 def _selected_sum(out: Tensor, m: Tensor, a: Tensor) -> Tensor:

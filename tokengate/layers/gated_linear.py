@@ -241,16 +241,16 @@ class Gated(Swapped):
         elsewhere = self._others is not None and input is self._others[0]
         if elsewhere and self._others is not None:
             mask = self._others[1]
-        parts: tuple[Tensor | None, ...] = ()
-        again = self.training and not torch.compiler.is_compiling() and in_backward()
-        if not again and (ACTIVE.get() or isinstance(self._rows, Regional)):
+        parts: Sequence[Tensor | None] = ()
+        told = bool(ACTIVE.get()) or isinstance(self._rows, Regional)
+        if told and not (not torch.compiler.is_compiling() and in_backward()):
             first = input.transpose(0, 1) if self._sequence_first and input.dim() == 3 else input
             inside = allowed(self, first.shape[:-1], input, elsewhere)
             if isinstance(self._rows, Regional):
                 parts = self._rows.of(self, first.shape[:-1], input, elsewhere)
-        if self.training:
-            mask, inside, *rest = self._memory.settle(input, mask, inside, *parts)
-            parts = tuple(rest)
+        # In evaluation, too, it may be computed again; a mask alone does not change what comes out.
+        told = told or self.training
+        mask, inside, *parts = self._memory.settle(told, input, mask, inside, *parts)
         return self._fitting(mask, input), inside, *parts
 
     def _in_own_order(self, mask: Tensor, out: Tensor) -> Tensor:

@@ -106,11 +106,11 @@ def after(token_ids: Sequence[int]) -> After:
 
 @dataclass(eq=False)
 class Region:
-    """One mask of a restriction, and whether it has fitted a call whole."""
+    """One mask of a restriction, and how far calls have come that it fits."""
 
     where: Any
     new: bool
-    fitted: bool = False
+    reached: int = 0
 
     def anew(self) -> Region:
         """The same, which has seen no call yet."""
@@ -152,14 +152,16 @@ class Region:
             and mask.numel() == shape.numel()
             and (mask.shape == shape or len(shape) == 1)
         ):
-            self.fitted = True
+            self.reached = mask.shape[-1]
             return mask.reshape(shape)
         length = shape[-1] if len(shape) == 2 else window.length
         if mask.dim() != 2 or length is None or shape.numel() % (length * len(mask)):
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
         end = window.start + length
-        # Longer than the mask is only what goes on from what it fitted: generated tokens.
-        if end > mask.shape[1] and not self.fitted:
+        # Longer than the mask is only what goes on from what it fitted: generated tokens, which
+        # without a cache come one by one.
+        goes_on = window.start <= self.reached and (window.start or end <= self.reached + 1)
+        if end > mask.shape[1] and not (self.reached >= mask.shape[1] and goes_on):
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
         if window.start == 0 and end < mask.shape[1] and not window.cached:
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")
@@ -167,8 +169,7 @@ class Region:
         beyond = length - part.shape[1]
         if beyond:
             part = torch.cat([part, part.new_full((len(mask), beyond), self.new)], 1)
-        if end == mask.shape[1]:
-            self.fitted = True
+        self.reached = end
         beams = shape.numel() // part.numel()
         if beams > 1 and window.ids is None:
             raise self._unfit(name, shape, f"a mask of shape {tuple(mask.shape)}")

@@ -30,8 +30,7 @@ class restrict:
     restrictions multiply.
 
     A mask of whole sequences is for the module that receives them: with a cache it is aligned by
-    how many positions that has, and beams of one sample share its row. Backward belongs inside the
-    context where activations are computed again in evaluation mode. It belongs to this thread or
+    how many positions that has, and beams of one sample share its row. It belongs to this thread or
     task: other ones run as they did. Compiled code is compiled anew for each restriction, with
     masks of calls without a cache; others are refused.
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from models import small_llama
 
 import tokengate
 
-transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
+pytest.importorskip("transformers", reason="the transformers extra is not installed")
 peft = pytest.importorskip("peft", reason="the test extra is not installed")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -16,27 +17,17 @@ INVOKE = [7, 9]
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def both():
     """The same weights here and there."""
     theirs = peft.get_peft_model(
-        llama(),
+        small_llama(),
         peft.LoraConfig(
             r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM",
             alora_invocation_tokens=INVOKE,
         ),
     ).eval()  # fmt: skip
-    ours = tokengate.patch(llama(), TARGETS, rank=4, alpha=8, gate=False).eval()
+    ours = tokengate.patch(small_llama(), TARGETS, rank=4, alpha=8, gate=False).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, layer in tokengate.layers(ours).items():
