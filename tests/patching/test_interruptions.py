@@ -217,7 +217,8 @@ def folders(tmp_path):
 
 FILLING = {"_fill", "_fill_one", "fill", "fill_extras"}
 FILLING |= {"_add", "_replace", "install", "add_adapter"}
-USING = {"put_in_use", "adapters_of", "note_trained", "set_trained", "rename"}
+USING = {"put_in_use", "adapters_of", "put_away", "settle", "_set_trained", "join"}
+USING |= {"_begin", "_end", "_hold", "_let_go", "_for_good", "_switch"}
 
 
 @pytest.mark.parametrize("into", ["the base", "a patched model"])
@@ -253,7 +254,7 @@ def test_load_another(folders):
     at_every_line(lambda: several(folders), act, {*FILLING, *USING, "load_saved"})
 
 
-@pytest.mark.parametrize("name", ["b", None, "rows"])
+@pytest.mark.parametrize("name", ["b", None])
 def test_use(folders, name):
     first = several(folders)
 
@@ -261,7 +262,7 @@ def test_use(folders, name):
         return copy.deepcopy(first)
 
     def act(model):
-        tokengate.use(model, ["b", None] if name == "rows" else name)
+        tokengate.use(model, name)._for_good()  # else it is when the object goes
 
     at_every_line(make, act, {*USING, "__init__"})
 
@@ -271,7 +272,7 @@ def test_use_within_a_context(folders):
     before = state(model)
     for at in range(1000):
         with (
-            Interrupted({*USING, "_give_back"}, at) as interrupted,
+            Interrupted(USING, at) as interrupted,
             contextlib.suppress(KeyboardInterrupt),
             tokengate.use(model, "b"),
         ):

@@ -13,6 +13,7 @@ from tokengate.adapters.merging import merged_weight_of
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import check_batches, evaluating, run
+from tokengate.layers.calls import changing, exclusive
 from tokengate.layers.folded import (
     as_folded,
     fold_layers,
@@ -75,7 +76,7 @@ class Folding:
 
     def undo(self) -> None:
         """The model as it was patched before; `unpatch` does the same and goes on."""
-        with unchanged_if_interrupted(self._model):
+        with changing(self._model, "undo"), unchanged_if_interrupted(self._model):
             unfold(self._model)
             _settle(self._model)
 
@@ -96,6 +97,7 @@ class Folding:
 _ACTIONS = ("merged", "dropped", "kept")
 
 
+@exclusive
 def fold(
     model: nn.Module,
     seen: SparsityReport | Iterable[Any],

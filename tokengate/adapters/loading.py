@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from tokengate.adapters.folder import SavedAdapter, read_adapter
 from tokengate.adapters.saving import class_name, fingerprint, trained_beside
 from tokengate.errors import DifferentBaseWarning, TokenGateError
 from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.calls import exclusive
 from tokengate.layers.folded import folded
+from tokengate.layers.gated_linear import DEFAULT
 from tokengate.layers.named_adapters import (
-    DEFAULT,
     adapter_names,
     add_adapter,
     check_name,
-    put_in_use,
-    use,
+    reading,
 )
 from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
@@ -28,6 +27,7 @@ from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch
 
 
+@exclusive
 def load(
     model: nn.Module, folder: str | Path, *, name: str | None = None, strict: bool = True
 ) -> dict[str, str]:
@@ -87,7 +87,7 @@ def load_saved(
     fit = Fit(saved, strict)
     known = adapter_names(model)
     if known and (name is None or name in known):
-        with contextlib.nullcontext() if name is None else use(model, name):
+        with reading(model, name):
             _replace(model, fit)
     else:
         warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=4)
@@ -120,7 +120,6 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Modul
     """Another adapter, or the first; the layers that it is the first to patch."""
     check_can_patch(model, caller)
     others = all_layers(model)
-    in_use = next((layer._in_use for layer in others.values()), own_name)
     planned = fit.new_layers(model, others)
     extras = fit.extras(model, None)
     fit.check_any(model, [*planned, *extras])
@@ -142,6 +141,4 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Modul
             asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
             install(model, list(new.values()), extras, asked, own_name)
         patched = all_layers(model)
-        for name in new:
-            put_in_use(patched[name], in_use)
     return {patched[name] for name in new}

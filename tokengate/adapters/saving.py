@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -34,8 +33,8 @@ from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES
 from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.named_adapters import check_name, use
-from tokengate.layers.patched import layers, own_parameters, require_layers
+from tokengate.layers.named_adapters import check_name, reading
+from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
 from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
@@ -86,7 +85,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
     """
     if name is not None:
         check_name(name)
-    with contextlib.nullcontext() if name is None else use(model, name):
+    with reading(model, name):
         _save(model, Path(folder))
 
 
@@ -172,7 +171,7 @@ def trained_beside(
     model: nn.Module, patched: Mapping[str, Gated | Folded]
 ) -> dict[str, nn.Parameter]:
     """What is trained apart from modifications and taus, by name."""
-    own = own_parameters(patched.values())
+    own = own_parameters([*patched.values(), *all_layers(model).values()])
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 

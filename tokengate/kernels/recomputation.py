@@ -7,20 +7,25 @@ which forward it belongs to.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-# Forwards that may wait for their backward at a time, as in a pipeline; and numbers for a position.
-_WAITING, _CHANNELS = 32, 2
+_Told = TypeVar("_Told")
+
+# Forwards that may wait for their backward at a time, as in a pipeline; and of each how many
+# positions, about, and numbers of a position tell it from others.
+_WAITING, _POSITIONS, _CHANNELS = 32, 256, 2
 
 
 @dataclass
 class _Call:
     shape: torch.Size
-    sample: Tensor  # (..., _CHANNELS) of the input
-    told: tuple[Tensor | None, ...]
+    sample: Tensor
+    told: Any
     recalled: bool = False
 
 
@@ -28,41 +33,46 @@ class MaskMemory:
     """What one layer's checkpointed calls were told, until they are computed again."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self._calls: tuple[_Call, ...] = ()
+        self._lock = threading.Lock()  # threads may share a layer
 
-    def settle(self, keep: bool, x: Tensor, *told: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What the call with input `x` was told: `told`, or in backward what it was in forward.
-
-        `keep` says whether that is worth remembering.
-        """
+    def settle(self, x: Tensor, told: _Told) -> _Told:
+        """What the call with input `x` was told: `told`, or in backward what it was in forward."""
         if torch.compiler.is_compiling():
             return told
         if in_backward():
             return self._recall(x, told)
-        if keep and _in_checkpoint():
+        if _in_checkpoint() and not x.is_nested:
             # Not before: a graph that is kept is computed again for every backward.
-            self._calls = [call for call in self._calls if not call.recalled][1 - _WAITING :]
-            sample = x.detach()[..., :_CHANNELS].clone()
-            self._calls.append(_Call(x.shape, sample, told))
+            call = _Call(x.shape, _sample(x).clone(), told)
+            with self._lock:
+                waiting = [each for each in self._calls if not each.recalled][1 - _WAITING :]
+                self._calls = (*waiting, call)
         return told
 
-    def _recall(self, x: Tensor, told: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _recall(self, x: Tensor, told: _Told) -> _Told:
         calls = [call for call in reversed(self._calls) if call.shape == x.shape]
         if not calls:
             return told
         best = 0
-        if any(a is not b for call in calls for a, b in zip(call.told, calls[0].told, strict=True)):
-            sample = x.detach()[..., :_CHANNELS]
-            distances = [(call.sample - sample).abs().float().sum() for call in calls]
+        if len(calls) > 1:
+            distances = [(call.sample - _sample(x)).abs().float().sum() for call in calls]
             least = torch.stack(distances).min()
             # Of calls with equal inputs, as backward comes to them: the last first, each once.
             alike = [i for i, distance in enumerate(distances) if distance == least]
             best = next((i for i in alike if not calls[i].recalled), alike[0] if alike else 0)
         calls[best].recalled = True
-        return calls[best].told
+        found: _Told = calls[best].told
+        return found
 
     def __reduce__(self) -> tuple[type[MaskMemory], tuple[()]]:
         return MaskMemory, ()
+
+
+def _sample(x: Tensor) -> Tensor:
+    every = max(1, x[..., 0].numel() // _POSITIONS)
+    x = x.detach()
+    return x[..., ::every, :_CHANNELS] if x.dim() > 1 else x[:_CHANNELS]
 
 
 def in_backward() -> bool:

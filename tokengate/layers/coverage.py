@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning
 from tokengate.layers.batches import keeping_modes
+from tokengate.layers.calls import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import layers, require_layers
 from tokengate.layers.sliced_linear import Sliced
@@ -36,6 +37,7 @@ def unwatch(model: nn.Module) -> None:
             del model._forward_hooks[key]
 
 
+@exclusive
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run `model(*args, **kwargs)` and raise unless every patched layer is reached and trained.
 

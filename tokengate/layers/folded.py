@@ -36,6 +36,10 @@ class Folded:
     resting: nn.Module | None
     """Its child for adapters that are out of use; None where they have no names."""
 
+    def all_parts(self) -> list[nn.Module | None]:
+        """The modules of all of its adapters."""
+        return [self.modification, self.gate, self.resting]
+
     @property
     def merged(self) -> bool:
         """Whether the merged weight is in place."""

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
+from tokengate.layers.calls import (
+    USE,
+    Context,
+    busy_elsewhere,
+    contexts,
+    enter,
+    in_context,
+    leave,
+)
 from tokengate.layers.folded import is_folded
-from tokengate.layers.gated_linear import Gated
+from tokengate.layers.gated_linear import DEFAULT, Gated
 from tokengate.layers.patched import all_layers
 from tokengate.layers.regions import Region, Regional, valid_where
-from tokengate.layers.rows import Rows
+from tokengate.layers.several import Rows
 from tokengate.linears.experts import is_expert
 from tokengate.methods.base import Modification
 
-#: The name of what `patch` adds, and `load` where it is not told another.
-DEFAULT = "default"
+# Who has in use what is so for good.
+MODEL = "model"
 
 
 class Adapter(nn.Module):
@@ -28,21 +41,38 @@ class Adapter(nn.Module):
     def __init__(self, modification: Modification, gate: Gate | None) -> None:
         super().__init__()
         self.modification, self.gate = modification, gate
+        # Who has it in use: the model itself, and contexts of any thread.
+        self.users: set[object] = set()
         # Where it has what is trained while it is in use; otherwise nothing is. Not the parameters
         # themselves, in whose place others may come: by sharding, or load_state_dict(assign=True).
         self.trained: list[tuple[nn.Module, str]] = []
 
-    def note_trained(self) -> None:
-        """Remember what of it is trained."""
-        # Past nn.Module's own ways, which would take longer than all the rest of a switch.
-        self.__dict__["trained"] = [
-            (module, name) for module, name, p in _parameters(self) if p.requires_grad
-        ]
+    def put_in_use(self, user: object) -> None:
+        """By one more, which trains what is remembered of it."""
+        self.users.add(user)
+        self._set_trained(True)
 
-    def set_trained(self, trained: bool) -> None:
-        """Train what is remembered, or nothing."""
+    def put_away(self, user: object) -> None:
+        """By one, after the last of whom nothing of it is trained."""
+        if self.users == {user}:
+            # Past nn.Module's own ways, which would take longer than all the rest of a switch.
+            self.__dict__["trained"] = [
+                (module, name) for module, name, p in _parameters(self) if p.requires_grad
+            ]
+        self.users.discard(user)
+        self.settle()
+
+    def settle(self) -> None:
+        """Whatever was interrupted: nothing is trained of what nobody has in use."""
+        if not self.users:
+            self._set_trained(False)
+
+    def _set_trained(self, trained: bool) -> None:
         for module, name in self.trained:
             cast(nn.Parameter, module._parameters[name]).requires_grad_(trained)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "users": self.users & {MODEL}}  # contexts are of the original
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -63,11 +93,15 @@ class use:
         with tokengate.use(model, {"cat": left, "dog": right}):     # each at its own positions
             model(picture)
 
-    Nothing is copied or made: the modules that were loaded change places. What is not in use is not
-    trained, and no part of `layers`, `param_groups`, `save` and the rest; it is in the model's
-    `state_dict`, under `adapters`. For rows of several adapters the base layer computes all rows at
-    once, and each adapter its own. `backward` belongs inside the context, too, where activations
-    are computed again. A copy of the model has no rows.
+    Nothing is copied, made or moved. A context belongs to this thread or task: other ones run as
+    they did, with what is in use for good or in contexts of their own. For good is what was never
+    entered as a context: it holds here at once, and for all threads once nobody holds the object,
+    which in the form above is at once, too; do that while no other thread runs the model.
+
+    What is in use nowhere is not trained; what is not in use here is no part of `layers`,
+    `param_groups`, `save` and the rest; it is in the model's `state_dict`, under `adapters`. For
+    rows of several adapters the base layer computes all rows at once, and each adapter its own.
+    Compiled code is compiled anew for each adapter in use.
 
     Args:
         model: a patched model.
@@ -80,6 +114,9 @@ class use:
         TokenGateError: no layer is patched; the model is folded; it has no adapter of that name.
             With rows, in a forward: the batch has another number of them.
     """
+
+    # Until it is entered as a context, or in use for good.
+    _pending = False
 
     def __init__(
         self, model: nn.Module, name: str | Sequence[str | None] | Mapping[str, Any] | None
@@ -96,54 +133,166 @@ class use:
             raise TokenGateError(
                 "use was asked of a model that is folded: call the folding's undo() first."
             )
-        rows = None if name is None or isinstance(name, str) else list(name)
-        if rows == []:
+        self._names = [name] if name is None or isinstance(name, str) else list(name)
+        if not self._names:
             raise TokenGateError("use was given no names: pass one, or None, for each row.")
-        for each in [name] if rows is None else rows:
+        for each in self._names:
             if each is not None and each not in known:
                 raise TokenGateError(
                     f"use was given {brief(each)}, and the model's adapters are "
                     f"{', '.join(map(repr, known))}: pass one of these, or None for the base model."
                 )
-        if rows is not None or isinstance(name, Mapping):
-            routed = next(filter(is_expert, all_layers(model)), None)
-            if routed is not None:
-                raise TokenGateError(
-                    f"use was given one name for each row, and {routed!r} is an expert's, which "
-                    "sees positions without their rows: pass one name for all."
-                )
-        self._before = [(layer, layer._in_use, layer._rows) for layer in self._layers]
-        shared: Rows | Regional | None = None if rows is None else Rows(rows)
-        if isinstance(name, Mapping):
-            regions = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
-            places: dict[nn.Module, str] = {m: n for n, m in all_layers(model).items()}
-            shared = Regional(places, regions)
+        self._model, self._choice = model, _choice(model, name)
+        for context in contexts():
+            other = _PENDING.get(context.owner)
+            if other is not None and not set(self._layers).isdisjoint(other._layers):
+                other._for_good()
+        self._key = object()  # not the object itself, which could then not go
         try:
-            for layer in self._layers:
-                put_in_use(layer, layer._in_use if rows is not None else name, shared)  # type: ignore[arg-type]
-        except BaseException:  # an interruption, after which layers would be of two adapters
-            self._give_back()
+            _PENDING[self._key] = self
+            self._begin(self._key)
+            self._pending = True
+        except BaseException:  # an interruption
+            self._end(self._key)
             raise
 
     def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+        pending, self._pending = self._pending, False
         try:
-            self._give_back()
-        except BaseException:  # an interruption; the context is left all the same
-            self._give_back()
+            self._begin(self)
+            if pending:
+                self._end(self._key)
+        except BaseException:  # an interruption, after which nobody leaves it
+            self._end(self)
+            self._end(self._key)
             raise
 
-    def _give_back(self) -> None:
-        for layer, name, rows in self._before:
-            if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
-                put_in_use(layer, name, rows)
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._end(self)
+        except BaseException:  # an interruption; the context is left all the same
+            self._end(self)
+            raise
+
+    def __del__(self) -> None:
+        if self._pending and not sys.is_finalizing():
+            self._for_good()
+
+    def _ipython_display_(self) -> None:
+        # A notebook holds what it shows, and runs its cells in contexts of their own.
+        if self._pending:
+            self._for_good()
+
+    def _begin(self, owner: object) -> None:
+        with _SWITCHING:
+            told = dict.fromkeys(self._layers, self._choice)
+            context = enter(USE, told, owner, windows=isinstance(self._choice, Regional))
+            for layer in self._layers:
+                _hold(layer, self._names, context)
+
+    def _end(self, owner: object) -> None:
+        with _SWITCHING:
+            context = None
+            try:
+                context = leave(owner)
+                _let_go(context)
+            except BaseException:
+                _let_go(context or leave(owner))
+                raise
+
+    def _for_good(self) -> None:
+        """For all threads: there was no context, and nobody can enter it any more."""
+        try:
+            self._pending = False
+            if self._choice is None or isinstance(self._choice, str):
+                self._switch(self._choice)
+            else:
+                warnings.warn(
+                    "tokengate.use was given several adapters and was no context, so that they "
+                    "were in use for nothing: write `with tokengate.use(model, ...):`.",
+                    stacklevel=3,
+                )
+            self._end(self._key)
+        except BaseException:  # an interruption, or the warning was made an error
+            self._end(self._key)
+            raise
+
+    def _switch(self, name: str | None) -> None:
+        busy = busy_elsewhere(self._model)
+        if busy is not None:
+            warnings.warn(
+                f"tokengate.use puts {name!r} in use for good while another thread {busy}, whose "
+                "layers may be of two adapters: switch within a context, "
+                "`with tokengate.use(model, name):`.",
+                stacklevel=4,
+            )
+        with _SWITCHING:
+            before = [(layer, layer._in_use) for layer in self._layers]
+            try:
+                for layer in self._layers:
+                    put_in_use(layer, name)
+            except BaseException:  # an interruption, after which they would be of two adapters
+                for layer, own in before:
+                    put_in_use(layer, own, instead_of=name)
+                raise
+
+
+# Those that were made and not entered yet, by what owns their contexts.
+_PENDING: WeakValueDictionary[object, use] = WeakValueDictionary()
+_SWITCHING = threading.RLock()
+
+
+def _choice(model: nn.Module, name: Any) -> Any:
+    """What layers are told: a name or None, `Rows` or `Regional`."""
+    if name is None or isinstance(name, str):
+        return name
+    patched = all_layers(model)
+    routed = next(filter(is_expert, patched), None)
+    if routed is not None:
+        raise TokenGateError(
+            f"use was given one name for each row, and {routed!r} is an expert's, which sees "
+            "positions without their rows: pass one name for all."
+        )
+    if not isinstance(name, Mapping):
+        return Rows(list(name))
+    regions = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
+    return Regional({m: n for n, m in patched.items()}, regions)
+
+
+def _hold(layer: Gated, names: Iterable[str | None], context: Context) -> None:
+    for name in names:
+        adapter = (layer._adapters or {}).get(cast(str, name))
+        if adapter is not None:
+            adapter.put_in_use(context)
+
+
+def _let_go(context: Context | None) -> None:
+    for layer in () if context is None else context.layers:
+        if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
+            for adapter in (layer._adapters or {}).values():
+                if context in adapter.users:
+                    adapter.put_away(context)
+                adapter.settle()
+
+
+@contextlib.contextmanager
+def reading(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within this context `layers` and what asks them sees another adapter; None: the one in use.
+
+    Raises:
+        TokenGateError: the model has no adapter of that name.
+    """
+    if name is None:
+        yield
+        return
+    patched, known = all_layers(model), adapter_names(model)
+    if known and name not in known:
+        raise TokenGateError(
+            f"{name!r} is not among the model's adapters, {', '.join(map(repr, known))}: pass one "
+            "of these."
+        )
+    with in_context(USE, dict.fromkeys(patched.values(), name)):
+        yield
 
 
 def _without_parts_of_layers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
@@ -172,22 +321,24 @@ def adapters_of(layer: Gated) -> dict[str, Any]:
     if layer._adapters is None:
         # The place for those out of use first: whoever is interrupted between the two begins anew.
         layer.register_module("adapters", nn.ModuleDict())
-        layer._adapters = {DEFAULT: Adapter(layer.modification, layer.gate)}
+        own = Adapter(*cast(Any, layer.adapter(DEFAULT)))
+        own.users.add(MODEL)
+        layer._adapters = {DEFAULT: own}
     return layer._adapters
 
 
 def add_adapter(layer: Gated, name: str, modification: Modification, gate: Gate | None) -> None:
     """Give a patched layer another adapter, out of use."""
     adapter = Adapter(modification, gate).train(layer.training)
-    adapter.note_trained()
-    adapter.set_trained(False)
+    adapter.users.add(MODEL)
+    adapter.put_away(MODEL)
     adapters_of(layer)[name] = adapter
     cast(nn.ModuleDict, layer.adapters).add_module(name, adapter)
 
 
 def current_name(model: nn.Module) -> str:
     """What new layers' adapter is to be called: as the one in use."""
-    names = {layer._in_use for layer in all_layers(model).values()} or {DEFAULT}
+    names = {layer.in_use() for layer in all_layers(model).values()} or {DEFAULT}
     if None in names:
         raise TokenGateError(
             "patch was asked of a model none of whose adapters is in use: call "
@@ -196,12 +347,20 @@ def current_name(model: nn.Module) -> str:
     return cast(str, next(iter(names)))
 
 
-def rename(layer: Gated, name: str) -> None:
-    """Call the adapter of a layer that was just patched by `name`."""
+def join(layer: Gated, name: str, others: Iterable[Gated]) -> None:
+    """Call the adapter of a layer that was just patched by `name`, beside those of `others`."""
     if name != DEFAULT:
         adapters = adapters_of(layer)
         adapters[name] = adapters.pop(DEFAULT)
         layer._in_use = name
+    other = next(iter(others), None)
+    if other is None:
+        return
+    put_in_use(layer, other._in_use)
+    for context in contexts():
+        if context.kind == USE and other in context.layers:
+            cast(dict[nn.Module, Any], context.layers)[layer] = context.layers[other]
+            _hold(layer, [name], context)
 
 
 def check_name(name: Any) -> None:
@@ -213,38 +372,15 @@ def check_name(name: Any) -> None:
         )
 
 
-def put_in_use(layer: Gated, name: str | None, rows: Rows | Regional | None = None) -> None:
-    """One layer's part of `use`; a layer that `name` does not modify is then plain."""
-    if rows is not None or layer._rows is not None:
-        adapters_of(layer)
-        layer.__dict__.pop("_rows", None)
-        if rows is not None:
-            layer._rows = rows
-    if name == layer._in_use:
+def put_in_use(layer: Gated, name: str | None, instead_of: str | None = None) -> None:
+    """One layer's part of `use` for good; a layer that `name` does not modify is then plain."""
+    before = layer._in_use if instead_of is None else instead_of
+    if name == before:
         return
     adapters = adapters_of(layer)
-    # Straight into the tables: assignment to a module looks at every attribute it has.
-    modules: Any = layer._modules
-    resting: Any = modules["adapters"]._modules
-    before, after = (adapters.get(each) for each in (cast(str, layer._in_use), cast(str, name)))
-    tables = [(table, table.copy()) for table in (modules, resting)]
-    if before is not None:
-        before.note_trained()
-    try:
-        if before is not None:
-            before.set_trained(False)
-            resting[layer._in_use] = before
-        if after is not None:
-            after.set_trained(True)
-            del resting[name]
-        modules["modification"] = None if after is None else after.modification
-        modules["gate"] = None if after is None else after.gate
-        layer.__dict__["_in_use"] = name
-    except BaseException:  # an interruption; `all_or_nothing` would take as long as all the rest
-        for table, content in tables:
-            table.clear()
-            table.update(content)
-        for adapter, trained in ((before, True), (after, False)):
-            if adapter is not None:
-                adapter.set_trained(trained)
-        raise
+    new, old = (adapters.get(cast(str, each)) for each in (name, before))
+    if new is not None:
+        new.put_in_use(MODEL)
+    layer.__dict__["_in_use"] = name
+    if old is not None:
+        old.put_away(MODEL)

@@ -1,8 +1,8 @@
 """Padding: an attention mask, on its way from the module that receives it to the gates inside.
 
 A position whose mask is 0 counts neither in tau's gradient nor in sparsity; no output changes.
-The mask belongs to the module that received it, so it is put on the patched layers inside of that
-module for as long as its forward runs, and nowhere else.
+The mask belongs to the module that received it: to the patched layers inside of that module, for as
+long as its forward runs in this thread, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokengate.layers.calls import Running, begin, contexts, end
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.regions import ACTIVE, Regional
 from tokengate.layers.sequence_first import mark_sequence_first
-from tokengate.layers.windows import enter_window, leave_window
+from tokengate.layers.windows import window_of
 
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
@@ -48,6 +48,7 @@ class _Followed:
     parameters: tuple[str, ...]  # the names of its forward's
     inverted: str | None  # the one of these that is True where there is padding
     hooks: tuple[RemovableHandle, ...]
+    inside: frozenset[nn.Module]  # the patched layers in it
 
 
 def follow_masks(model: nn.Module) -> None:
@@ -60,7 +61,10 @@ def follow_masks(model: nn.Module) -> None:
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             )
             inverted = next((n for kind, n in _TORCH.items() if isinstance(module, kind)), None)
-            module.__dict__[_FOLLOWED] = _Followed(_parameters(type(module)), inverted, hooks)
+            module.__dict__[_FOLLOWED] = _Followed(
+                _parameters(type(module)), inverted, hooks, frozenset()
+            )
+        module.__dict__[_FOLLOWED].inside = frozenset(_patched(module))
 
 
 def unfollow_masks(model: nn.Module) -> None:
@@ -87,69 +91,30 @@ def _patched(module: nn.Module) -> Iterator[Gated]:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     followed: _Followed = module.__dict__[_FOLLOWED]
+    bound = {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
     if isinstance(module, nn.MultiheadAttention):
-        _enter_attention(module, followed, args, kwargs)
+        begin(_attention(module, followed, bound))
         return
+    call = _running(module, followed, args, bound)
     # Compiled code cannot set what it finds out; a mask that then wants it fits no call.
-    if not torch.compiler.is_compiling() and _restricted(module):
-        enter_window(module, followed.parameters, _bound(followed, args, kwargs))
-    call = _bind(followed, args, kwargs)
-    if call.mask is not None or call.pixels:
-        for layer in _patched(module):
-            # What a module around says in two dimensions is made into four inside of it.
-            if not call.inferred or layer._mask is None:
-                layer._mask, layer._mask_from = call.mask, followed
-    if call.others is not None:
-        for layer in _patched(module):
-            # A module inside, which does not receive their mask, is given them once more.
-            if layer._others is None or layer._others[0] is not call.others:
-                layer._others = (call.others, call.others_mask, module)
+    if any(c.windows for c in contexts()) and not torch.compiler.is_compiling():
+        call.window = window_of(module, followed.parameters, bound)
+    begin(call)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    followed: _Followed = module.__dict__[_FOLLOWED]
-    if isinstance(module, nn.MultiheadAttention):
-        for layer in _patched(module):
-            if layer._mask_from is followed:
-                layer._mask = layer._mask_from = None
-        return
-    if not torch.compiler.is_compiling():
-        leave_window(module)
-    call = _bind(followed, args, kwargs)
-    if call.mask is not None or call.pixels:
-        for layer in _patched(module):
-            if layer._mask_from is followed:
-                layer._mask = layer._mask_from = None
-    if call.others is not None:
-        for layer in _patched(module):
-            if layer._others is not None and layer._others[2] is module:
-                layer._others = None
+    end(module)
 
 
-def _enter_attention(
-    module: nn.MultiheadAttention,
-    followed: _Followed,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
+def _attention(
+    module: nn.MultiheadAttention, followed: _Followed, bound: dict[str, Any]
+) -> Running:
     """Its mask is of its keys, which are its queries or not; it tells its own layers apart."""
-    bound = {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
     mask = _real(bound.get("key_padding_mask"))
+    if bound.get("query") is bound.get("key"):
+        return Running(module, followed.inside, True, mask is not None, mask)
     of_keys = {module._modules.get("k_proj"), module._modules.get("v_proj")}
-    itself = bound.get("query") is bound.get("key")
-    for layer in _patched(module):
-        if (mask is not None) if itself else (layer in of_keys):
-            layer._mask, layer._mask_from = mask, followed
-
-
-@dataclass
-class _Call:
-    first: Tensor | None  # its input
-    mask: Tensor | None  # (B, T), of the positions of this very call
-    inferred: bool  # from who attends to whom
-    pixels: bool
-    others: Tensor | None  # in cross-attention: what k and v are made of
-    others_mask: Tensor | None
+    return Running(module, followed.inside & of_keys, True, True, mask)
 
 
 def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -159,20 +124,10 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return ()
 
 
-def _restricted(module: nn.Module) -> bool:
-    """Whether a layer in it asks which positions a call is about."""
-    if ACTIVE.get():
-        return True
-    first = next(_patched(module), None)  # `use` is of all layers
-    return first is not None and isinstance(first._rows, Regional)
-
-
-def _bound(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
-
-
-def _bind(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    names, bound = followed.parameters, _bound(followed, args, kwargs)
+def _running(
+    module: nn.Module, followed: _Followed, args: tuple[Any, ...], bound: dict[str, Any]
+) -> Running:
+    names = followed.parameters
     states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
     tensors = states or [value for value in args if isinstance(value, Tensor)]
     first = tensors[0] if tensors else None
@@ -193,8 +148,15 @@ def _bind(followed: _Followed, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(bound.get("target_mapping"), Tensor):  # XLNet's layers see its targets, too
         mask, pixels = None, True
     others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)
-    others_mask = _padding(bound.get("encoder_attention_mask"))
-    return _Call(first, mask, inferred, pixels, others, others_mask)
+    return Running(
+        module,
+        followed.inside,
+        tells=mask is not None or pixels,
+        mask=mask,
+        inferred=inferred,
+        others=others,
+        others_mask=_padding(bound.get("encoder_attention_mask")),
+    )
 
 
 def _padding(mask: Any) -> Tensor | None:

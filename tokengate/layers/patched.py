@@ -17,8 +17,8 @@ def layers(model: nn.Module) -> dict[str, Gated]:
 
 
 def own_parameters(patched: Iterable[Any]) -> set[int]:
-    """The ids of what modifications and gates have, of patched or folded layers."""
-    parts = (part for layer in patched for part in (layer.modification, layer.gate))
+    """The ids of what modifications and gates have, of all adapters of patched or folded layers."""
+    parts = (part for layer in patched for part in layer.all_parts())
     return {id(p) for part in parts if part is not None for p in part.parameters()}
 
 

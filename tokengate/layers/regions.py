@@ -1,22 +1,21 @@
 """Where modifications may act at this time, in this thread and task: what layers ask of that.
 
-Nothing of it is kept on a model: it lives in a context variable. `restriction` has what users say.
+`restriction` has what users say.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.windows import Window, current_window
+from tokengate.layers.calls import RESTRICT, Window, current_window, said_of
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
@@ -204,11 +203,6 @@ class Regional:
         return tuple(_asked(region, name, shape, states, elsewhere) for region in regions)
 
 
-# What is active, from the first entered on: who entered it, and the layers it is about.
-Restrictions: TypeAlias = tuple[tuple[object, Mapping[nn.Module, tuple[str, Region]]], ...]
-ACTIVE: ContextVar[Restrictions] = ContextVar("tokengate_restrictions", default=())
-
-
 def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool) -> Tensor | None:
     """How much of M(x) the restrictions let through, of `shape`; None where there is none.
 
@@ -220,10 +214,7 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
             attend to.
     """
     found: Tensor | None = None
-    for _, each in ACTIVE.get():
-        if layer not in each:
-            continue
-        name, region = each[layer]
+    for name, region in said_of(layer, RESTRICT):
         part = _asked(region, name, shape, states, elsewhere)
         if found is None:
             found = part

@@ -9,9 +9,10 @@ from torch import nn
 
 from tokengate.arguments import switch
 from tokengate.errors import TokenGateError
+from tokengate.layers.calls import RESTRICT, enter, leave
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers
-from tokengate.layers.regions import ACTIVE, Region, valid_where
+from tokengate.layers.regions import Region, valid_where
 from tokengate.linears.experts import is_expert
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
@@ -76,15 +77,10 @@ class restrict:
         # What a region has seen belongs to this context, also where others enter the same object.
         anew = {region: region.anew() for _, region in self._regions.values()}
         regions = {layer: (name, anew[each]) for layer, (name, each) in self._regions.items()}
-        ACTIVE.set((*ACTIVE.get(), (self, regions)))
+        enter(RESTRICT, regions, self, windows=True)
 
     def __exit__(self, *error: object) -> None:
-        # Without itself, rather than as it was before: contexts may end in another order.
-        active = list(ACTIVE.get())
-        last = max((i for i, (who, _) in enumerate(active) if who is self), default=None)
-        if last is not None:
-            del active[last]
-        ACTIVE.set(tuple(active))
+        leave(self)
 
 
 def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.gates.base import Gate
+from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.gated_linear import Gated, attach, detach
 from tokengate.linears.class_swap import Swapped, swap, swap_back
 from tokengate.linears.linear_like import LinearLike, LinearSlice
@@ -28,7 +29,8 @@ class Sliced(Swapped):
         slices: Slices = patched[0].slices
         # Disabled ones too: they are reached, and what is hooked to them runs.
         parts = {part.name: part(input, slices.take(out, part.name)) for part in patched}
-        return slices.put(out, parts) if any(part._enabled for part in patched) else out
+        on = any(not said_of(part, DISABLED) for part in patched)
+        return slices.put(out, parts) if on else out
 
 
 class SlicedLinear(Sliced, nn.Linear):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
+from tokengate.layers.calls import Window, current_window
 
 _IDS, _EMBEDDED = ("input_ids", "decoder_input_ids"), ("inputs_embeds", "input_embeds")
 # transformers 5.24 renamed the first to the second.
@@ -17,39 +16,8 @@ _CACHES = ("past_key_values", "cache")
 _PARTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
-@dataclass(eq=False)
-class Window:
-    """Positions from `start` on, as many as `length`, of the tokens `ids`, `(B, length)`.
-
-    Attributes:
-        cached: whether more may follow, in calls that go on from a cache.
-        cache: the cache itself, by which such calls are known.
-        real: the padding mask of all positions so far, `(B, start + length)`, or None.
-        memo: what was found out about them, once for all layers.
-    """
-
-    start: int
-    length: int | None = None
-    ids: Tensor | None = None
-    cached: bool = False
-    cache: Any = None
-    real: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-
-_WINDOWS: ContextVar[tuple[tuple[nn.Module, Window], ...]] = ContextVar(
-    "tokengate_windows", default=()
-)
-
-
-def current_window() -> Window | None:
-    """That of the innermost module that received sequences, or None."""
-    windows = _WINDOWS.get()
-    return windows[-1][1] if windows else None
-
-
-def enter_window(module: nn.Module, names: tuple[str, ...], bound: dict[str, Any]) -> None:
-    """A forward of `module` begins, with these parameters `bound` of all `names`."""
+def window_of(module: nn.Module, names: tuple[str, ...], bound: dict[str, Any]) -> Window | None:
+    """That of a forward of `module` that begins, with these parameters `bound` of all `names`."""
     pixels = isinstance(bound.get("pixel_values"), Tensor) and not (set(_IDS) & set(names))
     window = Window(0) if pixels else None
     if window is None and not any(name in names for name in _PARTS):
@@ -57,14 +25,8 @@ def enter_window(module: nn.Module, names: tuple[str, ...], bound: dict[str, Any
     # What is inside of a module that received tokens receives the same ones, in other form; and its
     # cache may have grown already.
     if window is not None and (pixels or window.ids is not None or current_window() is None):
-        _WINDOWS.set((*_WINDOWS.get(), (module, window)))
-
-
-def leave_window(module: nn.Module) -> None:
-    """It ends."""
-    windows = _WINDOWS.get()
-    if windows and windows[-1][0] is module:
-        _WINDOWS.set(windows[:-1])
+        return window
+    return None
 
 
 def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:

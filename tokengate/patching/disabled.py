@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from tokengate.layers.fast_path import settle_fast_paths
+from tokengate.layers.calls import DISABLED, changing, in_context
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers, require_layers
 
@@ -16,30 +16,26 @@ from tokengate.layers.patched import all_layers, require_layers
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is the base model, exactly. May be nested.
 
+    It belongs to this thread or task: other ones run as they did. But W0 of folded layers is put
+    back for all.
+
     Raises:
-        TokenGateError: no layer of the model is patched.
+        TokenGateError: no layer of the model is patched; it is folded, and another thread uses it.
     """
     merged = [(each, each.merged) for each in folded(model).values()]
-    patched = all_layers(model).values()
+    patched = all_layers(model)
     if not (merged or patched):
         require_layers(model, "disabled")
-    before = {layer: layer.__dict__.get("_enabled") for layer in patched}
     try:
-        for each, _ in merged:
-            each.put(merged=False)
-        for layer in before:
-            layer._enabled = False
-        settle_fast_paths(model)
-        yield
+        if merged:
+            with changing(model, "disabled"):
+                for each, _ in merged:
+                    each.put(merged=False)
+        with in_context(DISABLED, dict.fromkeys(patched.values(), True)):
+            yield
     finally:
-        for layer, enabled in before.items():
-            if enabled is not None:
-                layer._enabled = enabled
-            else:
-                layer.__dict__.pop("_enabled", None)
         # What was undone or unpatched meanwhile has W0 for good.
         remaining = {id(each) for each in folded(model).values()}
         for each, was_merged in merged:
             if id(each) in remaining:
                 each.put(was_merged)
-        settle_fast_paths(model)

@@ -12,12 +12,12 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
 from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.calls import exclusive
 from tokengate.layers.coverage import unwatch, watch
-from tokengate.layers.fast_path import settle_fast_paths
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
-from tokengate.layers.named_adapters import current_name, rename
+from tokengate.layers.named_adapters import current_name, join
 from tokengate.layers.padding import follow_masks, unfollow_masks
-from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
+from tokengate.layers.patched import all_layers, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.linear_like import LinearLike, whole
@@ -25,6 +25,7 @@ from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS, build
+from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.options import options_by_layer
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
@@ -40,6 +41,7 @@ _BEFORE = "_tokengate_requires_grad"
 _ASKED = "_tokengate_asked"
 
 
+@exclusive
 def patch(
     model: _Model,
     targets: Targets,
@@ -156,11 +158,12 @@ def install(
 
     All of them are of the adapter with the name `adapter`.
     """
+    others = list(all_layers(model).values())
     with all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:
             put_on(layer, modification, layer_gate)
-            rename(layer, adapter)
+            join(layer, adapter, others)
         model.__dict__.setdefault(_ASKED, []).extend(asked)
         settle_fast_paths(model)
         follow_masks(model)
@@ -172,6 +175,7 @@ def asked_of(model: nn.Module) -> list[dict[str, Any]]:
     return [call for root in _patched_roots(model) for call in root.__dict__.get(_ASKED, ())]
 
 
+@exclusive
 def unpatch(model: _Model) -> _Model:
     """Take all modifications out: the same module and parameter objects, trainable as before.
 
@@ -213,7 +217,7 @@ def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     # What an earlier patch left trainable stays so: its taus and modifications, its `train`.
     settled = {id(p) for root in _patched_roots(model) for p in root.parameters()}
-    settled |= own_parameters(layers(model).values())
+    settled |= own_parameters(all_layers(model).values())
     keep = {id(p) for p in trained.values()}
     before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
     for name, parameter in model.named_parameters():

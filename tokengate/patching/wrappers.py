@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tokengate.errors import TokenGateError
+from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
 from tokengate.sharding import is_sharded
@@ -47,7 +48,7 @@ def check_can_fold(model: nn.Module) -> None:
     """An error if nothing may be folded now."""
     patched = all_layers(model)
     for name, layer in patched.items():
-        if not layer._enabled:
+        if said_of(layer, DISABLED):
             raise TokenGateError(
                 f"fold was called while {name!r} is disabled, where W0 has to stay in place: call "
                 "it outside of tokengate.disabled."

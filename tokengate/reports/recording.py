@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from numbers import Integral
@@ -18,7 +19,8 @@ from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
-from tokengate.layers.gated_linear import Observer, observing
+from tokengate.layers.calls import RECORD, in_context
+from tokengate.layers.gated_linear import Observer
 from tokengate.layers.patched import require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
@@ -65,6 +67,8 @@ class Recorder:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
         self._gates = {name: layer.gate for name, layer in self._layers.items()}
+        # Threads may have been given its context.
+        self._lock = threading.Lock()
         # On the modules' devices.
         self._counts: Counts = {}
         self._details: Details = {}
@@ -202,7 +206,7 @@ class Recorder:
     ) -> None:
         if not torch.compiler.is_compiling() and in_backward():
             return  # activation checkpointing computes again what was counted in the forward
-        with torch.no_grad():
+        with torch.no_grad(), self._alone():
             ratios = None
             if is_open is None:
                 is_open = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
@@ -229,6 +233,9 @@ class Recorder:
                 self._count(
                     group, name, closed.reshape(shape), real.reshape(shape) & inside, ratios
                 )
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _count(
         self, group: str | None, name: str, closed: Tensor, real: Tensor, ratios: Tensor | None
@@ -300,5 +307,5 @@ def record(
         layer: Observer(partial(recorder._observe, name), norms=ratios)
         for name, layer in recorder._layers.items()
     }
-    with observing(observers):
+    with in_context(RECORD, observers):
         yield recorder

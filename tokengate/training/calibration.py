@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError
 from tokengate.kernels.norms import Norms, ratios
+from tokengate.layers.calls import exclusive
 from tokengate.layers.patched import require_layers
 from tokengate.training.measuring import measure
 
@@ -19,6 +20,7 @@ from tokengate.training.measuring import measure
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
 
 
+@exclusive
 def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -> dict[str, float]:
     """Set every tau so that a share of the positions in `batches` is left unmodified:
 

@@ -13,7 +13,10 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.tally import by_sample
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.gated_linear import Gated, Observer, observing
+from tokengate.layers.calls import RECORD, USE, in_context, said_of
+from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.regions import Regional
+from tokengate.layers.several import Rows
 
 # What is told of one call of a layer: the norms of m and of w, and what each position weighs, all
 # of them (B, T). The real positions of a sample weigh 1 together, as in eq. 23, padding nothing.
@@ -40,7 +43,7 @@ def measure(
         TokenGateError: these are no batches; `use` was given rows; a layer saw no position.
     """
     check_batches(asked, batches)
-    if any(layer._rows is not None for layer in patched.values()):
+    if any(isinstance(c, Rows | Regional) for m in patched.values() for c in said_of(m, USE)[-1:]):
         raise TokenGateError(
             f"{asked} was asked of a model whose rows have their own adapters: call "
             "tokengate.use(model, name) first, with the one that is meant."
@@ -50,7 +53,7 @@ def measure(
         layer: Observer(partial(_observe, name, listeners[name], unseen), norms=True)
         for name, layer in patched.items()
     }
-    with evaluating(model), observing(observers):
+    with evaluating(model), in_context(RECORD, observers):
         for batch in batches:
             run(model, batch)
     if unseen:

@@ -1,0 +1,370 @@
+"""What belongs to a call is no other thread's, task's or context's, in whatever order they end."""
+
+import asyncio
+import contextlib
+import copy
+import gc
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from models import Net, away_from_initialisation, one_sentence, snapshot
+from torch import nn
+
+import tokengate
+from tokengate.layers import calls
+from tokengate.layers.named_adapters import add_adapter
+
+X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1, 1, 0, 0, 1]] * 4, dtype=torch.bool)
+NAMES = ("default", "b", "c")
+
+
+def several():
+    """A model of three adapters with gates that are open and closed; "default" is in use."""
+    torch.manual_seed(0)
+    model = tokengate.patch(Net(), ["q_proj", "fc1", "fc2"], rank=2, tau=0.3).eval()
+    away_from_initialisation(model)
+    for seed, name in enumerate(NAMES[1:], 1):
+        torch.manual_seed(seed)
+        other = away_from_initialisation(
+            tokengate.patch(Net(), ["q_proj", "fc1", "fc2"], rank=2, tau=0.3)
+        )
+        for path, layer in tokengate.layers(model).items():
+            own = tokengate.layers(other)[path]
+            add_adapter(layer, name, own.modification, own.gate)
+    return model
+
+
+def run(model, x=X):
+    with torch.no_grad():
+        return model(x)
+
+
+def ways(model):
+    """Every kind of context, by name."""
+    found = {name: lambda name=name: tokengate.use(model, name) for name in (*NAMES, None)}
+    found["rows"] = lambda: tokengate.use(model, ["b", None, "c", "default"])
+    found["regions"] = lambda: tokengate.use(model, {"b": MASK, "c": ~MASK})
+    found["disabled"] = lambda: tokengate.disabled(model)
+    found["restrict"] = lambda: tokengate.restrict(model, MASK)
+    found["free"] = contextlib.nullcontext
+    return found
+
+
+def answers(model):
+    found = {}
+    for name, context in ways(model).items():
+        with context():
+            found[name] = run(model)
+    return found
+
+
+def all_differ(found):
+    same = {frozenset(("default", "free")), frozenset((None, "disabled"))}
+    for one, a in found.items():
+        for other, b in found.items():
+            if one is not other and frozenset((one, other)) not in same:
+                assert (a - b).abs().max() > 1e-4, (one, other)
+
+
+@pytest.fixture
+def quick_switches():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(count, work):
+    with ThreadPoolExecutor(count) as pool:
+        return [f.result() for f in [pool.submit(work, seed) for seed in range(count)]]
+
+
+def test_threads_get_their_own_answers_and_counts(quick_switches, one_thread, tmp_path):
+    """Eight threads, in each 500 requests of kinds drawn at random."""
+    model = several()
+    expected, before = answers(model), snapshot(model)
+    all_differ(expected)
+    counts = dict.fromkeys((None, "disabled"))  # where nothing is counted
+    for name, context in ways(model).items():
+        if name in counts:
+            continue
+        with context(), tokengate.record(model, ratios=name not in ("rows", "regions")) as rec:
+            run(model)
+        counts[name] = rec.report().modules
+
+    def serve(seed):
+        generator, wrong = torch.Generator().manual_seed(seed), 0
+        kinds = list(expected)
+        for request in range(500):
+            name = kinds[int(torch.randint(len(kinds), (), generator=generator))]
+            plain = name not in ("rows", "regions")
+            if request % 5 == 0 and counts[name] is not None:
+                with ways(model)[name](), tokengate.record(model, ratios=plain) as rec:
+                    found = run(model)
+                wrong += rec.report().modules != counts[name]
+            else:
+                with ways(model)[name]():
+                    found = run(model)
+            wrong += not torch.equal(found, expected[name])
+            if request % 100 == 50:
+                tokengate.save(model, tmp_path / str(seed), name="c")
+        return wrong
+
+    assert in_threads(8, serve) == [0] * 8
+    assert snapshot(model)["values"] == before["values"]
+    assert snapshot(model)["parameters"] == before["parameters"]
+    assert torch.equal(run(model), expected["free"])
+    with tokengate.use(model, "c"):
+        tokengate.save(model, tmp_path / "wanted")
+    for seed in range(8):
+        assert (
+            not tokengate.diff(tmp_path / str(seed), tmp_path / "wanted").layers
+            if hasattr(tokengate, "diff")
+            else True
+        )
+
+
+def test_padding_of_one_thread_is_not_another_s(quick_switches, one_thread):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=30, max_position_embeddings=12,
+    )  # fmt: skip
+    model = tokengate.patch(transformers.BertModel(config).eval(), ["query"])
+    ids = torch.randint(1, 30, (2, 6))
+
+    def count(seed):
+        found = set()
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[:, 6 - seed % 4 :] = 0
+        for _ in range(60):
+            with tokengate.record(model) as rec, torch.no_grad():
+                model(ids, attention_mask=mask)
+            found.add(next(iter(rec.report().modules.values())).positions)
+        return found
+
+    assert in_threads(8, count) == [{12 - 2 * (seed % 4)} for seed in range(8)]
+
+
+def test_tasks_get_their_own_answers():
+    model = several()
+    expected = answers(model)
+
+    async def serve(name):
+        with ways(model)[name]():
+            await asyncio.sleep(0)
+            found = run(model)
+            await asyncio.sleep(0)
+            return torch.equal(found, expected[name]) and torch.equal(run(model), found)
+
+    async def all_of_them():
+        return await asyncio.gather(*(serve(name) for name in [*expected] * 3))
+
+    assert all(asyncio.run(all_of_them()))
+    assert torch.equal(run(model), expected["free"])
+
+
+def test_suspended_generators_and_other_orders_leave_nothing():
+    model = several()
+    expected = answers(model)
+
+    def suspended(name):
+        with ways(model)[name]():
+            yield run(model)
+
+    first, second = suspended("b"), suspended("disabled")
+    assert torch.equal(next(first), expected["b"])
+    next(second)
+    first.close()  # that which was entered first
+    assert torch.equal(run(model), expected["disabled"])
+    second.close()
+    assert torch.equal(run(model), expected["free"])
+    # Closed by a thread that never entered it.
+    left = suspended("c")
+    next(left)
+    thread = threading.Thread(target=left.close)
+    thread.start()
+    thread.join()
+    assert torch.equal(run(model), expected["free"])
+    tokengate.unpatch(model)  # nobody is left in a context
+
+
+def test_for_good_is_for_all_threads_and_a_context_for_one():
+    model = several()
+    expected = answers(model)
+
+    def elsewhere():
+        return in_threads(1, lambda _: run(model))[0]
+
+    tokengate.use(model, "b")
+    assert torch.equal(run(model), expected["b"])
+    assert torch.equal(elsewhere(), expected["b"])
+    with tokengate.use(model, "c"):
+        assert torch.equal(run(model), expected["c"])
+        assert torch.equal(elsewhere(), expected["b"])
+    assert torch.equal(elsewhere(), expected["b"])
+    held = tokengate.use(model, "c")  # may be entered yet
+    assert torch.equal(run(model), expected["c"])
+    assert torch.equal(elsewhere(), expected["b"])
+    with held:
+        assert torch.equal(run(model), expected["c"])
+    assert torch.equal(run(model), expected["b"])
+    with held:  # again
+        assert torch.equal(run(model), expected["c"])
+    assert torch.equal(run(model), expected["b"])
+    held = tokengate.use(model, "c")
+    tokengate.use(model, "default")  # later, and the last word
+    del held
+    gc.collect()
+    assert torch.equal(run(model), expected["default"])
+    assert torch.equal(elsewhere(), expected["default"])
+
+
+def test_rows_for_good_are_none_and_say_so():
+    model = several()
+    expected = answers(model)
+    with pytest.warns(UserWarning, match="several adapters and was no context"):
+        tokengate.use(model, ["b", None, "c", "b"])
+    assert torch.equal(run(model), expected["free"])
+
+
+CHANGES = {
+    "patch": lambda model: tokengate.patch(model, ["v_proj"]),
+    "unpatch": tokengate.unpatch,
+    "calibrate": lambda model: tokengate.calibrate(model, [X]),
+    "verify": lambda model: tokengate.verify(model, X),
+    "fold": lambda model: tokengate.fold(model, [X]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("busy", ["is in use", "is in record", "runs it"])
+def test_a_model_is_not_changed_while_another_thread_uses_it(change, busy):
+    model = several()
+    if change == "fold":
+        model = tokengate.patch(Net(), ["fc1"], gate=False)
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait(*_):
+        entered.set()
+        assert leave.wait(60)
+
+    def hold():
+        if busy == "runs it":
+            handle = model.blocks[0].fc1.register_forward_pre_hook(wait)
+            run(model)
+            handle.remove()
+            return
+        with tokengate.use(model, None) if "use" in busy else tokengate.record(model):
+            wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(60)
+    before = snapshot(model)
+    try:
+        with one_sentence(f"{change} was asked of a Net while another thread {busy}"):
+            CHANGES[change](model)
+        assert snapshot(model)["values"] == before["values"]
+    finally:
+        leave.set()
+        thread.join()
+    CHANGES[change](model)
+
+
+def test_what_is_trained_in_a_context_is_what_it_uses():
+    model = several().train()
+    with tokengate.use(model, "b"):
+        flags = {n: p.requires_grad for n, p in model.named_parameters() if "adapters" in n}
+        assert all(on == (".b." in n) for n, on in flags.items())
+        model(X).square().sum().backward()
+    with_gradients = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradients
+    assert all("adapters.b." in n for n in with_gradients)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "adapters" in n)
+
+
+def test_copies_in_a_context_are_in_none():
+    model = several()
+    expected = answers(model)
+    with tokengate.use(model, "b"), tokengate.disabled(model):
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(twin), expected["free"])
+    assert torch.equal(run(twin), expected["free"])
+
+
+def test_a_layer_called_by_keyword():
+    model = nn.Sequential(nn.Linear(8, 4))
+    tokengate.patch(model, "all-linear", rank=2)
+    away_from_initialisation(model)
+    assert torch.equal(model[0](input=X), model[0](X))
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    conv = nn.Sequential(transformers.pytorch_utils.Conv1D(4, 8))
+    tokengate.patch(conv, ["0"], rank=2)
+    away_from_initialisation(conv)
+    assert torch.equal(conv[0](x=X), conv[0](X))
+    with pytest.raises(TypeError):
+        model[0](inputs=X)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Contexts of several threads, entered and left in any order, against what each has entered."""
+
+    @initialize()
+    def start(self):
+        self.model = several()
+        self.expected = answers(self.model)
+        self.pools = [ThreadPoolExecutor(1) for _ in range(3)]
+        self.entered = [[] for _ in self.pools]
+
+    def on(self, thread, work):
+        return self.pools[thread].submit(work).result()
+
+    @rule(thread=st.integers(0, 2), name=st.sampled_from([*NAMES, None, "disabled"]))
+    def enter(self, thread, name):
+        def work():
+            context = ways(self.model)[name]()
+            context.__enter__()
+            return context
+
+        self.entered[thread].append((name, self.on(thread, work)))
+
+    @rule(thread=st.integers(0, 2), which=st.integers(0, 3))
+    def leave(self, thread, which):
+        if self.entered[thread]:
+            _, context = self.entered[thread].pop(which % len(self.entered[thread]))
+            self.on(thread, lambda: context.__exit__(None, None, None))
+
+    @invariant()
+    def each_runs_as_it_entered(self):
+        if not hasattr(self, "pools"):
+            return
+        for thread, entered in enumerate(self.entered):
+            names = [name for name, _ in entered]
+            used = [name for name in names if name != "disabled"]
+            wanted = used[-1] if used else "free"
+            if "disabled" in names:
+                wanted = "disabled"
+            found = self.on(thread, lambda: run(self.model))
+            assert torch.equal(found, self.expected[wanted])
+
+    def teardown(self):
+        if hasattr(self, "pools"):
+            for thread, entered in enumerate(self.entered):
+                for _, context in entered:
+                    self.on(thread, lambda context=context: context.__exit__(None, None, None))
+                self.pools[thread].shutdown()
+            assert not calls._OPEN
+            assert torch.equal(run(self.model), self.expected["free"])
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=15, stateful_step_count=20)

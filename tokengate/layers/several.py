@@ -1,0 +1,147 @@
+"""Calls that several adapters share: each has rows of its own, or regions, which may overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tokengate.errors import TokenGateError
+from tokengate.gates.positions import Positions
+from tokengate.kernels.change import Change
+from tokengate.kernels.gated_sum import without_bias
+from tokengate.methods.base import Modification
+
+
+class Rows:
+    """One adapter's name, or None for the base model, for each row of a batch.
+
+    Args:
+        names: as many as the batch has rows.
+    """
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        self.names = list(names)
+        self._known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+
+    def of(self, input: Tensor, dim: int, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """For each adapter, which places along `dim` of a layer's input are its own.
+
+        A batch may come flattened, `(B T, in_features)`, if its padding mask `(B, T)` says so:
+        otherwise positions could be any, as those that are routed to an expert.
+
+        Raises:
+            TokenGateError: the batch has another number of rows.
+        """
+        count, rows = input.shape[dim], len(self.names)
+        flattened = input.dim() == 2 and mask is not None and len(mask) == rows
+        if count != rows and not flattened:
+            raise TokenGateError(
+                f"tokengate.use was given adapters for {rows} rows, and a layer was called with "
+                f"{count} (an input of shape {tuple(input.shape)}): pass one name, or None, for "
+                "each row of the batch."
+            )
+        key = (count, input.device)
+        if key not in self._known:
+            each = [name for name in self.names for _ in range(count // rows)]
+            places: dict[str, list[int]] = {}
+            for place, name in enumerate(each):
+                if name is not None:
+                    places.setdefault(name, []).append(place)
+            with torch.inference_mode(False):  # a later forward may be trained through
+                self._known[key] = [
+                    (name, torch.tensor(own, device=input.device)) for name, own in places.items()
+                ]
+        return iter(self._known[key])
+
+
+@dataclass(eq=False)
+class Told:
+    """What is said of one call of a layer, from around it.
+
+    Attributes:
+        choice: the name of an adapter, None for the base, or several: `Rows` or `Regional`.
+        mask: the padding mask of its positions, `(B, T)`, or None.
+        inside: what restrictions allow, in the shape of its positions, samples first; or None.
+        parts: the same of each adapter's region, where there are several.
+    """
+
+    choice: Any
+    mask: Tensor | None
+    inside: Tensor | None
+    parts: tuple[Tensor, ...]
+
+
+def modified_by_rows(
+    layer: Any, input: Tensor, out: Tensor, mask: Tensor | None, told: Told
+) -> tuple[Tensor, Tensor]:
+    """h and S of a layer's call, of each row's own adapter; S is False in the rows of none."""
+    dim = 1 if layer._sequence_first and input.dim() == 3 else 0
+    is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+    h = out
+    for name, at in told.choice.of(input, dim, None if layer._sequence_first else mask):
+        adapter = layer.adapter(name)
+        if adapter is None:
+            continue
+        own_mask = mask
+        if mask is not None:  # (B, T), also where the input is flattened
+            own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
+        own_inside = None if told.inside is None else told.inside[at]
+        parts = (input.index_select(dim, at), out.index_select(dim, at), own_mask, own_inside)
+        part, opened, _ = layer.modified(*parts, *adapter)
+        h = h.index_copy(dim, at, part)
+        if opened is None:
+            opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)
+        is_open = is_open.index_copy(dim, at, opened)
+    return h, is_open
+
+
+def modified_by_region(
+    layer: Any, input: Tensor, out: Tensor, mask: Tensor | None, told: Told
+) -> tuple[Tensor, Tensor]:
+    """The same, of each region's own adapter; all are compared with the base's output."""
+    is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+    h, w = out, without_bias(out, layer.bias)
+    for name, part in zip(told.choice.regions, told.parts, strict=True):
+        adapter = layer.adapter(name)
+        if adapter is None:
+            continue
+        modification, gate = adapter
+        if told.inside is not None:
+            part = part * told.inside  # of truths, both
+        factors = modification.factors(input, w, layer)
+        m = whole_of(modification, input, w) if factors is None else factors.product(w)
+        real = layer.in_own_order(cast(Tensor, counted(mask, part)), out)
+        change = Change(out, layer.bias, m if factors is None else factors)
+        weights = layer.in_own_order(part, out).to(change.dtype)
+        if gate is not None:
+            a = gate(Positions(change, input, real))
+            weights = torch.where(weights != 0, weights * a, 0)
+        h = Change(h, layer.bias, m).add(weights)
+        is_open = is_open | (weights.detach() != 0)
+    return h, is_open
+
+
+def counted(mask: Tensor | None, inside: Tensor | None) -> Tensor | None:
+    """Which positions count, `(B, T)`: those that are real and inside; None for all."""
+    if inside is None:
+        return mask
+    if mask is None:
+        kept = inside != 0
+        return kept.flatten(1) if kept.dim() > 1 else kept.reshape(-1, 1)
+    return (mask != 0) & (inside != 0).reshape(mask.shape)
+
+
+def whole_of(modification: Modification, x: Tensor, w: Tensor) -> Tensor:
+    """M(x) of a modification that gives no factors, checked, `(..., out_features)`."""
+    m: Tensor = modification(x, w)
+    # Addition would broadcast what is too small, to all positions alike.
+    if m.shape != w.shape:
+        raise TokenGateError(
+            f"{type(modification).__name__} gave a modification of shape {tuple(m.shape)} for an "
+            f"output of shape {tuple(w.shape)}: return M(x) in the shape of w."
+        )
+    return m

@@ -1,0 +1,45 @@
+"""torch's inference fast path, which reads all weights of an encoder layer and calls nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokengate.layers.calls import DISABLED, said_of
+from tokengate.layers.gated_linear import Gated
+from tokengate.linears.class_swap import Swapped, swap, swap_back
+
+
+class _Encoder(Swapped):
+    """An encoder (layer) whose fast path is closed wherever a patched layer in it is active.
+
+    The fast path differs from the layers' own code by rounding, and it sets the outputs of padded
+    positions to 0; with a patched layer both are gone, as in training. Before it leaves its Python
+    code, the layer asks the first of these flags, for one fused kernel, and the stack the second,
+    for a nested tensor that only this kernel can take. Neither is used for anything else.
+    """
+
+    @property
+    def activation_relu_or_gelu(self) -> Any:
+        return self.__dict__["activation_relu_or_gelu"] if _is_plain(self) else 0
+
+    @property
+    def use_nested_tensor(self) -> Any:
+        return self.__dict__["use_nested_tensor"] and _is_plain(self)
+
+
+def _is_plain(encoder: nn.Module) -> bool:
+    inside = (module for module in encoder.modules() if isinstance(module, Gated))
+    return all(said_of(layer, DISABLED) for layer in inside)
+
+
+def settle_fast_paths(model: nn.Module) -> None:
+    """Close the fast path of every encoder that holds a patched layer, open all others."""
+    for module in list(model.modules()):
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            holds = any(isinstance(inside, Gated) for inside in module.modules())
+            if holds and not isinstance(module, _Encoder):
+                swap(module, _Encoder)
+            elif not holds and isinstance(module, _Encoder):
+                swap_back(module)
