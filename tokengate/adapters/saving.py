@@ -31,6 +31,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES
+from tokengate.layers.coverage import check_present
 from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, reading
@@ -137,6 +138,7 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
                 f"{caller} was given what {wrapper} made of a model, in which all names begin with "
                 f"'{prefix}.', as in no plain model: pass the model inside, which is its .{prefix}."
             )
+    check_present(model, caller)
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()

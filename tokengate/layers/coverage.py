@@ -7,34 +7,61 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning
 from tokengate.layers.batches import keeping_modes
 from tokengate.layers.calls import exclusive
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.patched import layers, require_layers
+from tokengate.layers.patched import (
+    NAMED,
+    ROOTS,
+    all_layers,
+    layers,
+    listed,
+    lost,
+    own_parameters,
+    remember,
+    require_layers,
+    roots,
+    what_is_lost,
+)
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.linears.experts import is_expert
 
-_SHOWN = 5
-
 
 def watch(model: nn.Module) -> None:
-    """Warn after the first complete forward of `model` if it did not reach every patched layer."""
+    """Warn of patched layers of `model` that are not reached, not trained, or gone.
+
+    After its first complete forward, if that did not reach every one; at the first step of each
+    optimizer that has their parameters, of those without a gradient, however the loss came about;
+    and at the next forward or step after a layer was replaced.
+    """
+    remember(model)
     if _report_once not in model._forward_hooks.values():
         model.register_forward_hook(_report_once)
+    if _report_lost not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_report_lost)
+    _watch_optimizers()
 
 
 def unwatch(model: nn.Module) -> None:
     """Take back what `watch` did."""
+    _unhook(model, _report_once)
+    _unhook(model, _report_lost)
+
+
+def _unhook(model: nn.Module, hook: Any) -> None:
     # By value: a copied or unpickled model has the hook, and no handle.
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is _report_once:
-            del model._forward_hooks[key]
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        for key, each in list(hooks.items()):
+            if each is hook:
+                del hooks[key]
 
 
 @exclusive
@@ -57,6 +84,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         TokenGateError: a layer is not reached, a parameter gets no gradient, or what is trained was
             offloaded.
     """
+    check_present(model, "verify")
     patched = {n: m for n, m in require_layers(model, "verify").items() if not is_expert(n)}
     check_trainable(model)
     with _as_it_was(model):
@@ -85,7 +113,7 @@ def _report_once(model: nn.Module, args: Any, output: Any) -> None:
         return
     if torch.is_grad_enabled():
         check_trainable(model)
-    unwatch(model)
+    _unhook(model, _report_once)
     missed = [n for n, m in layers(model).items() if not m._reached and not is_expert(n)]
     if missed:
         warnings.warn(
@@ -93,6 +121,88 @@ def _report_once(model: nn.Module, args: Any, output: Any) -> None:
             UnreachedLayerWarning,
             stacklevel=3,
         )
+
+
+def report_lost(model: nn.Module) -> None:
+    """Warn, once, of patched layers that are gone from `model`."""
+    for root in roots(model):
+        _report_lost(root, ())
+
+
+def _report_lost(root: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    ROOTS.add(root)  # one that was copied or unpickled
+    names = lost(root)
+    if names != root.__dict__.get(NAMED, []):
+        root.__dict__[NAMED] = names
+        if names:
+            warnings.warn(f"{what_is_lost(root)}.", UnreachedLayerWarning, stacklevel=4)
+
+
+def check_present(model: nn.Module, asked: str) -> None:
+    """An error, which names the function that was called, if patched layers are gone."""
+    for root in roots(model):
+        found = what_is_lost(root)
+        if found is not None:
+            raise TokenGateError(f"{asked} found that {found}.")
+
+
+# The models whose parameters an optimizer has, with how many there were when that was found out;
+# and those whose gradients were looked at there.
+_OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[int, WeakSet[nn.Module]]] = WeakKeyDictionary()
+_LOOKED_AT: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
+_HANDLES: list[Any] = []
+
+
+def _watch_optimizers() -> None:
+    if not _HANDLES:
+        _HANDLES.append(register_optimizer_step_pre_hook(_at_step))
+
+
+def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling() or not ROOTS:
+        return
+    count, models = _OF_OPTIMIZER.get(optimizer, (-1, WeakSet()))
+    if count != len(ROOTS):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        models = WeakSet(
+            root for root in list(ROOTS) if held & own_parameters(all_layers(root).values())
+        )
+        _OF_OPTIMIZER[optimizer] = (len(ROOTS), models)
+    seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
+    for model in list(models):
+        _report_lost(model, ())
+        if model not in seen:
+            seen.add(model)
+            _report_untrained(model, optimizer)
+
+
+def _report_untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missed = []
+    for name, layer in all_layers(model).items():
+        parts = (part for part in layer.all_parts() if part is not None)
+        own = [p for part in parts for p in part.parameters() if id(p) in held and p.numel()]
+        if own and all(p.grad is None for p in own) and not is_expert(name):
+            missed.append(name)
+    if missed:
+        reached = [name for name in missed if all_layers(model)[name]._reached]
+        why = _untrained(reached) if reached else _unreached(model, missed)
+        warnings.warn(
+            f"at the first step of this {type(optimizer).__name__}, {why}.",
+            UnreachedLayerWarning,
+            stacklevel=4,
+        )
+
+
+def _untrained(names: list[str]) -> str:
+    return (
+        f"{listed(names)} got no gradient: either the loss does not depend on the layer, as on "
+        "LLaVA's last vision layer, so exclude it; or it ran without gradients, as in reentrant "
+        "checkpointing whose inputs require none, so pass use_reentrant=False, or call "
+        "model.enable_input_require_grads()"
+    )
 
 
 def _unreached(model: nn.Module, names: list[str]) -> str:
@@ -103,7 +213,7 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
     owners = {type(_owner(model, name)).__name__ for name in names if name}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
     return (
-        f"{_listed(names)}{inside} {'was' if len(names) == 1 else 'were'} patched but never "
+        f"{listed(names)}{inside} {'was' if len(names) == 1 else 'were'} patched but never "
         f"called: {reason}; name other targets, or exclude these"
     )
 
@@ -117,24 +227,15 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 def _check_gradients(patched: dict[str, Gated], mode: str) -> None:
     missing = [
-        f"{name}.{own}" if name else own
+        f"{name}.{part}.{own}" if name else f"{part}.{own}"
         for name, layer in patched.items()
-        for own, parameter in layer.named_parameters()
-        if own.startswith(("modification.", "gate."))
-        and parameter.requires_grad
-        and parameter.grad is None
+        for part, module in (("modification", layer.modification), ("gate", layer.gate))
+        if module is not None
+        for own, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     if missing:
-        raise TokenGateError(
-            f"in {mode}, {_listed(missing)} got no gradient: the output does not depend on the "
-            "layer, as with LLaVA's last vision layer, so exclude it."
-        )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    more = len(names) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+        raise TokenGateError(f"in {mode}, {_untrained(missing)}.")
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -164,7 +265,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
     watched = _report_once in model._forward_hooks.values()
-    unwatch(model)
+    _unhook(model, _report_once)
     devices = [t.device for t in gradients if t.device.type == "cuda"]
     try:
         with keeping_modes(model), torch.random.fork_rng(devices=set(devices)):
@@ -178,4 +279,4 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for layer, flag in reached.items():
             layer._reached = flag
         if watched:
-            watch(model)
+            model.register_forward_hook(_report_once)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from tokengate.gates.base import Gate
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
+from tokengate.layers.patched import FOLDED
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
 
-# On the model that was folded: {name: Folded}.
-_FOLDED = "_tokengate_folded"
 # What a layer has on itself once its adapters have names.
 _NAMED = ("_adapters", "_in_use")
 
@@ -58,14 +57,14 @@ def base_layer(layer: Gated | Folded) -> Any:
 
 def is_folded(module: nn.Module) -> bool:
     """Whether `module` is one that was given to `fold`."""
-    return _FOLDED in module.__dict__
+    return FOLDED in module.__dict__
 
 
 def folded(model: nn.Module) -> dict[str, Folded]:
     """The layers of `model` that are folded, by name."""
     found: dict[str, Folded] = {}
     for prefix, module in model.named_modules():
-        for name, each in module.__dict__.get(_FOLDED, {}).items():
+        for name, each in module.__dict__.get(FOLDED, {}).items():
             found[f"{prefix}.{name}" if prefix else name] = each
     return found
 
@@ -102,7 +101,7 @@ def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
 
 def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
     """Make these layers of `model` plain."""
-    model.__dict__[_FOLDED] = dict(entries)
+    model.__dict__[FOLDED] = dict(entries)
     for each in entries.values():
         take_off(each.layer)
         each.put(merged=True)
@@ -114,7 +113,7 @@ def unfold(model: nn.Module) -> None:
         for each in folded(model).values():
             _reattach(each)
         for module in model.modules():
-            module.__dict__.pop(_FOLDED, None)
+            module.__dict__.pop(FOLDED, None)
 
 
 @contextlib.contextmanager

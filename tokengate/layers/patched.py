@@ -1,14 +1,19 @@
-"""Which layers of a model are patched."""
+"""Which layers of a model are patched, and which were and are there no more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.gated_linear import Gated
+
+_SHOWN = 5
+# On the model that was folded: {name: Folded}.
+FOLDED = "_tokengate_folded"
 
 
 def layers(model: nn.Module) -> dict[str, Gated]:
@@ -43,3 +48,80 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
             "tokengate.patch(model, targets=...) first, and pass that model."
         )
     return patched
+
+
+# On a model that was given to `patch`: {name of a layer: the path it was last seen at}.
+_REMEMBERED = "_tokengate_patched"
+# On one some of whose layers are gone: those that its user was told of.
+NAMED = "_tokengate_lost"
+# All of these models.
+ROOTS: WeakSet[nn.Module] = WeakSet()
+
+
+def remember(model: nn.Module) -> None:
+    """From now on these are the layers that `model` should have patched."""
+    paths = model.__dict__.setdefault(_REMEMBERED, {})
+    for name in all_layers(model):
+        paths.setdefault(name, name)
+    ROOTS.add(model)
+
+
+def forget(model: nn.Module) -> None:
+    """`unpatch` is about to take the layers of `model` back: no model misses them."""
+    taken = set(all_layers(model).values())
+    for root in list(ROOTS):
+        paths: dict[str, str] = root.__dict__.get(_REMEMBERED, {})
+        for name, layer in all_layers(root).items():
+            if layer in taken:
+                paths.pop(name, None)
+    for root in roots(model):
+        for key in (_REMEMBERED, NAMED):
+            root.__dict__.pop(key, None)
+        ROOTS.discard(root)
+
+
+def roots(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model`, itself included, that remember their layers."""
+    return [module for module in model.modules() if _REMEMBERED in module.__dict__]
+
+
+def lost(model: nn.Module) -> list[str]:
+    """The layers of `model` that were patched, and that neither `unpatch` nor `fold` took back."""
+    paths: dict[str, str] = model.__dict__.get(_REMEMBERED, {})
+    if all(isinstance(_at(model, path), Gated) for path in paths.values()):
+        return []
+    # Some may have gone elsewhere: into a wrapper, or be folded.
+    here = {layer: path for path, layer in model.named_modules() if isinstance(layer, Gated)}
+    found = {name: here[layer] for name, layer in all_layers(model).items()}
+    paths.update((name, path) for name, path in found.items() if name in paths)
+    kept = {n for module in model.modules() for n in module.__dict__.get(FOLDED, ())}
+    return [name for name in paths if name not in found and name not in kept]
+
+
+def what_is_lost(model: nn.Module) -> str | None:
+    """In words, with what to do; None if nothing is."""
+    names = lost(model)
+    if not names:
+        return None
+    kinds = {type(_at(model, name)).__name__ for name in names} - {"NoneType"}
+    now = f"a {' or a '.join(sorted(kinds))} stands there" if kinds else "nothing stands there"
+    return (
+        f"{listed(names)} of this {type(model).__name__} {'was' if len(names) == 1 else 'were'} "
+        f"patched, and {now} now, unpatched: whatever replaced it (resize_token_embeddings, "
+        "reset_classifier, dequantize, a conversion or fusion of layers) belongs before "
+        "tokengate.patch, so patch what is there now, and make the optimizer anew"
+    )
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for component in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(component)
+    return found
+
+
+def listed(names: list[str]) -> str:
+    """The first of them, and how many more."""
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    more = len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -17,7 +17,7 @@ from tokengate.layers.coverage import unwatch, watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
 from tokengate.layers.named_adapters import current_name, join
 from tokengate.layers.padding import follow_masks, unfollow_masks
-from tokengate.layers.patched import all_layers, own_parameters, require_layers
+from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.linear_like import LinearLike, whole
@@ -191,6 +191,7 @@ def unpatch(model: _Model) -> _Model:
 
 def _unpatch(model: nn.Module) -> None:
     unfold(model)
+    forget(model)
     patched, roots = all_layers(model), _patched_roots(model)
     # With a subtree unpatched on its own before, a root may have no patched layer left.
     if not roots:

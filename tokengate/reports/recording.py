@@ -20,6 +20,7 @@ from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
 from tokengate.layers.calls import RECORD, in_context
+from tokengate.layers.coverage import report_lost
 from tokengate.layers.gated_linear import Observer
 from tokengate.layers.patched import require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
@@ -303,6 +304,7 @@ def record(
             forward: a layer has an adapter for each row.
     """
     recorder = Recorder(model, positions, groups, ratios, memory, folder)
+    report_lost(model)
     observers = {
         layer: Observer(partial(recorder._observe, name), norms=ratios)
         for name, layer in recorder._layers.items()
