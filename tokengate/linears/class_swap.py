@@ -32,8 +32,13 @@ def swap(module: nn.Module, given: type[Swapped]) -> None:
 
 
 def swap_back(module: Swapped) -> None:
-    """Give `module` its own class back."""
-    become(module, module._own_class)
+    """Give `module` its own class back, under what was derived of ours since, as by parametrize."""
+    own, kind = module._own_class, type(module)
+    if "_own_class" not in vars(kind):
+        ours = kind.__mro__[1].__name__
+        derived = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        own = type(kind.__name__.replace(ours, own.__name__), (own,), derived)
+    become(module, own)
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
