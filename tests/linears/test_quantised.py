@@ -15,7 +15,6 @@ from torch import nn
 import tokengate
 from tokengate.linears import linear_like
 from tokengate.linears.quantised import is_quantised
-from tokengate.methods import row_squares
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the test extra is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="the test extra is not installed")
@@ -304,23 +303,10 @@ def test_dora_never_holds_all_of_w0(kind):
     def from_the_start():
         tokengate.patch(model, "all-linear", "dora", rank=4)
         away_from_initialisation(model)
-        layer.modification.forget_base()
         layer.modification.row_norms(layer)
 
     # Not even one byte for each element of W0, at any moment.
     assert 0 < peak_allocation(from_the_start) < k * d
-
-
-def test_the_base_norms_are_computed_once(monkeypatch):
-    calls = []
-    plain = row_squares._squares
-    monkeypatch.setattr(row_squares, "_squares", lambda layer: calls.append(1) or plain(layer))
-    for kind in KINDS:
-        model = tokengate.patch(quantised(kind), "all-linear", "dora")
-        for mode in (True, False, True):
-            model.train(mode)(torch.randn(3, K)).sum().backward()
-        assert calls == [1], kind
-        calls.clear()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, nested", "nf4 held as bf16"])
@@ -338,11 +324,13 @@ def test_the_layout_of_cpus_with_16_bit_products(kind):
     assert [len(block) for block in blocks] == [32, 32, 32]
     # Its scales are in bfloat16.
     torch.testing.assert_close(torch.cat(blocks), weight, rtol=2**-8, atol=0)
-    assert torch.equal(layer.modification.row_norms(layer), norms)  # M stays 0
-    layer.modification.forget_base()
     again = layer.modification.row_norms(layer)
     assert not torch.equal(again, norms)
     torch.testing.assert_close(again, norms, rtol=2**-8, atol=0)
+    # M stays 0: an untrained magnitude follows.
+    x, w = torch.randn(3, 128), torch.randn(3, 96)
+    assert not layer.modification.factors(x, w, layer).product(w).any()
+    assert torch.equal(layer.modification.magnitude, again)
 
 
 def refusal(model, method="dora"):

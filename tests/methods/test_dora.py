@@ -1,5 +1,6 @@
 """DoRA's row norms: never stale, and never infinite."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
-from tokengate.methods import row_squares
+from tokengate.errors import DifferentBaseWarning
 
 
 def wanted(layer, x):
@@ -21,11 +22,18 @@ def wanted(layer, x):
     return F.linear(x.double(), merged, layer.bias.double())
 
 
+def other_base(warns=True):
+    """What a trained magnitude says of a base that is loaded after it."""
+    if not warns:
+        return contextlib.nullcontext()
+    return pytest.warns(DifferentBaseWarning, match="W0 was loaded after its magnitude")
+
+
 @pytest.fixture
 def layer():
     layer = tokengate.patch(nn.Linear(6, 5), "all-linear", "dora", rank=2)
     away_from_initialisation(layer)
-    layer(torch.randn(3, 6))  # fills the cache
+    layer(torch.randn(3, 6))
     return layer
 
 
@@ -59,9 +67,25 @@ def data(layer):
     layer.weight.data = torch.randn(5, 6)
 
 
+def past_setattr(layer):
+    layer._parameters["weight"] = nn.Parameter(torch.randn(5, 6), requires_grad=False)
+
+
+def data_minus_delta(layer):
+    layer.weight.data -= torch.rand(5, 6)
+
+
+def through_numpy(layer):
+    layer.weight.detach().numpy()[1] = 3
+
+
+def without_a_version(layer):  # as fully_shard writes its unsharded weights
+    with torch.autograd._unsafe_preserve_version_counter(layer.weight), torch.no_grad():
+        layer.weight.mul_(torch.arange(1.0, 6.0)[:, None])
+
+
 def written_through_data(layer):
     layer.weight.data.mul_(torch.arange(1.0, 6.0)[:, None])
-    layer.modification.forget_base()
 
 
 @pytest.mark.parametrize(
@@ -73,83 +97,33 @@ def written_through_data(layer):
         round_trip_through_16_bits,
         to_double,
         another_parameter,
+        past_setattr,
         data,
+        data_minus_delta,
+        through_numpy,
+        without_a_version,
         written_through_data,
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_stale_norm(layer, change, training):
     layer.train(training)
+    before = layer.weight.clone()
     change(layer)
     x = torch.randn(3, 6, dtype=layer.weight.dtype)
-    torch.testing.assert_close(layer(x).double(), wanted(layer, x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_stale_norm_would_be_seen(layer):
-    # PyTorch does not see this write, and the docstring says so.
-    layer.weight.data.mul_(torch.arange(1.0, 6.0)[:, None])
-    x = torch.randn(3, 6)
-    assert not torch.allclose(layer(x).double(), wanted(layer, x), rtol=1e-2)
-
-
-def test_the_base_norms_are_computed_once(layer, monkeypatch):
-    calls = []
-    plain = row_squares._squares
-    monkeypatch.setattr(row_squares, "_squares", lambda layer: calls.append(1) or plain(layer))
-    for _ in range(3):
-        layer(torch.randn(3, 6))
-    assert calls == []
-    scale_in_place(layer)
-    for _ in range(3):
-        layer(torch.randn(3, 6))
-    assert calls == [1]
-
-
-class PartOf(nn.Module):
-    """Rows of another layer, whose weight is a view made anew at each use."""
-
-    def __init__(self, layer, start, stop):
-        super().__init__()
-        self.layer, self.rows = [layer], slice(start, stop)
-
-    @property
-    def weight(self):
-        return self.layer[0].weight[self.rows]
-
-
-def test_views_of_one_weight_share_what_is_remembered(monkeypatch):
-    calls = []
-    plain = row_squares._squares
-    monkeypatch.setattr(row_squares, "_squares", lambda layer: calls.append(1) or plain(layer))
-    whole = nn.Linear(6, 5)
-    part, squares = PartOf(whole, 1, 3), row_squares.RowSquares()
-    assert part.weight is not part.weight
-    with torch.no_grad():
-        for _ in range(3):
-            torch.testing.assert_close(squares.of(part), whole.weight[1:3].square().sum(1))
-        assert calls == [1]
-        whole.weight[1].mul_(3)
-        torch.testing.assert_close(squares.of(part), whole.weight[1:3].square().sum(1))
-        other = PartOf(whole, 2, 4)  # of the same weight, other rows
-        torch.testing.assert_close(squares.of(other), whole.weight[2:4].square().sum(1))
-    assert calls == [1, 1, 1]
-
-
-def test_loading_where_no_version_is_raised(layer):
-    """As fully_shard writes its unsharded weights."""
-    x = torch.randn(3, 6)
-    with torch.autograd._unsafe_preserve_version_counter(layer.weight), torch.no_grad():
-        layer.weight.mul_(torch.arange(1.0, 6.0)[:, None])
-    assert not torch.allclose(layer(x).double(), wanted(layer, x), rtol=1e-2)  # not seen
-    layer.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer(x), wanted(layer, x).float())
+    assert layer.weight.dtype != before.dtype or not torch.equal(layer.weight, before)
+    with other_base(change in (load, load_assign)):
+        found = layer(x)
+    torch.testing.assert_close(found.double(), wanted(layer, x), rtol=1e-5, atol=1e-5)
 
 
 def test_swapped_tensors(layer, monkeypatch):
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     load(layer)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(layer(x), wanted(layer, x).float())
+    with other_base():
+        found = layer(x)
+    torch.testing.assert_close(found, wanted(layer, x).float())
 
 
 def test_another_summation_of_the_norms_is_no_change():
@@ -194,7 +168,7 @@ def test_patching_again_takes_the_new_norms():
     torch.testing.assert_close(layer.modification.magnitude, 3 * before)
 
 
-def test_a_copy_has_its_own_cache(layer):
+def test_a_copy_has_its_own_norms(layer):
     other = copy.deepcopy(layer)
     scale_in_place(other)
     x = torch.randn(3, 6)
@@ -275,10 +249,138 @@ def test_meta_device_and_back():
     with torch.device("meta"):
         assert model(torch.randn(2, 3, 8)).is_meta
     model.to_empty(device="cpu")
-    with pytest.raises(tokengate.TokenGateError, match="DoRA was patched on the meta device"):
-        model.blocks[0].q_proj.modification.reset_parameters()
     state = tokengate.patch(Net(), ["q_proj"], "dora").state_dict()
     model.load_state_dict(state)
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, state[name])
     assert model(torch.randn(2, 3, 8)).isfinite().all()
+
+
+def model_and_base():
+    torch.manual_seed(0)
+    layers = [lambda: nn.Linear(8, 8), nn.Tanh, lambda: nn.Linear(8, 2)]
+    model, base = (nn.Sequential(*[make() for make in layers]) for _ in range(2))
+    return tokengate.patch(model, "all-linear", "dora", rank=2), base
+
+
+def by_load_state_dict(model, base):
+    model.load_state_dict(base.state_dict(), strict=False)
+
+
+def by_assigning(model, base):
+    state = {n: t.clone() for n, t in base.state_dict().items()}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def by_data(model, base):
+    for name, parameter in base.named_parameters():
+        model.get_parameter(name).data.copy_(parameter)
+
+
+def by_other_parameters(model, base):
+    for name, parameter in base.named_parameters():
+        owner, last = name.rsplit(".", 1)
+        model.get_submodule(owner)._parameters[last] = nn.Parameter(
+            parameter.detach().clone(), requires_grad=False
+        )
+
+
+LOADINGS = [by_load_state_dict, by_assigning, by_data, by_other_parameters]
+
+
+@pytest.mark.parametrize("loading", LOADINGS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("forward", [True, False], ids=["after a forward", "before"])
+def test_patched_before_the_base_is_loaded(loading, training, forward):
+    model, base = model_and_base()
+    x = torch.randn(4, 8)
+    if forward:
+        assert not torch.allclose(model(x), base(x), atol=0.01)
+    loading(model, base)
+    model.train(training)
+    assert torch.equal(model(x), base(x))
+    for name, layer in tokengate.layers(model).items():
+        norms = base.get_submodule(name).weight.norm(dim=1)
+        torch.testing.assert_close(layer.modification.magnitude, norms, rtol=1e-6, atol=0)
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    other, _ = model_and_base()  # patched after its base was loaded
+    tokengate.unpatch(other).load_state_dict(base.state_dict())
+    tokengate.patch(other, "all-linear", "dora", rank=2)
+    for name, layer in tokengate.layers(other).items():
+        layer.modification.load_state_dict(model.get_submodule(name).modification.state_dict())
+    assert not torch.allclose(model(x), base(x), atol=0.01)
+    torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize("loading", [by_load_state_dict, by_assigning])
+def test_a_trained_one_keeps_its_magnitude_and_says_so_once(loading):
+    model, base = model_and_base()
+    away_from_initialisation(model)
+    x = torch.randn(4, 8)
+    model(x)
+    magnitude = model[0].modification.magnitude.clone()
+    loading(model, base)
+    with other_base() as caught:
+        model(x)
+    assert len(caught) == 2  # layers
+    model(x)
+    assert torch.equal(model[0].modification.magnitude, magnitude)
+    loading(model, base)  # the same once more
+    model(x)
+
+
+@pytest.mark.parametrize("order", ["base first", "adapter first", "together"])
+def test_a_loaded_magnitude_belongs_to_the_base_that_is_loaded(order):
+    model, base = model_and_base()
+    trained, _ = model_and_base()
+    tokengate.unpatch(trained).load_state_dict(base.state_dict())
+    tokengate.patch(trained, "all-linear", "dora", rank=2)
+    away_from_initialisation(trained)
+    state = trained.state_dict()
+    own = {n: t for n, t in state.items() if "modification" in n or "gate" in n}
+    parts = [state]
+    if order != "together":
+        parts = [base.state_dict(), own]
+    for part in parts if order != "adapter first" else reversed(parts):
+        model.load_state_dict(part, strict=False)
+    x = torch.randn(4, 8)
+    assert not torch.allclose(model(x), base(x), atol=0.01)
+    assert torch.equal(model(x), trained(x))
+
+
+@pytest.mark.parametrize("loading", LOADINGS)
+def test_compiled_it_follows_too(loading):
+    torch._dynamo.reset()
+    model, base = model_and_base()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 8)
+    compiled(x)
+    loading(model, base)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), base(x))
+    torch.testing.assert_close(compiled(x), base(x))
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1))
+    compiled(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(compiled(x), base(x), atol=0.01)
+    torch.testing.assert_close(compiled(x), model(x))
+    norms = base[0].weight.norm(dim=1)
+    assert not torch.equal(model[0].modification.magnitude, norms)
+    torch.testing.assert_close(model[0].modification.magnitude, norms, rtol=0.2, atol=0)
+
+
+def test_from_the_meta_device_it_waits_for_the_base():
+    _, base = model_and_base()
+    with torch.device("meta"):
+        model, _ = model_and_base()
+    model.to_empty(device="cpu")
+    assert model[0].modification.magnitude.isnan().all()  # not known yet, and seen
+    by_load_state_dict(model, base)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x), base(x))
+    torch.testing.assert_close(model[0].modification.magnitude, base[0].weight.norm(dim=1))
+    assert model[0].modification.A.abs().max() <= (6 / 8 / 6 * 3) ** 0.5  # kaiming's bound

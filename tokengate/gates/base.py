@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.positions import Positions
+from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import in_backward
@@ -40,7 +41,9 @@ class Gate(KeepsFloat32):
     - Parameters come from `new_parameter`; they are trained with the modifications, but for a
       `threshold`, which is in the taus' group. Buffers are saved along if they are floating-point
       and persistent.
-    - The base layer is not kept: what is wanted of it once is read in `__init__`.
+    - The base layer is not kept: what is wanted of it once is read in `__init__`. Where `to_empty`
+      gives the model memory, a gate is made anew beside a layer whose weight is all NaN, for the
+      values it has at first; see `reset_parameters`.
 
     Args:
         linear: the layer that is gated; it is only read.
@@ -73,6 +76,17 @@ class Gate(KeepsFloat32):
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A trainable parameter of `shape`, of zeros; float32 beside a 16-bit base."""
         return nn.Parameter(torch.zeros(shape, dtype=self._dtype, device=self._device))
+
+    def reset_parameters(self) -> None:
+        """Give its parameters and buffers the values they had at first.
+
+        They are those of a gate with the same options beside a layer whose weight is all NaN: a
+        gate that reads W0 in `__init__` must define this itself.
+        """
+        linear = stand_in(self.in_features, self.out_features, self, self._dtype)
+        fresh = type(self).beside(linear, **self.options)
+        write_over(self.parameters(recurse=False), fresh.parameters(recurse=False))
+        write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
 
     @property
     def threshold(self) -> Tensor | None:

@@ -9,6 +9,7 @@ from tokengate.arguments import count, share
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
+from tokengate.kernels.eager import is_eager
 
 _CHANNELS, _BITS = 16, 24
 
@@ -31,23 +32,23 @@ class RandomGate(Gate):
         TokenGateError: `sparsity` is not in [0, 1), or `seed` no number >= 0.
     """
 
-    factors: Tensor
-
     def __init__(self, linear: nn.Linear, *, sparsity: float = 0.5, seed: int = 0) -> None:
         super().__init__(linear)
         self.sparsity = share("sparsity", sparsity)
         generator = torch.Generator().manual_seed(count("seed", seed, least=0))
         channels = min(_CHANNELS, self.in_features)
         drawn = torch.randint(2**62, (channels,), generator=generator) | 1
-        # No values could come to the meta device later, as a parameter's do.
-        device = "cpu" if linear.weight.is_meta else self._device
-        self.register_buffer("factors", drawn.to(device), persistent=False)
+        # No buffer, which `to_empty` would leave without its values, and nothing could give back.
+        self._drawn = drawn
 
     def weights(self, positions: Positions) -> Tensor:
         """a, `(...)`, as booleans."""
-        x = positions.x.detach()[..., : len(self.factors)].float().contiguous()
+        x = positions.x.detach()[..., : len(self._drawn)].float().contiguous()
+        factors = self._drawn.to(x.device)
+        if is_eager(x):
+            self._drawn = factors
         # Of 64 bits, which a product and two shifts mix.
-        drawn = (x.view(torch.int32).long() * self.factors).sum(-1)
+        drawn = (x.view(torch.int32).long() * factors).sum(-1)
         drawn = (drawn ^ (drawn >> 31)) * 0x2545F4914F6CDD1D
         drawn = (drawn ^ (drawn >> 29)) & (2**_BITS - 1)
         is_open: Tensor = drawn >= self.sparsity * 2**_BITS

@@ -12,6 +12,7 @@ from tokengate.arguments import finite
 from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
+from tokengate.kernels.eager import applied
 
 
 @register_gate("sigmoid")
@@ -47,7 +48,7 @@ class SigmoidGate(PenalisedGate):
         logits = logits.to(positions.dtype) + self.c.to(positions.dtype)
         if not self.training:
             return logits >= 0
-        p: Tensor = _Entropy.apply(torch.sigmoid(logits), self.pull(), positions.mask)
+        p: Tensor = applied(_Entropy, torch.sigmoid(logits), self.pull(), positions.mask)
         return p
 
 
@@ -66,6 +67,10 @@ class _Entropy(torch.autograd.Function):
         tensor = penalty if isinstance(penalty, Tensor) else None
         ctx.save_for_backward(p, mask, tensor)
         ctx.penalty = None if tensor is penalty else penalty
+
+    @staticmethod
+    def tangent(ctx: Any, p: Tensor, *_: Tensor | None) -> Tensor:
+        return p.clone()  # the penalty is of the loss, not of p
 
     @staticmethod
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:

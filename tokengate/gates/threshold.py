@@ -6,6 +6,7 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
+from tokengate.kernels.eager import applied, has_tangent
 from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.sharding import number_here
@@ -70,7 +72,7 @@ def token_gate(
         )
     change = Change(w, None, m)
     is_open = opened(*change.norms(), tau)
-    a = _Threshold.apply(tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
+    a = applied(_Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
     return change.add(a)
 
 
@@ -113,7 +115,8 @@ class TokenGate(PenalisedGate):
         KeepsFloat32.__init__(self)
         self._set_up(dtype, device)
         self.penalty = penalty
-        self.tau = nn.Parameter(torch.full((1,), finite("tau", tau), dtype=dtype, device=device))
+        self._first = finite("tau", tau)
+        self.tau = nn.Parameter(torch.full((1,), self._first, dtype=dtype, device=device))
 
     @classmethod
     def beside(cls, linear: nn.Linear, **options: Any) -> TokenGate:
@@ -125,6 +128,10 @@ class TokenGate(PenalisedGate):
         gate.options = {k: v for k, v in options.items() if k not in ("tau", "penalty")}
         return gate
 
+    def reset_parameters(self) -> None:
+        """Give tau the value it had at first."""
+        nn.init.constant_(self.tau, self._first)
+
     @property
     def threshold(self) -> Tensor:
         """tau."""
@@ -133,10 +140,11 @@ class TokenGate(PenalisedGate):
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
         is_open = opened(*positions.norms, self.tau)
-        if not (torch.is_grad_enabled() and self.tau.requires_grad):
+        learns = torch.is_grad_enabled() and self.tau.requires_grad
+        if not learns and not has_tangent(self.tau):
             return is_open  # nobody asks for mu
-        a: Tensor = _Threshold.apply(
-            self.tau, is_open, self.pull(), positions.mask, positions.dtype
+        a: Tensor = applied(
+            _Threshold, self.tau, is_open, self.pull(), positions.mask, positions.dtype
         )
         return a
 
@@ -167,8 +175,20 @@ class _Threshold(torch.autograd.Function):
         tau, _, penalty, mask, _ = inputs
         tensor = penalty if isinstance(penalty, Tensor) else None
         ctx.save_for_backward(output, mask, tensor)  # a, which the sum keeps, too
+        ctx.save_for_forward(output)
         ctx.tau_dtype, ctx.tau_shape = tau.dtype, tau.shape
         ctx.penalty = None if tensor is penalty else penalty
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        warnings.warn(
+            "a derivative is taken forward along tau, in which outputs are constant between jumps: "
+            "it adds 0, where backward gives tau the paper's eq. 17, which is no derivative; leave "
+            "tau out of what is derived.",
+            stacklevel=2,
+        )
+        (a,) = ctx.saved_tensors
+        return torch.zeros_like(a)
 
     @staticmethod
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:

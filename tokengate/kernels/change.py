@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokengate.kernels.eager import is_eager, is_watched
+from tokengate.kernels.eager import applied, has_tangent, is_eager, is_watched
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.gated_sum import (
     GatedSum,
@@ -70,7 +70,8 @@ class Change:
         """
         out, m = self.out, self.m
         parts = (out, m.z, m.up) if isinstance(m, Factors) else (out, m)
-        if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+        derived = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if not (derived or any(has_tangent(part) for part in parts)):
             return ldexp(*self.norms()[0]), ldexp(*self.norms()[1])
         self._in_place = False  # `out` is kept
         with without_autocast(out.device):
@@ -90,7 +91,8 @@ class Change:
                 m = self.m
                 if isinstance(m, Factors):
                     m = self._product = m.product(w)
-                return norms(m, self.dtype), norms(w, self.dtype)
+                # Sizes are constants to derivatives that are carried forward, too.
+                return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
             z, up, gain = self.m.z, self.m.up, self.m.gain
             z = z.reshape(-1, z.shape[-1])
             if gain is None:
@@ -113,22 +115,17 @@ class Change:
         out, bias, m, product = self.out, self.bias, self.m, self._product
         self._product = None
         if not isinstance(m, Factors):
-            return out + m.to(out.dtype) if a is None else _applied(WholeSum, out, m, a)
+            return out + m.to(out.dtype) if a is None else applied(WholeSum, out, m, a)
         factors = (m.z, m.up, m.gain)
         if self._quick:
             with without_autocast(out.device):
                 if not torch.is_grad_enabled():
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
                 in_place = self._in_place
-                return _applied(GatedSum, out, bias, *factors, a, product, in_place, self.learn)
+                return applied(GatedSum, out, bias, *factors, a, product, in_place, self.learn)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:
             with torch.no_grad():
                 product = m.product(without_bias(out, bias))
-        return _applied(FactoredSum, out, product, bias, *factors, a, self.learn)
-
-
-def _applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
-    summed: Tensor = function.apply(*args)
-    return summed
+        return applied(FactoredSum, out, product, bias, *factors, a, self.learn)

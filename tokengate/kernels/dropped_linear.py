@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokengate.kernels.eager import is_eager, is_watched
+from tokengate.kernels.eager import applied, is_eager, is_watched
 from tokengate.kernels.precision import without_autocast
 
 # Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
@@ -43,7 +43,7 @@ def dropped_linear(
     if drops:
         dropped = _drop(x, dropout, eager)
     function = _EagerDroppedLinear if eager else _DroppedLinear
-    z: Tensor = function.apply(x, weight, dropped, 1 / (1 - dropout), dtype)
+    z = applied(function, x, weight, dropped, 1 / (1 - dropout), dtype)
     return z
 
 
@@ -102,10 +102,23 @@ class _DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, dropped, ctx.scale, _ = inputs
+        x, weight, dropped, ctx.scale, ctx.out_dtype = inputs
         ctx.dtype = x.dtype
         # Without a gradient of the weight nobody asks for x.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, dropped)
+        ctx.save_for_forward(x, weight, dropped)
+
+    @staticmethod
+    def tangent(ctx: Any, x: Tensor | None, weight: Tensor | None, *_: None) -> Tensor:
+        at_x, at_weight, dropped = ctx.saved_tensors
+        dtype = ctx.out_dtype
+        with without_autocast(at_x.device):
+            z: Tensor = at_x.new_zeros((*at_x.shape[:-1], len(at_weight)), dtype=dtype)
+            if x is not None:
+                z = z + F.linear(_thinned(x.to(dtype), dropped), at_weight.to(dtype))
+            if weight is not None:
+                z = z + F.linear(_thinned(at_x.to(dtype), dropped), weight.to(dtype))
+        return z if dropped is None else z * ctx.scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

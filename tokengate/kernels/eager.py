@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -12,13 +16,49 @@ def is_eager(*tensors: Tensor) -> bool:
     """False where what is computed is being traced, or the tensors are not plain ones.
 
     Compiled code wants one graph for all values; in `torch.func` transforms, fake tensors and on
-    the meta device there are none to look at.
+    the meta device there are none to look at; where tangents are carried forward, each step has to
+    say what becomes of them.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if _derives_forward():
+        return False
     return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a derivative is carried forward along `tensor`."""
+    if not _derives_forward():
+        return False
+    unpacked: tuple[Tensor, Tensor | None] = forward_ad.unpack_dual(tensor)  # type: ignore
+    return unpacked[1] is not None
+
+
+def applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
+    """`function.apply`, with its `tangent` as `jvp` where derivatives are carried forward.
+
+    Not elsewhere: `torch.compile` traces no function that has a `jvp`.
+    """
+    if _derives_forward():
+        function = _with_jvp(function)
+    value: Tensor = function.apply(*args)
+    return value
+
+
+@functools.cache
+def _with_jvp(function: type[Any]) -> type[Any]:
+    return type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+
+
+def _derives_forward() -> bool:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
     """Whether a dispatch mode sees what is computed; it may keep what is to be written over."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is being captured, which waits for no value."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -31,8 +31,13 @@ class KeepsFloat32(nn.Module):
     """A module whose own parameters stay float32 through `.to(...)` of 16 or 8 bits.
 
     At s = 4e-5 a step, a bfloat16 tau near 0.1 would not move at all: its grid there is
-    2^-11 wide. Devices and wider dtypes are followed as usual.
+    2^-11 wide. Devices and wider dtypes are followed as usual. And where `to_empty` takes the
+    module from the meta device, which gives memory and no values, they get their initial ones.
     """
+
+    def reset_parameters(self) -> None:
+        """Give what is its own its initial values."""
+        raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
         kept = {id(p) for p in self.parameters(recurse=False)}
@@ -45,5 +50,12 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(device=moved.device, dtype=torch.float32)
             return moved
 
+        was_meta = self._is_meta()
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self._is_meta():
+            self.reset_parameters()
         return self
+
+    def _is_meta(self) -> bool:
+        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return any(tensor.is_meta for tensor in own)

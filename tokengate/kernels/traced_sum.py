@@ -33,7 +33,13 @@ class WholeSum(torch.autograd.Function):
         _, m, a = inputs
         # mu needs m at closed positions too: that is how a closed gate reopens.
         ctx.save_for_backward(m if ctx.needs_input_grad[2] else None, a)
+        ctx.save_for_forward(m, a)
         ctx.m_dtype = m.dtype
+
+    @staticmethod
+    def tangent(ctx: Any, out: Tensor | None, m: Tensor | None, a: Tensor | None) -> Tensor:
+        at_m, at_a = ctx.saved_tensors
+        return _tangent(at_m, at_a, out, m, a)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,6 +81,36 @@ class FactoredSum(torch.autograd.Function):
             out = bias = None
         # Inputs only, so that a second derivative sees what the first one depends on.
         ctx.save_for_backward(out, bias, z, up, gain, a)
+        ctx.save_for_forward(out, bias, z, up, gain, a)
+
+    @staticmethod
+    def tangent(
+        ctx: Any,
+        out: Tensor | None,
+        m: Tensor | None,
+        bias: Tensor | None,
+        z: Tensor | None,
+        up: Tensor | None,
+        gain: Tensor | None,
+        a: Tensor | None,
+        learn: None = None,
+    ) -> Tensor:
+        at_out, at_bias, at_z, at_up, at_gain, at_a = ctx.saved_tensors
+        at_m, m = at_z @ at_up.T, None
+        if z is not None:
+            m = _plus(m, z @ at_up.T)
+        if up is not None:
+            m = _plus(m, at_z @ up.T)
+        if at_gain is not None:
+            w = without_bias(at_out, at_bias)
+            at_m = at_m + at_gain * w
+            if gain is not None:
+                m = _plus(m, gain * w)
+            if out is not None:
+                m = _plus(m, at_gain * out)
+            if bias is not None:
+                m = _plus(m, -at_gain * bias.to(at_gain.dtype))
+        return _tangent(at_m, at_a, out, m, a)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,3 +157,19 @@ def _passed_on(grad: Tensor, a: Tensor) -> Tensor:
     if a.dtype == torch.bool:
         return torch.where(a, grad, torch.zeros_like(grad))
     return torch.where(a != 0, a.to(grad.dtype) * grad, torch.zeros_like(grad))
+
+
+def _tangent(
+    at_m: Tensor, at_a: Tensor, out: Tensor | None, m: Tensor | None, a: Tensor | None
+) -> Tensor:
+    """dout + a dm + da m, `(..., C)`, from the tangents, of which those that are 0 are None."""
+    tangent = torch.zeros_like(at_m) if out is None else out
+    if m is not None:
+        tangent = tangent + _passed_on(m, at_a).to(tangent.dtype)
+    if a is not None:
+        tangent = tangent + (a.unsqueeze(-1).to(at_m.dtype) * at_m).to(tangent.dtype)
+    return tangent
+
+
+def _plus(sum: Tensor | None, term: Tensor) -> Tensor:
+    return term if sum is None else sum + term

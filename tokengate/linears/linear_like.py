@@ -41,26 +41,24 @@ def whole(layer: LinearLike) -> LinearLike:
     return layer.fused if isinstance(layer, LinearSlice) else layer
 
 
-def row_blocks(layer: LinearLike) -> Iterator[Tensor]:
-    """W0 in consecutive blocks of at most a 16th of it, `(rows, in_features)`, dense and floating.
+def row_blocks(layer: LinearLike, blocks: int = _BLOCKS) -> Iterator[Tensor]:
+    """W0 in about so many consecutive blocks, `(rows, in_features)`, dense and floating.
 
     Views of the layer's weight, or one block after the other dequantised, so that there is never
     a whole dense copy of a quantised W0.
     """
     if isinstance(layer, LinearSlice):
-        return layer.row_blocks()
+        return layer.row_blocks(blocks)
     if is_quantised(layer):
-        return dequantised_blocks(layer, _share(features_of(layer)[1]))
+        return dequantised_blocks(layer, _share(features_of(layer)[1], blocks))
     weight = _dense(layer)
-    return iter(torch.split(weight, _share(len(weight))))
+    return iter(torch.split(weight, _share(len(weight), blocks)))
 
 
 def product(layer: LinearLike, right: Tensor) -> Tensor:
-    """W0 `right`, `(in_features, r) -> (out_features, r)`, computed in the dtype W0 is read in."""
-    if isinstance(layer, LinearSlice):
+    """W0 `right`, `(in_features, r) -> (out_features, r)`, in the dtype of W0, not quantised."""
+    if isinstance(layer, LinearSlice) and layer.slices.groups > 1:  # whose weight is a copy
         return layer.slices.take(product(layer.fused, right), layer.name, 0)
-    if is_quantised(layer):
-        return torch.cat([block @ right.to(block.dtype) for block in row_blocks(layer)])
     weight = _dense(layer)
     return weight @ right.to(weight.dtype)
 
@@ -89,8 +87,8 @@ def _dense(layer: LinearLike) -> Tensor:
     return layer.weight.T if is_transposed(layer) else layer.weight
 
 
-def _share(rows: int) -> int:
-    return max(1, -(-rows // _BLOCKS))
+def _share(rows: int, blocks: int) -> int:
+    return max(1, -(-rows // blocks))
 
 
 class LinearSlice(nn.Module):
@@ -133,12 +131,12 @@ class LinearSlice(nn.Module):
         """`out`, which is this projection of `input` as the fused layer computed it."""
         return out
 
-    def row_blocks(self) -> Iterator[Tensor]:
+    def row_blocks(self, blocks: int) -> Iterator[Tensor]:
         """Its rows in the order of the fused layer's; see the function of this name."""
         start, size = self.slices.place(self.name)
         step = sum(self.slices.sizes.values())
         at = 0
-        for block in row_blocks(self.fused):
+        for block in row_blocks(self.fused, blocks):
             # Groups of which this block holds a part.
             for group in range(at // step, -(-(at + len(block)) // step)):
                 first = max(group * step + start, at)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.kernels.eager import is_eager
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.precision import KeepsFloat32, autocasts, trainable_dtype
 from tokengate.linears.linear_like import features_of
 from tokengate.methods.maps import Maps
-from tokengate.methods.remembered import Remembered, optimiser_steps
-
-_T = TypeVar("_T")
 
 # The gradients of an input with fewer elements are added up sooner than Python is asked to do it.
 _LARGE = 2**17
@@ -51,9 +48,12 @@ class Modification(KeepsFloat32):
     - `forward` gives M(x), in the shape of w.
     - A method of low rank defines `factors` instead of `forward`. Its gate then keeps for backward
       what is of size rank, where it would keep all of M(x); and it may read the base layer. Where
-      its factors are `Maps`, which do not depend on x, it defines these, and they are made once for
-      all calls without gradients. Of a class and those it extends, the latest definition of the
-      three counts. Forward hooks on a modification see calls of `forward` only.
+      its factors are `Maps`, which do not depend on x, it defines these. Of a class and those it
+      extends, the latest definition of the three counts. Forward hooks on a modification see calls
+      of `forward` only.
+    - Every call is computed from the values that parameters and W0 have then, and nothing of an
+      earlier one is kept: PyTorch tells nobody of what is written through `.data`, a NumPy view,
+      shared memory or a collective, as averages of weights and sharded optimisers do.
     - The base layer is not kept: what is wanted of it once is read in `__init__`.
 
     Args:
@@ -81,15 +81,19 @@ class Modification(KeepsFloat32):
         self.in_features, self.out_features = features_of(linear)
         self._dtype = trainable_dtype(linear.weight)
         self._device = linear.weight.device
-        self._ready: Remembered[Maps | None] = Remembered()
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A trainable parameter of `shape`, without values until `reset_parameters`."""
         return nn.Parameter(torch.empty(shape, dtype=self._dtype, device=self._device))
 
-    def reset_parameters(self) -> None:
-        """Give the parameters their initial values, with which M(x) = 0 for every x."""
-        raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Modification:
+        drawn = any(buffer.is_meta for buffer in self.buffers(recurse=False))
+        super()._apply(fn, recurse)
+        if drawn and not self._is_meta():  # what is reset is the parameters
+            linear = stand_in(self.in_features, self.out_features, self, self._dtype)
+            fresh = type(self)(linear, **self.options)
+            write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
+        return self
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
         """M(x) as `Factors`, or None where the method has only a `forward`; by default of `maps`.
@@ -99,7 +103,7 @@ class Modification(KeepsFloat32):
             w: W0 x, `(..., out_features)`.
             linear: the base layer; None where M is asked for apart from a layer.
         """
-        maps = self._maps(linear, w.dtype)
+        maps = self.maps(linear, w.dtype)
         return None if maps is None else maps.factors(x, self.training)
 
     def factors_before(self, x: Tensor, linear: nn.Linear) -> tuple[Tensor, Factors | None]:
@@ -123,7 +127,7 @@ class Modification(KeepsFloat32):
             or x.shape[-1] != self.in_features
         ):
             return x, None
-        maps = self._maps(linear, x.dtype)
+        maps = self.maps(linear, x.dtype)
         return (x, None) if maps is None else maps.branch(x, self.training)
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
@@ -139,60 +143,6 @@ class Modification(KeepsFloat32):
             )
         return factors.product(w)
 
-    def _maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps | None:
-        """`maps`; without gradients once for as long as what they are made of does not change."""
-        if torch.is_grad_enabled() or self.training:
-            return self.maps(linear, dtype)
-
-        def cast() -> Maps | None:
-            maps = self.maps(linear, dtype)
-            return None if maps is None else replace(maps, down=maps.down.to(dtype))
-
-        return self._remembered(self._ready, dtype, linear, cast)
-
-    def _remembered(
-        self,
-        last: Remembered[_T],
-        dtype: torch.dtype,
-        linear: nn.Linear | None,
-        compute: Callable[[], _T],
-    ) -> _T:
-        """What was computed last, in `dtype`, while the parameters and W0 stay what they are."""
-        parameters = tuple(self.parameters(recurse=False))
-        base = () if linear is None else self._base_key(linear)
-        if base is None or not is_eager(*parameters):
-            return compute()
-        key = (optimiser_steps(), dtype, *base, *[p.data_ptr() for p in parameters])
-        return last.of(key, parameters, compute)
-
-    def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
-        """What stays equal while that of W0 does which `maps` read; None where nothing tells."""
-        return ()
-
-    def _forget(self) -> None:
-        """Make anew what is remembered of the parameters."""
-        if "_ready" in self.__dict__:
-            self._ready.forget()
-
-    def forget_base(self) -> None:
-        """Make anew what is remembered of W0, and of the parameters."""
-        self._forget()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A parameter, `scale`, or, by `train` and `eval`, `training`.
-        self._forget()
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The base is loaded along; what is sharded is written without raising its version.
-        self.forget_base()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Modification:
-        self.forget_base()
-        super()._apply(fn, recurse)
-        return self
-
 
 def _no_factors(self: Modification, x: Tensor, w: Tensor, linear: nn.Linear | None) -> None:
-    return None
+    """The modification has only a forward."""

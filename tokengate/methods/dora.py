@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import DifferentBaseWarning, TokenGateError
+from tokengate.kernels.eager import is_captured, is_eager
 from tokengate.kernels.precision import without_autocast
-from tokengate.linears.linear_like import product, whole
+from tokengate.linears.linear_like import whole
 from tokengate.linears.quantised import unreadable
 from tokengate.methods.lora import LoRA
 from tokengate.methods.maps import Maps
 from tokengate.methods.registry import register
-from tokengate.methods.remembered import Remembered
-from tokengate.methods.row_squares import RowSquares, weight_key
+from tokengate.methods.row_squares import row_squares, row_squares_and_products
+from tokengate.sharding import divided_as, is_sharded
+
+# Rows whose lengths differ by more are another W0's, not one that was cast or quantised.
+_FAR = 0.01
 
 
 @register("dora")
@@ -33,12 +39,14 @@ class DoRA(LoRA):
     multiplies W0 with the dropped input a second time and takes that for w in the first term;
     without dropout both are the same.
 
-    Parameters: `A` and `B` as in LoRA; `magnitude` (out_features,), the row norms that W0 has when
-    the layer is patched. Where W0 changes afterwards, M(x) is no longer 0 at initialisation, so
-    load and cast the base first. The norms of W0's rows are remembered until it changes, those of
-    W0 + scale B A until one of the three does (not under `torch.compile`, which computes them every
-    time). PyTorch does not see a change made through `.data`: call `forget_base()` after one; of A
-    and B, `train()` and `eval()` do.
+    Parameters: `A` and `B` as in LoRA; `magnitude` (out_features,), at first the row norms of W0.
+    Until it or B is trained or loaded it follows W0: where that is loaded, cast or written over,
+    the next forward sets `magnitude` anew, and M(x) stays 0. (Compiled code does so in training; in
+    evaluation it computes as if.) Afterwards it stays what it is, and a base that is loaded then,
+    with other row norms, draws a warning.
+
+    All norms are computed in each forward, of what W0, A and B are then: W0 is read once for its
+    rows' lengths and once for its product with A.
 
     Args:
         linear: the layer to modify.
@@ -54,20 +62,20 @@ class DoRA(LoRA):
         reason = unreadable(whole(linear))
         if reason is not None:
             raise TokenGateError(f'DoRA reads W0, which {reason}, or choose method="lora".')
-        self._base_squares = RowSquares()
-        self._initial_squares = self._base_squares.of(linear)
         self.magnitude = self.new_parameter(self.out_features)
-        self._norms: Remembered[Tensor] = Remembered()
+        # W0's row norms that `magnitude` began from; None where a state dict gave it.
+        self._began: Tensor | None = row_squares(linear).sqrt()
+        self._is_trained = self._base_was_loaded = self._is_sharded = False
 
     def reset_parameters(self) -> None:
-        if self._initial_squares.is_meta and not self.magnitude.is_meta:
-            raise TokenGateError(
-                "DoRA was patched on the meta device, where W0 has no row norms to start from: "
-                "load a state dict, or unpatch and patch again."
-            )
         super().reset_parameters()
+        began = self._began
+        if began is None or began.is_meta:
+            # The next forward, which sees W0, knows them.
+            began = torch.full(self.magnitude.shape, math.nan, dtype=self.magnitude.dtype)
+        self._began, self._is_trained = began.to(self.magnitude.device), False
         with torch.no_grad():
-            self.magnitude.copy_(self._initial_squares.sqrt())
+            self.magnitude.copy_(divided_as(self._began, self.magnitude))
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
         if linear is None:
@@ -76,9 +84,10 @@ class DoRA(LoRA):
                 "layer, or factors(x, w, layer).product(w)."
             )
         norm = self.row_norms(linear)
+        magnitude = self._followed(linear)
         # A row of zeros has no direction: it contributes 0 whatever c is, and 0 / 0 must not.
         directed = norm > 0
-        change = (self.magnitude - norm) / torch.where(directed, norm, 1.0)
+        change = (magnitude - norm) / torch.where(directed, norm, 1.0)
         # Another device or compiler sums the same row to another last digit. Where B is still 0,
         # that is all there can be: no change, but its gradient.
         noise = (self.B == 0).all(1) & (change.abs() <= 4 * torch.finfo(norm.dtype).eps)
@@ -87,33 +96,76 @@ class DoRA(LoRA):
         up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
         return Maps(self.A, up.to(dtype), gain.to(dtype), self.dropout)
 
+    @torch.no_grad()
     def row_norms(self, linear: nn.Linear) -> Tensor:
-        """Norms of the rows of W0 + scale B A: `(out_features,)`; remembered.
+        """Norms of the rows of W0 + scale B A: `(out_features,)`.
 
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
-        dtype = self.magnitude.dtype
-        return self._remembered(self._norms, dtype, linear, lambda: self._row_norms(linear))
-
-    @torch.no_grad()
-    def _row_norms(self, linear: nn.Linear) -> Tensor:
         # Autocast would copy all of W0 to 16 bits.
         with without_autocast(linear.weight.device):
             B = self.scale * self.B
-            cross = product(linear, self.A.T).to(B.dtype)
+            squares, cross = row_squares_and_products(linear, self.A.T)
             own = B @ (self.A @ self.A.T)
-            squares = self._base_squares.of(linear) + ((2 * cross + own) * B).sum(1)
-        return squares.clamp(min=0).sqrt()
+            squares = squares + ((2 * cross.to(B.dtype) + own) * B).sum(1)
+        return squares.clamp(min=0).sqrt().detach()
 
-    def forget_base(self) -> None:
-        """Compute the row norms of W0 anew in the next forward."""
-        self._base_squares.forget()
-        super().forget_base()
+    def _followed(self, linear: nn.Linear) -> Tensor:
+        """`magnitude`, set to W0's row norms as long as nobody has trained or loaded it: `(d,)`."""
+        began, magnitude = self._began, self.magnitude
+        if began is None or magnitude.is_meta or (self._is_trained and not self._base_was_loaded):
+            return magnitude
+        norms = row_squares(linear).sqrt().to(magnitude).detach()
+        began = norms if began.is_meta else began.to(norms)
+        same = (magnitude == began) | (magnitude.isnan() & began.isnan())
+        untrained = same.all() & ~self.B.any()
+        if not is_eager(magnitude, norms) or is_captured():
+            return self._followed_unseen(norms, untrained)
+        if not self._is_trained:
+            self._is_trained = not untrained.item()
+        if not torch.equal(norms, began):
+            self._base_was_written(norms, began)
+        self._base_was_loaded = False
+        return magnitude
 
-    def _base_key(self, linear: nn.Linear) -> tuple[object, ...] | None:
-        return weight_key(linear)
+    def _base_was_written(self, norms: Tensor, began: Tensor) -> None:
+        if self._is_trained:
+            far = (norms - began).abs() > _FAR * norms
+            if self._base_was_loaded and far.any():
+                warnings.warn(
+                    "DoRA's W0 was loaded after its magnitude, which was trained or set beside "
+                    "a W0 with other row norms: load W0 before you patch or train, or, if they "
+                    "belong together, load the magnitude with it.",
+                    DifferentBaseWarning,
+                    stacklevel=2,
+                )
+        elif self._is_sharded:
+            raise TokenGateError(
+                "DoRA's W0 was loaded after the model was sharded, where the magnitude cannot "
+                "follow its row norms: load W0 before fully_shard, or load the magnitude with it."
+            )
+        else:
+            with torch.no_grad():
+                self.magnitude.copy_(norms)
+        self._began = norms
 
-    def _forget(self) -> None:
-        super()._forget()
-        if "_norms" in self.__dict__:
-            self._norms.forget()
+    def _followed_unseen(self, norms: Tensor, untrained: Tensor) -> Tensor:
+        """The same where no code may depend on values."""
+        magnitude = self.magnitude
+        kept = (magnitude - magnitude.detach()).nan_to_num()  # 0, and its gradient
+        followed = torch.where(untrained, norms + kept, magnitude)
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._began is not None:
+            # What trains must be the parameter; other transforms may not write to it.
+            with torch.no_grad():
+                magnitude.copy_(followed)
+                self._began.copy_(torch.where(untrained, norms, self._began))
+            return magnitude
+        return followed
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if f"{prefix}magnitude" in state_dict:
+            self._began = None
+        self._base_was_loaded, self._is_sharded = True, is_sharded(self.magnitude)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

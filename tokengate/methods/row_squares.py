@@ -1,4 +1,8 @@
-"""The squared row norms of a frozen weight, computed once for as long as it does not change."""
+"""The lengths of the rows of W0, and its products, as a forward that depends on them reads them.
+
+At each call anew, for W0 is written in ways that nobody is told of. To see surely whether it was
+would be to read all of it too: comparing it with a copy, or hashing it, takes longer than this.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +10,29 @@ import torch
 from torch import Tensor
 
 from tokengate.kernels.precision import trainable_dtype
-from tokengate.linears.linear_like import LinearLike, row_blocks, whole
-from tokengate.linears.quantised import is_four_bit
-from tokengate.methods.remembered import Remembered
+from tokengate.linears.linear_like import LinearLike, product, row_blocks, whole
+from tokengate.linears.quantised import is_quantised
 
 
-class RowSquares:
-    """||W_j||^2 of every row of the W0 of the layer it is asked about, `(d,)`, and remembered.
-
-    What is remembered holds for one tensor object, its memory and its version: see `Remembered`. A
-    weight that is a view, made anew at each use, is known by the tensor it is a view of.
-    """
-
-    def __init__(self) -> None:
-        self._squares: Remembered[Tensor] = Remembered()
-
-    def of(self, layer: LinearLike) -> Tensor:
-        """In float32, or float64 for a float64 weight."""
-        key = weight_key(layer)
-        return (
-            _squares(layer) if key is None else self._squares.of(key, (), lambda: _squares(layer))
-        )
-
-    def forget(self) -> None:
-        """Compute anew when asked next."""
-        self._squares.forget()
+@torch.no_grad()
+def row_squares(layer: LinearLike) -> Tensor:
+    """||W_j||^2 of every row of W0, `(d,)`, in float32, or float64 for a float64 weight."""
+    weight, blocks = layer.weight, 1
+    if is_quantised(whole(layer)) or weight.dtype != trainable_dtype(weight):
+        blocks = 16  # because what is summed in another dtype is copied to it first
+    return torch.cat([_squares(block) for block in row_blocks(layer, blocks)])
 
 
-def weight_key(layer: LinearLike) -> tuple[object, ...] | None:
-    """What stays equal while W0 does; None where it has neither a version nor an address.
-
-    Not the tensor itself, which offloading replaces at every use to free its memory.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    layer = whole(layer)
-    weight = layer.weight
-    try:
-        owner = weight if weight._base is None else weight._base
-        if is_four_bit(layer):
-            # bitsandbytes may move it into another layout in the middle of a forward, and rounds
-            # its scales there: with norms that followed, DoRA would not be a no-op at first.
-            return id(owner), owner._version
-        place = weight.data_ptr(), weight.shape, weight.stride(), weight.device
-        return id(owner), owner._version, weight.dtype, *place
-    except RuntimeError:
-        # Inference tensors have no version, tensors inside of torch.func transforms no memory.
-        return None
+@torch.no_grad()
+def row_squares_and_products(layer: LinearLike, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`row_squares`, and W0 `right`, `(k, r) -> (d, r)`; a quantised W0 is read once for both."""
+    if not is_quantised(whole(layer)):
+        return row_squares(layer), product(layer, right)
+    parts = [(_squares(block), block @ right.to(block.dtype)) for block in row_blocks(layer)]
+    squares, products = zip(*parts, strict=True)
+    return torch.cat(squares), torch.cat(products)
 
 
-def _squares(layer: LinearLike) -> Tensor:
-    with torch.no_grad():
-        # Block by block, because what is summed in another dtype is copied to it first.
-        norms = [
-            torch.linalg.vector_norm(block, dim=1, dtype=trainable_dtype(block))
-            for block in row_blocks(layer)
-        ]
-        return torch.cat(norms).square()
+def _squares(block: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=trainable_dtype(block))
+    return norms.square()
