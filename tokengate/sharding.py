@@ -39,6 +39,13 @@ def divided_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     return divided
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`."""
+    sharded: Any = tensor
+    local: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
+    return local
+
+
 def number_here(tensor: Tensor) -> float | None:
     """The one element of `tensor`; None where another rank has it, or nobody (meta)."""
     return numbers_here([tensor])[0]
@@ -46,8 +53,7 @@ def number_here(tensor: Tensor) -> float | None:
 
 def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
     """`number_here` of each, with one transfer from the device they are on."""
-    local: list[Any] = [t.detach() for t in tensors]
-    local = [t.to_local() if is_sharded(t) else t for t in local]
+    local = [local_part(t.detach()) for t in tensors]
     there = [t.reshape(1) for t in local if not t.is_meta and t.numel()]
     if not there:
         return [None] * len(local)

@@ -8,6 +8,7 @@ from models import Net
 from torch import nn
 
 import tokengate
+from tokengate.errors import SkippedModuleWarning
 
 ALL = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "fc1", "fc2")]
 
@@ -57,7 +58,9 @@ def test_of_mixed_matches_the_linear_layers_are_patched():
             "b": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
         }
     )
-    assert list(tokengate.layers(tokengate.patch(model, ["proj"]))) == ["b.proj"]
+    with pytest.warns(SkippedModuleWarning, match=r"'proj' matches .*'a\.proj' \(Conv2d\)"):
+        tokengate.patch(model, ["proj"])
+    assert list(tokengate.layers(model)) == ["b.proj"]
 
 
 def test_all_linear_leaves_a_language_models_head_out():

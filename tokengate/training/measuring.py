@@ -37,7 +37,8 @@ def measure(
         batches: what the model is called with.
 
     Raises:
-        TokenGateError: these are no batches; `use` was given rows; a layer saw no position.
+        TokenGateError: these are no batches; `use` was given rows; a layer saw no position, or
+            numbers that are not finite at a real one.
     """
     check_batches(asked, batches)
     if any(layer._rows is not None for layer in patched.values()):
@@ -47,7 +48,7 @@ def measure(
         )
     unseen = dict(patched)
     observers = {
-        layer: Observer(partial(_observe, name, listeners[name], unseen), norms=True)
+        layer: Observer(partial(_observe, asked, name, listeners[name], unseen), norms=True)
         for name, layer in patched.items()
     }
     with evaluating(model), observing(observers):
@@ -61,6 +62,7 @@ def measure(
 
 
 def _observe(
+    asked: str,
     name: str,
     listen: Listener,
     unseen: dict[str, Gated],
@@ -77,4 +79,11 @@ def _observe(
         return
     unseen.pop(name, None)
     of_m, of_w = (reshaped(each, lambda of: of.reshape(real.shape)) for each in norms)
+    for what, (norm, _) in (("W0 x", of_w), ("M(x)", of_m)):
+        broken = real & ~norm.isfinite()
+        if broken.any():
+            raise TokenGateError(
+                f"{asked} found {what} of {name!r} not finite at {int(broken.sum())} of "
+                f"{int(real.sum())} positions of a batch: look at the inputs and at the weights."
+            )
     listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))
