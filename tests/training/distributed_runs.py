@@ -351,7 +351,7 @@ def with_zero(folder, rank, port):
 
 
 def an_overflow_on_one_rank(folder, engine, rank, port):
-    """The taus after each of three steps, in the second of which one rank's gradients are infinite."""
+    """The taus after each of three steps, where in the second one rank's gradients are infinite."""
     join(rank, port)
     warnings.simplefilter("ignore", NonFiniteWarning)
     model = patched()
