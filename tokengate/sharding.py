@@ -46,6 +46,27 @@ def local_part(tensor: Tensor) -> Tensor:
     return local
 
 
+def anywhere(found: Iterable[bool], tensors: Iterable[Tensor]) -> list[bool]:
+    """What was found here of each of the tensors; of a sharded one, whether some rank has found it.
+
+    Every rank must call it if some are sharded. One message for all of a mesh.
+    """
+    everywhere = list(found)
+    places: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            sharded: Any = tensor
+            places.setdefault(sharded.device_mesh, []).append(place)
+    for mesh, own in places.items():
+        from torch.distributed.tensor import DTensor, Partial
+
+        here = torch.tensor([float(everywhere[i]) for i in own], device=mesh.device_type)
+        largest: Any = DTensor.from_local(here, mesh, [Partial("max")] * mesh.ndim, run_check=False)
+        for i, number in zip(own, largest.full_tensor().tolist(), strict=True):
+            everywhere[i] = number > 0
+    return everywhere
+
+
 def number_here(tensor: Tensor) -> float | None:
     """The one element of `tensor`; None where another rank has it, or nobody (meta)."""
     return numbers_here([tensor])[0]

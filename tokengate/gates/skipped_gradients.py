@@ -3,14 +3,18 @@
 One step with it would make tau NaN, the gate open for good and the loss none the worse. It is
 looked for where an optimiser takes its step, and not in backward: by then micro-batches and ranks
 are summed up, a GradScaler has seen what it has to see, and whoever writes gradients has done so.
+To look takes one transfer from the device for each step, however many gates there are. Not seen are
+optimisers that hold other tensors than the gates' own parameters, as DeepSpeed's ZeRO and FSDP1 do.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import NonFiniteWarning
-from tokengate.sharding import local_part, numbers_here
+from tokengate.sharding import anywhere, local_part, numbers_here
 
 if TYPE_CHECKING:
     from tokengate.gates.base import Gate
@@ -64,29 +68,28 @@ def _guarded(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], A
 
 def _held(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
     """The parameters of gates that this optimiser moves."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _lock:
         gates = list(_gates)
     # One that is being made in another thread has no parameters yet.
     made = (gate for gate in gates if "_parameters" in gate.__dict__)
-    return [(gate, p) for gate in made for p in gate.parameters() if id(p) in own]
+    owners = {id(p): gate for gate in made for p in gate.parameters()}
+    # In the optimiser's order, which is the same on every rank.
+    own = (p for group in optimizer.param_groups for p in group["params"])
+    return [(owners[id(p)], p) for p in own if id(p) in owners]
 
 
 def _skip(optimizer: Optimizer) -> None:
     held = [(gate, p) for gate, p in _held(optimizer) if p.grad is not None]
+    gradients = [p.grad for _, p in held if p.grad is not None]
     if not held:
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        for _, parameter in held:  # nothing can be asked here: what is not finite counts as 0
-            assert parameter.grad is not None
-            local_part(parameter.grad).nan_to_num_(0.0, 0.0, 0.0)
+        for gradient in gradients:  # nothing can be asked here: what is not finite counts as 0
+            local_part(gradient).nan_to_num_(0.0, 0.0, 0.0)
         return
-    sizes = numbers_here(_size(parameter.grad) for _, parameter in held)
-    broken = [
-        (gate, parameter)
-        for (gate, parameter), size in zip(held, sizes, strict=True)
-        if size is not None and not abs(size) < float("inf")
-    ]
+    sizes = numbers_here(map(_size, gradients))
+    here = (size is not None and not math.isfinite(size) for size in sizes)
+    broken = list(compress(held, anywhere(here, gradients)))
     if not broken:
         return
     told = any(gate.skipped for gate, _ in held)
@@ -105,9 +108,8 @@ def _skip(optimizer: Optimizer) -> None:
         )
 
 
-def _size(gradient: Tensor | None) -> Tensor:
+def _size(gradient: Tensor) -> Tensor:
     """One number that is finite where the gradient is, or none where this rank has none of it."""
-    assert gradient is not None
     local = local_part(gradient.detach())
     return local if local.numel() < 2 else local.abs().amax()
 
