@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.gates.base import PenalisedGate
+from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.layers.patched import require_layers
 from tokengate.reports.picture import load_plots
 from tokengate.reports.report import SparsityReport
@@ -41,7 +42,10 @@ def sparsities(report: SparsityReport) -> dict[str, float]:
 def scalars(model: nn.Module, report: SparsityReport) -> dict[str, float]:
     """What is worth a curve each: `sparsities`, and of all gates together
 
-    - `"tau_mean"`, `"tau_min"`, `"tau_max"`: the taus at the time of the report;
+    - `"tau_mean"`, `"tau_min"`, `"tau_max"`: the taus at the time of the report that are finite,
+      and `"tau_broken"`, how many are not, where there are any;
+    - `"tau_skipped"`, where there were any: gradients that were not finite and that optimisers have
+      skipped so far;
     - `"penalty"`: the average lambda, where there is a `SparsityController` the one it sets.
 
     Args:
@@ -52,13 +56,24 @@ def scalars(model: nn.Module, report: SparsityReport) -> dict[str, float]:
         TokenGateError: no layer of the model is patched.
     """
     found = sparsities(report)
-    taus = [m.tau for m in report.modules.values() if m.tau is not None]
-    if taus:
-        found |= {"tau_mean": statistics.fmean(taus), "tau_min": min(taus), "tau_max": max(taus)}
+    gates = [layer.gate for layer in require_layers(model, "scalars").values()]
+    found |= tau_scalars([m.tau for m in report.modules.values()], [g for g in gates if g])
     penalties = _penalties(model)
     if penalties:
         found["penalty"] = statistics.fmean(penalties)
     return found
+
+
+def tau_scalars(taus: Iterable[float | None], gates: Iterable[Gate]) -> dict[str, float]:
+    """What `scalars` has of the taus, of which None is on another rank, and of their gates."""
+    here = [tau for tau in taus if tau is not None]
+    finite = [tau for tau in here if math.isfinite(tau)]
+    found: dict[str, float] = {}
+    if finite:
+        mean = statistics.fmean(finite)
+        found = {"tau_mean": mean, "tau_min": min(finite), "tau_max": max(finite)}
+    wrong = {"broken": len(here) - len(finite), "skipped": sum(gate.skipped for gate in gates)}
+    return found | {f"tau_{what}": number for what, number in wrong.items() if number}
 
 
 def log_to_tensorboard(

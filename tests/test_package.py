@@ -94,7 +94,17 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("wing", "names"),
     [
-        ("errors", ["DifferentBaseWarning", "MixedPositionsWarning", "UnreachedLayerWarning"]),
+        (
+            "errors",
+            [
+                "DifferentBaseWarning",
+                "MixedPositionsWarning",
+                "NonFiniteWarning",
+                "SkippedModuleWarning",
+                "UnreachedLayerWarning",
+                "UnreachedSparsityWarning",
+            ],
+        ),
         ("methods", ["AdaLoRA", "Adapter", "DoRA", "LoRA", "Modification", "register"]),
         ("kernels", ["Factors"]),
         ("layers", ["GatedLinear"]),

@@ -155,7 +155,14 @@ def test_the_api_table_names_what_there_is():
         assert hasattr(tokengate, name)
     wings = {
         "adapters": ["Folding"],
-        "errors": ["DifferentBaseWarning", "MixedPositionsWarning", "UnreachedLayerWarning"],
+        "errors": [
+            "DifferentBaseWarning",
+            "MixedPositionsWarning",
+            "NonFiniteWarning",
+            "SkippedModuleWarning",
+            "UnreachedLayerWarning",
+            "UnreachedSparsityWarning",
+        ],
         "kernels": ["Factors"],
         "layers": ["GatedLinear"],
         "methods": ["LoRA", "DoRA", "AdaLoRA", "Adapter"],

@@ -25,5 +25,17 @@ class MixedPositionsWarning(UserWarning):
     """A layer was patched that mixes tokens or heads, so that its positions are no tokens."""
 
 
+class SkippedModuleWarning(UserWarning):
+    """A target matched other modules beside linear layers, which stay as they are."""
+
+
 class DifferentBaseWarning(UserWarning):
     """A model has other linear layers than the one that an adapter was trained on."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A gate's gradient was NaN or infinite, and skipped; or its tau is."""
+
+
+class UnreachedSparsityWarning(UserWarning):
+    """No tau closes the share of positions that `calibrate` was asked for."""

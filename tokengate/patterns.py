@@ -13,6 +13,10 @@ from tokengate.errors import TokenGateError, brief
 Pattern: TypeAlias = str | re.Pattern[str]
 
 
+# What makes a glob of a string.
+_WILD = "*?["
+
+
 class FullName(str):
     """A module's full name, as a pattern that means this module alone.
 
@@ -33,16 +37,21 @@ def matches(pattern: Pattern, name: str) -> bool:
         return name == pattern
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
-    if any(character in pattern for character in "*?["):
+    if not is_literal(pattern):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def is_literal(pattern: Pattern) -> bool:
+    """Whether it is a name, or the end of one, and no glob or regular expression."""
+    return isinstance(pattern, str) and (
+        isinstance(pattern, FullName) or not any(character in pattern for character in _WILD)
+    )
+
+
 def is_one_word(pattern: Pattern) -> bool:
     """Whether it is a name of a single component."""
-    if not isinstance(pattern, str) or isinstance(pattern, FullName):
-        return False
-    return not any(character in pattern for character in ".*?[")
+    return is_literal(pattern) and not isinstance(pattern, FullName) and "." not in str(pattern)
 
 
 def as_patterns(argument: str, value: Any) -> list[Pattern]:

@@ -39,6 +39,34 @@ def divided_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     return divided
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`."""
+    sharded: Any = tensor
+    local: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
+    return local
+
+
+def anywhere(found: Iterable[bool], tensors: Iterable[Tensor]) -> list[bool]:
+    """What was found here of each of the tensors; of a sharded one, whether some rank has found it.
+
+    Every rank must call it if some are sharded. One message for all of a mesh.
+    """
+    everywhere = list(found)
+    places: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            sharded: Any = tensor
+            places.setdefault(sharded.device_mesh, []).append(place)
+    for mesh, own in places.items():
+        from torch.distributed.tensor import DTensor, Partial
+
+        here = torch.tensor([float(everywhere[i]) for i in own], device=mesh.device_type)
+        largest: Any = DTensor.from_local(here, mesh, [Partial("max")] * mesh.ndim, run_check=False)
+        for i, number in zip(own, largest.full_tensor().tolist(), strict=True):
+            everywhere[i] = number > 0
+    return everywhere
+
+
 def number_here(tensor: Tensor) -> float | None:
     """The one element of `tensor`; None where another rank has it, or nobody (meta)."""
     return numbers_here([tensor])[0]
@@ -46,8 +74,7 @@ def number_here(tensor: Tensor) -> float | None:
 
 def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
     """`number_here` of each, with one transfer from the device they are on."""
-    local: list[Any] = [t.detach() for t in tensors]
-    local = [t.to_local() if is_sharded(t) else t for t in local]
+    local = [local_part(t.detach()) for t in tensors]
     there = [t.reshape(1) for t in local if not t.is_meta and t.numel()]
     if not there:
         return [None] * len(local)

@@ -45,6 +45,9 @@ from tokengate.training.param_groups import slope_for
 
 _log = logging.getLogger(__name__)
 
+# Of which one is in each log of a loss that has been added to.
+_TOLD = {"tau_mean", "tau_broken"}
+
 
 class TokenGateCallback(TrainerCallback):
     """Trains the gates of a patched model in any `transformers.Trainer`.
@@ -58,7 +61,8 @@ class TokenGateCallback(TrainerCallback):
     - AdaLoRA layers get their penalty and a `RankAllocator` over `state.max_steps`. The penalty's
       gradient is added to the loss's before it is clipped, once a step, which is the same as
       adding the penalty to the loss; the loss that is logged is without it.
-    - Each log of the loss has `sparsity`, `tau_mean`, `tau_min`, `tau_max`, and with AdaLoRA
+    - Each log of the loss has `sparsity`, `tau_mean`, `tau_min`, `tau_max`, `tau_skipped` and
+      `tau_broken` as soon as a gradient or a tau was not finite, and with AdaLoRA
       `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
       all processes. `sparsity` is that of the step that is logged alone, in training mode, with
       dropout and before its update, because counting at every step would cost time at every step.
@@ -312,7 +316,7 @@ class TokenGateCallback(TrainerCallback):
         prefix = evaluated(logs)
         if prefix and f"{prefix}_sparsity" not in logs:
             added |= self._measured(f"{prefix}_", report_of(self._evaluation.take()))
-        elif "loss" in logs and "tau_mean" not in logs and self._steps is not None:
+        elif "loss" in logs and not _TOLD & logs.keys() and self._steps is not None:
             report = report_of(self._training.take())
             added |= self._measured("", report)
             added |= self._steps.statistics()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGate, TokenGateError
+from tokengate.integrations.live_logging import tau_scalars
 from tokengate.sharding import numbers_here
 
 # A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
@@ -32,6 +33,7 @@ class TauSteps:
             for name, gate in gates.items()
             if isinstance(gate, TokenGate) and gate.tau.requires_grad
         }
+        self._gates = [gate for gate in gates.values() if gate is not None]
         self._optimizer = optimizer
         self.seen = True
         self._taken: dict[nn.Parameter, Tensor] = {}
@@ -77,8 +79,7 @@ class TauSteps:
         """Where the taus are, with one transfer from their device."""
         if not self.taus:
             return {}
-        taus = [tau for tau in numbers_here(self.taus.values()) if tau is not None]
-        return {"tau_mean": sum(taus) / len(taus), "tau_min": min(taus), "tau_max": max(taus)}
+        return tau_scalars(numbers_here(self.taus.values()), self._gates)
 
     def load(self, saved: dict[str, dict[str, Tensor]], exactly: bool) -> None:
         """Go on from what `_write` left; `exactly` where the model was loaded with it."""

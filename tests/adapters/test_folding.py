@@ -1,11 +1,12 @@
 """fold: what the gates decide alike is done once, and can be undone."""
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, snapshot
+from models import Net, away_from_initialisation, one_sentence, snapshot
 from test_saving import refused, same, values
 from torch import nn
 
@@ -421,3 +422,45 @@ def test_quantised_weights_are_refused():
     with pytest.raises(TokenGateError, match="quantised"):
         tokengate.fold(model, data)
     assert names(model) == ["0"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("by_report", [False, True])
+def test_a_tau_that_is_not_finite_is_refused(bad, by_report, tmp_path):
+    """A NaN is open at every position, and was merged as if the gate had decided so."""
+    model = mixed()
+    model.blocks[0].fc1.gate.tau.data.fill_(bad)
+    with tokengate.record(model) as rec:
+        outputs(model)
+    before = repr(snapshot(model))  # a NaN equals none
+    with one_sentence("fold found", "'blocks.0.fc1.gate.tau'", "calibrate"):
+        tokengate.fold(model, rec.report() if by_report else DATA)
+    assert repr(snapshot(model)) == before
+    with one_sentence("save found", "'blocks.0.fc1.gate.tau'", "wrote nothing"):
+        tokengate.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_batches_that_make_nan_are_refused():
+    """On them every gate is open."""
+    model = mixed()
+    outputs(model)
+    before = snapshot(model)
+    with one_sentence("fold found NaN in the output"):
+        tokengate.fold(model, [*DATA, DATA[0] * math.nan])
+    assert snapshot(model) == before
+
+
+def test_infinite_logits_of_a_mask_are_no_error():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mixed()
+
+        def forward(self, x):
+            h = self.net(x)
+            return torch.cat([h, torch.full_like(h, -math.inf)], -1)
+
+    folding = tokengate.fold(Masked(), DATA)
+    assert folding.names("merged")
+    assert folding.error < 1e-5

@@ -55,6 +55,11 @@ def test_the_names_and_numbers():
     first.gate.penalty = 1.25
     expected |= {"tau_mean": 0.5, "tau_min": -1.0, "tau_max": 2.0, "penalty": 0.5}
     assert scalars(model, report()) == pytest.approx(expected)
+    broken = {"m.2.q": ModuleSparsity(0.5, 1, 4, 2, tau=float("nan"))}
+    first.gate.skipped = 3
+    found = scalars(model, SparsityReport(report().modules | broken))
+    expected |= {"sparsity": 0.625, "tau_broken": 1, "tau_skipped": 3}
+    assert found == pytest.approx(expected)
 
 
 def test_what_is_not_there_has_no_name():

@@ -1,6 +1,7 @@
 """What each kind of target means."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from models import Net
 from torch import nn
 
 import tokengate
+from tokengate.errors import SkippedModuleWarning
+from tokengate.patterns import FullName
 
 ALL = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "fc1", "fc2")]
 
@@ -57,7 +60,67 @@ def test_of_mixed_matches_the_linear_layers_are_patched():
             "b": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
         }
     )
-    assert list(tokengate.layers(tokengate.patch(model, ["proj"]))) == ["b.proj"]
+    with pytest.warns(SkippedModuleWarning, match=r"'proj' matches .*'a\.proj' \(Conv2d\)"):
+        tokengate.patch(model, ["proj"])
+    assert list(tokengate.layers(model)) == ["b.proj"]
+
+
+class Vision(nn.Module):
+    """Names that mean several kinds of modules, as a vision transformer's and an encoder's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2), "norm": nn.LayerNorm(4)})
+        self.tokens = nn.ModuleDict({"embed": nn.Embedding(5, 4), "drop": nn.Dropout()})
+        self.block = nn.ModuleDict({"proj": nn.Linear(4, 4), "embed": nn.Linear(4, 4)})
+        self.block["norm"], self.block["drop"] = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.fc = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+        self.block["fc"] = nn.Linear(4, 4)
+        self.block["same"] = nn.ModuleDict({"same": nn.Linear(4, 4)})
+        self.rnn = nn.GRU(4, 4)
+
+
+CONV, TABLE, RNN = "embed.proj", "tokens.embed", "rnn"
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["proj"], [CONV]),
+        (["embed"], ["embed", TABLE]),  # a container whose layers are not meant
+        (["norm"], ["embed.norm"]),
+        (["drop"], []),  # nothing to train in the other
+        (["fc"], ["fc"]),  # a container of a layer that is not called so
+        (["same"], []),  # a container of just the layer that is meant
+        (["*.proj"], [CONV]),
+        (["*"], [CONV, TABLE, RNN]),  # neither containers nor norms
+        ([re.compile(r".*(proj|norm)")], [CONV]),
+        (lambda n, m: n.endswith("proj"), [CONV]),
+        (["block.proj", "block.embed"], []),
+        ("all-linear", []),
+    ],
+)
+def test_what_a_target_matches_beside_linear_layers_is_said(targets, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokengate.patch(model := Vision(), targets)
+    assert tokengate.layers(model)
+    found = [str(w.message) for w in caught if w.category is SkippedModuleWarning]
+    assert len(found) == bool(said)
+    if said:
+        assert all(w.filename == __file__ for w in caught)
+        assert re.findall(r"'([\w.]+)' \(\w+\)", found[0]) == sorted(said)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokengate.patch(Vision(), targets, exclude=[FullName(name) for name in said])
+
+
+def test_what_was_patched_before_is_not_said():
+    model = tokengate.patch(Vision(), ["block.proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokengate.patch(model, ["block.*"], exclude=["block.proj"])
+    assert len(tokengate.layers(model)) == 6
 
 
 def test_all_linear_leaves_a_language_models_head_out():

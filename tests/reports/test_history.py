@@ -1,5 +1,6 @@
 """History: tau, sparsity and loss over the steps of a training."""
 
+import contextlib
 import json
 import math
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import tokengate
 from tokengate import History
+from tokengate.errors import NonFiniteWarning
 from tokengate.reports.report import ModuleSparsity, SparsityReport
 from tokengate.sharding import numbers_here
 
@@ -201,6 +203,12 @@ def test_the_good_file_is_good(tmp_path):
         json.dumps({**GOOD, "losses": "12"}),
         json.dumps({**GOOD, "taus": {"b": [0, 1]}}),
         json.dumps({**GOOD, "taus": [[0, 1]]}),
+        json.dumps({**GOOD, "skipped": [1]}),
+        json.dumps({**GOOD, "skipped": [0, -1]}),
+        json.dumps({**GOOD, "skipped": [0, 1.5]}),
+        json.dumps({**GOOD, "broken": {"b": 1}}),
+        json.dumps({**GOOD, "broken": {"a": "1"}}),
+        json.dumps({**GOOD, "broken": ["a"]}),
         json.dumps(GOOD)[:-1] + ', "steps": [1, 2]}',
     ],
 )
@@ -236,3 +244,34 @@ def test_other_refusals(tmp_path):
     other = tokengate.patch(Net(), [Q])
     with one_sentence(V, "patched when the history was saved"):
         History.load(tmp_path / "history.json", other)
+
+
+def test_what_went_wrong_is_kept(tmp_path):
+    model = patched()
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1))
+    history = History(model)
+    for step in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(2, 5, 8)).sum().backward()
+        if step in (1, 4):
+            model.blocks[0].q_proj.gate.tau.grad.fill_(math.nan)
+        with pytest.warns(NonFiniteWarning) if step == 1 else contextlib.nullcontext():
+            optimizer.step()
+        history.log(step)
+    assert (history.skipped, history.broken) == ([0, 1, 1, 1, 2, 2], {})
+    assert None not in history.taus[Q]
+    set_taus(model, 0.1, math.nan)
+    history.log(6)
+    history.log(7)
+    assert history.broken == {V: 6}
+    assert history.taus[V][-2:] == [None, None]
+    history.save(tmp_path / "history.json")
+    again = History.load(tmp_path / "history.json", model)
+    assert again.to_dict() == history.to_dict()
+    set_taus(model, 0.1, 0.2)
+    again.log(5)
+    assert (again.steps, again.skipped, again.broken) == (
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 1, 1, 2, 2],
+        {},
+    )

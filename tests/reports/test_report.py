@@ -239,6 +239,13 @@ def test_a_tau_that_is_not_finite_can_be_saved_compared_and_counted(tmp_path, ta
     report.save(tmp_path / "report.json")
     loaded = tokengate.SparsityReport.load(tmp_path / "report.json")
     assert [module.tau for module in loaded.modules.values()] == [0.1, None]
+    for each in (report, loaded, report.merge(loaded), loaded.merge(report)):
+        assert each.broken_taus == {"b": str(tau)}
+        assert f"tau is not finite in b ({tau})" in str(each)
+        assert f"b ({tau})" in each._repr_html_()
+    healed = report.merge(tokengate.SparsityReport({"a": good, "b": good}))
+    assert healed.broken_taus == {}
+    assert "not finite" not in str(healed)
     assert json.dumps(report.compare(report).to_dict(), allow_nan=False)
     found = report.histogram("tau")
     assert (found.total, found.edges[0]) == (2, 0.1)
@@ -286,6 +293,9 @@ def file_of(module):
         (file_of({**GOOD, "modified": 3}), ["more modified positions"]),
         (file_of({**GOOD, "sparsity": None}), ["samples without a sparsity"]),
         (file_of({**GOOD, "tau": "0"}), ["'tau'"]),
+        (file_of({**GOOD, "tau": None, "broken_tau": "x"}), ["'broken_tau'", "nan, inf"]),
+        (file_of({**GOOD, "tau": None, "broken_tau": 1}), ["'broken_tau'"]),
+        (file_of({**GOOD, "broken_tau": "nan"}), ["finite"]),
         (file_of({**GOOD, "tau": 10**400}), ["'tau'", "finite"]),
         (file_of({**GOOD, "sparsity": 10**400}), ["'sparsity'"]),
         (file_of({**GOOD, "extra": 1}), ["unknown 'extra'"]),

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import tokengate
+from tokengate.errors import NonFiniteWarning
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 STEPS = 10
@@ -344,5 +346,30 @@ def with_zero(folder, rank, port):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         engine.backward(engine(share(batch(0))).square().mean())
         found[kind] = refusal(engine.step)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def an_overflow_on_one_rank(folder, engine, rank, port):
+    """The taus after each of three steps, where in the second one rank's gradients are infinite."""
+    join(rank, port)
+    warnings.simplefilter("ignore", NonFiniteWarning)
+    model = patched()
+    run = wrapped(model, engine)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
+    # Asks all ranks for the gradients that are left.
+    controller = tokengate.SparsityController(model, optimizer, 0.51)
+    path = [taus(model)]
+    gates = [layer.gate for layer in tokengate.layers(model).values()]
+    for step in range(3):
+        optimizer.zero_grad()
+        if step == 1 and rank == 1:
+            for gate in gates:  # whose sum over the open positions overflows
+                gate._controlled.fill_(3e38)
+        run(share(batch(step))).square().mean().backward()
+        optimizer.step()
+        path.append(taus(model))
+    skipped = sum(gate.skipped for gate in gates)
+    found = {"taus": torch.stack(path), "skipped": skipped, "penalties": controller.penalties}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -1,14 +1,17 @@
 """calibrate: tau is the quantile of r that eq. 23 asks for."""
 
+import math
+
 import pytest
 import torch
 from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Net, away_from_initialisation, padded_bert, snapshot
+from models import Net, away_from_initialisation, one_sentence, padded_bert, snapshot
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.errors import UnreachedSparsityWarning
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 
@@ -176,3 +179,93 @@ def test_bad_input_leaves_the_taus_as_they_were():
         tokengate.calibrate(Net(), batches())
     with pytest.raises(TokenGateError, match="have no gates"):
         tokengate.calibrate(patched(gate=False), batches())
+
+
+def one_layer(bias=True):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=bias))
+    return away_from_initialisation(tokengate.patch(model, ["0"], rank=2, tau=0.25), 0.5)
+
+
+def closed_share(model, x):
+    with tokengate.record(model.eval()) as rec:
+        model(x)
+    return rec.report().token_sparsity
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_inputs_that_are_not_finite_are_refused(bad):
+    model, x = one_layer(), batches(1)[0][:, :6]
+    x[1, 2, 3] = bad
+    with one_sentence("calibrate found W0 x of '0' not finite", "at 1 of", "the inputs"):
+        tokengate.calibrate(model, [batches(1)[0], x])
+    assert model[0].gate.tau.item() == 0.25
+    with one_sentence("modification_norms found W0 x of '0' not finite"):
+        tokengate.modification_norms(model, [x])
+
+
+def test_a_modification_that_is_not_finite_is_refused():
+    model = one_layer()
+    model[0].modification.B.data[0, 0] = math.nan
+    with one_sentence("found M(x) of '0' not finite"):
+        tokengate.calibrate(model, batches())
+    assert model[0].gate.tau.item() == 0.25
+
+
+def test_a_nan_in_padding_is_nobodys():
+    model, batch, _ = padded_bert()
+    model.encoder.layer = model.encoder.layer[:1]  # attention spreads NaN further
+    embeddings = model.embeddings(batch["input_ids"]).detach()
+    embeddings[0, 4:] = embeddings[2, 7:] = math.nan
+    given = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"]}
+    with one_sentence("'encoder.layer.0"):
+        tokengate.calibrate(model, [{"inputs_embeds": embeddings}])
+    (tau,) = tokengate.calibrate(model, [given]).values()
+    assert 0 < tau < 10
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("zeros", [3, 6, 8, 10])
+def test_rows_that_are_mostly_zero_close_no_more_than_was_asked(zeros, sparsity):
+    """W0 x is 0 there, and no tau closes them: not tau = 2^16, which closes all others for good."""
+    model, x = one_layer(bias=False), torch.randn(4, 10, 8)
+    x[:, :zeros] = 0
+    if zeros / 10 <= 1 - sparsity:
+        tokengate.calibrate(model, [x], sparsity)
+        assert closed_share(model, x) == pytest.approx(sparsity, abs=0.03)
+        return
+    words = f"close {100 * sparsity:.0f} %.*'0' .*closes {100 - 10 * zeros} %.* {10 * zeros} %"
+    with pytest.warns(UnreachedSparsityWarning, match=words):
+        taus = tokengate.calibrate(model, [x], sparsity)
+    assert closed_share(model, x) == pytest.approx(1 - zeros / 10)
+    assert 0 <= taus["0"] < 10
+    if zeros < 10:  # larger changes than were seen are not closed
+        assert taus["0"] == pytest.approx(max(ratios(model, x[:, zeros:])), rel=2e-3)
+
+
+def ratios(model, x):
+    w = x @ model[0].weight.T
+    m = model[0].modification(x, w)
+    pairs = zip(w.flatten(0, 1), m.flatten(0, 1), strict=True)
+    return [reference_ratio(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize(("sparsity", "closes"), [(0.0, 0), (0.1, 0), (0.4, 0), (0.6, 1), (0.9, 1)])
+def test_of_equal_ratios_the_nearer_side_is_taken_and_said(sparsity, closes):
+    model, x = one_layer(), torch.randn(8).expand(4, 10, 8)
+    if sparsity == 0:
+        tokengate.calibrate(model, [x], sparsity)
+    else:
+        with pytest.warns(UnreachedSparsityWarning, match=f"'0' .*{100 * closes} %.* the same"):
+            tokengate.calibrate(model, [x], sparsity)
+    assert closed_share(model, x) == closes
+
+
+def test_where_most_do_nothing_the_nearer_side_is_taken():
+    """m = 0 at 60 % of the positions, which any tau closes."""
+    model, x = one_layer(), torch.randn(4, 10, 8)
+    model[0].modification.A.data[:, 1:] = 0
+    x[:, :6, 0] = 0
+    with pytest.warns(UnreachedSparsityWarning, match="60 %"):
+        tokengate.calibrate(model, [x], 0.5)
+    assert closed_share(model, x) == pytest.approx(0.6)

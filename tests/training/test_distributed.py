@@ -252,3 +252,16 @@ def test_zero(processes, tmp_path):
     for (_, method), taus in first.items():
         assert distance(ones[method][-1], ones[method][0]) > 0.01
         assert distance(taus, ones[method][-1]) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_overflow_on_one_rank_is_skipped_on_both(processes, tmp_path, engine):
+    two_ranks.wait_for(two_ranks.start(processes, runs.an_overflow_on_one_rank, tmp_path, engine))
+    first, second = both(tmp_path)
+    assert torch.equal(first["taus"], second["taus"])
+    moves = first["taus"].diff(dim=0) != 0
+    assert moves[[0, 2]].all()
+    assert not moves[1].any()
+    assert [first["skipped"], second["skipped"]] == [6, 6]
+    assert first["penalties"] == second["penalties"]
+    assert all(0 < abs(penalty) < 1 for penalty in first["penalties"].values())

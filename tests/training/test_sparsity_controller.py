@@ -1,13 +1,14 @@
 """A wanted sparsity: reached and held, whatever the loss's scale and the batch's size."""
 
 import copy
+import math
 
 import pytest
 import torch
 from drawing import many, only_listed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import away_from_initialisation
+from models import away_from_initialisation, one_sentence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -351,3 +352,34 @@ def test_s_from_the_number_of_steps():
     assert tokengate.param_groups(model, lr=1.0, total_steps=10**6)[1]["lr"] == 4e-5
     with pytest.raises(TokenGateError, match="both given"):
         tokengate.param_groups(model, lr=1.0, s=1e-3, total_steps=400)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore::tokengate.errors.NonFiniteWarning")
+def test_a_loss_that_is_not_finite_leaves_its_numbers_whole(bad, first):
+    model, optimizer = net()
+    controller = tokengate.SparsityController(model, optimizer, 0.6)
+    broken = {0} if first else {2, 3}
+    for step in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, 6)).square().mean().backward()
+        if step in broken:
+            for layer in tokengate.layers(model).values():
+                layer.gate.tau.grad.fill_(bad)
+        optimizer.step()
+    state = controller.state_dict()
+    numbers = [*state["scale"].values(), *state["sum"].values(), *state["penalty"].values()]
+    assert all(map(math.isfinite, numbers))
+    assert any(state["penalty"].values())
+    assert all(map(math.isfinite, train_nothing(model)))
+
+
+def test_a_state_that_is_not_finite_is_refused():
+    model, optimizer = net()
+    controller = tokengate.SparsityController(model, optimizer, 0.6)
+    state = controller.state_dict()
+    controller.load_state_dict(state)
+    state["scale"] = dict.fromkeys(state["scale"], math.nan)
+    with one_sentence("scale=nan", "earlier checkpoint"):
+        controller.load_state_dict(state)

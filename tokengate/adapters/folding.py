@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tokengate.adapters.folder import all_finite
 from tokengate.adapters.merging import merged_weight_of
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
@@ -140,8 +141,8 @@ def fold(
     Raises:
         TokenGateError: no layer is patched, or it is wrapped (DDP, FSDP), compiled or within
             `disabled`; an argument is wrong; the report is of other layers; W0 of a layer to be
-            merged is quantised, without `dequantise=True`; a merged weight is not finite, or with
-            `safe=True` not right. The model is then as it was.
+            merged is quantised, without `dequantise=True`; a tau, a merged weight or an output is
+            not finite, or with `safe=True` a merged weight not right. The model is then as it was.
     """
     patched = require_layers(model, "fold")
     check_can_fold(model)
@@ -156,6 +157,8 @@ def fold(
         )
     if force is not None and positive("force", force) > 1:
         raise TokenGateError(f"force={brief(force)} is above 1: pass a share, e.g. force=0.95.")
+    for name, layer in patched.items():
+        _check_gate(name, layer)
     batches = None
     if not isinstance(seen, SparsityReport):
         check_batches("fold", seen)
@@ -239,6 +242,17 @@ def _decide(
     return FoldedLayer(closed, "merged", f"open at {_portion(1 - closed)}")
 
 
+def _check_gate(name: str, layer: Gated) -> None:
+    """A gate with a NaN for its tau is open everywhere, but nobody has decided so."""
+    for key, value in {} if layer.gate is None else layer.gate.state_dict().items():
+        if not (value.is_meta or is_sharded(value) or all_finite(value)):
+            raise TokenGateError(
+                f"fold found a value that is not finite in {f'{name}.gate.{key}'!r}, so that the "
+                "gate decides nothing: set it anew with calibrate, or go back to the last adapter "
+                "before training diverged."
+            )
+
+
 def _portion(value: float) -> str:
     return "every position" if value == 1 else f"{100 * value:.1f} % of the positions"
 
@@ -271,8 +285,16 @@ def _output_error(model: nn.Module, batches: Iterable[Any]) -> float:
             found = _first(run(model, batch))
             with unfolded(model):
                 wanted = _first(run(model, batch))
-            difference += (found.double() - wanted.double()).square().sum().item()
-            total += wanted.double().square().sum().item()
+            if bool(wanted.isnan().any()):
+                raise TokenGateError(
+                    "fold found NaN in the output of the model for a batch, on which every gate is "
+                    "open whatever its tau: pass batches without."
+                )
+            # Infinite ones are those of a mask.
+            finite = wanted.isfinite()
+            found, wanted = found.double()[finite], wanted.double()[finite]
+            difference += (found - wanted).square().sum().item()
+            total += wanted.square().sum().item()
     return (difference / total) ** 0.5 if total else 0.0
 
 

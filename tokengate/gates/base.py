@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.positions import Positions
+from tokengate.gates.skipped_gradients import watch_gradients
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
@@ -56,6 +57,14 @@ class Gate(KeepsFloat32):
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
+    skipped: int = 0
+    """Optimiser steps in which a gradient of this gate was not finite, and moved nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        # Where copies and what is unpickled come by, too.
+        gate = super().__new__(cls)
+        watch_gradients(gate)
+        return gate
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

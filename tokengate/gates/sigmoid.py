@@ -47,7 +47,7 @@ class SigmoidGate(PenalisedGate):
         logits = F.linear(x, self.v.to(x.dtype).unsqueeze(0)).squeeze(-1)
         logits = logits.to(positions.dtype) + self.c.to(positions.dtype)
         if not self.training:
-            return logits >= 0
+            return ~(logits < 0)  # a NaN leaves the gate open, as in eq. 4
         p: Tensor = applied(_Entropy, torch.sigmoid(logits), self.pull(), positions.mask)
         return p
 

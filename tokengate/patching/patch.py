@@ -73,9 +73,11 @@ def patch(
             `train` names, and what no patch could reach: a layer whose owner reads the weight
             instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
             Of what a pattern matches, the linear layers are patched; there must be at least one,
-            and none that cannot be. One projection of a fused layer is a target by the layer's
-            name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched, bit for bit.
-            What a forward still does not reach is reported after the
+            and none that cannot be. Of other modules that it matches, a `SkippedModuleWarning` says
+            so: of what has a matrix of its own, as a convolution or an embedding; of all that have
+            parameters, where the pattern is a name. One projection of a fused layer is a target by
+            the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched,
+            bit for bit. What a forward still does not reach is reported after the
             first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.

@@ -16,6 +16,7 @@ from tokengate.linears.experts import stacked_expert
 from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.linears.owners import reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
+from tokengate.patching.skipped_modules import skipped, warn_of_skipped
 from tokengate.patching.slice_targets import (
     check_slices,
     matched,
@@ -23,7 +24,7 @@ from tokengate.patching.slice_targets import (
     with_slices,
     without_parts_of_wholes,
 )
-from tokengate.patterns import Pattern, as_patterns, is_one_word, nearest, show
+from tokengate.patterns import Pattern, as_patterns, is_literal, is_one_word, nearest, show
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
 
@@ -57,6 +58,8 @@ def find_targets(
         excluded = hits if callable(exclude) else {m for hit in hits for m in hit.modules()}
     names.check_experts(targets, excluded)
     chosen: set[nn.Module] = set()
+    literal = {show(p) for p in targets if is_literal(p)} if isinstance(targets, list) else set()
+    beside: dict[str, set[nn.Module]] = {}
     for label, found in names.matches("targets", targets).items():
         left = {
             m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
@@ -73,7 +76,9 @@ def find_targets(
             if refusal is not None:
                 raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
         chosen |= set(linear)
+        beside[label] = skipped(left, label in literal)
     check_slices(chosen, excluded, names.first, slices)
+    warn_of_skipped(beside, names.first)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
 

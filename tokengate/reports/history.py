@@ -44,6 +44,9 @@ class History:
         losses: the loss at each of them.
         taus: by module, its tau at each of them.
         sparsities: by module, its sparsity (eq. 23) in [0, 1] at each of them.
+        skipped: of all gates together, how many gradients that were not finite an optimiser has
+            skipped up to each of them.
+        broken: by module whose tau was not finite, the first such step that was logged.
 
     Args:
         model: a patched model; its layers without a gate have no tau and are left out.
@@ -57,6 +60,8 @@ class History:
     losses: Course
     taus: dict[str, Course]
     sparsities: dict[str, Course]
+    skipped: list[int]
+    broken: dict[str, int]
     # Of the calls of `log` every so many counts, and so many have yet to be passed over.
     _stride: int = 1
     _skip: int = 0
@@ -103,6 +108,7 @@ class History:
         if self.steps and step <= self.steps[-1]:
             after = next(i for i, kept in enumerate(self.steps) if kept >= step)
             self._forget(slice(after, None))
+            self.broken = {name: first for name, first in self.broken.items() if first < step}
         elif self._skip:
             self._skip -= 1
             return
@@ -118,18 +124,24 @@ class History:
             found = numbers_here(taus)
         self.steps.append(step)
         self.losses.append(_finite(loss))
+        self.skipped.append(sum(gate.skipped for gate in self._gates.values()))
         for name, tau in zip(self._gates, found, strict=True):
             self.taus[name].append(_finite(tau))
+            if tau is not None and not math.isfinite(tau):
+                self.broken.setdefault(name, step)
             self.sparsities[name].append(_finite(measured.get(name)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return {
+        """Plain numbers, ready for JSON; what went wrong only where something did."""
+        found: dict[str, Any] = {
             "steps": self.steps,
             "losses": self.losses,
             "taus": self.taus,
             "sparsities": self.sparsities,
         }
+        if any(self.skipped):
+            found["skipped"] = self.skipped
+        return {**found, "broken": self.broken} if self.broken else found
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all; `History.load` reads it.
@@ -159,17 +171,17 @@ class History:
             )
         history = cls.__new__(cls)
         history._start(gates, count("limit", limit, least=2))
-        vars(history).update(found)
+        vars(history).update({"skipped": [0] * len(found["steps"]), **found})
         return history
 
     def _start(self, gates: dict[str, Any] | None, limit: int) -> None:
         names = gates or {}
         self._gates, self._limit = gates, limit
-        self.steps, self.losses = [], []
+        self.steps, self.losses, self.skipped, self.broken = [], [], [], {}
         self.taus, self.sparsities = {n: [] for n in names}, {n: [] for n in names}
 
     def _forget(self, which: slice) -> None:
-        columns: list[list[Any]] = [self.steps, self.losses]
+        columns: list[list[Any]] = [self.steps, self.losses, self.skipped]
         for column in (*columns, *self.taus.values(), *self.sparsities.values()):
             del column[which]
 
@@ -197,9 +209,12 @@ def _is_whole(found: Any) -> bool:
     """Whether it is what `to_dict` returns, whatever was in the file."""
     try:
         steps, taus, sparsities = found["steps"], found["taus"], found["sparsities"]
-        columns = [found["losses"], *taus.values(), *sparsities.values()]
+        skipped, broken = found.get("skipped", [0] * len(steps)), found.get("broken", {})
+        columns = [found["losses"], skipped, *taus.values(), *sparsities.values()]
         return bool(
-            found.keys() == {"steps", "losses", "taus", "sparsities"}
+            found.keys() - {"skipped", "broken"} == {"steps", "losses", "taus", "sparsities"}
+            and broken.keys() <= taus.keys()
+            and all(type(count) is int and count >= 0 for count in (*skipped, *broken.values()))
             and taus.keys() == sparsities.keys()
             and all(type(step) is int for step in steps)
             and steps == sorted(set(steps))

@@ -14,7 +14,8 @@ from tokengate.gates.tally import whole_grains
 from tokengate.reports.histogram import RATIO_EDGES
 from tokengate.reports.sparsity_table import value
 
-_DETAILS = ("ratios", "by_sample", "by_position")
+_DETAILS = ("ratios", "by_sample", "by_position", "broken_tau")
+_BROKEN = ("nan", "inf", "-inf")
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,26 @@ class ModuleSparsity:
     by_position: tuple[tuple[int, int], ...] | None = None
     """With `record(positions=True)`: for each place in the sequence, padding not counted, the
     positions that were there, and those of them that were modified."""
+    broken_tau: str | None = None
+    """"nan", "inf" or "-inf" where tau is not finite, also where it comes from a file."""
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not math.isfinite(self.tau):
+            object.__setattr__(self, "broken_tau", str(float(self.tau)))
 
     def merged(self, later: ModuleSparsity) -> ModuleSparsity:
         """What one recording of both would have given. A detail that one alone has is left out."""
         called = [module for module in (self, later) if module.samples]
         samples = self.samples + later.samples
+        last = self if later.tau is None and later.broken_tau is None else later
         summed = sum(whole_grains(module.sparsity * module.samples) for module in called)
         return ModuleSparsity(
             sparsity=summed / samples if samples else math.nan,
             samples=samples,
             positions=self.positions + later.positions,
             modified=self.modified + later.modified,
-            tau=self.tau if later.tau is None else later.tau,
+            tau=last.tau,
+            broken_tau=last.broken_tau,
             ratios=self._joined(later, "ratios", _added),
             by_sample=self._joined(later, "by_sample", operator.add),
             by_position=self._joined(later, "by_position", _added_by_position),
@@ -88,6 +97,8 @@ def module_from_dict(found: Any) -> ModuleSparsity:
     for name, (fits, what) in _CHECKS.items():
         if name in found and not fits(found[name]):
             raise ValueError(f"its {name!r} is not {what}")
+    if "broken_tau" in found and found["tau"] is not None:
+        raise ValueError("it has a tau that is finite, and one that is not")
     if found["modified"] > found["positions"]:
         raise ValueError("it has more modified positions than positions")
     if (found["sparsity"] is None) != (found["samples"] == 0):
@@ -131,6 +142,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "by_sample": (lambda shares: _all(shares, _is_share), "a list of shares"),
     "by_position": (_are_pairs, "a list of pairs of counts"),
+    "broken_tau": (lambda tau: tau in _BROKEN, f"one of {', '.join(_BROKEN)}"),
 }
 
 

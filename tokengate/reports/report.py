@@ -31,11 +31,11 @@ from tokengate.reports.sparsity_table import (
     mean,
     percent,
     places,
-    present,
     std,
     table_of,
     value,
 )
+from tokengate.reports.summary import summary
 
 _FORMAT = "tokengate report"
 _VERSION = 1
@@ -72,6 +72,11 @@ class SparsityReport:
         positions = sum(module.positions for module in self.modules.values())
         modified = sum(module.modified for module in self.modules.values())
         return 1 - modified / positions if positions else math.nan
+
+    @property
+    def broken_taus(self) -> dict[str, str]:
+        """The modules whose tau is not finite, as "nan", "inf" or "-inf": no gate is theirs."""
+        return {n: m.broken_tau for n, m in self.modules.items() if m.broken_tau is not None}
 
     @property
     def table(self) -> SparsityTable:
@@ -300,15 +305,8 @@ class SparsityReport:
         return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
 
     def _summary(self) -> str:
-        called = len(present(self.by_module.values()))
-        summary = (
-            f"sparsity {100 * self.sparsity:.1f} % (std {100 * self.std:.1f}) over {called} modules"
-            f"; {100 * self.token_sparsity:.1f} % of all positions left unmodified"
-        )
-        uncalled = len(self.modules) - called
-        if uncalled:
-            summary += f"; {uncalled} modules were never called"
-        return summary
+        averages = self.sparsity, self.std, self.token_sparsity
+        return summary(self.modules, *averages)
 
     def _grid(self) -> tuple[list[str], list[list[str]]]:
         table = self.table

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import share
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, UnreachedSparsityWarning
 from tokengate.kernels.norms import Norms, ratios
 from tokengate.layers.calls import exclusive
 from tokengate.layers.patched import require_layers
@@ -18,6 +19,8 @@ from tokengate.training.measuring import measure
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
+# How far from the share asked for is not worth a word, and how many layers are named.
+_NEAR, _SHOWN = 0.05, 5
 
 
 @exclusive
@@ -33,6 +36,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     counted in bins 0.07 % wide. Where gates close, later layers see other inputs than in this pass:
     `record` tells what sparsity that gives.
 
+    Where no tau closes that share, it is the nearest one, and an `UnreachedSparsityWarning` names
+    the layers: those that see many positions with W0 x = 0, which every tau leaves open, as padding
+    without a mask may be, or many with the same r.
+
     The rule is not the paper's, which learns tau.
 
     Args:
@@ -45,8 +52,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
 
     Raises:
         TokenGateError: no layer of the model has a gate with a threshold; `use` was given rows;
-            there are no batches, or a layer was called in none of them; an argument is wrong. The
-            taus are then as they were.
+            there are no batches, or a layer was called in none of them; M(x) or W0 x is not finite
+            somewhere; an argument is wrong. The taus are then as they were.
     """
     share("sparsity", sparsity)
     gated = {
@@ -68,13 +75,28 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches)
         taus = {
-            name: torch.full_like(taus[name], seen.quantile(sparsity))
+            name: torch.full_like(taus[name], seen.threshold(sparsity)[0])
             for name, seen in counted.items()
         }
-        return {name: tau.item() for name, tau in taus.items()}
     finally:
         for name, (_, tau) in gated.items():
             tau.data.copy_(taus[name])
+    _warn_of_misses(counted, sparsity)
+    return {name: tau.item() for name, tau in taus.items()}
+
+
+def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
+    found = {name: seen.miss(sparsity) for name, seen in counted.items()}
+    missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
+    if missed:
+        more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
+        warnings.warn(
+            f"calibrate was asked to close {_percent(sparsity)} of the positions, which no tau "
+            f"does in {', '.join(missed[:_SHOWN])}{more}: mask padding, or pass other batches or "
+            "another sparsity.",
+            UnreachedSparsityWarning,
+            stacklevel=3,
+        )
 
 
 class _Ratios:
@@ -83,6 +105,7 @@ class _Ratios:
     def __init__(self) -> None:
         # The first bin is for what is below, the last for what is above, or not a number.
         self._bins = torch.zeros(_FINE * _OCTAVES + 2, dtype=torch.float64)
+        self._heaviest = 0.0  # weight of one position
 
     @property
     def total(self) -> float:
@@ -94,14 +117,41 @@ class _Ratios:
     def add(self, ratios: Tensor, weights: Tensor) -> None:
         place = ((ratios.double().log2() - _LOW) * _FINE).floor() + 1
         index = place.nan_to_num(math.inf).clamp(0, len(self._bins) - 1).long()
+        self._heaviest = max(self._heaviest, weights.max().item())
         self._bins += torch.bincount(index.flatten(), weights.flatten(), len(self._bins))
 
-    def quantile(self, share: float) -> float:
-        """The r below which there is this share; 0 where that is none."""
-        wanted, so_far = share * self.total, self._bins.cumsum(0)
-        at = int(torch.searchsorted(so_far, wanted))
-        if wanted <= 0 or at == 0:
-            return 0.0
-        at = min(at, len(self._bins) - 2)
-        within = (wanted - so_far[at - 1]) / self._bins[at] if self._bins[at] else 1.0
-        return float(2.0 ** ((at - 1 + float(within)) / _FINE + _LOW))
+    def threshold(self, share: float) -> tuple[float, float]:
+        """A tau, and the share that it closes, as near to `share` as these positions allow.
+
+        It lies between two ratios that were seen, or just beyond the last on a side.
+        """
+        at = self._bins[:-1].nonzero().flatten()
+        if share == 0 or not len(at) or not at[-1]:
+            return 0.0, 0.0
+        closed = torch.cat([torch.zeros(1), self._bins[at].cumsum(0)]) / self.total
+        nearest = int((closed - share).abs().argmin())
+        if nearest == 0 and at[0] == 0:
+            return 0.0, 0.0
+        around = torch.cat([at[:1] - 2, at, at[-1:] + 2])
+        between = (around[nearest] + around[nearest + 1] - 1).item() / 2
+        return float(2.0 ** (between / _FINE + _LOW)), closed[nearest].item()
+
+    def miss(self, share: float) -> str | None:
+        """What keeps `threshold` from `share`, and where that leaves it; None if nothing does."""
+        _, closed = self.threshold(share)
+        unclosable = self._bins[-1].item() / self.total
+        if share > 1 - unclosable:
+            reason = f"W0 x is 0, or next to it, at {_percent(unclosable)}"
+        elif abs(closed - share) > _NEAR and self._heaped():
+            reason = "r is the same at many"
+        else:
+            return None
+        return f"the nearest one closes {_percent(closed)}, because {reason}"
+
+    def _heaped(self) -> bool:
+        """Whether some r that is not 0 alone was seen at more than one position."""
+        return bool((self._bins.max() > 1.5 * self._heaviest) and self._bins[1:].any())
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

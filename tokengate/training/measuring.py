@@ -40,7 +40,8 @@ def measure(
         batches: what the model is called with.
 
     Raises:
-        TokenGateError: these are no batches; `use` was given rows; a layer saw no position.
+        TokenGateError: these are no batches; `use` was given rows; a layer saw no position, or
+            numbers that are not finite at a real one.
     """
     check_batches(asked, batches)
     if any(isinstance(c, Rows | Regional) for m in patched.values() for c in said_of(m, USE)[-1:]):
@@ -50,7 +51,7 @@ def measure(
         )
     unseen = dict(patched)
     observers = {
-        layer: Observer(partial(_observe, name, listeners[name], unseen), norms=True)
+        layer: Observer(partial(_observe, asked, name, listeners[name], unseen), norms=True)
         for name, layer in patched.items()
     }
     with evaluating(model), in_context(RECORD, observers):
@@ -64,6 +65,7 @@ def measure(
 
 
 def _observe(
+    asked: str,
     name: str,
     listen: Listener,
     unseen: dict[str, Gated],
@@ -80,4 +82,11 @@ def _observe(
         return
     unseen.pop(name, None)
     of_m, of_w = (reshaped(each, lambda of: of.reshape(real.shape)) for each in norms)
+    for what, (norm, _) in (("W0 x", of_w), ("M(x)", of_m)):
+        broken = real & ~norm.isfinite()
+        if broken.any():
+            raise TokenGateError(
+                f"{asked} found {what} of {name!r} not finite at {int(broken.sum())} of "
+                f"{int(real.sum())} positions of a batch: look at the inputs and at the weights."
+            )
     listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class SparsityController:
         """Go on from `state`, which `state_dict` returned for a model with the same layers.
 
         Raises:
-            TokenGateError: it is of other layers.
+            TokenGateError: it is of other layers, or has a number that is not finite.
         """
         for part in ("scale", "sum", "penalty"):
             if set(state[part]) != set(self._gates):
@@ -143,6 +144,12 @@ class SparsityController:
                     f"the state to load and this controller differ in the layer {other!r}: load it "
                     "into a model that is patched in the same way."
                 )
+            for name, number in state[part].items():
+                if not math.isfinite(number):
+                    raise TokenGateError(
+                        f"the state to load has {part}={number} for {name!r}, from a training "
+                        "whose loss was not finite: go on from an earlier checkpoint."
+                    )
         self.step = state["step"]
         self._scale = self._tensor([state["scale"][name] for name in self._gates])
         self._sum = self._tensor([state["sum"][name] for name in self._gates])
@@ -159,7 +166,8 @@ class SparsityController:
         if found_inf is not None and bool(found_inf > 0):
             return
         loss_scale = getattr(optimizer, "grad_scale", None)
-        if self.step == 0 and all(gate.tau.grad is None for gate in gates):
+        unseen = [gate for gate in gates if gate.tau.grad is None and not gate.skipped]
+        if self.step == 0 and len(unseen) == len(gates):
             raise TokenGateError(
                 f"no gradient of tau was seen in any of the {len(gates)} gates that the "
                 "SparsityController leads: call loss.backward() before optimizer.step(), and train "
@@ -174,7 +182,9 @@ class SparsityController:
         pulled = self._tensor([pull.to(self._device) for pull in self._pulls])
         # g without lambda's part, for each position.
         drive = (-gradients - pulled * (positions - closed)).abs() / positions.clamp(min=1)
-        self._scale = torch.where(samples > 0, self._averaged(drive), self._scale)
+        # What is not finite, and was skipped, tells nothing of the loss.
+        told = (samples > 0) & drive.isfinite()
+        self._scale = torch.where(told, self._averaged(drive), self._scale)
         if self.step <= self._warmup_steps:
             for gate in gates:
                 gate.tau.grad = None  # no optimiser touches a parameter without a gradient
@@ -195,12 +205,13 @@ class SparsityController:
         return self._scale + weight * (drive - self._scale)
 
     def _gradients(self) -> Tensor:
-        """dL/dtau of every layer, `(layers,)`; 0 where there is none."""
+        """dL/dtau of every layer, `(layers,)`; 0 where there is none, NaN where it was skipped."""
         found = []
         for gate in self._gates.values():
             gradient = gate.tau.grad
             if gradient is None:
-                found.append(torch.zeros((), dtype=self._dtype, device=self._device))
+                nothing = torch.nan if gate.skipped else 0.0
+                found.append(torch.full((), nothing, dtype=self._dtype, device=self._device))
             else:
                 whole = gathered(gradient).detach()
                 found.append(whole.reshape(()).to(self._device, self._dtype))

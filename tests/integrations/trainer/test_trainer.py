@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.errors import NonFiniteWarning
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
@@ -796,3 +798,39 @@ def test_accelerate_refuses_what_is_sharded(monkeypatch):
     monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(TokenGateError, match="FSDP"):
         set_penalty_unit(language_model(), accelerator)
+
+
+# numbers gone wrong
+
+
+class Breaks(transformers.TrainerCallback):
+    """Makes one tau's gradient NaN in the third step, and that tau after the sixth."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **context):
+        if state.global_step == 2:
+            next(iter(tokengate.layers(model).values())).gate.tau.grad.fill_(float("nan"))
+
+    def on_step_end(self, args, state, control, model, **context):
+        if state.global_step == 6:
+            next(iter(tokengate.layers(model).values())).gate.tau.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_a_gradient_that_is_not_finite_is_skipped_and_logged(tmp_path, optim, target):
+    model = language_model()
+    history = tokengate.History(model)
+    callback = TokenGateCallback(s=5e-3, history=history, target_sparsity=target)
+    options = {"max_steps": 7, "logging_steps": 1, "optim": optim, "max_grad_norm": 0.0}
+    made, path = trainer(tmp_path, model, callback, more=[Breaks()], **options)
+    with pytest.warns(NonFiniteWarning, match="1 of the"):
+        made.train()
+    moved = path.stacked().diff(dim=0)[:, 0]
+    assert moved[1] == 0  # the third step's
+    assert (moved[[0, 2, 3]] != 0).all()
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry.get("tau_skipped") for entry in logs] == [None, None, 1, 1, 1, 1, 1]
+    assert [entry.get("tau_broken") for entry in logs] == [None] * 5 + [1, 1]
+    assert all(math.isfinite(entry["tau_mean"]) for entry in logs)
+    assert history.skipped == [0, 0, 1, 1, 1, 1, 1]
+    assert list(history.broken.values()) == [6]

@@ -1,0 +1,117 @@
+"""A gate's gradient that is not finite moves nothing: it is skipped, counted, and said once.
+
+One step with it would make tau NaN, the gate open for good and the loss none the worse. It is
+looked for where an optimiser takes its step, and not in backward: by then micro-batches and ranks
+are summed up, a GradScaler has seen what it has to see, and whoever writes gradients has done so.
+To look takes one transfer from the device for each step, however many gates there are. Not seen are
+optimisers that hold other tensors than the gates' own parameters, as DeepSpeed's ZeRO and FSDP1 do.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tokengate.errors import NonFiniteWarning
+from tokengate.sharding import anywhere, local_part, numbers_here
+
+if TYPE_CHECKING:
+    from tokengate.gates.base import Gate
+
+# All gates that live, because an optimiser knows parameters alone.
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def watch_gradients(gate: Gate) -> None:
+    """From now on no `torch.optim.Optimizer` steps a parameter of `gate` by what is not finite."""
+    with _lock:
+        _gates.add(gate)
+
+
+# Left out of graphs, which could keep no count.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if getattr(optimizer, "found_inf", None) is not None:
+        return None  # a GradScaler has looked, and a fused optimiser leaves such a step out itself
+    _skip(optimizer)
+    _, *rest = args
+    closure = kwargs.get("closure", next(iter(rest), None))
+    if not callable(closure) or not _held(optimizer):
+        return None
+    guarded = _guarded(optimizer, closure)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": guarded}
+    return (optimizer, guarded, *rest[1:]), kwargs
+
+
+def _guarded(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    """A closure makes the gradients within the step."""
+
+    def compute() -> Any:
+        loss = closure()
+        _skip(optimizer)
+        return loss
+
+    return compute
+
+
+def _held(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
+    """The parameters of gates that this optimiser moves."""
+    with _lock:
+        gates = list(_gates)
+    # One that is being made in another thread has no parameters yet.
+    made = (gate for gate in gates if "_parameters" in gate.__dict__)
+    owners = {id(p): gate for gate in made for p in gate.parameters()}
+    # In the optimiser's order, which is the same on every rank.
+    own = (p for group in optimizer.param_groups for p in group["params"])
+    return [(owners[id(p)], p) for p in own if id(p) in owners]
+
+
+def _skip(optimizer: Optimizer) -> None:
+    held = [(gate, p) for gate, p in _held(optimizer) if p.grad is not None]
+    gradients = [p.grad for _, p in held if p.grad is not None]
+    if not held:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        for gradient in gradients:  # nothing can be asked here: what is not finite counts as 0
+            local_part(gradient).nan_to_num_(0.0, 0.0, 0.0)
+        return
+    sizes = numbers_here(map(_size, gradients))
+    here = (size is not None and not math.isfinite(size) for size in sizes)
+    broken = list(compress(held, anywhere(here, gradients)))
+    if not broken:
+        return
+    told = any(gate.skipped for gate, _ in held)
+    for _, parameter in broken:
+        parameter.grad = None  # no optimiser touches a parameter without a gradient
+    for gate in {gate for gate, _ in broken}:
+        gate.skipped += 1
+    if not told:
+        warnings.warn(
+            f"{len({gate for gate, _ in broken})} of the {len({gate for gate, _ in held})} gates "
+            f"that {type(optimizer).__name__} trains had a gradient that is not finite: it is "
+            "skipped, now and whenever it happens again, and counted in the gate's `skipped`; look "
+            "at the loss and at the inputs, or lower the learning rate.",
+            NonFiniteWarning,
+            stacklevel=5,
+        )
+
+
+def _size(gradient: Tensor) -> Tensor:
+    """One number that is finite where the gradient is, or none where this rank has none of it."""
+    local = local_part(gradient.detach())
+    return local if local.numel() < 2 else local.abs().amax()
+
+
+register_optimizer_step_pre_hook(_before_step)
