@@ -20,10 +20,8 @@ from tokengate.integrations.hf_peft.format import (
     HEADS,
     KEYS,
     PREFIX,
-    in_modules_to_save,
-    is_module_to_save,
-    only,
 )
+from tokengate.integrations.hf_peft.names import ModulesToSave, only
 from tokengate.layers.folded import Folded, base_layer
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.linear_like import LinearSlice, is_transposed
@@ -112,8 +110,9 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
     if task is not None and task not in list(HEADS):
         raise TokenGateError(f"task_type={brief(task)} is unknown: choose of {', '.join(HEADS)}.")
     modules = [*heads, *(HEADS[task] if task else ())]
+    whole = ModulesToSave(modules)
     for name, _ in model.named_modules(remove_duplicate=False):
-        if is_module_to_save(modules, name) and not any(
+        if whole.are(name) and not any(
             name == head or name.startswith(f"{head}.") for head in heads
         ):
             raise TokenGateError(
@@ -122,7 +121,7 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
                 "rename the module."
             )
     for name in layers:
-        if in_modules_to_save(modules, name):
+        if whole.would_hold(name):
             raise TokenGateError(
                 f"export_peft found the layer {name!r}, which PEFT would take for a part of "
                 f"modules_to_save={brief(modules)} and not adapt: rename one of them."

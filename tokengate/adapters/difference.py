@@ -30,10 +30,7 @@ def difference(a: SavedAdapter, b: SavedAdapter) -> dict[str, Any]:
         one, other = describe_layer(a, name), describe_layer(b, name)
         if changed := _changed(one, other):
             options[name] = changed
-        prefix = f"{name}.modification."
-        parts = [
-            {k: t for k, t in saved.tensors.items() if k.startswith(prefix)} for saved in (a, b)
-        ]
+        parts = [saved.under(f"{name}.modification.") for saved in (a, b)]
         common[name] = {"distance": _distance(*parts), "tau": [one["tau"], other["tau"]]}
     beside = {
         name: {"distance": _distance({name: a.tensors[name]}, {name: b.tensors[name]})}

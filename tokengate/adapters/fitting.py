@@ -164,7 +164,7 @@ class Fit:
             if module is None:
                 continue
             prefix = f"{name}.{part}."
-            saved = {k: t for k, t in self.saved.tensors.items() if k.startswith(prefix)}
+            saved = self.saved.under(prefix)
             expected = {prefix + key: t for key, t in module.state_dict().items()}
             for key in sorted(saved.keys() | expected.keys()):
                 if key not in saved:

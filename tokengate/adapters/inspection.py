@@ -37,12 +37,11 @@ def describe_layer(saved: SavedAdapter, name: str) -> dict[str, Any]:
     """One layer; tau is None without a gate."""
     layer = saved.config.layers[name]
     tau = saved.tensors.get(f"{name}.gate.tau")
-    prefix = f"{name}.modification."
     return {
         "method": layer.method,
         **sizes(layer.in_features, layer.out_features),
         "options": all_options(layer.method, layer.options),
-        "parameters": sum(t.numel() for k, t in saved.tensors.items() if k.startswith(prefix)),
+        "parameters": sum(t.numel() for t in saved.under(f"{name}.modification.").values()),
         "tau": None if tau is None else tau.item(),
         "gate": layer.gate,
         "penalty": layer.penalty,

@@ -23,11 +23,12 @@ from tokengate.adapters.folder import (
     PREVIOUS,
     SHA256,
     WEIGHTS,
-    all_finite,
     digest,
     own_config,
     read_config,
+    with_digest,
 )
+from tokengate.adapters.weights import DTYPES, all_finite
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
@@ -45,12 +46,7 @@ from tokengate.patching.wrappers import wrapped
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What these put before all names of the model that they wrap.
 _PREFIXES = {
@@ -125,8 +121,7 @@ def _write_config(folder: Path) -> None:
     written = ""
     while written != digest(folder / WEIGHTS):
         own, written = own_config(folder / WEIGHTS)
-        text = json.dumps({**own, SHA256: written}, indent=1)
-        write_text(folder / CONFIG, text)
+        write_text(folder / CONFIG, with_digest(own, written))
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
