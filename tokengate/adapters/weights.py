@@ -76,11 +76,9 @@ class Weights:
             counts = [math.prod(self.tensors[key].shape) for key in keys]
             try:
                 flat = self._read(sum(counts), DTYPES[self.tensors[keys[0]].dtype], digest)
-                parts = (
-                    [flat]
-                    if len(keys) == 1
-                    else [part.clone() for part in torch.split(flat, counts)]
-                )
+                parts = [flat]
+                if len(keys) > 1:
+                    parts = [part.clone() for part in torch.split(flat, counts)]
             except (MemoryError, RuntimeError) as error:  # torch's, of what it cannot allocate
                 raise _unreadable(self.path, error) from None
             if not all_finite(flat):
