@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
 from tokengate.errors import brief
-from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.integrations.hf_peft.format import (
     HEADS,
     KEYS,
@@ -238,9 +237,9 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
 
     def write_weights(path: Path) -> None:
-        save_file(tensors, path, {"format": "pt"})
+        save_tensors(tensors, path, {"format": "pt"})
         (folder / CONFIG).unlink(missing_ok=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / WEIGHTS, write_weights)
     write_text(folder / CONFIG, text)

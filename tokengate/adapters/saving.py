@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate.adapters.config import AdapterConfig, LayerConfig, TensorConfig
@@ -30,7 +29,7 @@ from tokengate.adapters.folder import (
 )
 from tokengate.adapters.weights import DTYPES, all_finite
 from tokengate.errors import TokenGateError, brief
-from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES
 from tokengate.layers.folded import Folded, base_layer, folded
@@ -105,11 +104,11 @@ def _save(model: nn.Module, folder: Path) -> None:
     text = _as_json(config)
     if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
     # The weights come first and know their own configuration, and whose place they took: between
     # the two renamings `load` can tell that they are the newer ones.
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    write_atomically(folder / WEIGHTS, lambda path: save_tensors(tensors, path, metadata))
     _write_config(folder)
 
 
