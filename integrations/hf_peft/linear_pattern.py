@@ -8,6 +8,7 @@ was met is remembered with what the next character makes of it. Whether one char
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,13 @@ except ImportError:
     import sre_constants as c  # type: ignore[no-redef]
     import sre_parse as parser  # type: ignore[no-redef]
 
-# In characters and in places: enough for an alternative for each of 9,000 layers.
-_LONGEST = 1 << 19
+# In characters and in places: enough for an alternative for each of 4,000 layers.
+_LONGEST = 1 << 18
 _OF_ONE = (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN)
-# A second or two; the layers of any model need far less.
+# Steps of the matching; a second or two. The layers of any model need far less.
 _WORK = 8_000_000
+# What else takes as long as so many of them: a pattern, a character of it, a place.
+_PATTERN, _CHARACTER, _PLACE = 1000, 4, 12
 
 
 class Work:
@@ -69,7 +72,7 @@ class LinearPattern:
         self.source, self._work = source, work
         if len(source) > _LONGEST:
             raise TokenGateError(f"the pattern {brief(source)} is too long: write names instead.")
-        work.do(4 * len(source), source)
+        work.do(_PATTERN + _CHARACTER * len(source), source)
         try:
             parsed = parser.parse(source)
             self._machine = _Builder(source, parsed, work).machine(list(parsed))
@@ -190,7 +193,7 @@ class _Builder:
 
     def _place(self) -> int:
         self._places += 1
-        self._work.do(6, self._source)
+        self._work.do(_PLACE, self._source)
         if self._places > _LONGEST:
             raise OverflowError
         return self._places
@@ -242,27 +245,18 @@ class _Builder:
                 self._m.free[again] = [self._sequence(inner, place), after]
                 place = again
         for _ in range(least):
-            self._work.do(1, self._source)  # of nothing, repeated without a place
+            self._work.do(_PLACE, self._source)  # nothing, repeated, has no place of its own
             place = self._sequence(inner, place)
         return place
-
-    def _alone(self, op: Any, value: Any) -> re.Pattern[str]:
-        """One item as a pattern of `re`, under the flags that hold where it stands."""
-        state = parser.State()
-        state.flags, state.str = self._flags, ""
-        found: re.Pattern[str] = compiler.compile(
-            parser.SubPattern(state, [(op, value)]), self._flags
-        )
-        return found
 
     def _character(self, op: Any, value: Any) -> Callable[[str], bool]:
         if op is c.LITERAL and not self._flags & re.IGNORECASE:
             return chr(value).__eq__
-        fits = self._alone(op, value).fullmatch
+        fits = _alone(op, _hashable(value), self._flags).fullmatch
         return lambda character: fits(character) is not None
 
     def _position(self, op: Any, value: Any) -> Callable[[str, int], bool]:
-        fits = self._alone(op, value).match
+        fits = _alone(op, _hashable(value), self._flags).match
         return lambda text, at: fits(text, at) is not None
 
     def _look(self, wanted: bool, direction: int, inner: Any) -> Callable[[str, int], bool]:
@@ -272,3 +266,17 @@ class _Builder:
             return lambda text, at: machine.matches(text, at, None) == wanted
         width = inner.getwidth()[0]
         return lambda text, at: (at >= width and machine.matches(text, at - width, at)) == wanted
+
+
+@functools.lru_cache(maxsize=1024)
+def _alone(op: Any, value: Any, flags: int) -> re.Pattern[str]:
+    """One item as a pattern of `re`, under the flags that hold where it stands."""
+    state = parser.State()
+    state.flags, state.str = flags, ""
+    item = (op, list(value) if isinstance(value, tuple) else value)
+    found: re.Pattern[str] = compiler.compile(parser.SubPattern(state, [item]), flags)
+    return found
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

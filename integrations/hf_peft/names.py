@@ -16,6 +16,7 @@ from tokengate.integrations.hf_peft.linear_pattern import LinearPattern, Work
 
 # A key that is a name, as most are: what is escaped in it is itself, and a plain dot any character.
 _NAME = re.compile(r"(\^?)((?:[\w.-]|\\[^\w\s])+)")
+_KEPT = 1000
 _ANY = "\n"  # in its place; it matches no line end
 
 
@@ -35,7 +36,7 @@ class Names:
         self._targets = self._named(config["target_modules"])
         self._excluded = self._named(config.get("exclude_modules") or ())
         self._by_regex = isinstance(config["target_modules"], str)
-        self._listed = frozenset(() if self._by_regex else config["target_modules"])
+        self._listed = config["target_modules"]
         self._saved_whole = ModulesToSave(config.get("modules_to_save") or (), self._work)
         chosen = config.get("layers_to_transform")
         self._all_layers = chosen is None or chosen == []
@@ -52,7 +53,7 @@ class Names:
         if self._excluded(name) or self._saved_whole.would_hold(name) or not self._targets(name):
             return False
         # A module that is listed by its whole name is adapted in whatever layer it is.
-        if self._by_regex or name in self._listed or self._all_layers:
+        if self._by_regex or self._all_layers or name in self._listed:
             return True
         return self._index(name) in self._chosen
 
@@ -142,9 +143,12 @@ class FirstPattern:
         for number, key in self._others:
             if number > first:
                 break
-            if number not in self._made:
-                self._made[number] = LinearPattern(rf"(.*\.)?({key})$", self._work)
-            if self._made[number].match(name):
+            pattern = self._made.get(number)
+            if pattern is None:
+                pattern = LinearPattern(rf"(.*\.)?({key})$", self._work)
+                if len(self._made) < _KEPT:  # each takes far more memory than its text
+                    self._made[number] = pattern
+            if pattern.match(name):
                 first = number
         return self._values[first] if first < len(self._values) else default
 
