@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tokengate.adapters.difference import difference, difference_text
 from tokengate.adapters.folder import CONFIG, SavedAdapter, read_adapter, read_config
@@ -18,7 +18,7 @@ from tokengate.adapters.inspection import describe, description_text
 from tokengate.adapters.loading import load
 from tokengate.adapters.planning import count_patched, plan_text
 from tokengate.adapters.saving import save
-from tokengate.errors import DifferentBaseWarning, MixedPositionsWarning, TokenGateError
+from tokengate.errors import DifferentBaseWarning, MixedPositionsWarning, TokenGateError, printable
 from tokengate.patching.patch import patch
 
 _BASE = "config.json of the base, a folder with one, or timm:NAME"
@@ -36,15 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("always", kind)
             text = given.run(given)
     except (TokenGateError, OSError) as error:
-        print(f"tokengate {given.command}: {error}", file=sys.stderr)
+        _say(f"tokengate {given.command}: {printable(str(error))}", sys.stderr)
         return 2
     for warning in caught:
-        print(f"tokengate {given.command}: warning: {warning.message}", file=sys.stderr)
+        said = printable(str(warning.message))
+        _say(f"tokengate {given.command}: warning: {said}", sys.stderr)
     try:
-        print(text, flush=True)
+        _say(text, sys.stdout)
     except BrokenPipeError:  # as of `| head`, which has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _say(text: str, to: TextIO) -> None:
+    """Print it, with characters that the terminal has not as Python writes them."""
+    encoding = to.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=to, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +171,7 @@ def _read(folder: str) -> SavedAdapter:
 
 
 def _is_peft(folder: str) -> bool:
-    return (Path(folder) / CONFIG).is_file() and "peft_type" in read_config(Path(folder))
+    return (Path(folder) / CONFIG).exists() and "peft_type" in read_config(Path(folder))
 
 
 def _integration(name: str) -> Any:
@@ -174,7 +181,10 @@ def _integration(name: str) -> Any:
 
 
 def _shown(given: argparse.Namespace, found: dict[str, Any], as_text: Any) -> str:
-    return json.dumps(found, indent=1, allow_nan=False) if given.json else as_text(found)
+    if given.json:
+        # The one character of ASCII that JSON leaves and a terminal obeys.
+        return json.dumps(found, indent=1, allow_nan=False).replace("\x7f", "\\u007f")
+    return str(as_text(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,18 @@
-"""The one error this library raises for what a user asked of it, and its warnings."""
+"""The one error this library raises for what a user asked of it, its warnings, and their words."""
 
 from typing import Any
 
+_LENGTH = 80
 
-class TokenGateError(ValueError):
+
+class _OneLine:
+    """What is said on one line that a terminal only shows, whatever names and values are in it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class TokenGateError(_OneLine, ValueError):
     """What was asked cannot be done.
 
     The message is one sentence: what was asked, what was found, what to do. Whatever
@@ -11,31 +20,64 @@ class TokenGateError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """`text` with all that is not seen but obeyed escaped, as Python writes it: `\\x1b`, `\\n`.
+
+    Names come out of files: colours, titles and line ends in them are not for a terminal, nor
+    what turns the direction of a line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def brief(value: Any) -> str:
     """`value` as it fits a sentence: on one line, and cut where it is long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = " ".join(repr(_beginning(value, [_LENGTH])).split())
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
 
 
-class UnreachedLayerWarning(UserWarning):
+def _beginning(value: Any, left: list[int]) -> Any:
+    """As much of what was read as `brief` could show, since it may be of any size."""
+    left[0] -= 1  # every value takes a character
+    if isinstance(value, (str, bytes)):
+        return value[: _LENGTH + 1]
+    if type(value) in (list, tuple):
+        found = []
+        for each in value:
+            if left[0] < 0:
+                break
+            found.append(_beginning(each, left))
+        return type(value)(found)
+    if type(value) is dict:
+        pairs = {}
+        for key, each in value.items():
+            if left[0] < 0:
+                break
+            pairs[_beginning(key, left)] = _beginning(each, left)
+        return pairs
+    return value
+
+
+class UnreachedLayerWarning(_OneLine, UserWarning):
     """A patched layer was not called in the first forward of its model."""
 
 
-class MixedPositionsWarning(UserWarning):
+class MixedPositionsWarning(_OneLine, UserWarning):
     """A layer was patched that mixes tokens or heads, so that its positions are no tokens."""
 
 
-class SkippedModuleWarning(UserWarning):
+class SkippedModuleWarning(_OneLine, UserWarning):
     """A target matched other modules beside linear layers, which stay as they are."""
 
 
-class DifferentBaseWarning(UserWarning):
+class DifferentBaseWarning(_OneLine, UserWarning):
     """A model has other linear layers than the one that an adapter was trained on."""
 
 
-class NonFiniteWarning(UserWarning):
+class NonFiniteWarning(_OneLine, UserWarning):
     """A gate's gradient was NaN or infinite, and skipped; or its tau is."""
 
 
-class UnreachedSparsityWarning(UserWarning):
+class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""

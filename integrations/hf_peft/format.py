@@ -1,13 +1,12 @@
-"""What Hugging Face PEFT's files mean: the keys of its tensors, and how its patterns match names.
+"""What Hugging Face PEFT's files mean: the keys of its tensors, and what its configuration asks.
 
 Known from its documentation and by running version 0.21; nothing here imports it.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -38,66 +37,6 @@ HEADS = {
 def adalora_scale(alpha: float, initial_rank: int) -> float:
     """PEFT's factor, which stays the initial rank's when rows are pruned."""
     return alpha / (initial_rank + 1e-5)
-
-
-def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What `rank_pattern` or `alpha_pattern` says of a layer: the first key that matches counts.
-
-    A key is a regular expression for the name or for what follows a dot of it. Which one is the
-    first is what the file says, as when PEFT loads it; PEFT sorts them when it saves.
-    """
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def only(name: str) -> str:
-    """A key of these patterns that matches this layer alone: `^` does not match behind a dot."""
-    return f"^{re.escape(name)}"
-
-
-def is_target(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT adapts the module of this name, if its class can be adapted."""
-    targets, excluded = config["target_modules"], config.get("exclude_modules")
-    if excluded and _named(excluded, name):
-        return False
-    if in_modules_to_save(config.get("modules_to_save") or (), name):
-        return False
-    if isinstance(targets, str) or name in targets:
-        return _named(targets, name)
-    chosen = config.get("layers_to_transform")
-    if chosen is None or chosen == []:
-        return _named(targets, name)
-    index = _layer_index(config.get("layers_pattern") or (), name)
-    chosen = chosen if isinstance(chosen, list) else [chosen]
-    return _named(targets, name) and index in chosen
-
-
-def in_modules_to_save(modules: Iterable[str], name: str) -> bool:
-    """Whether PEFT never adapts this module because it takes it for a part of these.
-
-    It matches them anywhere in the name, as regular expressions.
-    """
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules)
-
-
-def is_module_to_save(modules: Iterable[str], name: str) -> bool:
-    """Whether PEFT saves the module of this name whole: by its end, not by whole components."""
-    return any(name.endswith(module) for module in modules)
-
-
-def _named(patterns: Any, name: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _layer_index(patterns: Any, name: str) -> int | None:
-    """The first number in the name, or the first behind one of the patterns."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    prefixes = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-    for prefix in prefixes:
-        if found := re.match(rf"{prefix}\.(\d+)\.", name):
-            return int(found[found.re.groups])
-    return None
 
 
 # What says nothing about the outputs of the adapter as it was saved: origins, schedules of

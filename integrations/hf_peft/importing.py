@@ -14,8 +14,10 @@ from tokengate import TokenGateError, layers
 from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
+from tokengate.adapters.weights import DTYPES
 from tokengate.arguments import finite, non_negative, switch
-from tokengate.integrations.hf_peft.format import held_twice, is_module_to_save, is_target
+from tokengate.integrations.hf_peft.format import held_twice
+from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.linears.linear_like import is_linear
 from tokengate.patching.wrappers import check_can_patch
@@ -80,7 +82,13 @@ def read_saved(folder: str | Path) -> SavedAdapter:
     Raises:
         TokenGateError: the folder is damaged, or has what has no equal here.
     """
-    return _as_saved(read_peft(folder), folder, 0.0, None)
+    adapter = read_peft(folder)
+    for name, dtype in adapter.unread.items():
+        raise TokenGateError(
+            f"the adapter in {str(folder)!r} has {name!r} as {dtype}, and the values of an adapter "
+            f"are {', '.join(DTYPES)}: save it again without that buffer."
+        )
+    return _as_saved(adapter, folder, 0.0, None)
 
 
 def _as_saved(
@@ -125,18 +133,20 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     """What PEFT would look for in the adapter, or change in the model, and could not here."""
     twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
     found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
+    names = Names(adapter.config)
     for name, module in model.named_modules():
-        if is_linear(module) and is_target(adapter.config, name) and name not in adapter.parameters:
+        if is_linear(module) and name not in adapter.parameters and names.is_target(name):
             found[name] = "is one of its target_modules, and the adapter has no values for it"
-    modules = adapter.config.get("modules_to_save") or []
     for owner, module in model.named_modules(remove_duplicate=False):
-        for key in module.state_dict() if is_module_to_save(modules, owner) else ():
-            if f"{owner}.{key}" not in adapter.heads:
+        for key in module.state_dict() if names.is_saved_whole([owner]) else ():
+            if f"{owner}.{key}" not in adapter.heads and f"{owner}.{key}" not in adapter.unread:
                 found[f"{owner}.{key}"] = "is in its modules_to_save, and has no values there"
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name in adapter.heads:
+    for name, dtype in adapter.unread.items():
+        found[name] = f"is {dtype} in the adapter, and only floating-point values are read"
+    for name in [*adapter.heads, *adapter.unread]:
         if name in parameters and shared[id(parameters[name])] > 1:
             found[name] = (
                 "is tied to another parameter in the model, which PEFT would not change along; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,21 @@ import torch
 from torch import Tensor
 
 from tokengate import TokenGateError
-from tokengate.adapters.config import TensorConfig
-from tokengate.adapters.folder import CONFIG, WEIGHTS, finite_tensors, header, read_config
+from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
+from tokengate.adapters.weights import DTYPES, Weights, open_weights
 from tokengate.arguments import count, positive, share, switch
 from tokengate.errors import brief
+from tokengate.files.text_table import size
 from tokengate.integrations.hf_peft.format import (
     KEYS,
     PREFIX,
     adalora_scale,
-    by_pattern,
     check_known,
-    is_module_to_save,
-    is_target,
 )
+from tokengate.integrations.hf_peft.names import Names
+
+# What AdaLoRA's pruned rows may take: so many bytes, or so many times as much as was kept.
+_LEAST_UNPRUNED, _MOST_UNPRUNED = 16 << 20, 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class PeftAdapter:
     """The method's, by layer: as `modification.named_parameters()` would give them."""
     heads: dict[str, Tensor]
     """Other parameters that were trained, by their name in the model."""
+    unread: dict[str, str]
+    """The dtypes of buffers beside them, whose values are not read."""
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
@@ -54,50 +60,80 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     method = "adalora"
     if config["peft_type"] == "LORA":
         method = "dora" if switch("use_dora", config.get("use_dora") or False) else "lora"
-    _, present = header(folder / WEIGHTS)
-    found: dict[str, set[str]] = {}
-    heads = []
-    for key, tensor in present.items():
-        layer, part = _split(key, method)
-        if layer is not None:
-            found.setdefault(layer, set()).add(part)
-        elif _is_saved_whole(config, key):
-            heads.append(key)
-        else:
-            raise TokenGateError(
-                f"{str(folder / WEIGHTS)!r} has {key!r} of shape {tensor.shape}, which neither "
-                f"belongs to {config['peft_type']} as {where} describes it nor to one of its "
-                f"modules_to_save, {brief(config.get('modules_to_save'))}: save the adapter "
-                "again, without values of the base."
-            )
-    if not found:
-        raise TokenGateError(f"{str(folder / WEIGHTS)!r} has no adapted layer: save it again.")
+    with open_weights(folder / WEIGHTS) as weights:
+        return _read(weights, config, method, where)
+
+
+def _read(weights: Weights, config: dict[str, Any], method: str, where: str) -> PeftAdapter:
+    path, present = weights.path, weights.tensors
+    with _told_of(where):
+        names = Names(config)
+    found, heads = _layers_and_heads(weights, config, names, method, where)
+    with _told_of(where):
+        options = {layer: _options(config, names, method, layer) for layer in found}
+        astray = [layer for layer in found if not names.is_target(layer)]
+    if astray:
+        raise TokenGateError(
+            f"{str(path)!r} has values for {astray[0]!r}, which the target_modules "
+            f"{brief(config['target_modules'])} of {where} leave out, so that PEFT would drop "
+            "them: correct target_modules."
+        )
+    masks = _masks(config, found, where) if method == "adalora" else {}
+    for layer in found:
+        _check_shapes(weights, method, layer, options[layer], masks.get(layer))
+    _check_unpruned(weights, masks, where)
+    # Of modules_to_save with buffers: whether one may be left out is for the model to say.
+    unread = {key: present[key].dtype for key in heads if present[key].dtype not in DTYPES}
+    tensors, _ = weights.values(leave_out=unread)
+    parameters = {}
+    for layer in found:
+        own = {p: tensors.pop(f"{PREFIX}{layer}.{suffix}") for p, suffix in KEYS[method].items()}
+        parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
+    return PeftAdapter(
+        config,
+        method,
+        options,
+        parameters,
+        {key.removeprefix(PREFIX): tensors[key] for key in heads if key not in unread},
+        {key.removeprefix(PREFIX): dtype for key, dtype in unread.items()},
+    )
+
+
+@contextlib.contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Whatever is wrong with a name, a pattern or a number of the configuration, said of it."""
     try:
-        options = {layer: _options(config, method, layer) for layer in found}
-        astray = [layer for layer in found if not is_target(config, layer)]
+        yield
     except re.error as error:
         raise TokenGateError(
             f"{where} has a pattern that is no regular expression ({error}): correct it."
         ) from None
     except TokenGateError as error:
         raise TokenGateError(f"{where} is not as PEFT would have written it: {error}") from None
-    if astray:
-        raise TokenGateError(
-            f"{str(folder / WEIGHTS)!r} has values for {astray[0]!r}, which the target_modules "
-            f"{brief(config['target_modules'])} of {where} leave out, so that PEFT would drop "
-            "them: correct target_modules."
-        )
-    masks = _masks(config, set(found), where) if method == "adalora" else {}
-    for layer in found:
-        _check_shapes(folder / WEIGHTS, method, layer, options[layer], masks.get(layer), present)
-    tensors = finite_tensors(folder / WEIGHTS, present)
-    parameters = {}
-    for layer in found:
-        own = {p: tensors[f"{PREFIX}{layer}.{suffix}"] for p, suffix in KEYS[method].items()}
-        parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
-    return PeftAdapter(
-        config, method, options, parameters, {k.removeprefix(PREFIX): tensors[k] for k in heads}
-    )
+
+
+def _layers_and_heads(
+    weights: Weights, config: dict[str, Any], names: Names, method: str, where: str
+) -> tuple[list[str], list[str]]:
+    """The layers that have values, and the keys of other parameters."""
+    found: dict[str, None] = {}
+    heads = []
+    for key, tensor in weights.tensors.items():
+        layer = _layer(key, method)
+        if layer is not None and "\n" not in layer:
+            found[layer] = None
+        elif _is_saved_whole(names, key):
+            heads.append(key)
+        else:
+            raise TokenGateError(
+                f"{str(weights.path)!r} has {key!r} of shape {tensor.shape}, which neither "
+                f"belongs to {config['peft_type']} as {where} describes it nor to one of its "
+                f"modules_to_save, {brief(config.get('modules_to_save'))}: save the adapter "
+                "again, without values of the base."
+            )
+    if not found:
+        raise TokenGateError(f"{str(weights.path)!r} has no adapted layer: save it again.")
+    return list(found), heads
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -138,22 +174,21 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _split(key: str, method: str) -> tuple[str | None, str]:
-    """The layer and the parameter that a key means; (None, "") if it means none."""
-    for parameter, suffix in KEYS[method].items():
+def _layer(key: str, method: str) -> str | None:
+    """The layer that a key means; None if it means none."""
+    for suffix in KEYS[method].values():
         if key.startswith(PREFIX) and key.endswith(f".{suffix}") and len(key) > len(PREFIX):
-            return key[len(PREFIX) : -len(suffix) - 1], parameter
-    return None, ""
+            return key[len(PREFIX) : -len(suffix) - 1]
+    return None
 
 
-def _is_saved_whole(config: dict[str, Any], key: str) -> bool:
-    parts = key.removeprefix(PREFIX).split(".")
-    owners = (".".join(parts[:i]) for i in range(1, len(parts)))
-    modules = config.get("modules_to_save") or []
-    return key.startswith(PREFIX) and any(is_module_to_save(modules, owner) for owner in owners)
+def _is_saved_whole(names: Names, key: str) -> bool:
+    name = key.removeprefix(PREFIX)
+    owners = (name[:at] for at, character in enumerate(name) if character == ".")
+    return key.startswith(PREFIX) and names.is_saved_whole(owners)
 
 
-def _options(config: dict[str, Any], method: str, layer: str) -> dict[str, Any]:
+def _options(config: dict[str, Any], names: Names, method: str, layer: str) -> dict[str, Any]:
     dropout = share("lora_dropout", config.get("lora_dropout", 0.0))
     alpha = config.get("lora_alpha", 8)
     if method == "adalora":
@@ -164,8 +199,8 @@ def _options(config: dict[str, Any], method: str, layer: str) -> dict[str, Any]:
             "scale": adalora_scale(positive("lora_alpha", alpha), rank),
             "dropout": dropout,
         }
-    rank = by_pattern(config.get("rank_pattern") or {}, layer, config.get("r", 8))
-    alpha = by_pattern(config.get("alpha_pattern") or {}, layer, alpha)
+    rank = names.rank(layer, config.get("r", 8))
+    alpha = names.alpha(layer, alpha)
     options = {
         "rank": count(f"the rank of {layer!r}", rank),
         "alpha": positive(f"the alpha of {layer!r}", alpha),
@@ -176,9 +211,9 @@ def _options(config: dict[str, Any], method: str, layer: str) -> dict[str, Any]:
     return options
 
 
-def _masks(config: dict[str, Any], layers: set[str], where: str) -> dict[str, list[bool]]:
+def _masks(config: dict[str, Any], found: Collection[str], where: str) -> dict[str, list[bool]]:
     """Which of the initial rows the layers still have that have not all of them."""
-    rank = config.get("init_r", 12)
+    rank, layers = config.get("init_r", 12), frozenset(found)
     masks = {}
     for key, mask in (config.get("rank_pattern") or {}).items():
         layer, _, part = key.rpartition(".")
@@ -198,13 +233,13 @@ def _masks(config: dict[str, Any], layers: set[str], where: str) -> dict[str, li
 
 
 def _check_shapes(
-    path: Path,
+    weights: Weights,
     method: str,
     layer: str,
     options: dict[str, Any],
     mask: list[bool] | None,
-    present: dict[str, TensorConfig],
 ) -> None:
+    path, present = weights.path, weights.tensors
     keys = {part: f"{PREFIX}{layer}.{suffix}" for part, suffix in KEYS[method].items()}
     for key in keys.values():
         if key not in present:
@@ -225,11 +260,26 @@ def _check_shapes(
                 f"and the layer's other values ask for {wanted[part]}: save the adapter again."
             )
     for key in keys.values():
-        if present[key].dtype not in ("F64", "F32", "BF16", "F16"):
-            raise TokenGateError(
-                f"{str(path)!r} has {key!r} of shape {present[key].shape} as {present[key].dtype}, "
-                "which is not floating-point: save the adapter again."
-            )
+        weights.check_dtype(key)
+
+
+def _check_unpruned(weights: Weights, masks: dict[str, list[bool]], where: str) -> None:
+    """An error if the rows that AdaLoRA pruned would take far more memory than those it kept.
+
+    A mask is a few bytes for each row, and a row is as long as the layer is wide.
+    """
+    held = sum(weights.sizes.values())
+    wanted = 0
+    for layer, mask in masks.items():
+        p, e, q = (f"{PREFIX}{layer}.{suffix}" for suffix in KEYS["adalora"].values())
+        row = weights.tensors[p].shape[0] + 1 + weights.tensors[q].shape[1]
+        wanted += len(mask) * row * DTYPES[weights.tensors[e].dtype].itemsize
+    if wanted > max(_LEAST_UNPRUNED, _MOST_UNPRUNED * held):
+        raise TokenGateError(
+            f"{where} asks for {size(wanted)} of rows that were pruned or kept, of which "
+            f"{str(weights.path)!r} holds {size(held)}: save the adapter again with a smaller "
+            "init_r."
+        )
 
 
 def _unpruned(own: dict[str, Tensor], mask: list[bool] | None) -> dict[str, Tensor]:

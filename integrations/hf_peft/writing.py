@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
 from tokengate.errors import brief
-from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.integrations.hf_peft.format import (
     HEADS,
     KEYS,
     PREFIX,
-    in_modules_to_save,
-    is_module_to_save,
-    only,
 )
+from tokengate.integrations.hf_peft.names import ModulesToSave, only
 from tokengate.layers.folded import Folded, base_layer
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.linear_like import LinearSlice, is_transposed
@@ -112,8 +109,9 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
     if task is not None and task not in list(HEADS):
         raise TokenGateError(f"task_type={brief(task)} is unknown: choose of {', '.join(HEADS)}.")
     modules = [*heads, *(HEADS[task] if task else ())]
+    whole = ModulesToSave(modules)
     for name, _ in model.named_modules(remove_duplicate=False):
-        if is_module_to_save(modules, name) and not any(
+        if whole.are(name) and not any(
             name == head or name.startswith(f"{head}.") for head in heads
         ):
             raise TokenGateError(
@@ -122,7 +120,7 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
                 "rename the module."
             )
     for name in layers:
-        if in_modules_to_save(modules, name):
+        if whole.would_hold(name):
             raise TokenGateError(
                 f"export_peft found the layer {name!r}, which PEFT would take for a part of "
                 f"modules_to_save={brief(modules)} and not adapt: rename one of them."
@@ -239,9 +237,9 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
 
     def write_weights(path: Path) -> None:
-        save_file(tensors, path, {"format": "pt"})
+        save_tensors(tensors, path, {"format": "pt"})
         (folder / CONFIG).unlink(missing_ok=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / WEIGHTS, write_weights)
     write_text(folder / CONFIG, text)

@@ -13,6 +13,7 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG
 from tokengate.integrations.trainer.callback import TokenGateCallback
+from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
 
 
 class TokenGateTrainer(Trainer):
@@ -32,11 +33,26 @@ class TokenGateTrainer(Trainer):
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
     """
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's; True means the last checkpoint that was saved to its end.
+
+        Raises:
+            TokenGateError: a checkpoint was asked for, by its name or by True, and what is there
+                was not saved to its end.
+
+        Warns:
+            UserWarning: a later checkpoint than the one that is taken was not.
+        """
         callback = self._callback()
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
+        elif checkpoint and step_of(Path(checkpoint)) is not None and Path(checkpoint).is_dir():
+            check_whole(Path(checkpoint))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         except BaseException:
             callback.end_training(self.model)
             raise
@@ -50,6 +66,12 @@ class TokenGateTrainer(Trainer):
         """As the Trainer's, with sparsity and tau."""
         self._callback().add_to(logs)
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial))
+            begin(folder / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if any(getattr(m, "running_mean", None) is not None for m in self.model.modules()):

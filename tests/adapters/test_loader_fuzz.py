@@ -7,13 +7,17 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from hostile_folders import peft
+from models import Net
 from test_saving import fresh, same, trained, values
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.integrations.hf_peft import import_peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COUNT = 2000
@@ -141,6 +145,31 @@ def test_a_mutated_folder_is_refused_or_loads_equal_values(tmp_path, patched, mo
                 else:
                     tokengate.unpatch(base).load_state_dict(before)
     assert outcomes["refused"] > COUNT // 4
+    assert sum(outcomes.values()) == COUNT // 2
+
+
+def test_a_mutated_folder_of_peft_is_refused_or_loads_numbers(tmp_path):
+    """Nothing says what was saved, so that other values may come, but of the shapes that fit."""
+    peft(
+        tmp_path / "saved",
+        {"rank_pattern": {"^blocks.0.fc1": 2}, "alpha_pattern": {"fc.": 3}, "modules_to_save": None,
+         "exclude_modules": ".*q_proj", "layers_to_transform": [0], "layers_pattern": ["blocks"]},
+    )  # fmt: skip
+    import_peft(Net(), tmp_path / "saved")
+    draw, outcomes = random.Random(2), {"refused": 0, "loaded": 0}
+    for _ in range(COUNT // 2):
+        mutated(tmp_path / "saved", tmp_path / "mutated", draw)
+        model, began = Net(), time.process_time()
+        try:
+            import_peft(model, tmp_path / "mutated", strict=draw.random() < 0.5)
+        except TokenGateError as error:
+            outcomes["refused"] += str(error).isprintable()
+            assert not tokengate.layers(model)
+        else:
+            outcomes["loaded"] += 1
+            assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+        assert time.process_time() - began < 2
+    assert min(outcomes.values()) > COUNT // 40, outcomes
     assert sum(outcomes.values()) == COUNT // 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from tokengate.arguments import non_negative
@@ -11,7 +12,7 @@ from tokengate.errors import TokenGateError, brief
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerConfig:
     """One patched layer."""
 
@@ -34,7 +35,7 @@ class LayerConfig:
     """The gate's own, as `patch` was given them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorConfig:
     """One tensor of the weights' file."""
 
@@ -100,7 +101,8 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
             raise _wrong(where, f"the slices of {name!r}", sizes)
         for part, value in (("penalty", layer.penalty), ("s", layer.s)):
             try:
-                non_negative(part, 0.0 if value is None else value)
+                if value is not None:
+                    non_negative(part, value)
             except TokenGateError:
                 raise _wrong(where, f"the {part} of {name!r}", value) from None
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
@@ -108,8 +110,9 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
     if any(type(name) is not str for name in config.train):
         raise _wrong(where, "train", config.train)
     for name, tensor in config.tensors.items():
-        if any(type(size) is not int or size < 0 for size in tensor.shape):
-            raise _wrong(where, f"tensors {name!r}", tensor.shape)
+        for size in tensor.shape:
+            if type(size) is not int or size < 0:
+                raise _wrong(where, f"tensors {name!r}", tensor.shape)
     return config
 
 
@@ -130,20 +133,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+@cache
+def _fields(kind: Any) -> dict[str, tuple[type, ...]]:
+    """The types that each field may have."""
+    return {
+        each.name: _TYPES.get(str(each.type), (list if "list" in str(each.type) else dict,))
+        for each in fields(kind)
+    }
+
+
 def _made(kind: Any, found: Any, where: str) -> Any:
     if not isinstance(found, dict):
         raise _wrong(where, kind.__name__, found)
-    known = {f.name: f for f in fields(kind)}
+    known = _fields(kind)
     for name in found:
         if name not in known:
             raise TokenGateError(
                 f"{where} has an unknown field {name!r}: save the adapter again, or install the "
                 "version of tokengate that wrote it."
             )
-    for name, each in known.items():
+    for name, kinds in known.items():
         if name not in found:
             raise TokenGateError(f"{where} lacks the field {name!r}: save the adapter again.")
-        kinds = _TYPES.get(str(each.type), (list if "list" in str(each.type) else dict,))
         if not isinstance(found[name], kinds) or isinstance(found[name], bool):
             raise _wrong(where, name, found[name])
     return kind(**found)

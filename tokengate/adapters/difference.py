@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.inspection import describe_layer
-from tokengate.files.text_table import text_table
+from tokengate.files.text_table import lines, text_table
 
 # Of a layer's description, what is no option and compared on its own, or follows from the rest.
 _NO_OPTION = {"options", "parameters", "tau"}
@@ -30,10 +30,7 @@ def difference(a: SavedAdapter, b: SavedAdapter) -> dict[str, Any]:
         one, other = describe_layer(a, name), describe_layer(b, name)
         if changed := _changed(one, other):
             options[name] = changed
-        prefix = f"{name}.modification."
-        parts = [
-            {k: t for k, t in saved.tensors.items() if k.startswith(prefix)} for saved in (a, b)
-        ]
+        parts = [saved.under(f"{name}.modification.") for saved in (a, b)]
         common[name] = {"distance": _distance(*parts), "tau": [one["tau"], other["tau"]]}
     beside = {
         name: {"distance": _distance({name: a.tensors[name]}, {name: b.tensors[name]})}
@@ -78,12 +75,12 @@ def _largest_first(item: tuple[str, dict[str, Any]]) -> float:
 def difference_text(found: dict[str, Any]) -> str:
     """For people to read; of what is equal, only how much there is."""
     a, b = found["folders"]
-    lines = [f"a: {a}", f"b: {b}"]
+    said = [f"a: {a}", f"b: {b}"]
     for key, letter in (("only_in_a", "a"), ("only_in_b", "b")):
-        lines += [f"only in {letter}: {name}" for name in found[key]]
+        said += [f"only in {letter}: {name}" for name in found[key]]
     for text, names in _same_changes(found["options"]).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"options of {names[0]}{more}: {text}")
+        said.append(f"options of {names[0]}{more}: {text}")
     rows = [
         [name, each["distance"], *each.get("tau", (None, None))]
         for part in ("layers", "trained_beside")
@@ -91,10 +88,11 @@ def difference_text(found: dict[str, Any]) -> str:
         if each["distance"] != 0 or len(set(each.get("tau", ()))) > 1
     ]
     equal = len(found["layers"]) + len(found["trained_beside"]) - len(rows)
+    equals = f"{equal} with equal values"
     if rows:
         table = text_table(["values", "|b - a| / |a|", "tau in a", "tau in b"], rows)
-        lines += ["", table, ""]
-    return "\n".join([*lines, f"{equal} with equal values"])
+        equals = f"\n{table}\n\n{equals}"
+    return f"{lines(said)}\n{equals}"
 
 
 def _same_changes(options: dict[str, dict[str, list[Any]]]) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,11 @@ from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.patching.targets import find_targets
-from tokengate.patterns import nearest
+from tokengate.patterns import FullName, nearest
 from tokengate.sharding import divided_as, gathered
+
+# How many misfits say which names would have come close; that takes all names each time.
+_WITH_NEAREST = 8
 
 
 class Fit:
@@ -72,8 +75,8 @@ class Fit:
         for name, config in self.saved.config.layers.items():
             layer = patched.get(name)
             if layer is None:
-                near = nearest(name, patched)
-                self._reject(name, f"is in the adapter and not patched in the model; {near}")
+                near = self._near(name, patched)
+                self._reject(name, f"is in the adapter and not patched in the model{near}")
             elif reason := _other_patch(layer, config):
                 self._reject(name, reason)
             # Options that compare equal need not be valid: a rank of 8.0 is none.
@@ -93,7 +96,7 @@ class Fit:
         wanted = {}
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, config in self.saved.config.layers.items():
-            reason = _unfit(name, config, modules)
+            reason = self._unfit(name, config, modules)
             if reason:
                 self._reject(name, reason)
             else:
@@ -106,12 +109,9 @@ class Fit:
         if not wanted:
             return {}
         chosen: dict[str, Any] = {name: others[name] for name in wanted if name in others}
-        if new := [_exactly(name) for name in wanted if name not in others]:
-            given = {
-                _exactly(name): each
-                for name, each in slices.items()
-                if any(n.startswith(f"{name}.") and n not in others for n in wanted)
-            }
+        if new := [FullName(name) for name in wanted if name not in others]:
+            owners = {name.rpartition(".")[0] for name in new}
+            given = {FullName(name): each for name, each in slices.items() if name in owners}
             chosen |= find_targets(model, new, None, given or None)
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
@@ -121,14 +121,7 @@ class Fit:
             # On the meta device first: an adapter may claim any size.
             if not self._holds(name, self._on_meta(name, layer), None):
                 continue
-            with weights_present(whole(layer)):
-                modification = method(layer, **config.options)
-                modification.options = dict(config.options)
-                gate = None
-                if config.gate is not None:
-                    kind = GATES.find(config.gate)
-                    check_options(kind, config.gate_options)
-                    gate = kind.beside(layer, **config.gate_options)
+            modification, gate = self._made(name, layer)
             if self._holds(name, modification, gate):
                 found[name] = (layer, modification, gate)
         return found
@@ -144,8 +137,8 @@ class Fit:
             if value is None:
                 self._reject(name, "was trained, and its values are not in the adapter")
             elif name not in parameters:
-                near = nearest(name, parameters)
-                self._reject(name, f"of shape {list(value.shape)} is not in the model; {near}")
+                near = self._near(name, parameters)
+                self._reject(name, f"of shape {list(value.shape)} is not in the model{near}")
             elif trained is not None and name not in trained:
                 self._reject(name, "is trained in the adapter and not by the model's patch")
             elif reason := _unequal(parameters[name], value):
@@ -164,7 +157,7 @@ class Fit:
             if module is None:
                 continue
             prefix = f"{name}.{part}."
-            saved = {k: t for k, t in self.saved.tensors.items() if k.startswith(prefix)}
+            saved = self.saved.under(prefix)
             expected = {prefix + key: t for key, t in module.state_dict().items()}
             for key in sorted(saved.keys() | expected.keys()):
                 if key not in saved:
@@ -195,6 +188,54 @@ class Fit:
         except Exception:
             return None
 
+    def _unfit(self, name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str | None:
+        """Why the model has no layer of this name and shape."""
+        own = name if config.slices is None else name.rpartition(".")[0]
+        layer = modules.get(own)
+        if layer is None:
+            linear = (n for n, m in modules.items() if is_linear(m))
+            return f"is not in the model{self._near(own, linear)}"
+        if not is_linear(layer):
+            return f"is a {type(layer).__name__} in the model, which is no linear layer"
+        there = features_of(cast(LinearLike, layer))
+        outputs = config.out_features
+        if (slices := _slices_of(config)) is not None:
+            part = name.rpartition(".")[2]
+            if slices.sizes.get(part, 0) * slices.groups != outputs:
+                return f"is no slice of {slices} with {outputs} outputs"
+            if isinstance(layer, Sliced) and slices != slices_of(layer):
+                return _otherwise_divided(slices, slices_of(layer))
+            outputs = slices.out_features
+        saved = (config.in_features, outputs)
+        if saved != there:
+            return (
+                f"has (in_features, out_features) {saved} in the adapter and {there} in the model"
+            )
+        return None
+
+    def _made(self, name: str, layer: Any) -> tuple[Modification, Gate | None]:
+        """The layer's modification and gate, whose options may be anything that JSON holds."""
+        config = self.saved.config.layers[name]
+        try:
+            with weights_present(whole(layer)):
+                modification = METHODS.find(config.method)(layer, **config.options)
+                modification.options = dict(config.options)
+                gate = None
+                if config.gate is not None:
+                    kind = GATES.find(config.gate)
+                    check_options(kind, config.gate_options)
+                    gate = kind.beside(layer, **config.gate_options)
+            return modification, gate
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise TokenGateError(
+                f"the adapter in {str(self.saved.folder)!r} has options for {name!r} of which no "
+                f"layer can be made ({brief(str(error))}): save it again."
+            ) from error
+
+    def _near(self, name: str, names: Iterable[str]) -> str:
+        """Those that come closest, as the end of a reason; of many misfits, for the first ones."""
+        return f"; {nearest(name, names)}" if len(self.misfits) < _WITH_NEAREST else ""
+
     def _reject(self, name: str, reason: str) -> None:
         if self._strict:
             raise TokenGateError(
@@ -203,35 +244,6 @@ class Fit:
                 "fit."
             )
         self.misfits[name] = reason
-
-
-def _exactly(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name))
-
-
-def _unfit(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str | None:
-    """Why the model has no layer of this name and shape."""
-    own = name if config.slices is None else name.rpartition(".")[0]
-    layer = modules.get(own)
-    if layer is None:
-        return (
-            f"is not in the model; {nearest(own, (n for n, m in modules.items() if is_linear(m)))}"
-        )
-    if not is_linear(layer):
-        return f"is a {type(layer).__name__} in the model, which is no linear layer"
-    there = features_of(cast(LinearLike, layer))
-    outputs = config.out_features
-    if (slices := _slices_of(config)) is not None:
-        part = name.rpartition(".")[2]
-        if slices.sizes.get(part, 0) * slices.groups != outputs:
-            return f"is no slice of {slices} with {outputs} outputs"
-        if isinstance(layer, Sliced) and slices != slices_of(layer):
-            return _otherwise_divided(slices, slices_of(layer))
-        outputs = slices.out_features
-    saved = (config.in_features, outputs)
-    if saved != there:
-        return f"has (in_features, out_features) {saved} in the adapter and {there} in the model"
-    return None
 
 
 def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from tokengate.adapters.config import AdapterConfig, TensorConfig, from_dict
+from tokengate.adapters.config import AdapterConfig, from_dict
+from tokengate.adapters.weights import MOST_VALUES, Weights, open_weights
 from tokengate.errors import TokenGateError, brief
+from tokengate.files.regular import open_regular, read_text
 from tokengate.files.strict_json import parse
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # In the weights' metadata: the configuration they were saved with, and the digest of the weights
 # whose place they took. In the configuration: the digest of the weights it belongs to.
 METADATA, PREVIOUS, SHA256 = "tokengate", "previous", "sha256"
+
+# Of the configuration: in bytes, what safetensors lets the weights know of it.
+_MOST_CONFIG = 100_000_000
+# How often a folder is read that is written to meanwhile.
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -31,29 +38,40 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     """On the CPU; `load` may make them a model's own."""
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so; found in their order, not by asking all of them."""
+        keys, found = self._sorted, {}
+        for at in range(bisect_left(keys, prefix), len(keys)):
+            if not keys[at].startswith(prefix):
+                break
+            found[keys[at]] = self.tensors[keys[at]]
+        return found
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.tensors)
+
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
     """The adapter in `folder`, as `save` wrote it.
 
     What can be named is named: a tensor that is missing, or of another shape or dtype than the
     configuration says, or not finite. Then what was changed otherwise since it was saved is found
-    by its digest. What another process replaces meanwhile is read again, so that nothing is of two
-    adapters.
+    by its digest, so that nothing is of two adapters; where another process saves meanwhile, the
+    folder is read again, a few times.
 
     Raises:
         TokenGateError: the folder or one of its files is missing, damaged or was changed.
     """
     folder = Path(folder)
-    while True:
+    for tried in range(1, _TRIES + 1):
         before = _state(folder)
         try:
-            adapter = _read(folder)
+            return _read(folder)
         except TokenGateError:
-            if before == _state(folder):
+            if before == _state(folder) or tried == _TRIES:
                 raise
-        else:
-            if before == _state(folder):
-                return adapter
+    raise AssertionError
 
 
 def _state(folder: Path) -> list[tuple[int, ...] | None]:
@@ -75,124 +93,71 @@ def _read(folder: Path) -> SavedAdapter:
                 f"{str(path)!r} does not exist: pass a folder that tokengate.save wrote."
             )
     where = str(folder / CONFIG)
-    found = read_config(folder)
-    belongs_to = found.pop(SHA256, None)
-    config = from_dict(found, where)
-    metadata, present = header(folder / WEIGHTS)
-    actual = digest(folder / WEIGHTS)
-    if belongs_to != actual and belongs_to and metadata.get(PREVIOUS) == belongs_to:
-        # `save` was killed after it had put the weights in place: they are whole, and newer.
-        where = f"the metadata of {str(folder / WEIGHTS)!r}"
-        found = parse(metadata.get(METADATA, ""), where)
-        config = from_dict(found, where)
-        actual = belongs_to
-    _check_tensors(folder / WEIGHTS, config, present)
-    tensors = finite_tensors(folder / WEIGHTS, config.tensors)
-    if belongs_to != actual:
-        raise TokenGateError(
-            f"{str(folder / WEIGHTS)!r} is not what {where} was saved with: one of them was "
-            "changed or copied alone, so save the adapter again."
-        )
-    _check_same(found, parse(metadata.get(METADATA, ""), str(folder / WEIGHTS)), where)
+    text = _config_text(folder)
+    config, belongs_to = _config(text, where)
+    with open_weights(folder / WEIGHTS) as weights:
+        own = weights.metadata.get(METADATA, "")
+        if interrupted := bool(belongs_to) and weights.metadata.get(PREVIOUS) == belongs_to:
+            # `save` was killed after it had put the weights in place: they are whole, and newer.
+            config, _ = _config(own, f"the metadata of {str(folder / WEIGHTS)!r}")
+        _check_tensors(weights, config)
+        tensors, actual = weights.values()
+    if not interrupted:
+        if belongs_to != actual:
+            raise TokenGateError(
+                f"{str(folder / WEIGHTS)!r} is not what {where} was saved with: one of them was "
+                "changed or copied alone, so save the adapter again."
+            )
+        _check_same(text, own, actual, folder)
     return SavedAdapter(folder, config, tensors)
+
+
+def _config(text: str, where: str) -> tuple[AdapterConfig, Any]:
+    """What `text` says, and the digest of the weights that it belongs to."""
+    found = parse(text, where, values=MOST_VALUES)
+    belongs_to = found.pop(SHA256, None)
+    return from_dict(found, where), belongs_to
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The object in `adapter_config.json`, of whatever format."""
-    where = str(folder / CONFIG)
+    return parse(_config_text(folder), str(folder / CONFIG), values=MOST_VALUES)
+
+
+def with_digest(own: str, digest: str) -> str:
+    """The text of the configuration that belongs to weights which know it as `own`."""
+    return own.removesuffix("\n}") + f',\n "{SHA256}": "{digest}"\n}}'
+
+
+def _config_text(folder: Path) -> str:
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(folder / CONFIG, _MOST_CONFIG)
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
         raise TokenGateError(
-            f"{where} could not be read ({brief(str(error))}): save the adapter again."
+            f"{folder / CONFIG} could not be read ({brief(str(error))}): save the adapter again."
         ) from None
-    return parse(text, where)
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; takes no memory."""
-    if tensor.numel() == 0:
-        return True
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return _digest(file)
-
-
-def _digest(file: BinaryIO) -> str:
     found = hashlib.sha256()
-    while block := file.read(1 << 20):
-        found.update(block)
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            found.update(block)
     return found.hexdigest()
 
 
-def own_config(path: Path) -> tuple[dict[str, Any], str]:
-    """What weights that `save` wrote know as their configuration, and their digest.
+def own_config(path: Path) -> tuple[str, str]:
+    """What weights that `save` wrote know as their configuration, as JSON, and their digest.
 
-    Both of one file, though another process may put its own there meanwhile: safetensors would
-    open it twice.
+    Both of one file, though another process may put its own there meanwhile.
     """
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size).decode("utf-8", "replace")
-        metadata = parse(text, str(path)).get("__metadata__", {})
-        file.seek(0)
-        return parse(metadata.get(METADATA, ""), str(path)), _digest(file)
+    with open_weights(path) as weights:
+        return weights.metadata.get(METADATA, ""), weights.digest()
 
 
-def header(path: Path) -> tuple[dict[str, str], dict[str, TensorConfig]]:
-    """The metadata of a file of safetensors, and its tensors without their values."""
-
-    def read() -> tuple[dict[str, str], dict[str, TensorConfig]]:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return file.metadata() or {}, {
-                key: TensorConfig(str(part.get_dtype()), list(part.get_shape()))
-                for key, part in slices.items()
-            }
-
-    found: tuple[dict[str, str], dict[str, TensorConfig]] = _readable(path, read)
-    return found
-
-
-def finite_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """These tensors of the file, checked, in memory of their own."""
-
-    def read() -> dict[str, Tensor]:
-        found = {}
-        for key in keys:
-            # Opened for each, so that there is never more than one of them mapped beside its copy.
-            with safe_open(path, "pt") as file:
-                found[key] = file.get_tensor(key).clone()
-        return found
-
-    tensors: dict[str, Tensor] = _readable(path, read)
-    for key, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise TokenGateError(
-                f"{str(path)!r} has a value that is not finite in {key!r}, of shape "
-                f"{list(tensor.shape)}: save the adapter again."
-            )
-    return tensors
-
-
-def _readable(path: Path, read: Any) -> Any:
-    """What `read` gives; an error of ours for any of safetensors', whatever is in the file."""
-    try:
-        return read()
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of its Rust code is no Exception
-        raise TokenGateError(
-            f"{str(path)!r} is no safetensors file that could be read ({brief(str(error))}): save "
-            "the adapter again."
-        ) from None
-
-
-def _check_tensors(path: Path, config: AdapterConfig, present: dict[str, TensorConfig]) -> None:
+def _check_tensors(weights: Weights, config: AdapterConfig) -> None:
+    path, present = weights.path, weights.tensors
     for key, wanted in config.tensors.items():
         if key not in present:
             raise TokenGateError(
@@ -217,7 +182,13 @@ def _check_tensors(path: Path, config: AdapterConfig, present: dict[str, TensorC
             )
 
 
-def _check_same(found: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+def _check_same(text: str, own: str, digest: str, folder: Path) -> None:
+    """An error if the configuration is not what the weights were saved with."""
+    if text == with_digest(own, digest):  # as `save` wrote it
+        return
+    where = str(folder / CONFIG)
+    found = parse(text, where, values=MOST_VALUES)
+    saved = parse(own, str(folder / WEIGHTS), values=MOST_VALUES) | {SHA256: digest}
     for key in sorted(found.keys() | saved.keys()):
         if found.get(key) != saved.get(key):
             raise TokenGateError(

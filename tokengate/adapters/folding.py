@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokengate.adapters.folder import all_finite
 from tokengate.adapters.merging import merged_weight_of
+from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import check_batches, evaluating, run

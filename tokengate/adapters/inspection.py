@@ -9,7 +9,7 @@ from typing import Any
 
 from tokengate.adapters.folder import CONFIG, WEIGHTS, SavedAdapter
 from tokengate.errors import TokenGateError
-from tokengate.files.text_table import size, text_table
+from tokengate.files.text_table import lines, size, text_table
 from tokengate.gates.registry import with_defaults
 from tokengate.methods.registry import METHODS
 
@@ -37,12 +37,11 @@ def describe_layer(saved: SavedAdapter, name: str) -> dict[str, Any]:
     """One layer; tau is None without a gate."""
     layer = saved.config.layers[name]
     tau = saved.tensors.get(f"{name}.gate.tau")
-    prefix = f"{name}.modification."
     return {
         "method": layer.method,
         **sizes(layer.in_features, layer.out_features),
         "options": all_options(layer.method, layer.options),
-        "parameters": sum(t.numel() for k, t in saved.tensors.items() if k.startswith(prefix)),
+        "parameters": sum(t.numel() for t in saved.under(f"{name}.modification.").values()),
         "tau": None if tau is None else tau.item(),
         "gate": layer.gate,
         "penalty": layer.penalty,
@@ -116,7 +115,7 @@ def description_text(description: dict[str, Any]) -> str:
     """For people to read."""
     methods = ", ".join(f"{n} layers of {m}" for m, n in description["methods"].items())
     files = ", ".join(f"{name} {size(n)}" for name, n in description["bytes"].items())
-    lines = [
+    said = [
         f"{description['folder']}: saved by {description['saved_by']}",
         f"base: {description['base_class'] or 'not named'}",
         f"{methods}, {description['gated_layers']} gated; {description['parameters']:,} parameters",
@@ -124,15 +123,15 @@ def description_text(description: dict[str, Any]) -> str:
     ]
     for call in description["asked"]:
         asked = ", ".join(f"{key}={value!r}" for key, value in call.items() if value)
-        lines.append(f"asked: {asked}")
-    lines += option_lines(description["layers"])
+        said.append(f"asked: {asked}")
+    said += option_lines(description["layers"])
     if description["trained_beside"]:
         beside = (f"{name} {shape}" for name, shape in description["trained_beside"].items())
-        lines.append(f"trained beside: {', '.join(beside)}")
+        said.append(f"trained beside: {', '.join(beside)}")
     if tau := description["tau"]:
         spread = ", ".join(f"{k} {v:.4g}" for k, v in tau.items() if k != "share_above_0")
-        lines.append(f"tau: {spread}; above 0 in {100 * tau['share_above_0']:.0f} % of the gates")
-    return "\n".join([*lines, "", layer_table(description["layers"])])
+        said.append(f"tau: {spread}; above 0 in {100 * tau['share_above_0']:.0f} % of the gates")
+    return f"{lines(said)}\n\n{layer_table(description['layers'])}"
 
 
 def option_lines(layers: dict[str, dict[str, Any]]) -> list[str]:

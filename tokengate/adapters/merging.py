@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengate.adapters.folder import all_finite
+from tokengate.adapters.weights import all_finite
 from tokengate.errors import TokenGateError
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.sliced_linear import take_off

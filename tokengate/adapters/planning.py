@@ -8,7 +8,7 @@ from torch import nn
 
 from tokengate.adapters.inspection import all_options, layer_table, option_lines, sizes
 from tokengate.adapters.saving import class_name, trained_beside
-from tokengate.files.text_table import size, text_table
+from tokengate.files.text_table import lines, size, text_table
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.methods.registry import METHODS
@@ -60,14 +60,14 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
 
 def plan_text(plan: dict[str, Any]) -> str:
     """For people to read."""
-    lines = [
+    said = [
         f"{plan['model']}: {len(plan['layers'])} layers would be patched",
         f"{plan['trainable']:,} of {plan['parameters']:,} parameters trained "
         f"({100 * plan['trainable_share']:.3f} %): {plan['modifications']:,} of modifications, "
         f"{plan['taus']:,} taus, {len(plan['trained_beside'])} others",
     ]
-    lines += [f"trained beside: {name} {shape}" for name, shape in plan["trained_beside"].items()]
-    lines += option_lines(plan["layers"])
+    said += [f"trained beside: {name} {shape}" for name, shape in plan["trained_beside"].items()]
+    said += option_lines(plan["layers"])
     memory = {**plan["bytes"], "together, without activations": sum(plan["bytes"].values())}
     table = text_table(["memory", ""], [[name, size(n)] for name, n in memory.items()])
-    return "\n".join([*lines, "", layer_table(plan["layers"]), "", table])
+    return f"{lines(said)}\n\n{layer_table(plan['layers'])}\n\n{table}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokengate.adapters.config import AdapterConfig, LayerConfig, TensorConfig
@@ -22,13 +21,14 @@ from tokengate.adapters.folder import (
     PREVIOUS,
     SHA256,
     WEIGHTS,
-    all_finite,
     digest,
     own_config,
     read_config,
+    with_digest,
 )
+from tokengate.adapters.weights import DTYPES, all_finite
 from tokengate.errors import TokenGateError, brief
-from tokengate.files.atomic_write import write_atomically, write_text
+from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES
 from tokengate.layers.coverage import check_present
@@ -45,12 +45,7 @@ from tokengate.patching.wrappers import wrapped
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What these put before all names of the model that they wrap.
 _PREFIXES = {
@@ -109,11 +104,11 @@ def _save(model: nn.Module, folder: Path) -> None:
     text = _as_json(config)
     if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
     # The weights come first and know their own configuration, and whose place they took: between
     # the two renamings `load` can tell that they are the newer ones.
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    write_atomically(folder / WEIGHTS, lambda path: save_tensors(tensors, path, metadata))
     _write_config(folder)
 
 
@@ -125,8 +120,7 @@ def _write_config(folder: Path) -> None:
     written = ""
     while written != digest(folder / WEIGHTS):
         own, written = own_config(folder / WEIGHTS)
-        text = json.dumps({**own, SHA256: written}, indent=1)
-        write_text(folder / CONFIG, text)
+        write_text(folder / CONFIG, with_digest(own, written))
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from tokengate.errors import TokenGateError, brief
 
 # In seconds. Nobody who is alive leaves a file that long between writing and renaming it.
 _ABANDONED = 3600
+# What a file system says that knows no fsync of folders, where renaming is all that can be done.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -33,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"a file was to be written as {brief(str(path))}, which is a folder: pass the path of "
             "a file, in it or elsewhere."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _remove_abandoned(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     beside.mkdir()
@@ -49,6 +57,31 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """What safetensors writes, whose errors are as the system's own: a full disk is an OSError."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it lies in, so that they are there after a loss of power.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -70,10 +103,14 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Where a folder cannot be opened (Windows), renaming is all that can be done.
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return  # of Windows, or one that may be written to and not be read
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(handle)

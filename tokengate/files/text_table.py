@@ -1,28 +1,60 @@
-"""Tables and sizes as plain text."""
+"""Tables and lines of text, and sizes in them, whatever is in the names that they hold.
+
+What comes out of files goes to terminals, Markdown and spreadsheets from here alone: there, nothing
+of it is obeyed.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from tokengate.errors import printable
+
+# What Markdown reads as more than text: tables, code, emphasis, links, pictures, HTML, mentions.
+_MARKED = re.compile(r"([\\`*~\[\]<>|&$@#:!])")
+# What a spreadsheet computes, or passes to a program; also as East Asian keyboards type it.
+_COMPUTED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def lines(found: Iterable[str]) -> str:
+    """Each of them on a line of its own, which it does not leave."""
+    return "\n".join(map(printable, found))
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns as wide as their cells; the first to the left, the others to the right."""
-    grid = [list(head), *([_cell(value) for value in row] for row in rows)]
+    grid = [[_cell(value) for value in row] for row in (head, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*grid, strict=True)]
-    lines = []
+    aligned = []
     for first, *rest in grid:
         cells = [c.rjust(width) for c, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+        aligned.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(aligned)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same for Markdown, of cells that are text."""
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    first, *others = [[_MARKED.sub(r"\\\1", printable(c)) for c in line] for line in (head, *rows)]
+    grid = [first, [":--", *["--:"] * (len(head) - 1)], *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in grid)
+
+
+def csv_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The same as comma-separated values; numbers are as they are, None is an empty field."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (head, *rows):
+        writer.writerow([_field(each) if isinstance(each, str) else each for each in row])
+    return text.getvalue()
+
+
+def _field(text: str) -> str:
+    text = printable(text)
+    return f"'{text}" if text.lstrip().startswith(_COMPUTED) else text
 
 
 def size(count: float) -> str:
@@ -39,4 +71,4 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))

@@ -24,7 +24,15 @@ from tokengate.patching.slice_targets import (
     with_slices,
     without_parts_of_wholes,
 )
-from tokengate.patterns import Pattern, as_patterns, is_literal, is_one_word, nearest, show
+from tokengate.patterns import (
+    FullName,
+    Pattern,
+    as_patterns,
+    is_literal,
+    is_one_word,
+    nearest,
+    show,
+)
 
 Targets: TypeAlias = str | Pattern | Collection[Pattern] | Callable[[str, nn.Module], bool]
 
@@ -91,8 +99,10 @@ class _Names:
         # All names of a shared module count for matching; the first one is its name.
         self.named = with_slices(model, slices)
         self.first: dict[nn.Module, str] = {}
+        self.by_name: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, module in self.named:
             self.first.setdefault(module, name)
+            self.by_name.setdefault(name, []).append((name, module))
         # Layers that no patch could reach, and why, as the end of a sentence.
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
@@ -144,7 +154,9 @@ class _Names:
             return {"<callable>": without_parts_of_wholes(chosen)}
         found = {}
         for pattern in as_patterns(argument, patterns):
-            hits = matched(pattern, self.named)
+            # Full names come by the thousand, one for each layer of an adapter.
+            full = isinstance(pattern, FullName)
+            hits = matched(pattern, self.by_name.get(str(pattern), []) if full else self.named)
             if not hits:
                 linear = [name for name, module in self.named if is_target(module)]
                 raise TokenGateError(

@@ -16,6 +16,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
 from tokengate.layers.patched import require_layers
+from tokengate.reports.module_sparsity import LARGEST_TAU
 from tokengate.reports.report import SparsityReport, check_report
 from tokengate.sharding import numbers_here
 
@@ -219,9 +220,11 @@ def _is_whole(found: Any) -> bool:
             and all(type(step) is int for step in steps)
             and steps == sorted(set(steps))
             and all(isinstance(c, list) and len(c) == len(steps) for c in columns)
+            and all(x is None or type(x) in (int, float) for c in columns for x in c)
             and all(
-                x is None or (type(x) in (int, float) and math.isfinite(x))
-                for c in columns
+                x is None or abs(x) <= most
+                for most, own in ((LARGEST_TAU, taus), (1, sparsities))
+                for c in own.values()
                 for x in c
             )
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from tokengate.gates.tally import whole_grains
 from tokengate.reports.histogram import RATIO_EDGES
 from tokengate.reports.sparsity_table import value
 
+#: Taus are numbers of float32, of which no sum is infinite.
+LARGEST_TAU = torch.finfo(torch.float32).max
 _DETAILS = ("ratios", "by_sample", "by_position", "broken_tau")
 _BROKEN = ("nan", "inf", "-inf")
 
@@ -114,8 +117,7 @@ def _is_count(found: Any) -> bool:
 
 def _is_number(found: Any) -> bool:
     number = isinstance(found, (int, float)) and not isinstance(found, bool)
-    # Neither infinite nor a whole number beyond all floats; false of NaN.
-    return number and abs(found) <= sys.float_info.max
+    return number and abs(found) <= LARGEST_TAU
 
 
 def _is_share(found: Any) -> bool:

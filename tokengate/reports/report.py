@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tokengate.arguments import choice
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import TokenGateError, brief, printable
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
-from tokengate.files.text_table import markdown_table, text_table
+from tokengate.files.text_table import csv_table, markdown_table, text_table
 from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
 from tokengate.reports.module_sparsity import ModuleSparsity as ModuleSparsity
 from tokengate.reports.module_sparsity import module_from_dict
@@ -227,12 +225,13 @@ class SparsityReport:
 
     def to_csv(self) -> str:
         """One line for each module; an empty field where there is no value."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["module", "sparsity", "samples", "positions", "modified", "tau"])
-        for name, m in self.modules.items():
-            writer.writerow([name, value(m.sparsity), m.samples, m.positions, m.modified, m.tau])
-        return text.getvalue()
+        return csv_table(
+            ["module", "sparsity", "samples", "positions", "modified", "tau"],
+            [
+                [name, value(m.sparsity), m.samples, m.positions, m.modified, m.tau]
+                for name, m in self.modules.items()
+            ],
+        )
 
     def to_markdown(self) -> str:
         """The layer x projection table in percent, with averages, as Markdown."""
@@ -311,8 +310,11 @@ class SparsityReport:
     def _grid(self) -> tuple[list[str], list[list[str]]]:
         table = self.table
         rows = zip(table.rows, table.values, table.row_averages, strict=True)
-        return ["layer", *table.columns, "avg"], [
-            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
+        return ["layer", *map(printable, table.columns), "avg"], [
+            *[
+                [printable(name), *map(percent, values), percent(average)]
+                for name, values, average in rows
+            ],
             ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
         ]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokengate.files.text_table import markdown_table, text_table
+from tokengate.files.text_table import lines, markdown_table, text_table
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.sparsity_table import mean, percent, value
 
@@ -64,10 +64,10 @@ class ReportDifference:
         return markdown_table(*self._grid())
 
     def __str__(self) -> str:
-        lines = ["sparsity (%)", text_table(*self._grid())]
-        for letter, names in (("a", self.only_in_a), ("b", self.only_in_b)):
-            lines += [f"only in {letter}: {name}" for name in names]
-        return "\n".join(lines)
+        left = [f"only in a: {name}" for name in self.only_in_a]
+        left += [f"only in b: {name}" for name in self.only_in_b]
+        parts = ["sparsity (%)", text_table(*self._grid()), lines(left)]
+        return "\n".join(part for part in parts if part)
 
     def _grid(self) -> tuple[list[str], list[list[str]]]:
         rows = [

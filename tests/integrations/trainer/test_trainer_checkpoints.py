@@ -12,6 +12,7 @@ pytest.importorskip("accelerate", reason="the transformers extra is not installe
 from trainer_runs import language_model, trainer  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer  # noqa: E402
+from tokengate.integrations.trainer.checkpoints import is_whole, last_checkpoint  # noqa: E402
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
 
@@ -51,6 +52,61 @@ def test_a_checkpoint_has_the_adapter_in_place_of_the_model(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert not equal(values(resumed.model), start)
     assert equal(values(resumed.model), values(whole.model))
+
+
+class Killed(BaseException):
+    """As of the process: nothing is done after it."""
+
+
+def killed_in_its_second_checkpoint(folder):
+    """The folder has checkpoint-3, and of checkpoint-6 all but the states of random numbers."""
+    ours, save = made(folder), TokenGateTrainer._save_rng_state
+
+    def kill(self, output_dir):
+        if output_dir.endswith("checkpoint-6"):
+            raise Killed
+        save(self, output_dir)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TokenGateTrainer, "_save_rng_state", kill)
+        with pytest.raises(Killed):
+            ours.train()
+    names = {path.name for path in (folder / "checkpoint-6").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "trainer_state.json" not in names
+
+
+def test_a_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    killed_in_its_second_checkpoint(tmp_path)
+    whole = made(tmp_path / "whole")
+    whole.train()
+    resumed = made(tmp_path)
+    with pytest.warns(UserWarning, match=r"checkpoint-6' was not saved to its end.*checkpoint-3'"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert equal(values(resumed.model), values(whole.model))
+    # It has saved that one anew, so that there is nothing left to be warned of.
+    assert is_whole(tmp_path / "checkpoint-6")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+
+
+def test_a_state_that_is_half_written_is_none(tmp_path):
+    killed_in_its_second_checkpoint(tmp_path)
+    state = tmp_path / "checkpoint-3" / "trainer_state.json"
+    text = state.read_text()
+    state.write_text(text[: len(text) // 2])
+    resumed = made(tmp_path)
+    start = values(resumed.model)
+    for asked, words in [(True, "found only"), (str(state.parent), "checkpoint-3' was not saved")]:
+        with pytest.raises(tokengate.TokenGateError, match=words):
+            resumed.train(resume_from_checkpoint=asked)
+    assert equal(values(resumed.model), start)
+
+
+def test_a_checkpoint_that_is_saved_again_is_not_whole_by_its_old_state(tmp_path):
+    made(tmp_path, max_steps=6).train()
+    assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
+    killed_in_its_second_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_of_a_plain_trainer_is_read_as_before(tmp_path):
