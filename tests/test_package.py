@@ -117,7 +117,15 @@ WINGS = [
 
 def test_the_house_is_in_order():
     root = {path.stem for path in (ROOT / "tokengate").glob("*.py")}
-    assert root == {"__init__", "errors", "arguments", "patterns", "sharding", "command_line"}
+    assert root == {
+        "__init__",
+        "errors",
+        "arguments",
+        "names",
+        "patterns",
+        "sharding",
+        "command_line",
+    }
     folders = [p for p in (ROOT / "tokengate").iterdir() if p.is_dir() and p.name[0] != "_"]
     assert sorted(folder.name for folder in folders) == WINGS
     for file in (ROOT / "tokengate").rglob("*.py"):

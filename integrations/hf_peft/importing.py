@@ -18,6 +18,7 @@ from tokengate.arguments import finite, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, is_module_to_save, is_target
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.linears.linear_like import is_linear
+from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
 
 
@@ -125,16 +126,16 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     """What PEFT would look for in the adapter, or change in the model, and could not here."""
     twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
     found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module) and is_target(adapter.config, name) and name not in adapter.parameters:
             found[name] = "is one of its target_modules, and the adapter has no values for it"
     modules = adapter.config.get("modules_to_save") or []
-    for owner, module in model.named_modules(remove_duplicate=False):
+    for owner, module in named_modules(model, remove_duplicate=False):
         for key in module.state_dict() if is_module_to_save(modules, owner) else ():
             if f"{owner}.{key}" not in adapter.heads:
                 found[f"{owner}.{key}"] = "is in its modules_to_save, and has no values there"
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = Counter(id(p) for _, p in named_parameters(model, remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name in adapter.heads:
         if name in parameters and shared[id(parameters[name])] > 1:

@@ -40,8 +40,8 @@ from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
 from tokengate.methods.registry import METHODS
+from tokengate.names import inside, named_modules, named_parameters
 from tokengate.patching.patch import asked_of
-from tokengate.patching.wrappers import wrapped
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.
@@ -50,13 +50,6 @@ _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-}
-
-# What these put before all names of the model that they wrap.
-_PREFIXES = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "torch.compile": "_orig_mod",
 }
 
 
@@ -131,13 +124,6 @@ def _write_config(folder: Path) -> None:
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     """The layers with a modification; what is merged has one that is added everywhere."""
-    for name, wrapper in wrapped(model):
-        if name == "the model" and wrapper in _PREFIXES:
-            prefix = _PREFIXES[wrapper]
-            raise TokenGateError(
-                f"{caller} was given what {wrapper} made of a model, in which all names begin with "
-                f"'{prefix}.', as in no plain model: pass the model inside, which is its .{prefix}."
-            )
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()
@@ -152,7 +138,8 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
 
 
 def class_name(model: nn.Module) -> str:
-    """The class of the model under our own, with its module."""
+    """The class of the model under our own and what wraps it, with its module."""
+    model = inside(model)
     kind = model._own_class if isinstance(model, Swapped) else type(model)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -162,7 +149,7 @@ def fingerprint(model: nn.Module) -> str:
     own = {m for layer in layers(model).values() for m in layer.modification.modules()}
     shapes = [
         f"{name} {features_of(cast(LinearLike, m))}"
-        for name, m in model.named_modules()
+        for name, m in named_modules(model)
         if is_linear(m) and m not in own
     ]
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
@@ -173,7 +160,7 @@ def trained_beside(
 ) -> dict[str, nn.Parameter]:
     """What is trained apart from modifications and taus, by name."""
     own = own_parameters(patched.values())
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    return {n: p for n, p in named_parameters(model) if p.requires_grad and id(p) not in own}
 
 
 def values_of(

@@ -15,6 +15,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
+from tokengate.names import inside, joined, named_modules
 
 # On the model that was folded: {name: Folded}.
 _FOLDED = "_tokengate_folded"
@@ -60,9 +61,9 @@ def is_folded(module: nn.Module) -> bool:
 def folded(model: nn.Module) -> dict[str, Folded]:
     """The layers of `model` that are folded, by name."""
     found: dict[str, Folded] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for name, each in module.__dict__.get(_FOLDED, {}).items():
-            found[f"{prefix}.{name}" if prefix else name] = each
+            found[joined(prefix, name)] = each
     return found
 
 
@@ -98,7 +99,7 @@ def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
 
 def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
     """Make these layers of `model` plain."""
-    model.__dict__[_FOLDED] = dict(entries)
+    inside(model).__dict__[_FOLDED] = dict(entries)
     for each in entries.values():
         take_off(each.layer)
         each.put(merged=True)

@@ -10,6 +10,7 @@ from torch import nn
 from tokengate.errors import TokenGateError
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
+from tokengate.names import with_wrappers
 from tokengate.sharding import is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing
@@ -71,7 +72,7 @@ def check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
 
 def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What in `model` is wrapped, by name, and by what."""
-    for name, module in model.named_modules():
+    for name, module in with_wrappers(model):
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
                 yield name or "the model", _WRAPPERS[base.__name__]
