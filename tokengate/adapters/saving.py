@@ -42,6 +42,7 @@ from tokengate.linears.slices import Slices
 from tokengate.methods.registry import METHODS
 from tokengate.names import inside, named_modules, named_parameters
 from tokengate.patching.patch import asked_of
+from tokengate.patching.wrappers import check_gathered
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.
@@ -63,7 +64,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
 
     Of several processes that save into one folder at once, the last one's adapter is left there,
     if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
-    it on every process, of which the first writes. Otherwise call it on one.
+    it on every process, of which the first writes. Otherwise call it on one. Names are the model's
+    own, whatever wraps it or a part of it: DistributedDataParallel, torch.compile, activation
+    checkpointing, an averaged copy.
 
     Args:
         model: a patched model.
@@ -71,10 +74,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
         name: of several adapters, see `use`; that in use by default.
 
     Raises:
-        TokenGateError: no layer is patched; `model` is a wrapper, of DistributedDataParallel or
-            torch.compile, whose names no other model has; a method has no name, or an option that
-            JSON does not know; a value is not finite, not there (on the meta device, or elsewhere
-            under ZeRO-3) or of a dtype that is not floating-point; `folder` is a file.
+        TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
+            know; a value is not finite, not there (on the meta device, elsewhere under ZeRO-3, in
+            pieces under FSDP1) or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
     if name is not None:
@@ -124,6 +126,7 @@ def _write_config(folder: Path) -> None:
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     """The layers with a modification; what is merged has one that is added everywhere."""
+    check_gathered(model, caller)
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()
