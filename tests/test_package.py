@@ -196,6 +196,25 @@ def test_the_core_imports_torch_safetensors_and_the_standard_library():
             assert roots <= set(sys.stdlib_module_names), (file, roots)
 
 
+def unpickling(text):
+    """The calls that may run what is in a file."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+        and "weights_only=True" not in ast.unparse(node)
+    ]
+
+
+def test_no_file_is_unpickled():
+    assert unpickling("x = torch.load(file, weights_only = False)")
+    folders = ("tokengate", "integrations", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert any("weights_only=True" in file.read_text() for file in files)
+    assert [call for file in files for call in unpickling(file.read_text())] == []
+
+
 def test_packages_on_disk_are_the_packages_listed():
     text = (ROOT / "pyproject.toml").read_text()
     tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
