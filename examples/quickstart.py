@@ -84,9 +84,9 @@ def accuracy(model: nn.Module, data: Split) -> float:
     return 100 * (predicted == labels).float().mean().item()
 
 
-def pretrain(data: Split, bar: bool = True) -> nn.Module:
-    """A small ViT that knows the digits of `data`."""
-    base = timm.models.VisionTransformer(
+def small_vit() -> nn.Module:
+    """An untrained ViT for digits."""
+    return timm.models.VisionTransformer(
         img_size=CANVAS,
         patch_size=PATCH,
         in_chans=1,
@@ -96,6 +96,11 @@ def pretrain(data: Split, bar: bool = True) -> nn.Module:
         num_heads=4,
         mlp_ratio=2,
     )
+
+
+def pretrain(data: Split, bar: bool = True) -> nn.Module:
+    """A small ViT that knows the digits of `data`."""
+    base = small_vit()
     train(base, [{"params": list(base.parameters()), "lr": 2e-3}], data, 20, "pretraining", bar)
     return base.eval()
 

@@ -25,6 +25,7 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.layers.folded import folded
 from tokengate.linears.class_swap import Swapped, swap, swap_back
+from tokengate.names import named_modules
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -311,7 +312,7 @@ def _find(model: nn.Module, targets: Any) -> dict[str, nn.MultiheadAttention]:
     # All names of a shared attention count, as in `tokengate.patch`.
     named = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named_modules(model, remove_duplicate=False)
         if isinstance(module, nn.MultiheadAttention)
     }
     if not named:
@@ -330,7 +331,7 @@ def _find(model: nn.Module, targets: Any) -> dict[str, nn.MultiheadAttention]:
                     f"{nearest(pattern, named)}."
                 )
             hits |= found
-    return {n: m for n, m in model.named_modules() if m in hits and n in named}
+    return {n: m for n, m in named_modules(model) if m in hits and n in named}
 
 
 def _refusal(attention: nn.MultiheadAttention) -> str | None:

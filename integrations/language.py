@@ -13,6 +13,7 @@ from torch import nn
 
 from tokengate import TokenGateError
 from tokengate.integrations.roles import check_known, choose, holders
+from tokengate.names import named_modules
 
 ROLES = ("q", "k", "v", "o", "up", "down", "gate")
 
@@ -171,7 +172,7 @@ def roles(model: nn.Module, *asked: str, experts: bool = True, apart: bool = Fal
             not asked for in a way that is not known, or is in layers that no patch can reach.
     """
     check_known(asked, ROLES)
-    sides = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in _TEXT_SIDES]
+    sides = [n for n, _ in named_modules(model) if n.rpartition(".")[2] in _TEXT_SIDES]
     held = {
         name: roles
         for name, roles in holders(model, _ENDINGS).items()
@@ -194,7 +195,7 @@ def roles(model: nn.Module, *asked: str, experts: bool = True, apart: bool = Fal
 def _stacked_experts(model: nn.Module) -> str | None:
     """The first module that holds the weights of all its experts in parameters of its own."""
     name: str
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
         if own and "Expert" in type(module).__name__:
             return name

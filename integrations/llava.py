@@ -26,6 +26,7 @@ from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.linears.linear_like import is_linear
 from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.names import named_modules, submodule
 from tokengate.patching.slice_targets import matched, with_slices
 from tokengate.patching.targets import ALL_LINEAR, is_target, output_head
 from tokengate.patterns import Pattern, as_patterns, nearest, show
@@ -205,7 +206,7 @@ def _modalities(
     tokens = _image_tokens(model, asked)
     names = list(tokengate.layers(model))
     for name in names:
-        if _part_of(name) is None and model.get_submodule(name) is not output_head(model):
+        if _part_of(name) is None and submodule(model, name) is not output_head(model):
             raise TokenGateError(
                 f"{asked} was asked of a {type(model).__name__} whose patched layer {name!r} is in "
                 f"none of {', '.join(PARTS)}, so that its positions could be anything: exclude it, "
@@ -236,7 +237,7 @@ class _InputIds:
         """Watch the modules around the language model, which may be entered at any of them."""
         handles = []
         for name in dict.fromkeys(name for layer in layers for name in _around(layer)):
-            module = model.get_submodule(name)
+            module = submodule(model, name)
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
@@ -305,18 +306,18 @@ def _image_tokens(model: nn.Module, asked: str) -> list[int]:
 
 def _reachable(model: nn.Module, name: str) -> bool:
     owner, _, child = name.rpartition(".")
-    layer = type(model.get_submodule(name))
-    return not reads_weight(model.get_submodule(owner), child) and not returns_tuple(layer)
+    layer = type(submodule(model, name))
+    return not reads_weight(submodule(model, owner), child) and not returns_tuple(layer)
 
 
 def _unused(model: nn.Module) -> set[str]:
     """The linear layers of the vision tower that nothing in the language model depends on."""
     selected = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     unused = set()
-    for tower, module in model.named_modules():
+    for tower, module in named_modules(model):
         if tower.rpartition(".")[2] not in _NAMES["vision"]:
             continue
-        inside = [name for name, layer in module.named_modules() if is_linear(layer)]
+        inside = [name for name, layer in named_modules(module) if is_linear(layer)]
         blocks, count = _blocks(module)
         if not count:
             continue
@@ -336,7 +337,7 @@ def _unused(model: nn.Module) -> set[str]:
 
 def _blocks(tower: nn.Module) -> tuple[str, int]:
     """The name of the list that holds a tower's blocks, and how many they are; 0 without one."""
-    lists = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.ModuleList)]
+    lists = [(n, m) for n, m in named_modules(tower) if isinstance(m, nn.ModuleList)]
     sizes = [sum(is_linear(layer) for layer in module.modules()) for _, module in lists]
     if not any(sizes):
         return "", 0

@@ -11,6 +11,7 @@ from torch import nn
 from tokengate import TokenGateError
 from tokengate.linears.fused import known_slices
 from tokengate.linears.owners import reads_weight
+from tokengate.names import named_modules, submodule
 
 # The ending of a layer's dotted name -> the roles that the layer holds, separated by spaces;
 # several where they are fused in one weight, none where the ending only looks like a role's.
@@ -26,7 +27,7 @@ def holders(model: nn.Module, endings: Endings) -> dict[str, frozenset[str]]:
     split = {tuple(ending.split(".")): roles for ending, roles in endings.items()}
     longest_first = sorted(split, key=len, reverse=True)
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
@@ -79,7 +80,7 @@ def choose(
         if not wanted:
             continue
         path, _, child = name.rpartition(".")
-        owner = model.get_submodule(path)
+        owner = submodule(model, path)
         if missing or (apart and len(roles) > 1):
             slices = known_slices(owner, child)
             if slices is None or not wanted <= slices.sizes.keys():

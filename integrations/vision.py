@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.integrations.roles import check_known, choose, holders
+from tokengate.names import named_modules
 
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -168,7 +169,7 @@ def patch_grid(model: Any, is_open: Tensor, layer: str | None = None) -> Tensor:
 def _swin_grid(model: Any, is_open: Tensor, layer: str | None) -> Tensor:
     parts = (layer or "").split(".")
     names = [".".join(parts[: i + 1]) for i in range(len(parts))] if layer else []
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     blocks: list[Any] = [
         module
         for name in names

@@ -127,7 +127,15 @@ WINGS = [
 
 def test_the_house_is_in_order():
     root = {path.stem for path in (ROOT / "tokengate").glob("*.py")}
-    assert root == {"__init__", "errors", "arguments", "patterns", "sharding", "command_line"}
+    assert root == {
+        "__init__",
+        "errors",
+        "arguments",
+        "names",
+        "patterns",
+        "sharding",
+        "command_line",
+    }
     folders = [p for p in (ROOT / "tokengate").iterdir() if p.is_dir() and p.name[0] != "_"]
     assert sorted(folder.name for folder in folders) == WINGS
     for file in (ROOT / "tokengate").rglob("*.py"):
@@ -196,6 +204,25 @@ def test_the_core_imports_torch_safetensors_and_the_standard_library():
                 names = [node.module]
             roots = {n.split(".")[0] for n in names} - {"tokengate", "torch", "safetensors"}
             assert roots <= set(sys.stdlib_module_names), (file, roots)
+
+
+def unpickling(text):
+    """The calls that may run what is in a file."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+        and "weights_only=True" not in ast.unparse(node)
+    ]
+
+
+def test_no_file_is_unpickled():
+    assert unpickling("x = torch.load(file, weights_only = False)")
+    folders = ("tokengate", "integrations", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert any("weights_only=True" in file.read_text() for file in files)
+    assert [call for file in files for call in unpickling(file.read_text())] == []
 
 
 def test_packages_on_disk_are_the_packages_listed():

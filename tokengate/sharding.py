@@ -1,4 +1,4 @@
-"""Parameters that FSDP2's `fully_shard` has divided over ranks, as DTensors.
+"""Parameters that FSDP has divided over ranks: `fully_shard` (FSDP2) as DTensors, FSDP1 in pieces.
 
 They are told by what they have, so that who does not shard does not pay for the import of DTensor.
 What only one rank holds is read without asking the others wherever that will do: a question that
@@ -11,12 +11,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds but its part of `tensor`."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether FSDP1 holds the parameters of `module` itself, as parts of a flat one."""
+    own = [p for p in module._parameters.values() if p is not None]
+    taken = module.__dict__.get("_fsdp_use_orig_params") is False and not own
+    return taken or any(getattr(p, "_fsdp_flattened", False) for p in own)
 
 
 def gathered(tensor: Tensor) -> Tensor:

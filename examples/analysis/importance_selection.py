@@ -26,6 +26,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ import tokengate
 # The quickstart's model and the recipes' results lie in folders beside this one.
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "recipes"))
 
-from quickstart import Split, accuracy, adapt, load_images, pretrain
+from quickstart import Split, accuracy, adapt, load_images, pretrain, small_vit
 from recipe_results import keep, keep_text, middle, spread
 
 matplotlib.use("Agg")
@@ -96,12 +97,14 @@ class Lab:
     @cached_property
     def base(self) -> nn.Module:
         """The pretrained model, from its file if it is there."""
-        file = self.folder / "base.pt"
+        file = self.folder / "base.safetensors"
         if not file.exists():
             torch.manual_seed(self.seed)
-            base = pretrain(load_images(shifted=False)[0], bar=False)
-            keep(file, lambda new: torch.save(base, new))
-        return torch.load(file, weights_only=False)
+            pretrained = pretrain(load_images(shifted=False)[0], bar=False)
+            keep(file, lambda new: save_file(pretrained.state_dict(), new))
+        base = small_vit().eval()
+        base.load_state_dict(load_file(file))
+        return base
 
     @cached_property
     def data(self) -> tuple[Split, Split]:

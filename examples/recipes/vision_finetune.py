@@ -83,7 +83,7 @@ def pretrained(run: argparse.Namespace) -> tuple[nn.Module, float | None]:
     name = f"{run.pretrain_on}-{run.pixels}-{run.pretrain_epochs:g}"
     file = run.output / "pretrained" / f"{name}{'-apart' * apart}{'-smoke' * run.smoke}.pt"
     if file.exists():
-        saved = torch.load(file)
+        saved = torch.load(file, weights_only=True)
         vit.load_state_dict(saved["weights"])
         return vit, saved["accuracy"]
     trainer = Trainer(

@@ -13,6 +13,7 @@ from torch import nn
 
 from tokengate import TokenGateError
 from tokengate.errors import brief
+from tokengate.names import named_children, named_modules
 
 PREFIX = "base_model.model."
 
@@ -96,6 +97,6 @@ def check_known(config: Mapping[str, Any], where: str) -> None:
 
 def held_twice(model: nn.Module, names: Collection[str]) -> list[str]:
     """Those of the layers that are children of several modules, or of one under two names."""
-    times = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    modules = dict(model.named_modules(remove_duplicate=False))
+    times = Counter(id(c) for _, m in named_modules(model) for _, c in named_children(m))
+    modules = dict(named_modules(model, remove_duplicate=False))
     return [name for name in names if times[id(modules.get(name))] > 1]

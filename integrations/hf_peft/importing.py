@@ -20,6 +20,7 @@ from tokengate.integrations.hf_peft.format import held_twice
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.linears.linear_like import is_linear
+from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
 
 
@@ -134,15 +135,15 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
     found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
     names = Names(adapter.config)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module) and name not in adapter.parameters and names.is_target(name):
             found[name] = "is one of its target_modules, and the adapter has no values for it"
-    for owner, module in model.named_modules(remove_duplicate=False):
+    for owner, module in named_modules(model, remove_duplicate=False):
         for key in module.state_dict() if names.is_saved_whole([owner]) else ():
             if f"{owner}.{key}" not in adapter.heads and f"{owner}.{key}" not in adapter.unread:
                 found[f"{owner}.{key}"] = "is in its modules_to_save, and has no values there"
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = Counter(id(p) for _, p in named_parameters(model, remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, dtype in adapter.unread.items():
         found[name] = f"is {dtype} in the adapter, and only floating-point values are read"

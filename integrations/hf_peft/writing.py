@@ -25,6 +25,7 @@ from tokengate.layers.folded import Folded, base_layer
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.linear_like import LinearSlice, is_transposed
 from tokengate.methods.registry import METHODS
+from tokengate.names import named_modules, named_parameters, submodule
 
 
 def the_method(patched: Mapping[str, Gated | Folded]) -> str:
@@ -76,14 +77,12 @@ def check_open(
 
 def whole_modules(model: nn.Module, trained: dict[str, nn.Parameter]) -> list[str]:
     """The modules whose parameters are all trained beside the layers, as PEFT can save them."""
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = Counter(id(p) for _, p in named_parameters(model, remove_duplicate=False))
     owners: list[str] = []
     for name, parameter in trained.items():
         owner = name.rpartition(".")[0]
         left = [
-            key
-            for key in model.get_submodule(owner).state_dict()
-            if f"{owner}.{key}" not in trained
+            key for key in submodule(model, owner).state_dict() if f"{owner}.{key}" not in trained
         ]
         reason = ""
         if not owner:
@@ -110,7 +109,7 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
         raise TokenGateError(f"task_type={brief(task)} is unknown: choose of {', '.join(HEADS)}.")
     modules = [*heads, *(HEADS[task] if task else ())]
     whole = ModulesToSave(modules)
-    for name, _ in model.named_modules(remove_duplicate=False):
+    for name, _ in named_modules(model, remove_duplicate=False):
         if whole.are(name) and not any(
             name == head or name.startswith(f"{head}.") for head in heads
         ):
@@ -129,7 +128,7 @@ def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str
 
 def target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:
     """The layers by their full names; a regular expression where one ends another's name."""
-    others = {name for name, _ in model.named_modules()} - set(layers)
+    others = {name for name, _ in named_modules(model)} - set(layers)
     if any(other.endswith(f".{layer}") for other in others for layer in layers):
         return "|".join(only(layer).removeprefix("^") for layer in layers)
     return layers

@@ -506,18 +506,6 @@ def test_save_and_load_refuse_what_they_cannot_do(tmp_path):
         refused(model, tmp_path, "load was called under torch.inference_mode")
 
 
-@pytest.mark.parametrize(
-    ("wrap", "inside"), [(torch.compile, "_orig_mod"), (nn.DataParallel, "module")]
-)
-def test_a_wrapper_is_not_saved_under_names_that_no_model_has(tmp_path, wrap, inside):
-    run = wrap(trained())
-    with pytest.raises(TokenGateError, match=rf"names begin with '{inside}\.'.*its \.{inside}\.$"):
-        tokengate.save(run, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    tokengate.save(getattr(run, inside), tmp_path / "a")
-    tokengate.load(fresh(), tmp_path / "a")
-
-
 KEY, SHAPE = "blocks.0.fc1.modification.A", "[8, 8]"
 
 

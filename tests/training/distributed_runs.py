@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from models import Net, away_from_initialisation
 from ranks import become
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -270,6 +270,51 @@ def exported(folder, rank, port):
             torch.nn.init.constant_(layer.gate.tau, -1.0)
         with torch.no_grad():
             found[method] = run(batch(1)).tolist()
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def flattened(folder, rank, port):
+    """What FSDP1 has divided is refused before anything is written, and saved where it is whole."""
+    join(rank, port)
+    from tokengate.integrations.hf_peft import export_peft
+
+    found = {}
+    for original in (True, False):
+        model = patched("adalora", train=["head"])
+        if not original:  # where it wants all of a unit trained, or nothing
+            model.requires_grad_(True)
+        layer = model.blocks[0].q_proj
+        options = {"use_orig_params": original, "device_id": torch.device("cpu")}
+        model.blocks[0] = FullyShardedDataParallel(model.blocks[0], **options)
+        run = FullyShardedDataParallel(model, **options)
+        run(share(batch(0))).square().mean().backward()
+        seen = found[original] = {"names": list(tokengate.layers(run))}
+        seen["whole"] = layer.modification.P.shape == (8, 4)
+        place = folder / f"{original}"
+        for what, asked in {
+            "save": (tokengate.save, run, place),
+            "inside": (tokengate.save, model, place),
+            "a layer": (tokengate.save, layer, place),
+            "export": (export_peft, run, place),
+            "calibrate": (tokengate.calibrate, run, [batch(0)]),
+            "orthogonality": (tokengate.orthogonality, run),
+            "unpatch": (tokengate.unpatch, layer),
+        }.items():
+            seen[what] = refusal(*asked)
+        seen["written"] = place.exists()
+        dist.barrier()
+        with FullyShardedDataParallel.summon_full_params(run):
+            tokengate.save(run, folder / f"{original}-{rank}")
+        dist.barrier()
+        seen["load"] = refusal(tokengate.load, run, folder / f"{original}-0")
+        with FullyShardedDataParallel.summon_full_params(run):
+            for parameter in layer.modification.parameters():
+                parameter.data.add_(1.0)
+            seen["changed"] = layer.modification.P.tolist()
+            tokengate.load(run, folder / f"{original}-0")
+        with FullyShardedDataParallel.summon_full_params(run), torch.no_grad():
+            seen["P"] = layer.modification.P.tolist()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -227,6 +227,26 @@ def test_a_sharded_model_is_exported_for_peft(processes, tmp_path):
         assert distance(theirs(x), expected) < 1e-5
 
 
+def test_what_fsdp1_divided_is_not_taken_for_values(processes, tmp_path):
+    two_ranks.wait_for(two_ranks.start(processes, runs.flattened, tmp_path))
+    model = runs.patched("adalora", train=["head"])
+    names, P = list(tokengate.layers(model)), model.blocks[0].q_proj.modification.P.detach().clone()
+    for rank, found in enumerate(both(tmp_path)):
+        for original, seen in found.items():
+            assert seen["names"] == names
+            for what in ("save", "inside", "export", "load", "calibrate", "orthogonality"):
+                assert "in pieces, into which FSDP divided it" in seen[what], (what, seen[what])
+            assert "summon_full_params" in seen["save"]
+            assert "in pieces" in seen["a layer"]
+            assert "is wrapped by FSDP" in seen["unpatch"]
+            assert not seen["written"]
+            assert distance(seen["changed"], P) == 1
+            assert distance(seen["P"], P) == 0
+            base = tokengate.unpatch(runs.patched("adalora"))
+            tokengate.load(base, tmp_path / f"{original}-{rank}", strict=original)
+            assert distance(base(runs.batch(1)), model(runs.batch(1))) == 0
+
+
 def test_accelerate(processes, tmp_path):
     pytest.importorskip("accelerate", reason="the transformers extra is not installed")
     pytest.importorskip("transformers", reason="the transformers extra is not installed")

@@ -21,6 +21,7 @@ from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, 
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
+from tokengate.names import named_modules, named_parameters, submodule
 from tokengate.patching.targets import find_targets
 from tokengate.patterns import FullName, nearest
 from tokengate.sharding import divided_as, gathered
@@ -58,7 +59,7 @@ class Fit:
         """The same for parameters of the model."""
         for name in extras:
             owner, _, attribute = name.rpartition(".")
-            holder = model.get_submodule(owner)
+            holder = submodule(model, owner)
             _fill_one(holder, attribute, self.saved.tensors[name])
             extras[name] = getattr(holder, attribute)  # another object where it was on meta
 
@@ -94,7 +95,7 @@ class Fit:
         Those that other adapters have patched already, too.
         """
         wanted = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(named_modules(model, remove_duplicate=False))
         for name, config in self.saved.config.layers.items():
             reason = self._unfit(name, config, modules)
             if reason:
@@ -130,7 +131,7 @@ class Fit:
         self, model: nn.Module, trained: dict[str, nn.Parameter] | None
     ) -> dict[str, nn.Parameter]:
         """The other parameters that get values; of a patched model those that it trains."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = dict(named_parameters(model, remove_duplicate=False))
         found = {}
         for name in self.saved.config.train:
             value = self.saved.tensors.get(name)

@@ -24,7 +24,7 @@ from tokengate.layers.named_adapters import (
 from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.patching.patch import install
-from tokengate.patching.wrappers import check_can_patch
+from tokengate.patching.wrappers import check_can_patch, check_gathered
 
 
 @exclusive
@@ -84,6 +84,7 @@ def load_saved(
             f"{caller} was asked of a model that is folded: call the folding's undo() or "
             "tokengate.unpatch(model) first."
         )
+    check_gathered(model, caller)
     fit = Fit(saved, strict)
     known = adapter_names(model)
     if known and (name is None or name in known):

@@ -40,19 +40,13 @@ from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
 from tokengate.methods.registry import METHODS
+from tokengate.names import inside, named_modules, named_parameters
 from tokengate.patching.patch import asked_of
-from tokengate.patching.wrappers import wrapped
+from tokengate.patching.wrappers import check_gathered
 from tokengate.sharding import gathered, is_sharded
 
 # As safetensors names them in its files.
 _DTYPES = {dtype: name for name, dtype in DTYPES.items()}
-
-# What these put before all names of the model that they wrap.
-_PREFIXES = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "torch.compile": "_orig_mod",
-}
 
 
 def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
@@ -65,7 +59,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
 
     Of several processes that save into one folder at once, the last one's adapter is left there,
     if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
-    it on every process, of which the first writes. Otherwise call it on one.
+    it on every process, of which the first writes. Otherwise call it on one. Names are the model's
+    own, whatever wraps it or a part of it: DistributedDataParallel, torch.compile, activation
+    checkpointing, an averaged copy.
 
     Args:
         model: a patched model.
@@ -73,10 +69,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
         name: of several adapters, see `use`; that in use by default.
 
     Raises:
-        TokenGateError: no layer is patched; `model` is a wrapper, of DistributedDataParallel or
-            torch.compile, whose names no other model has; a method has no name, or an option that
-            JSON does not know; a value is not finite, not there (on the meta device, or elsewhere
-            under ZeRO-3) or of a dtype that is not floating-point; `folder` is a file.
+        TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
+            know; a value is not finite, not there (on the meta device, elsewhere under ZeRO-3, in
+            pieces under FSDP1) or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
     if name is not None:
@@ -125,14 +120,8 @@ def _write_config(folder: Path) -> None:
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     """The layers with a modification; what is merged has one that is added everywhere."""
-    for name, wrapper in wrapped(model):
-        if name == "the model" and wrapper in _PREFIXES:
-            prefix = _PREFIXES[wrapper]
-            raise TokenGateError(
-                f"{caller} was given what {wrapper} made of a model, in which all names begin with "
-                f"'{prefix}.', as in no plain model: pass the model inside, which is its .{prefix}."
-            )
     check_present(model, caller)
+    check_gathered(model, caller)
     merged: dict[str, Gated | Folded] = {
         name: replace(each, gate=None)
         for name, each in folded(model).items()
@@ -147,7 +136,8 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
 
 
 def class_name(model: nn.Module) -> str:
-    """The class of the model under our own, with its module."""
+    """The class of the model under our own and what wraps it, with its module."""
+    model = inside(model)
     kind = model._own_class if isinstance(model, Swapped) else type(model)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -157,7 +147,7 @@ def fingerprint(model: nn.Module) -> str:
     own = {m for layer in layers(model).values() for m in layer.modification.modules()}
     shapes = [
         f"{name} {features_of(cast(LinearLike, m))}"
-        for name, m in model.named_modules()
+        for name, m in named_modules(model)
         if is_linear(m) and m not in own
     ]
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
@@ -168,7 +158,7 @@ def trained_beside(
 ) -> dict[str, nn.Parameter]:
     """What is trained apart from modifications and taus, by name."""
     own = own_parameters([*patched.values(), *all_layers(model).values()])
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    return {n: p for n, p in named_parameters(model) if p.requires_grad and id(p) not in own}
 
 
 def values_of(

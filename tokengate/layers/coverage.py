@@ -33,6 +33,7 @@ from tokengate.layers.patched import (
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.linears.experts import is_expert
+from tokengate.names import submodule
 
 
 def watch(model: nn.Module) -> None:
@@ -221,7 +222,7 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
 def _owner(model: nn.Module, name: str) -> nn.Module:
     """What should have called the layer; of a slice, its fused layer."""
     parent = name.rpartition(".")[0]
-    owner = model.get_submodule(parent)
+    owner = submodule(model, parent)
     return _owner(model, parent) if parent and isinstance(owner, Sliced) else owner
 
 

@@ -16,6 +16,7 @@ from tokengate.layers.patched import FOLDED
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
+from tokengate.names import inside, joined, named_modules
 
 # What a layer has on itself once its adapters have names.
 _NAMED = ("_adapters", "_in_use")
@@ -63,9 +64,9 @@ def is_folded(module: nn.Module) -> bool:
 def folded(model: nn.Module) -> dict[str, Folded]:
     """The layers of `model` that are folded, by name."""
     found: dict[str, Folded] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for name, each in module.__dict__.get(FOLDED, {}).items():
-            found[f"{prefix}.{name}" if prefix else name] = each
+            found[joined(prefix, name)] = each
     return found
 
 
@@ -101,7 +102,7 @@ def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
 
 def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
     """Make these layers of `model` plain."""
-    model.__dict__[FOLDED] = dict(entries)
+    inside(model).__dict__[FOLDED] = dict(entries)
     for each in entries.values():
         take_off(each.layer)
         each.put(merged=True)

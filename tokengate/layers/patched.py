@@ -10,6 +10,7 @@ from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.gated_linear import Gated
+from tokengate.names import named_modules
 
 _SHOWN = 5
 # On the model that was folded: {name: Folded}.
@@ -17,7 +18,10 @@ FOLDED = "_tokengate_folded"
 
 
 def layers(model: nn.Module) -> dict[str, Gated]:
-    """The patched layers of `model` by name, in the model's order; a shared layer once."""
+    """The patched layers of `model` by name, in the model's order; a shared layer once.
+
+    Names are the model's own, whatever wraps it or a part of it.
+    """
     return {n: m for n, m in all_layers(model).items() if m.modification is not None}
 
 
@@ -31,7 +35,7 @@ def all_layers(model: nn.Module) -> dict[str, Gated]:
     """Those, too, that the adapter in use does not modify."""
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"{brief(model)} has no layers: pass a torch.nn.Module.")
-    return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, Gated)}
 
 
 def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from tokengate.errors import TokenGateError
+from tokengate.names import named_modules
 
 # Where a bound forward may be kept: `forward` itself, once a hook was removed again.
 _HELD = ("forward", "_old_forward")
@@ -91,7 +92,7 @@ def offloaded_whole(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that are loaded and offloaded by one around them, and that one's name."""
     return {
         inside: name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         for hook in _hooks(module)
         if _says(hook, "offload") and _says(hook, "place_submodules")
         for inside in module.modules()

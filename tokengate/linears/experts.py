@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from tokengate.names import named_modules
+
 
 def is_expert(name: str) -> bool:
     """Whether a layer is an expert's, which sees the positions that a router sends there."""
@@ -21,7 +23,7 @@ def stacked_expert(
     experts, and silently leave out all others. Only a plain name is asked about; one with a dot or
     a `*` says where.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if "expert" not in name.rpartition(".")[2] or module in excluded:
             continue
         for own, parameter in module.named_parameters(recurse=False):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tokengate.errors import TokenGateError
 from tokengate.linears.linear_like import LinearLike, features_of
 from tokengate.linears.slices import Slices
+from tokengate.names import inside
 
 # From the owner of a layer and its out_features to how these are divided.
 _Rule = Callable[[Any, int], Slices]
@@ -26,7 +27,7 @@ def known_slices(owner: nn.Module, attribute: str) -> Slices | None:
     rule = _RULES.get(place(owner, attribute))
     if rule is None:
         return None
-    layer: LinearLike = getattr(owner, attribute)
+    layer = cast(LinearLike, inside(getattr(owner, attribute)))
     out_features = features_of(layer)[1]
     try:
         slices = rule(owner, out_features)

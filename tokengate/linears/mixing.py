@@ -9,6 +9,7 @@ from torch import nn
 
 from tokengate.errors import MixedPositionsWarning
 from tokengate.linears.by_name import class_names
+from tokengate.names import joined, named_children, named_modules
 
 _SHOWN = 3
 _TIME_SERIES = "transformers.models.patchtsmixer.modeling_patchtsmixer."
@@ -30,9 +31,9 @@ def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module], stacklevel: 
     By default at the line that called the caller.
     """
     found = [
-        f"{name}.{attribute}" if name else attribute
-        for name, owner in model.named_modules()
-        for attribute, part in owner.named_children()
+        joined(name, attribute)
+        for name, owner in named_modules(model)
+        for attribute, part in named_children(owner)
         if _mixes(owner, attribute) and any(module in chosen for module in part.modules())
     ]
     if found:

@@ -25,6 +25,7 @@ from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS, build
+from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.options import options_by_layer
@@ -206,7 +207,7 @@ def _unpatch(model: nn.Module) -> None:
         unwatch(root)
         root.__dict__.pop(_ASKED, None)
         before = root.__dict__.pop(_BEFORE)
-        for name, parameter in root.named_parameters():
+        for name, parameter in named_parameters(root):
             if name in before:
                 parameter.requires_grad_(before[name])
 
@@ -223,7 +224,7 @@ def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     settled |= own_parameters(all_layers(model).values())
     keep = {id(p) for p in trained.values()}
     before: dict[str, bool] = model.__dict__.setdefault(_BEFORE, {})
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         stays = id(parameter) in settled and parameter.requires_grad
         wanted = stays or id(parameter) in keep
         if parameter.requires_grad != wanted:

@@ -13,6 +13,7 @@ from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.fused import known_slices
 from tokengate.linears.linear_like import LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
+from tokengate.names import joined, named_children, named_modules
 from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
 
 
@@ -26,11 +27,11 @@ def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:
     Raises:
         TokenGateError: what is given is no `Slices`, or fits no layer.
     """
-    named = list(model.named_modules(remove_duplicate=False))
+    named = list(named_modules(model, remove_duplicate=False))
     divided = {
         layer: slices
         for owner in model.modules()
-        for attribute, layer in owner.named_children()
+        for attribute, layer in named_children(owner)
         if is_linear(layer) and (slices := known_slices(owner, attribute))
     } | _given_slices(model, given)
     # What is patched in part stays divided as it is, whatever is known.
@@ -46,7 +47,7 @@ def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:
         for name, module in named
         for entry in (
             (name, module),
-            *((f"{name}.{own}" if name else own, p) for own, p in parts.get(module, {}).items()),
+            *((joined(name, own), p) for own, p in parts.get(module, {}).items()),
         )
     ]
 
@@ -60,7 +61,7 @@ def _given_slices(model: nn.Module, given: Any) -> dict[nn.Module, Slices]:
             'divided, e.g. {"qkv": tokengate.Slices(q=64, k=64, v=64)}.'
         )
     found: dict[nn.Module, Slices] = {}
-    linear = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)]
+    linear = [(n, m) for n, m in named_modules(model, remove_duplicate=False) if is_linear(m)]
     for pattern in as_patterns("slices", given):
         slices = given[pattern]
         if not isinstance(slices, Slices):

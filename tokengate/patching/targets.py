@@ -16,6 +16,7 @@ from tokengate.linears.experts import stacked_expert
 from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.linears.owners import reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
+from tokengate.names import named_children, named_modules
 from tokengate.patching.skipped_modules import skipped, warn_of_skipped
 from tokengate.patching.slice_targets import (
     check_slices,
@@ -106,7 +107,7 @@ class _Names:
         # Layers that no patch could reach, and why, as the end of a sentence.
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
-            for attribute, module in owner.named_children():
+            for attribute, module in named_children(owner):
                 if is_linear(module) and reads_weight(owner, attribute):
                     self.unreachable[module] = (
                         f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
@@ -194,7 +195,7 @@ class _Names:
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
         if not is_target(module):
-            inside = (name for name, m in module.named_modules() if is_linear(m))
+            inside = (name for name, m in named_modules(module) if is_linear(m))
             example = next(inside, None)
             remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
             return f"which is a {kind}, not a linear layer: {remedy}"

@@ -8,6 +8,7 @@ from torch import nn
 
 from tokengate.errors import TokenGateError
 from tokengate.linears.accelerate_hooks import offloaded_parameters
+from tokengate.names import named_parameters
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 
@@ -18,7 +19,7 @@ def named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
         TokenGateError: a pattern matches nothing, or what cannot be trained.
     """
     # Under all names: a tied weight has several.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     named: dict[str, nn.Parameter] = {}
     for pattern in as_patterns("train", () if train is None else train):
         hits = {

@@ -11,7 +11,9 @@ from tokengate.errors import TokenGateError
 from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
-from tokengate.sharding import is_sharded
+from tokengate.linears.by_name import is_from
+from tokengate.names import named_modules, with_wrappers
+from tokengate.sharding import is_flattened, is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing
 # them would cost what most users do not use.
@@ -70,12 +72,40 @@ def check_can_unpatch(model: nn.Module, patched: dict[str, Gated]) -> None:
         )
 
 
+def check_gathered(
+    model: nn.Module,
+    caller: str,
+    remedy: str = "pass what FSDP made, on every process, within "
+    "FullyShardedDataParallel.summon_full_params(model)",
+) -> None:
+    """An error if FSDP1 holds in pieces now what is patched or trained in `model`.
+
+    Its parameters are pieces of any shape, or none, but within its `summon_full_params`; which of
+    the two is known to its wrapper alone.
+    """
+    whole: set[nn.Module] = set()
+    for _, module in with_wrappers(model):
+        if _is_torch(module, "FullyShardedDataParallel"):
+            state = getattr(module.training_state, "name", "")
+            inside = set(module.modules())
+            whole = whole | inside if state == "SUMMON_FULL_PARAMS" else whole - inside
+    parts = (part for m in all_layers(model).values() for part in (m.modification, m.gate))
+    own = {module for part in parts if part is not None for module in part.modules()}
+    for name, module in named_modules(model):
+        trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+        if (trained or module in own) and module not in whole and is_flattened(module):
+            raise TokenGateError(
+                f"{caller} found {name or 'the model'!r} in pieces, into which FSDP divided it: "
+                f"{remedy}; fully_shard (FSDP2) needs none of this."
+            )
+
+
 def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What in `model` is wrapped, by name, and by what."""
-    for name, module in model.named_modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                yield name or "the model", _WRAPPERS[base.__name__]
+    for name, module in with_wrappers(model):
+        for kind, shown in _WRAPPERS.items():
+            if _is_torch(module, kind):
+                yield name or "the model", shown
 
 
 def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:
@@ -84,3 +114,9 @@ def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:
         own = () if layer.modification is None else layer.modification.parameters()
         if any(is_sharded(p) for p in own):
             yield name or "the layer", "fully_shard"
+        elif any(is_flattened(module) for module in layer.modules()):
+            yield name or "the layer", "FSDP"
+
+
+def _is_torch(module: nn.Module, kind: str) -> bool:
+    return is_from(module, "torch", kind)

@@ -15,6 +15,7 @@ from tokengate.errors import TokenGateError, UnreachedSparsityWarning
 from tokengate.kernels.norms import Norms, ratios
 from tokengate.layers.calls import exclusive
 from tokengate.layers.patched import require_layers
+from tokengate.patching.wrappers import check_gathered
 from tokengate.training.measuring import measure
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
@@ -61,6 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         for name, layer in require_layers(model, "calibrate").items()
         if layer.gate is not None and layer.gate.threshold is not None
     }
+    check_gathered(model, "calibrate", "calibrate the model before it is wrapped")
     if not gated:
         raise TokenGateError(
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "

@@ -9,12 +9,14 @@ from tokengate.errors import TokenGateError
 from tokengate.kernels.precision import without_autocast
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
+from tokengate.patching.wrappers import check_gathered
 from tokengate.sharding import gathered
 
 
 def adalora_layers(model: nn.Module, asked: str) -> dict[str, AdaLoRA]:
     """The AdaLoRA modifications of `model` by layer name; an error if there is none."""
     patched = require_layers(model, asked)
+    check_gathered(model, asked, "train AdaLoRA without FSDP")
     found = {
         name: layer.modification
         for name, layer in patched.items()

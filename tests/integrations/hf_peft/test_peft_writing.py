@@ -55,8 +55,6 @@ def test_what_peft_has_no_equal_for_is_not_exported(tmp_path):
     folder = tmp_path / "a"
     patch = tokengate.patch
     not_exported(Net(), folder, "without a patched layer")
-    compiled = torch.compile(patch(Net(), ["fc1"]))
-    not_exported(compiled, folder, "export_peft was given what torch.compile made")
     not_exported(patch(Net(), ["fc1"], "adapter"), folder, "'adapter'", "no equal", "fc1")
     slices = {"fc1": Slices(a=8, b=8)}
     sliced = patch(Net(), ["fc1.a"], slices=slices)
