@@ -12,10 +12,10 @@ from tokengate.gates.registry import register_gate as register_gate
 from tokengate.gates.threshold import TokenGate as TokenGate
 from tokengate.gates.threshold import token_gate as token_gate
 from tokengate.layers.coverage import verify as verify
-from tokengate.layers.named_adapters import use as use
 from tokengate.layers.patched import layers as layers
 from tokengate.layers.regions import after as after
 from tokengate.layers.restriction import restrict as restrict
+from tokengate.layers.using import use as use
 from tokengate.linears.slices import Slices as Slices
 from tokengate.methods.base import Modification as Modification
 from tokengate.methods.registry import register as register

@@ -11,7 +11,7 @@ from torch import nn
 
 import tokengate
 from tokengate import Slices, TokenGateError
-from tokengate.layers import named_adapters
+from tokengate.layers import using
 from tokengate.layers.named_adapters import put_in_use
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -442,7 +442,7 @@ def test_an_interrupted_use_is_none(model, monkeypatch):
             raise KeyboardInterrupt
         return put_in_use(*args, **options)
 
-    monkeypatch.setattr(named_adapters, "put_in_use", interrupted)
+    monkeypatch.setattr(using, "put_in_use", interrupted)
     unraisable = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     tokengate.use(model, "b")  # takes effect when the object goes, where nothing can be raised

@@ -218,7 +218,7 @@ def folders(tmp_path):
 FILLING = {"_fill", "_fill_one", "fill", "fill_extras"}
 FILLING |= {"_add", "_replace", "install", "add_adapter"}
 USING = {"put_in_use", "adapters_of", "put_away", "settle", "_set_trained", "join"}
-USING |= {"_begin", "_end", "_hold", "_let_go", "_for_good", "_switch"}
+USING |= {"_begin", "_end", "hold", "let_go", "_for_good", "_switch"}
 
 
 @pytest.mark.parametrize("into", ["the base", "a patched model"])

@@ -1,14 +1,10 @@
-"""Several adapters on one model, one of them in use, or one for each row of a batch."""
+"""Several adapters on one model, by name: which layers have them, and who has them in use."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -17,18 +13,11 @@ from tokengate.gates.base import Gate
 from tokengate.layers.calls import (
     USE,
     Context,
-    busy_elsewhere,
     contexts,
-    enter,
     in_context,
-    leave,
 )
-from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import DEFAULT, Gated
 from tokengate.layers.patched import all_layers
-from tokengate.layers.regions import Region, Regional, valid_where
-from tokengate.layers.several import Rows
-from tokengate.linears.experts import is_expert
 from tokengate.methods.base import Modification
 
 # Who has in use what is so for good.
@@ -82,191 +71,16 @@ def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramete
             yield from _parameters(child)
 
 
-class use:
-    """Put another adapter of `model` in use, for good or within a context:
-
-        tokengate.load(model, "french", name="french")
-        tokengate.use(model, "french")                  # from here on
-        with tokengate.use(model, None): ...            # the base model, here
-        with tokengate.use(model, ["french", None]):    # the first row's adapter, the second's base
-            model(two_rows)
-        with tokengate.use(model, {"cat": left, "dog": right}):     # each at its own positions
-            model(picture)
-
-    Nothing is copied, made or moved. A context belongs to this thread or task: other ones run as
-    they did, with what is in use for good or in contexts of their own. For good is what was never
-    entered as a context: it holds here at once, and for all threads once nobody holds the object,
-    which in the form above is at once, too; do that while no other thread runs the model.
-
-    What is in use nowhere is not trained; what is not in use here is no part of `layers`,
-    `param_groups`, `save` and the rest; it is in the model's `state_dict`, under `adapters`. For
-    rows of several adapters the base layer computes all rows at once, and each adapter its own.
-    Compiled code is compiled anew for each adapter in use.
-
-    Args:
-        model: a patched model.
-        name: of an adapter, "default" for what `patch` added; None for none of them; a sequence
-            of these, one for each row of every batch; or a dict from adapters to regions, each a
-            mask, function or `after` as in `restrict`: where regions overlap, all are added, and
-            each gate compares its own with the base layer's output.
-
-    Raises:
-        TokenGateError: no layer is patched; the model is folded; it has no adapter of that name.
-            With rows, in a forward: the batch has another number of them.
-    """
-
-    # Until it is entered as a context, or in use for good.
-    _pending = False
-
-    def __init__(
-        self, model: nn.Module, name: str | Sequence[str | None] | Mapping[str, Any] | None
-    ) -> None:
-        modules = list(_without_parts_of_layers(model, set()))
-        self._layers = [module for module in modules if isinstance(module, Gated)]
-        known = _names_of(self._layers)
-        if not known:
-            raise TokenGateError(
-                f"use was asked of a {type(model).__name__} without a patched layer: call "
-                "tokengate.patch or tokengate.load first."
-            )
-        if any(is_folded(module) for module in modules):
-            raise TokenGateError(
-                "use was asked of a model that is folded: call the folding's undo() first."
-            )
-        self._names = [name] if name is None or isinstance(name, str) else list(name)
-        if not self._names:
-            raise TokenGateError("use was given no names: pass one, or None, for each row.")
-        for each in self._names:
-            if each is not None and each not in known:
-                raise TokenGateError(
-                    f"use was given {brief(each)}, and the model's adapters are "
-                    f"{', '.join(map(repr, known))}: pass one of these, or None for the base model."
-                )
-        self._model, self._choice = model, _choice(model, name)
-        for context in contexts():
-            other = _PENDING.get(context.owner)
-            if other is not None and not set(self._layers).isdisjoint(other._layers):
-                other._for_good()
-        self._key = object()  # not the object itself, which could then not go
-        try:
-            _PENDING[self._key] = self
-            self._begin(self._key)
-            self._pending = True
-        except BaseException:  # an interruption
-            self._end(self._key)
-            raise
-
-    def __enter__(self) -> None:
-        pending, self._pending = self._pending, False
-        try:
-            self._begin(self)
-            if pending:
-                self._end(self._key)
-        except BaseException:  # an interruption, after which nobody leaves it
-            self._end(self)
-            self._end(self._key)
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._end(self)
-        except BaseException:  # an interruption; the context is left all the same
-            self._end(self)
-            raise
-
-    def __del__(self) -> None:
-        if self._pending and not sys.is_finalizing():
-            self._for_good()
-
-    def _ipython_display_(self) -> None:
-        # A notebook holds what it shows, and runs its cells in contexts of their own.
-        if self._pending:
-            self._for_good()
-
-    def _begin(self, owner: object) -> None:
-        with _SWITCHING:
-            told = dict.fromkeys(self._layers, self._choice)
-            context = enter(USE, told, owner, windows=isinstance(self._choice, Regional))
-            for layer in self._layers:
-                _hold(layer, self._names, context)
-
-    def _end(self, owner: object) -> None:
-        with _SWITCHING:
-            context = None
-            try:
-                context = leave(owner)
-                _let_go(context)
-            except BaseException:
-                _let_go(context or leave(owner))
-                raise
-
-    def _for_good(self) -> None:
-        """For all threads: there was no context, and nobody can enter it any more."""
-        try:
-            self._pending = False
-            if self._choice is None or isinstance(self._choice, str):
-                self._switch(self._choice)
-            else:
-                warnings.warn(
-                    "tokengate.use was given several adapters and was no context, so that they "
-                    "were in use for nothing: write `with tokengate.use(model, ...):`.",
-                    stacklevel=3,
-                )
-            self._end(self._key)
-        except BaseException:  # an interruption, or the warning was made an error
-            self._end(self._key)
-            raise
-
-    def _switch(self, name: str | None) -> None:
-        busy = busy_elsewhere(self._model)
-        if busy is not None:
-            warnings.warn(
-                f"tokengate.use puts {name!r} in use for good while another thread {busy}, whose "
-                "layers may be of two adapters: switch within a context, "
-                "`with tokengate.use(model, name):`.",
-                stacklevel=4,
-            )
-        with _SWITCHING:
-            before = [(layer, layer._in_use) for layer in self._layers]
-            try:
-                for layer in self._layers:
-                    put_in_use(layer, name)
-            except BaseException:  # an interruption, after which they would be of two adapters
-                for layer, own in before:
-                    put_in_use(layer, own, instead_of=name)
-                raise
-
-
-# Those that were made and not entered yet, by what owns their contexts.
-_PENDING: WeakValueDictionary[object, use] = WeakValueDictionary()
-_SWITCHING = threading.RLock()
-
-
-def _choice(model: nn.Module, name: Any) -> Any:
-    """What layers are told: a name or None, `Rows` or `Regional`."""
-    if name is None or isinstance(name, str):
-        return name
-    patched = all_layers(model)
-    routed = next(filter(is_expert, patched), None)
-    if routed is not None:
-        raise TokenGateError(
-            f"use was given one name for each row, and {routed!r} is an expert's, which sees "
-            "positions without their rows: pass one name for all."
-        )
-    if not isinstance(name, Mapping):
-        return Rows(list(name))
-    regions = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
-    return Regional({m: n for n, m in patched.items()}, regions)
-
-
-def _hold(layer: Gated, names: Iterable[str | None], context: Context) -> None:
+def hold(layer: Gated, names: Iterable[str | None], context: Context) -> None:
+    """A context has these adapters of a layer in use."""
     for name in names:
         adapter = (layer._adapters or {}).get(cast(str, name))
         if adapter is not None:
             adapter.put_in_use(context)
 
 
-def _let_go(context: Context | None) -> None:
+def let_go(context: Context | None) -> None:
+    """It has them no longer."""
     for layer in () if context is None else context.layers:
         if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
             for adapter in (layer._adapters or {}).values():
@@ -295,24 +109,13 @@ def reading(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def _without_parts_of_layers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
-    """`module.modules()` but for what is in patched layers, which would be most of it."""
-    if module in seen:
-        return
-    seen.add(module)
-    yield module
-    if not isinstance(module, Gated):
-        for child in module._modules.values():
-            if child is not None:
-                yield from _without_parts_of_layers(child, seen)
-
-
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters of `model`."""
-    return _names_of(all_layers(model).values())
+    return names_of(all_layers(model).values())
 
 
-def _names_of(layers: Iterable[Gated]) -> list[str]:
+def names_of(layers: Iterable[Gated]) -> list[str]:
+    """The names of all adapters of these layers."""
     return sorted({name for layer in layers for name in layer._adapters or (DEFAULT,)})
 
 
@@ -360,7 +163,7 @@ def join(layer: Gated, name: str, others: Iterable[Gated]) -> None:
     for context in contexts():
         if context.kind == USE and other in context.layers:
             cast(dict[nn.Module, Any], context.layers)[layer] = context.layers[other]
-            _hold(layer, [name], context)
+            hold(layer, [name], context)
 
 
 def check_name(name: Any) -> None:

@@ -2,7 +2,9 @@
 
 A position whose mask is 0 counts neither in tau's gradient nor in sparsity; no output changes.
 The mask belongs to the module that received it: to the patched layers inside of that module, for as
-long as its forward runs in this thread, and nowhere else.
+long as its forward runs in this thread, and nowhere else. Some layers have the positions first and
+the samples second, `(T, B, C)`: where there are as many of both, no shape tells a mask from its
+transpose, so they are marked.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tokengate.layers.calls import Running, begin, contexts, end
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.sequence_first import mark_sequence_first
 from tokengate.layers.windows import window_of
+from tokengate.linears.by_name import class_names
 
 _FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
@@ -40,6 +42,18 @@ _TORCH = {
     nn.TransformerDecoderLayer: "tgt_key_padding_mask",
 }
 
+# Modules of transformers that call all layers inside of them so; found by running them.
+_TRANSPOSING = tuple(
+    f"transformers.models.{name}"
+    for name in (
+        "xlnet.modeling_xlnet.XLNetModel",
+        "fsmt.modeling_fsmt.EncoderLayer",
+        "fsmt.modeling_fsmt.DecoderLayer",
+        "longformer.modeling_longformer.LongformerSelfAttention",
+        "led.modeling_led.LEDEncoderSelfAttention",
+    )
+)
+
 
 @dataclass
 class _Followed:
@@ -53,7 +67,7 @@ class _Followed:
 
 def follow_masks(model: nn.Module) -> None:
     """Let attention masks reach the gates in `model`, wherever its forwards are entered."""
-    mark_sequence_first(model)
+    _mark_sequence_first(model)
     for module in _holders(model):
         if _FOLLOWED not in module.__dict__:
             hooks = (
@@ -189,3 +203,19 @@ def _attending(mask: Any, first: Tensor) -> Tensor | None:
         mask = mask > torch.finfo(mask.dtype).min / 2
     real: Tensor = (mask != 0).any(3).any(1)
     return real.expand(len(first), -1)
+
+
+def _mark_sequence_first(model: nn.Module) -> None:
+    """Tell the patched layers in `model` that are sequence-first."""
+    for owner in model.modules():
+        # With those inside of it: the patched slices of a fused layer.
+        for layer in (inside for module in _sequence_first(owner) for inside in module.modules()):
+            if isinstance(layer, Gated):
+                layer._sequence_first = True
+
+
+def _sequence_first(owner: nn.Module) -> list[nn.Module]:
+    if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        # Not those of its attention, which sees to it itself.
+        return [] if owner.self_attn.batch_first else [owner.linear1, owner.linear2]
+    return [owner] if any(name in _TRANSPOSING for name in class_names(owner)) else []
