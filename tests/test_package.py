@@ -33,16 +33,8 @@ WITHOUT_HOST, WITH_HOST = (
     ],
     [
         *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
-        "trainer.penalty_unit",
-            "clip",
-            "plots",
-            "trainer.callback",
-            "trainer.checkpoints",
-            "trainer.gradients",
-            "trainer.penalty_unit",
-        ),
-        *("trainer.sparsity_logs", "trainer.surroundings", "trainer.tau_steps"),
-        *("trainer.trainer", "vision"),
+        *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
+        *("trainer.tau_steps", "trainer.trainer", "vision"),
     ],
 )
 
