@@ -170,6 +170,31 @@ def test_rows_of_a_batch_that_is_flattened_beside_its_mask():
     assert torch.allclose(found, torch.stack([base[0], own[1]]), atol=1e-5)
 
 
+def test_rows_of_an_encoder_and_the_beams_of_its_decoder():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=39,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    tokengate.patch(model, ["q", "v", "wi", "lm_head"], rank=4, gate=False)
+    away_from_initialisation(model, 1.0)
+    ids = torch.randint(3, 38, (2, 6))
+    beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
+    with torch.no_grad():
+        own = model.generate(ids, **beams)
+        with tokengate.disabled(model):
+            base = model.generate(ids, **beams)
+        with tokengate.use(model, [None, "default"]):
+            found = model.generate(ids, **beams)
+            with pytest.raises(TokenGateError, match="2 rows, and a layer was called with 4"):
+                model.generate(torch.cat([ids, ids]), **beams)
+    assert not torch.equal(own, base)
+    assert torch.equal(found, torch.stack([base[0], own[1]]))
+
+
 def test_rows_of_routed_experts_are_refused():
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)]), "q": nn.Linear(8, 8)})
     tokengate.patch(model, "all-linear")

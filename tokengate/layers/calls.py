@@ -132,6 +132,7 @@ class Running:
         inferred: whether that mask was inferred from who attends to whom.
         others: in cross-attention, what k and v are made of.
         others_mask: the padding mask of these.
+        decodes: whether it was given what an encoder has made, of which it may have several beams.
         window: which part of its sequences it is about, if it received some.
     """
 
@@ -143,6 +144,7 @@ class Running:
     inferred: bool = False
     others: Tensor | None = None
     others_mask: Tensor | None = None
+    decodes: bool = False
     window: Window | None = None
 
     def is_about(self, layer: nn.Module) -> bool:
@@ -186,6 +188,11 @@ def end(module: nn.Module) -> None:
 def current_window() -> Window | None:
     """That of the innermost module that received sequences, or None."""
     return next((c.window for c in reversed(_THREAD.running) if c.window is not None), None)
+
+
+def in_decoder() -> bool:
+    """Whether a module runs that was given what an encoder has made."""
+    return any(call.decodes for call in _THREAD.running)
 
 
 def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:

@@ -170,6 +170,7 @@ def _running(
         inferred=inferred,
         others=others,
         others_mask=_padding(bound.get("encoder_attention_mask")),
+        decodes=others is not None or bound.get("encoder_outputs") is not None,
     )
 
 

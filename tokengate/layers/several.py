@@ -13,6 +13,7 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.gated_sum import without_bias
+from tokengate.layers.calls import in_decoder
 from tokengate.methods.base import Modification
 
 
@@ -31,14 +32,16 @@ class Rows:
         """For each adapter, which places along `dim` of a layer's input are its own.
 
         A batch may come flattened, `(B T, in_features)`, if its padding mask `(B, T)` says so:
-        otherwise positions could be any, as those that are routed to an expert.
+        otherwise positions could be any, as those that are routed to an expert. A decoder may have
+        several beams of each row, side by side, where its encoder had the row once.
 
         Raises:
             TokenGateError: the batch has another number of rows.
         """
         count, rows = input.shape[dim], len(self.names)
         flattened = input.dim() == 2 and mask is not None and len(mask) == rows
-        if count != rows and not flattened:
+        beams = in_decoder() and count % rows == 0
+        if count != rows and not flattened and not beams:
             raise TokenGateError(
                 f"tokengate.use was given adapters for {rows} rows, and a layer was called with "
                 f"{count} (an input of shape {tuple(input.shape)}): pass one name, or None, for "
