@@ -315,6 +315,23 @@ def test_a_layer_called_by_keyword():
         model[0](inputs=X)
 
 
+def test_compiled_code_is_of_what_is_in_force():
+    model = several()
+    expected = answers(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for name in ("free", "b", "disabled", "rows", "b", "restrict", None, "free", "c"):
+        with ways(model)[name](), torch.no_grad():
+            torch.testing.assert_close(compiled(X), expected[name])
+
+    def elsewhere(seed):
+        name = ("b", "free", "disabled", "c")[seed]
+        with ways(model)[name](), torch.no_grad():
+            return all(torch.allclose(compiled(X), expected[name], atol=1e-5) for _ in range(20))
+
+    assert all(in_threads(4, elsewhere))
+
+
 class Interleavings(RuleBasedStateMachine):
     """Contexts of several threads, entered and left in any order, against what each has entered."""
 
