@@ -169,6 +169,20 @@ def test_a_model_that_is_trained_whole_is_not_spoken_of():
     assert len(tokengate.layers(other)) > 0
 
 
+def test_a_step_without_gradients_tells_nothing_and_a_closure_has_them_after_it():
+    model = tokengate.patch(Bypassed(), "all-linear", rank=2)
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=1e-3))
+    silent(optimizer.step)
+
+    def closure():
+        loss = model(X).sum()
+        loss.backward()
+        return loss
+
+    with pytest.warns(UnreachedLayerWarning, match=HEAD):
+        optimizer.step(closure)
+
+
 def test_reentrant_checkpointing_without_gradients_is_named():
     class Checkpointed(nn.Module):
         def __init__(self):

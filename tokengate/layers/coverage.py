@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning
 from tokengate.layers.batches import keeping_modes
@@ -158,29 +158,31 @@ _HANDLES: list[Any] = []
 
 def _watch_optimizers() -> None:
     if not _HANDLES:
-        _HANDLES.append(register_optimizer_step_pre_hook(_at_step))
+        _HANDLES.append(register_optimizer_step_post_hook(_at_step))
 
 
 def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not ROOTS:
         return
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     count, models = _OF_OPTIMIZER.get(optimizer, (-1, WeakSet()))
     if count != len(ROOTS):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         models = WeakSet(
-            root for root in list(ROOTS) if held & own_parameters(all_layers(root).values())
+            root for root in list(ROOTS) if held.keys() & own_parameters(all_layers(root).values())
         )
         _OF_OPTIMIZER[optimizer] = (len(ROOTS), models)
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
     for model in list(models):
         _report_lost(model, ())
-        if model not in seen:
+        # A step without any gradient, as before a training begins, tells nothing.
+        if model not in seen and any(p.grad is not None for p in held.values()):
             seen.add(model)
-            _report_untrained(model, optimizer)
+            _report_untrained(model, optimizer, held.keys())
 
 
-def _report_untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _report_untrained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, held: Collection[int]
+) -> None:
     missed = []
     for name, layer in all_layers(model).items():
         parts = (part for part in layer.all_parts() if part is not None)
