@@ -262,10 +262,10 @@ def test_of_equal_ratios_the_nearer_side_is_taken_and_said(sparsity, closes):
 
 
 def test_where_most_do_nothing_the_nearer_side_is_taken():
-    """m = 0 at 60 % of the positions, which any tau closes."""
+    """m = 0 at 70 % of the positions, which any tau closes."""
     model, x = one_layer(), torch.randn(4, 10, 8)
     model[0].modification.A.data[:, 1:] = 0
-    x[:, :6, 0] = 0
-    with pytest.warns(UnreachedSparsityWarning, match="60 %"):
+    x[:, :7, 0] = 0
+    with pytest.warns(UnreachedSparsityWarning, match="70 %"):
         tokengate.calibrate(model, [x], 0.5)
-    assert closed_share(model, x) == pytest.approx(0.6)
+    assert closed_share(model, x) == pytest.approx(0.7)

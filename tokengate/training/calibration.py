@@ -19,7 +19,7 @@ from tokengate.training.measuring import measure
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
 # How far from the share asked for is not worth a word, and how many layers are named.
-_NEAR, _SHOWN = 0.05, 5
+_NEAR, _SHOWN = 0.1, 5
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -> dict[str, float]:
