@@ -18,7 +18,13 @@ from tokengate.adapters.inspection import describe, description_text
 from tokengate.adapters.loading import load
 from tokengate.adapters.planning import count_patched, plan_text
 from tokengate.adapters.saving import save
-from tokengate.errors import DifferentBaseWarning, MixedPositionsWarning, TokenGateError, printable
+from tokengate.errors import (
+    DifferentBaseWarning,
+    MixedPositionsWarning,
+    SkippedModuleWarning,
+    TokenGateError,
+    printable,
+)
 from tokengate.patching.patch import patch
 
 _BASE = "config.json of the base, a folder with one, or timm:NAME"
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
-            for kind in (DifferentBaseWarning, MixedPositionsWarning):
+            for kind in (DifferentBaseWarning, MixedPositionsWarning, SkippedModuleWarning):
                 warnings.simplefilter("always", kind)
             text = given.run(given)
     except (TokenGateError, OSError) as error:

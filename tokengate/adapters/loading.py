@@ -91,14 +91,14 @@ def load_saved(
         with reading(model, name):
             _replace(model, fit)
     else:
-        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=4)
+        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=5)
     if saved.config.base_fingerprint not in ("", fingerprint(model)):
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
             f"whose linear layers are not all those of this {class_name(model)}: make sure that "
             "it is the same base.",
             DifferentBaseWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return fit.misfits
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from tokengate.gates.base import Gate
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.patched import FOLDED
+from tokengate.layers.patched import rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
 from tokengate.names import inside, joined, named_modules
 
+# On the model that was folded: {name: Folded}.
+_FOLDED = "_tokengate_folded"
 # What a layer has on itself once its adapters have names.
 _NAMED = ("_adapters", "_in_use")
 
@@ -58,14 +60,14 @@ def base_layer(layer: Gated | Folded) -> Any:
 
 def is_folded(module: nn.Module) -> bool:
     """Whether `module` is one that was given to `fold`."""
-    return FOLDED in module.__dict__
+    return _FOLDED in module.__dict__
 
 
 def folded(model: nn.Module) -> dict[str, Folded]:
     """The layers of `model` that are folded, by name."""
     found: dict[str, Folded] = {}
     for prefix, module in named_modules(model):
-        for name, each in module.__dict__.get(FOLDED, {}).items():
+        for name, each in module.__dict__.get(_FOLDED, {}).items():
             found[joined(prefix, name)] = each
     return found
 
@@ -102,7 +104,8 @@ def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
 
 def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
     """Make these layers of `model` plain."""
-    inside(model).__dict__[FOLDED] = dict(entries)
+    inside(model).__dict__[_FOLDED] = dict(entries)
+    rest(model, [each.layer for each in entries.values()])
     for each in entries.values():
         take_off(each.layer)
         each.put(merged=True)
@@ -111,10 +114,12 @@ def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
 def unfold(model: nn.Module) -> None:
     """Patch every folded layer in `model` again as it was, on its weight W0."""
     with unchanged_if_interrupted(model):
-        for each in folded(model).values():
+        entries = folded(model).values()
+        for each in entries:
             _reattach(each)
+        rise(model, [each.layer for each in entries])
         for module in model.modules():
-            module.__dict__.pop(FOLDED, None)
+            module.__dict__.pop(_FOLDED, None)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -13,8 +13,6 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.names import named_modules
 
 _SHOWN = 5
-# On the model that was folded: {name: Folded}.
-FOLDED = "_tokengate_folded"
 
 
 def layers(model: nn.Module) -> dict[str, Gated]:
@@ -54,7 +52,8 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     return patched
 
 
-# On a model that was given to `patch`: {name of a layer: the path it was last seen at}.
+# On a model that was given to `patch`: {name of a layer: the path it was last seen at}, with None
+# while it is folded.
 _REMEMBERED = "_tokengate_patched"
 # On one some of whose layers are gone: those that its user was told of.
 NAMED = "_tokengate_lost"
@@ -72,16 +71,36 @@ def remember(model: nn.Module) -> None:
 
 def forget(model: nn.Module) -> None:
     """`unpatch` is about to take the layers of `model` back: no model misses them."""
-    taken = set(all_layers(model).values())
-    for root in list(ROOTS):
-        paths: dict[str, str] = root.__dict__.get(_REMEMBERED, {})
-        for name, layer in all_layers(root).items():
-            if layer in taken:
-                paths.pop(name, None)
+    for paths, name in _where(model, all_layers(model).values()):
+        paths.pop(name, None)
     for root in roots(model):
         for key in (_REMEMBERED, NAMED):
             root.__dict__.pop(key, None)
         ROOTS.discard(root)
+
+
+def rest(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """`fold` is about to make these layers of `model` plain: no model misses them meanwhile."""
+    for paths, name in _where(model, layers):
+        paths[name] = None
+
+
+def rise(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """They are patched again."""
+    for paths, name in _where(model, layers):
+        paths[name] = name
+
+
+def _where(
+    model: nn.Module, layers: Iterable[nn.Module]
+) -> Iterator[tuple[dict[str, str | None], str]]:
+    """What models remember of these layers, and the layers' names there."""
+    wanted = set(layers)
+    for root in {*roots(model), *ROOTS}:
+        paths = root.__dict__.get(_REMEMBERED, {})
+        for name, layer in all_layers(root).items():
+            if layer in wanted and name in paths:
+                yield paths, name
 
 
 def roots(model: nn.Module) -> list[nn.Module]:
@@ -91,15 +110,14 @@ def roots(model: nn.Module) -> list[nn.Module]:
 
 def lost(model: nn.Module) -> list[str]:
     """The layers of `model` that were patched, and that neither `unpatch` nor `fold` took back."""
-    paths: dict[str, str] = model.__dict__.get(_REMEMBERED, {})
-    if all(isinstance(_at(model, path), Gated) for path in paths.values()):
+    paths: dict[str, str | None] = model.__dict__.get(_REMEMBERED, {})
+    if all(path is None or isinstance(_at(model, path), Gated) for path in paths.values()):
         return []
-    # Some may have gone elsewhere: into a wrapper, or be folded.
+    # Some may have gone elsewhere, into a wrapper.
     here = {layer: path for path, layer in model.named_modules() if isinstance(layer, Gated)}
     found = {name: here[layer] for name, layer in all_layers(model).items()}
     paths.update((name, path) for name, path in found.items() if name in paths)
-    kept = {n for module in model.modules() for n in module.__dict__.get(FOLDED, ())}
-    return [name for name in paths if name not in found and name not in kept]
+    return [name for name, path in paths.items() if path is not None and name not in found]
 
 
 def what_is_lost(model: nn.Module) -> str | None:

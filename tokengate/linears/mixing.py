@@ -25,7 +25,7 @@ _MIXING = {
 }
 
 
-def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module], stacklevel: int = 3) -> None:
+def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module], stacklevel: int = 4) -> None:
     """Warn, once for all of them, of those of the `chosen` layers that mix tokens or heads.
 
     By default at the line that called the caller.

@@ -60,7 +60,7 @@ def warn_of_skipped(found: Mapping[str, Set[nn.Module]], names: Mapping[nn.Modul
             "cannot be and stay as they are: name the layers more exactly, or leave these out with "
             "exclude=.",
             SkippedModuleWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

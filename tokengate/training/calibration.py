@@ -21,7 +21,7 @@ from tokengate.training.measuring import measure
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
 # How far from the share asked for is not worth a word, and how many layers are named.
-_NEAR, _SHOWN = 0.05, 5
+_NEAR, _SHOWN = 0.1, 5
 
 
 @exclusive
@@ -97,7 +97,7 @@ def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
             f"does in {', '.join(missed[:_SHOWN])}{more}: mask padding, or pass other batches or "
             "another sparsity.",
             UnreachedSparsityWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

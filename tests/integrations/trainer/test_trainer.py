@@ -11,6 +11,7 @@ import torch
 import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import NonFiniteWarning
+from tokengate.layers import calls
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
@@ -184,7 +185,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
     for layer in tokengate.layers(model).values():
         assert layer.gate._unit is None
         assert layer.gate._controlled is None
-        assert not layer._observers
+    assert not calls._OPEN
     assert not hooks(made.optimizer)
     reset()
     trained(tmp_path, model, TokenGateCallback(target_sparsity=0.5), max_steps=1)
@@ -559,7 +560,7 @@ def test_what_is_logged(tmp_path):
 
         def on_substep_end(self, args, state, control, **context):
             layers = tokengate.layers(context["model"]).values()
-            self.recorded.append(any(layer._observers for layer in layers))
+            self.recorded.append(any(calls.said_of(layer, calls.RECORD) for layer in layers))
 
     for kind in (transformers.Trainer, TokenGateTrainer):
         before, after = Reporter(), Reporter()
@@ -598,7 +599,7 @@ def test_what_is_logged(tmp_path):
         else:
             assert "eval_sparsity" not in metrics
             assert "test_sparsity" not in predicted
-        assert not any(layer._observers for layer in tokengate.layers(model).values())
+        assert not calls._OPEN
 
 
 def test_an_evaluation_that_failed_is_no_part_of_the_next(tmp_path):
