@@ -359,6 +359,10 @@ def test_compiled_it_follows_too(loading):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 8)
     compiled(x)
+    by_data(model, model_and_base()[1])
+    model[0].weight.data.mul_(2)
+    with torch.inference_mode():
+        model(x)
     loading(model, base)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), base(x))

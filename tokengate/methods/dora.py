@@ -160,7 +160,8 @@ class DoRA(LoRA):
             # What trains must be the parameter itself.
             with torch.no_grad():
                 magnitude.copy_(followed)
-                self._began.copy_(torch.where(untrained, norms, self._began))
+                # Another tensor: one from within inference mode could not be written to.
+                self._began = torch.where(untrained, norms, self._began)
             return magnitude
         return followed
 
