@@ -359,6 +359,10 @@ def test_compiled_it_follows_too(loading):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 8)
     compiled(x)
+    by_data(model, model_and_base()[1])
+    model[0].weight.data.mul_(2)
+    with torch.inference_mode():
+        model(x)
     loading(model, base)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), base(x))
@@ -384,3 +388,22 @@ def test_from_the_meta_device_it_waits_for_the_base():
     assert torch.equal(model(x), base(x))
     torch.testing.assert_close(model[0].modification.magnitude, base[0].weight.norm(dim=1))
     assert model[0].modification.A.abs().max() <= (6 / 8 / 6 * 3) ** 0.5  # kaiming's bound
+
+
+def test_what_functional_call_is_given_is_left_as_it_is():
+    model, base = model_and_base()
+    x = torch.randn(4, 8)
+    given = {n: p.detach().clone() for n, p in model.named_parameters()}
+    given |= {n: p.detach().clone() for n, p in base.named_parameters()}
+    before = {n: t.clone() for n, t in given.items()}
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(model, given, (x,)), base(x))
+    assert all(torch.equal(given[n], before[n]) for n in given)
+
+
+def test_a_sharded_magnitude_cannot_follow(monkeypatch):
+    model, base = model_and_base()
+    monkeypatch.setattr("tokengate.methods.dora.is_sharded", lambda tensor: True)
+    by_load_state_dict(model, base)
+    with pytest.raises(tokengate.TokenGateError, match=r"after the model was sharded.*fully_shard"):
+        model(torch.randn(4, 8))

@@ -119,8 +119,9 @@ class DoRA(LoRA):
         began = norms if began.is_meta else began.to(norms)
         same = (magnitude == began) | (magnitude.isnan() & began.isnan())
         untrained = same.all() & ~self.B.any()
-        if not is_eager(magnitude, norms) or is_captured():
-            return self._followed_unseen(norms, untrained)
+        is_own = isinstance(magnitude, nn.Parameter)  # and not what `functional_call` was given
+        if not (is_own and is_eager(magnitude, norms)) or is_captured():
+            return self._followed_unseen(norms, untrained, is_own)
         if not self._is_trained:
             self._is_trained = not untrained.item()
         if not torch.equal(norms, began):
@@ -149,16 +150,18 @@ class DoRA(LoRA):
                 self.magnitude.copy_(norms)
         self._began = norms
 
-    def _followed_unseen(self, norms: Tensor, untrained: Tensor) -> Tensor:
-        """The same where no code may depend on values."""
+    def _followed_unseen(self, norms: Tensor, untrained: Tensor, is_own: bool) -> Tensor:
+        """The same where no code may depend on values, or write them."""
         magnitude = self.magnitude
         kept = (magnitude - magnitude.detach()).nan_to_num()  # 0, and its gradient
         followed = torch.where(untrained, norms + kept, magnitude)
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._began is not None:
-            # What trains must be the parameter; other transforms may not write to it.
+        writes = is_own and torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if writes and self._began is not None:
+            # What trains must be the parameter itself.
             with torch.no_grad():
                 magnitude.copy_(followed)
-                self._began.copy_(torch.where(untrained, norms, self._began))
+                # Another tensor: one from within inference mode could not be written to.
+                self._began = torch.where(untrained, norms, self._began)
             return magnitude
         return followed
 
