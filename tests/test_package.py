@@ -27,12 +27,17 @@ def loaded_by(code):
 WITHOUT_HOST, WITH_HOST = (
     [
         *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
-        *("hf_peft.reading", "hf_peft.writing", "language", "live_logging", "llava"),
-        *("model_configs", "roles"),
+        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing"),
+        *("language", "live_logging", "llava", "model_configs", "roles"),
     ],
     [
-        *("clip", "plots", "trainer.callback", "trainer.gradients", "trainer.penalty_unit"),
-        *("trainer.sparsity_logs", "trainer.surroundings", "trainer.tau_steps"),
+        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
+        *(
+            "trainer.penalty_unit",
+            "trainer.sparsity_logs",
+            "trainer.surroundings",
+            "trainer.tau_steps",
+        ),
         *("trainer.trainer", "vision"),
     ],
 )
