@@ -19,8 +19,11 @@ from torch import nn
 
 from tokengate import TokenGateError
 from tokengate.errors import brief
+from tokengate.files.regular import read_text
 
 _TIMM = "timm:"
+# In bytes; vocabularies are no part of a configuration.
+_LONGEST = 1 << 24
 # Which class to build where the configuration names none: the first that has it.
 _KINDS = ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 
@@ -83,7 +86,7 @@ def _from_config(path: Path, architecture: str | None) -> nn.Module:
         )
     transformers = _host("transformers")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path, _LONGEST))
         config = transformers.AutoConfig.for_model(found.pop("model_type"), **found)
     except Exception as error:
         raise TokenGateError(

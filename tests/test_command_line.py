@@ -1,6 +1,7 @@
 """The command `tokengate`: what it says of adapters and models, what it writes, how it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from models import Net, away_from_initialisation
 from places import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tokengate
 from tokengate.adapters.planning import plan_text
@@ -418,3 +419,35 @@ def test_export_for_another_base_warns_or_refuses(transformers, tmp_path, capsys
     assert "export: warning: the adapter in" in capsys.readouterr().err
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     assert "(32, 32)" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nforged: line", "\x9b2J", "\u202egnp", "\x7f"])
+def test_names_of_strangers_are_shown_and_not_obeyed(tmp_path, capsys, name):
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+    for folder, scale in (("a", 1), ("b", 2)):
+        tokengate.patch(model, "all-linear", rank=2, train=["b"], scale=scale)
+        away_from_initialisation(model)
+        tokengate.save(model, tmp_path / folder)
+        tokengate.unpatch(model)
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert any(name in key for key in weights)
+    for arguments in (["inspect", tmp_path / "a"], ["diff", tmp_path / "a", tmp_path / "b"]):
+        text = run(capsys, *arguments)
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert not any(line.startswith("forged") for line in text.split("\n"))
+        assert run(capsys, *arguments, "--json").replace("\n", "").isprintable()
+    weights.pop(next(key for key in weights if name in key))
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
+    assert refused(capsys, "inspect", tmp_path / "a").strip().isprintable()
+
+
+def test_a_terminal_without_a_character_shows_how_python_writes_it(tmp_path):
+    model = torch.nn.ModuleDict({"\u5c64": torch.nn.Linear(4, 4)})
+    tokengate.save(tokengate.patch(model, ["\u5c64"], rank=2), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokengate.command_line", "inspect", str(tmp_path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert rb"\u5c64" in done.stdout

@@ -5,7 +5,8 @@
     export_peft(model, "for_peft", ungated=True)
 
 The files are read and written here; PEFT need not be installed. Open `importing.py` and
-`exporting.py` first; `format.py` says what PEFT writes.
+`exporting.py` first; `format.py` says what PEFT writes, `names.py` which modules
+its patterns mean.
 """
 
 from tokengate.integrations.hf_peft.exporting import export_peft as export_peft

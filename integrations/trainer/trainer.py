@@ -26,7 +26,8 @@ class TokenGateTrainer(Trainer):
     get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
     interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
     the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
-    which are no part of an adapter; `tokengate.load` reads them. For another kind of Trainer:
+    which are no part of an adapter; `tokengate.load` reads them. A training goes on from those
+    that were saved to their end alone. For another kind of Trainer:
     `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
 
     Raises:

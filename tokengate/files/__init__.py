@@ -1,4 +1,4 @@
-"""Files as they are written and read: whole or not at all, strict JSON, tables in plain text.
+"""Files as they are written and read: regular, whole or not at all, strict JSON, tables of text.
 
 Imports nothing of tokengate but what lies in its root. Open `atomic_write.py` first.
 """

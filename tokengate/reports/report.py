@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengate.arguments import choice
-from tokengate.errors import TokenGateError, brief, printable
+from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
 from tokengate.files.text_table import csv_table, markdown_table, text_table
@@ -310,11 +310,8 @@ class SparsityReport:
     def _grid(self) -> tuple[list[str], list[list[str]]]:
         table = self.table
         rows = zip(table.rows, table.values, table.row_averages, strict=True)
-        return ["layer", *map(printable, table.columns), "avg"], [
-            *[
-                [printable(name), *map(percent, values), percent(average)]
-                for name, values, average in rows
-            ],
+        return ["layer", *table.columns, "avg"], [
+            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
             ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
         ]
 

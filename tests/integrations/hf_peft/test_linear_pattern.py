@@ -6,7 +6,8 @@ import time
 import warnings
 
 import pytest
-from hypothesis import given
+from drawing import many
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import one_sentence
 
@@ -45,6 +46,7 @@ def _larger(inner):
 PATTERNS = st.recursive(CHARACTERS | PLACES, _larger, max_leaves=8)
 
 
+@settings(max_examples=many(200))
 @given(PATTERNS, st.lists(st.text(LETTERS, max_size=7), min_size=1, max_size=4))
 def test_a_pattern_means_what_it_means_to_re(source, texts):
     expected, found = re.compile(source), LinearPattern(source, Work())

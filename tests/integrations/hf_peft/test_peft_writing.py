@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_adapter(tmp_path, monkeypatch
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(writing, "save_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         export_peft(tokengate.patch(Net(), ["fc1"]), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

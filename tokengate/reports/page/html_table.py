@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from tokengate.errors import printable
+
 # sRGB at 0 and at 1: light to deep blue. From `_DARK` on, white stands out more than black.
 _LOW, _HIGH, _DARK = (236, 243, 250), (8, 62, 120), 0.68
 
@@ -19,11 +21,11 @@ def html_table(
 
     Headings and cells without a value keep the colours of the notebook, light or dark.
     """
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    head = "".join(f'<th scope="col">{escape(printable(name))}</th>' for name in columns)
     lines = [f"<tr><th>layer</th>{head}</tr>"]
     for name, shares, words in zip(rows, values, texts, strict=True):
         cells = "".join(map(_cell, shares, words))
-        lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escape(printable(name))}</th>{cells}</tr>')
     # Where a page does not say which HTML it is, tables inherit no colour by themselves.
     return f'<table style="color:inherit">{"".join(lines)}</table>'
 
