@@ -16,7 +16,7 @@ import time
 
 import torch
 from models import Net
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tokengate
 from tokengate.command_line import main
@@ -92,6 +92,19 @@ def of_peft(**config):
     return lambda folder: peft(folder, config)
 
 
+def long_named(**config):
+    """Of a layer with a name on which a pattern may be tried in many ways."""
+
+    def make(folder):
+        peft(folder, config)
+        values = load_file(folder / WEIGHTS)
+        name = f"{'a' * 40}{'x' * 40}.fc1."
+        values = {k.replace("blocks.0.fc1.", name): v for k, v in values.items()}
+        save_file(values, folder / WEIGHTS)
+
+    return make
+
+
 def with_weights(header, data=b"", length=None):
     return lambda folder: peft(folder, weights=raw(header, data, length))
 
@@ -131,7 +144,7 @@ _OTHERS = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F4": 0.5, "U16": 2, "U32": 4, "U64": 8, "C64": 8, "I8": 1,
     "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1, "F128": 16, "": 1,
 }  # fmt: skip
-_PATTERNS = ("(a+)+$", "(x+x+)+y", ".*.*.*.*.*.*x", "(.*)*z", "(s|ss|b|l|o|c|k|.)*!")
+_PATTERNS = ("(a+)+$", "a*(x+x+)+y", ".*.*.*.*.*.*!", "(.*)*z", "(a|aa|x|xx|.)*!")
 A = {f"{PLACE}lora_A.weight": tensor()}
 KINDS = {
     # What is no regular file, or has no end.
@@ -180,7 +193,7 @@ KINDS = {
     **{f"values of {dtype}": as_dtype(dtype, size) for dtype, size in _OTHERS.items()},
     # Patterns.
     **{
-        f"{where} {pattern}": of_peft(**{where: value})
+        f"{where} {pattern}": long_named(**{where: value})
         for pattern in _PATTERNS
         for where, value in {
             "target_modules": pattern,
@@ -189,8 +202,8 @@ KINDS = {
             "alpha_pattern": {pattern: 3, "fc1": "x"},
         }.items()
     },
-    "layers_pattern": of_peft(layers_pattern="(a+)+b", layers_to_transform=[7]),
-    "modules_to_save": of_peft(modules_to_save=["(b|l|o|c|k|s|.)*(b|l|o|c|k|s|.)*!", ".*fc1"]),
+    "layers_pattern": long_named(layers_pattern="(a+)+b", layers_to_transform=[7]),
+    "modules_to_save": long_named(modules_to_save=["(a|aa|.)*(a|aa|.)*!", ".*fc1"]),
     "names for a pattern": of_peft(target_modules=" (a+)+$", modules_to_save=["(a+)+$"]),
     "many patterns": of_peft(rank_pattern={f"(a*)*b{i}.*{i}": 1 for i in range(50_000)}),
     "many names": of_peft(target_modules=[f"x{i}" for i in range(300_000)]),
