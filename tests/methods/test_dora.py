@@ -407,3 +407,33 @@ def test_a_sharded_magnitude_cannot_follow(monkeypatch):
     by_load_state_dict(model, base)
     with pytest.raises(tokengate.TokenGateError, match=r"after the model was sharded.*fully_shard"):
         model(torch.randn(4, 8))
+
+
+def test_a_base_that_is_loaded_before_any_forward_is_saved_with_its_own_norms(tmp_path):
+    model = tokengate.patch(Net(), ["fc1"], method="dora", rank=2)
+    torch.manual_seed(5)
+    other = {name: torch.randn_like(value) for name, value in Net().state_dict().items()}
+    stale = model.blocks[0].fc1.modification.magnitude.detach().clone()
+    model.load_state_dict(other, strict=False)
+    tokengate.save(model, tmp_path)
+    base = Net()
+    base.load_state_dict(other)
+    tokengate.load(base, tmp_path)
+    norms = base.blocks[0].fc1.weight.norm(dim=1)
+    assert (stale - norms).abs().max() > 0.1
+    torch.testing.assert_close(base.blocks[0].fc1.modification.magnitude.detach(), norms)
+
+
+def test_a_base_that_is_loaded_after_its_adapter_is_no_other_one(tmp_path):
+    x = torch.randn(3, 5, 8)
+    torch.manual_seed(5)
+    trained = away_from_initialisation(tokengate.patch(Net(), ["fc1"], method="dora", rank=2))
+    wanted = trained(x)
+    own = {n: p for n, p in trained.state_dict().items() if "modification" not in n}
+    own = {n: p for n, p in own.items() if "gate" not in n}
+    tokengate.save(trained, tmp_path)
+    torch.manual_seed(6)
+    model = Net()
+    tokengate.load(model, tmp_path)
+    model.load_state_dict(own, strict=False)
+    torch.testing.assert_close(model(x), wanted)

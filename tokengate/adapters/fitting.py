@@ -49,6 +49,7 @@ class Fit:
     def fill(self, name: str, modification: Modification, gate: Gate | None, fresh: bool) -> None:
         """Give a layer's parts what the adapter has for them; to fresh ones without a copy."""
         _fill(modification, self._values(f"{name}.modification.", modification), fresh)
+        modification.was_loaded()
         if gate is not None:
             _fill(gate, self._values(f"{name}.gate.", gate), fresh)
             if isinstance(gate, PenalisedGate):

@@ -167,6 +167,7 @@ def values_of(
     """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
     found: dict[str, Tensor] = {}
     for name, layer in patched.items():
+        layer.modification.refresh(base_layer(layer))
         for part, module in (("modification", layer.modification), ("gate", layer.gate)):
             if module is not None:
                 found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}

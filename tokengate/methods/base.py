@@ -106,6 +106,12 @@ class Modification(KeepsFloat32):
         maps = self.maps(linear, w.dtype)
         return None if maps is None else maps.factors(x, self.training)
 
+    def refresh(self, linear: nn.Linear) -> None:
+        """Bring what follows the base layer up to date, before it is saved."""
+
+    def was_loaded(self) -> None:
+        """Its parameters have been given the values of a saved adapter."""
+
     def factors_before(self, x: Tensor, linear: nn.Linear) -> tuple[Tensor, Factors | None]:
         """The input for `linear`, and `factors` where they need nothing of its output.
 

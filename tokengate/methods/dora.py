@@ -110,6 +110,14 @@ class DoRA(LoRA):
             squares = squares + ((2 * cross.to(B.dtype) + own) * B).sum(1)
         return squares.clamp(min=0).sqrt().detach()
 
+    @torch.no_grad()
+    def refresh(self, linear: nn.Linear) -> None:
+        if not (self._is_sharded or is_sharded(self.magnitude) or linear.weight.is_meta):
+            self._followed(linear)
+
+    def was_loaded(self) -> None:
+        self._began = None
+
     def _followed(self, linear: nn.Linear) -> Tensor:
         """`magnitude`, set to W0's row norms as long as nobody has trained or loaded it: `(d,)`."""
         began, magnitude = self._began, self.magnitude
