@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import pickle
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from models import Net, away_from_initialisation, one_sentence, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tokengate
 from tokengate.layers import calls
@@ -299,6 +301,70 @@ def test_copies_in_a_context_are_in_none():
         twin = copy.deepcopy(model)
         assert torch.equal(run(twin), expected["free"])
     assert torch.equal(run(twin), expected["free"])
+
+
+@pytest.mark.parametrize("reference", ["disabled", "b"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_reference_without_gradients_is_no_checkpoint(reentrant, training, reference):
+    """As in preference optimisation: between forward and backward the same input, otherwise."""
+    model = several().train(training)
+    x = X.clone().requires_grad_()
+    found = []
+    for again in (False, True):
+        model.zero_grad()
+        p = checkpoint(model, x, use_reentrant=reentrant) if again else model(x)
+        with ways(model)[reference](), torch.no_grad():
+            r = model(x)
+            for _ in range(40):  # more than are waited for
+                model(X[:, :3])
+        (p - r).square().sum().backward()
+        found.append([q.grad for q in model.parameters() if q.grad is not None])
+    assert found[0]
+    assert max(g.abs().max() for g in found[0]) > 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_a_context_trains_what_the_original_does(copied):
+    model = several()
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with tokengate.use(model, "b"):
+        twin = copied(model)
+    assert {n: p.requires_grad for n, p in twin.named_parameters()} == flags
+    with tokengate.use(twin, "b"):
+        trained = {n for n, p in twin.named_parameters() if p.requires_grad and ".b." in n}
+    assert trained
+
+
+def test_a_module_that_calls_itself_keeps_its_mask():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask=None, depth=2):
+            if depth:
+                x = self(x, attention_mask, depth - 1)
+            return self.fc(x)
+
+    model = tokengate.patch(Recursive(), "all-linear", rank=2)
+    with tokengate.record(model) as rec:
+        model(X, MASK.long())
+    assert next(iter(rec.report().modules.values())).positions == 3 * int(MASK.sum())
+
+
+def test_contexts_that_another_task_has_ended_do_not_pile_up():
+    model = several()
+
+    async def again(left):
+        with tokengate.disabled(model):
+            if left:
+                task = asyncio.create_task(again(left - 1))
+        return len(calls.contexts()) + (await task if left else 0)
+
+    assert asyncio.run(again(20)) <= 21
 
 
 def test_a_layer_called_by_keyword():

@@ -82,3 +82,13 @@ def test_every_activation_is_the_same_as_in_training(activation):
     with torch.no_grad():
         evaluated = model(x)
     torch.testing.assert_close(evaluated, model.train()(x).detach())
+
+
+def test_a_user_may_still_set_the_flags():
+    model = tokengate.patch(encoder(), TARGETS)
+    model.use_nested_tensor = False
+    model.layers[0].activation_relu_or_gelu = 0
+    tokengate.unpatch(model)
+    assert model.use_nested_tensor is False
+    assert model.layers[0].activation_relu_or_gelu == 0
+    assert model.layers[1].activation_relu_or_gelu == 1

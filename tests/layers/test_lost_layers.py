@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokengate
 from tokengate.errors import UnreachedLayerWarning
+from tokengate.layers import patched
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 HEAD = "'head'"
@@ -167,6 +168,35 @@ def test_a_model_that_is_trained_whole_is_not_spoken_of():
 
     silent(step)
     assert len(tokengate.layers(other)) > 0
+
+
+def test_what_is_frozen_on_purpose_is_looked_at_once_it_is_trained():
+    model = tokengate.patch(Bypassed(), "all-linear", rank=2)
+    own = [
+        p for layer in tokengate.layers(model).values() for p in layer.all_parts()[0].parameters()
+    ]
+    own += [layer.gate.tau for layer in tokengate.layers(model).values()]
+    free = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([*own, free], lr=1e-3)
+    for parameter in own:
+        parameter.requires_grad_(False)
+    (free * model(X).sum()).backward()
+    silent(optimizer.step)
+    for parameter in own:
+        parameter.requires_grad_(True)
+    (free * model(X).sum()).backward()
+    with pytest.warns(UnreachedLayerWarning, match=HEAD):
+        optimizer.step()
+
+
+def test_a_replaced_block_is_missed_and_a_known_loss_is_not_searched_for_again(monkeypatch):
+    model = tokengate.patch(Net(), ["fc1"], rank=2)
+    silent(lambda: model(X))
+    model.blocks[1] = Net().blocks[1]
+    with pytest.warns(UnreachedLayerWarning, match="'blocks.1.fc1'"):
+        model(X)
+    monkeypatch.setattr(patched, "_look", None)
+    silent(lambda: model(X))
 
 
 def test_a_step_without_gradients_tells_nothing_and_a_closure_has_them_after_it():

@@ -13,6 +13,7 @@ from tokengate.adapters.saving import class_name, fingerprint, trained_beside
 from tokengate.errors import DifferentBaseWarning, TokenGateError
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.calls import exclusive
+from tokengate.layers.coverage import look_anew
 from tokengate.layers.folded import folded
 from tokengate.layers.gated_linear import DEFAULT
 from tokengate.layers.named_adapters import (
@@ -142,4 +143,5 @@ def _add(model: nn.Module, fit: Fit, own_name: str, caller: str) -> set[nn.Modul
             asked = [{"targets": list(planned), "exclude": None, "train": list(extras)}]
             install(model, list(new.values()), extras, asked, own_name)
         patched = all_layers(model)
+        look_anew()
     return {patched[name] for name in new}

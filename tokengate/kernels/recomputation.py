@@ -7,6 +7,7 @@ which forward it belongs to.
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -82,7 +83,22 @@ def in_backward() -> bool:
 
 def _in_checkpoint() -> bool:
     """Whether what is computed now may be computed again: always, where torch does not tell."""
-    if not torch.is_grad_enabled():  # the reentrant kind computes without a graph at first
-        return True
+    if not torch.is_grad_enabled():
+        return _in_reentrant_checkpoint()
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return hooks is None or hooks(True) is not None
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a checkpoint of the reentrant kind runs, which computes without a graph at first.
+
+    Nothing but the stack tells it from other code without gradients: an evaluation, a reference
+    model. torch's function and those made after it (DeepSpeed, fairscale) have `run_function`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and "run_function" in code.co_varnames:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

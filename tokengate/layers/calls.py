@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
@@ -55,7 +56,8 @@ def enter(kind: str, layers: Mapping[Any, Any], owner: object, *, windows: bool 
     """From here on, in this thread and task, this holds of these layers."""
     context = Context(kind, layers, owner, threading.get_ident(), windows)
     _OPEN[id(context)] = context
-    _CONTEXTS.set((*_CONTEXTS.get(), context))
+    # Those that another task has ended go, too.
+    _CONTEXTS.set((*(c for c in _CONTEXTS.get() if not c.ended), context))
     return context
 
 
@@ -70,7 +72,7 @@ def leave(owner: object) -> Context | None:
     last = own[-1]
     last.ended = True
     _OPEN.pop(id(last), None)
-    _CONTEXTS.set(tuple(c for c in contexts if c is not last))
+    _CONTEXTS.set(tuple(c for c in contexts if c is not last and not c.ended))
     return last
 
 
@@ -167,13 +169,23 @@ _RUNNING: dict[int, list[Running]] = {}
 def begin(call: Running) -> None:
     """A forward begins."""
     running = _THREAD.running
-    # What an interruption has left there.
-    stale = [i for i, each in enumerate(running) if each.module is call.module]
-    if stale:
-        del running[stale[0] :]
+    if running and running[0].module is call.module and not _calls_itself(call.module):
+        running.clear()  # what an interruption has left there
     running.append(call)
     if len(running) == 1 and not torch.compiler.is_compiling():
         _RUNNING[threading.get_ident()] = running
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether a forward of `module`, of which one begins, runs already around it."""
+    if torch.compiler.is_compiling():
+        return True
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count > 1
 
 
 def end(module: nn.Module) -> None:

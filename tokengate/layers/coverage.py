@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -149,14 +149,26 @@ def check_present(model: nn.Module, asked: str) -> None:
             raise TokenGateError(f"{asked} found that {found}.")
 
 
-# The models whose parameters an optimizer has, with how many there were when that was found out;
-# and those whose gradients were looked at there.
-_OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[int, WeakSet[nn.Module]]] = WeakKeyDictionary()
+# Of each optimizer: how many parameters and models there were when it was looked at, and the
+# layers of each model that it trains, {id of a parameter: name}.
+_OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[Any, list[tuple[Any, dict[int, str]]]]]
+_OF_OPTIMIZER = WeakKeyDictionary()
+# The models whose gradients were looked at there; and the first optimizer of each model.
 _LOOKED_AT: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
+_FIRST: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# Of each model: {id of a parameter of a layer's: the layer's name}.
+_OWN: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
 _HANDLES: list[Any] = []
 
 
+def look_anew() -> None:
+    """Layers have other parameters than before."""
+    _OWN.clear()
+    _OF_OPTIMIZER.clear()
+
+
 def _watch_optimizers() -> None:
+    look_anew()
     if not _HANDLES:
         _HANDLES.append(register_optimizer_step_post_hook(_at_step))
 
@@ -165,38 +177,69 @@ def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not ROOTS:
         return
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    count, models = _OF_OPTIMIZER.get(optimizer, (-1, WeakSet()))
-    if count != len(ROOTS):
-        models = WeakSet(
-            root for root in list(ROOTS) if held.keys() & own_parameters(all_layers(root).values())
-        )
-        _OF_OPTIMIZER[optimizer] = (len(ROOTS), models)
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
-    for model in list(models):
-        _report_lost(model, ())
+    for reference, own in _models_of(optimizer, held):
+        model = reference()
+        if model is None:
+            continue
+        if _FIRST.setdefault(model, ref(optimizer))() in (optimizer, None):
+            _FIRST[model] = ref(optimizer)
+            _report_lost(model, ())
         # A step without any gradient, as before a training begins, tells nothing.
-        if model not in seen and any(p.grad is not None for p in held.values()):
+        told = model in seen or all(p.grad is None for p in held.values())
+        if not told and _report_untrained(model, optimizer, own, held):
             seen.add(model)
-            _report_untrained(model, optimizer, held.keys())
+
+
+def _models_of(optimizer: Any, held: Collection[int]) -> list[tuple[Any, dict[int, str]]]:
+    roots_now = list(ROOTS)
+    key = (len(held), frozenset(id(root) for root in roots_now))
+    known = _OF_OPTIMIZER.get(optimizer)
+    if known is None or known[0] != key:
+        found = []
+        for root in roots_now:
+            if root not in _OWN:
+                _OWN[root] = {
+                    p: name
+                    for name, layer in all_layers(root).items()
+                    for p in own_parameters([layer])
+                    if not is_expert(name)
+                }
+            own = {p: _OWN[root][p] for p in held if p in _OWN[root]}
+            if own:
+                found.append((ref(root), own))
+        known = _OF_OPTIMIZER[optimizer] = (key, found)
+    return known[1]
 
 
 def _report_untrained(
-    model: nn.Module, optimizer: torch.optim.Optimizer, held: Collection[int]
-) -> None:
-    missed = []
-    for name, layer in all_layers(model).items():
-        parts = (part for part in layer.all_parts() if part is not None)
-        own = [p for part in parts for p in part.parameters() if id(p) in held and p.numel()]
-        if own and all(p.grad is None for p in own) and not is_expert(name):
-            missed.append(name)
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    own: dict[int, str],
+    held: dict[int, nn.Parameter],
+) -> bool:
+    """Whether all of its layers could be looked at: nobody has frozen one."""
+    trained: dict[str, bool] = {}
+    frozen = set()
+    for key, name in own.items():
+        parameter = held[key]
+        if not parameter.requires_grad:
+            frozen.add(name)
+        elif parameter.numel():
+            trained[name] = trained.get(name, False) or parameter.grad is not None
+    missed = [name for name, has in trained.items() if not has]
     if missed:
-        reached = [name for name in missed if all_layers(model)[name]._reached]
+        layers_now = all_layers(model)
+        missed = [name for name in layers_now if name in missed]
+    if missed:
+        reached = [name for name in missed if layers_now[name]._reached]
         why = _untrained(reached) if reached else _unreached(model, missed)
         warnings.warn(
             f"at the first step of this {type(optimizer).__name__}, {why}.",
             UnreachedLayerWarning,
             stacklevel=4,
         )
+    return bool(missed) or not frozen - trained.keys()
 
 
 def _untrained(names: list[str]) -> str:

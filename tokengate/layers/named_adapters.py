@@ -63,6 +63,13 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "users": self.users & {MODEL}}  # contexts are of the original
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        trained = [(module, name) for module, name, p in _parameters(self) if p.requires_grad]
+        if trained and not self.users:  # a copy of one that a context had in use
+            self.__dict__["trained"] = trained
+            self.settle()
+
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -52,8 +53,7 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     return patched
 
 
-# On a model that was given to `patch`: {name of a layer: the path it was last seen at}, with None
-# while it is folded.
+# On a model that was given to `patch`: {name of a layer: itself}, with None while it is folded.
 _REMEMBERED = "_tokengate_patched"
 # On one some of whose layers are gone: those that its user was told of.
 NAMED = "_tokengate_lost"
@@ -67,6 +67,7 @@ def remember(model: nn.Module) -> None:
     for name in all_layers(model):
         paths.setdefault(name, name)
     ROOTS.add(model)
+    _KNOWN.clear()
 
 
 def forget(model: nn.Module) -> None:
@@ -77,6 +78,7 @@ def forget(model: nn.Module) -> None:
         for key in (_REMEMBERED, NAMED):
             root.__dict__.pop(key, None)
         ROOTS.discard(root)
+    _KNOWN.clear()
 
 
 def rest(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -96,6 +98,7 @@ def _where(
 ) -> Iterator[tuple[dict[str, str | None], str]]:
     """What models remember of these layers, and the layers' names there."""
     wanted = set(layers)
+    _KNOWN.clear()
     for root in {*roots(model), *ROOTS}:
         paths = root.__dict__.get(_REMEMBERED, {})
         for name, layer in all_layers(root).items():
@@ -110,14 +113,38 @@ def roots(model: nn.Module) -> list[nn.Module]:
 
 def lost(model: nn.Module) -> list[str]:
     """The layers of `model` that were patched, and that neither `unpatch` nor `fold` took back."""
+    known = _KNOWN.get(model)
+    if known is None or not all(held.get(key) is child for held, key, child in known.ways):
+        known = _KNOWN[model] = _look(model)
+    return known.lost
+
+
+@dataclass
+class _Found:
+    # From the model to its layers: the children of a module, the name of one of them, and it.
+    ways: list[tuple[dict[str, Any], str, nn.Module]]
+    lost: list[str]
+
+
+# What was found last, while none of the ways has changed.
+_KNOWN: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+
+def _look(model: nn.Module) -> _Found:
     paths: dict[str, str | None] = model.__dict__.get(_REMEMBERED, {})
-    if all(path is None or isinstance(_at(model, path), Gated) for path in paths.values()):
-        return []
-    # Some may have gone elsewhere, into a wrapper.
     here = {layer: path for path, layer in model.named_modules() if isinstance(layer, Gated)}
     found = {name: here[layer] for name, layer in all_layers(model).items()}
-    paths.update((name, path) for name, path in found.items() if name in paths)
-    return [name for name, path in paths.items() if path is not None and name not in found]
+    ways: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+    for name in paths.keys() & found.keys():
+        parent, path = model, ""
+        for component in found[name].split(".") if found[name] else ():
+            path = f"{path}.{component}"
+            child = parent._modules[component]
+            assert child is not None
+            ways[path] = (parent._modules, component, child)
+            parent = child
+    missing = [name for name, path in paths.items() if path is not None and name not in found]
+    return _Found(list(ways.values()), missing)
 
 
 def what_is_lost(model: nn.Module) -> str | None:

@@ -24,14 +24,22 @@ class _Encoder(Swapped):
     def activation_relu_or_gelu(self) -> Any:
         return self.__dict__["activation_relu_or_gelu"] if _is_plain(self) else 0
 
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: Any) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
+
     @property
     def use_nested_tensor(self) -> Any:
         return self.__dict__["use_nested_tensor"] and _is_plain(self)
 
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: Any) -> None:
+        self.__dict__["use_nested_tensor"] = value
+
 
 def _is_plain(encoder: nn.Module) -> bool:
     inside = (module for module in encoder.modules() if isinstance(module, Gated))
-    return all(said_of(layer, DISABLED) for layer in inside)
+    return all(said_of(layer, DISABLED) or layer.in_use() is None for layer in inside)
 
 
 def settle_fast_paths(model: nn.Module) -> None:
