@@ -172,10 +172,10 @@ def test_a_model_that_is_trained_whole_is_not_spoken_of():
 
 def test_what_is_frozen_on_purpose_is_looked_at_once_it_is_trained():
     model = tokengate.patch(Bypassed(), "all-linear", rank=2)
-    own = [
-        p for layer in tokengate.layers(model).values() for p in layer.all_parts()[0].parameters()
-    ]
-    own += [layer.gate.tau for layer in tokengate.layers(model).values()]
+    with pytest.warns(UnreachedLayerWarning, match=HEAD):  # at the first forward
+        model(X)
+    found = tokengate.layers(model).values()
+    own = [p for layer in found for p in (*layer.modification.parameters(), layer.gate.tau)]
     free = nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([*own, free], lr=1e-3)
     for parameter in own:
