@@ -22,7 +22,9 @@ def peak_allocation(step):
 def allocations_of(step):
     """Bytes in the order of time, negative where they are given back."""
     gc.collect()  # or what an earlier step left as garbage is given back in the middle of this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()
     memory = [event for event in events if event.name() == "[memory]"]

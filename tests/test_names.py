@@ -22,8 +22,8 @@ TARGETS = ["blocks.0.q_proj", "blocks.0.fc1", "blocks.1.q_proj", "blocks.1.fc1"]
 
 
 def compiled(module):
-    again = type(module).__name__ == "OptimizedModule"  # of which torch makes no module
-    return module if again else torch.compile(module, backend="eager")
+    made = torch.compile(module, backend="eager")
+    return made if isinstance(made, nn.Module) else module  # of what is compiled, no module
 
 
 def averaged(module):

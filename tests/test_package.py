@@ -207,6 +207,18 @@ def test_the_core_imports_torch_safetensors_and_the_standard_library():
             assert roots <= set(sys.stdlib_module_names), (file, roots)
 
 
+def test_the_lowest_versions_tested_are_those_promised():
+    """Each version in .ci/lowest.txt is a lower bound of pyproject.toml."""
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    text = (ROOT / "pyproject.toml").read_text()
+    promised = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', text.split("examples = ")[0]))
+    promised |= dict(re.findall(r'"([\w-]+)>=([\d.]+)"', text.split("\ntest = ")[1]))
+    assert {"torch", "safetensors", "transformers"} <= tested.keys()
+    for name, version in tested.items():
+        assert version in (promised[name], f"{promised[name]}.0"), name
+
+
 def unpickling(text):
     """The calls that may run what is in a file."""
     return [
