@@ -199,6 +199,16 @@ def test_a_replaced_block_is_missed_and_a_known_loss_is_not_searched_for_again(m
     silent(lambda: model(X))
 
 
+@pytest.mark.parametrize("how", ["module", "in place"])
+def test_a_block_that_is_compiled_is_not_taken_for_unreached(how):
+    model = tokengate.patch(Net(), ["fc1"], rank=2)
+    if how == "module":
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    else:
+        model.blocks[0].compile(backend="eager")
+    silent(lambda: model(X))
+
+
 def test_a_step_without_gradients_tells_nothing_and_a_closure_has_them_after_it():
     model = tokengate.patch(Bypassed(), "all-linear", rank=2)
     optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=1e-3))

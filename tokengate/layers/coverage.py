@@ -115,13 +115,21 @@ def _report_once(model: nn.Module, args: Any, output: Any) -> None:
     if torch.is_grad_enabled():
         check_trainable(model)
     _unhook(model, _report_once)
-    missed = [n for n, m in layers(model).items() if not m._reached and not is_expert(n)]
+    compiled = [module for module in model.modules() if _is_compiled(module)]
+    unseen = {layer for module in compiled for layer in module.modules()}
+    seen = {n: m for n, m in layers(model).items() if m not in unseen and not is_expert(n)}
+    missed = [name for name, layer in seen.items() if not layer._reached]
     if missed:
         warnings.warn(
             f"in the first forward of this {type(model).__name__}, {_unreached(model, missed)}.",
             UnreachedLayerWarning,
             stacklevel=3,
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it runs as compiled code, which says nothing of the layers in it."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def report_lost(model: nn.Module) -> None:
@@ -151,8 +159,7 @@ def check_present(model: nn.Module, asked: str) -> None:
 
 # Of each optimizer: how many parameters and models there were when it was looked at, and the
 # layers of each model that it trains, {id of a parameter: name}.
-_OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[Any, list[tuple[Any, dict[int, str]]]]]
-_OF_OPTIMIZER = WeakKeyDictionary()
+_OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
 # The models whose gradients were looked at there; and the first optimizer of each model.
 _LOOKED_AT: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
 _FIRST: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -180,8 +187,6 @@ def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
     for reference, own in _models_of(optimizer, held):
         model = reference()
-        if model is None:
-            continue
         if _FIRST.setdefault(model, ref(optimizer))() in (optimizer, None):
             _FIRST[model] = ref(optimizer)
             _report_lost(model, ())
@@ -192,12 +197,11 @@ def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _models_of(optimizer: Any, held: Collection[int]) -> list[tuple[Any, dict[int, str]]]:
-    roots_now = list(ROOTS)
-    key = (len(held), frozenset(id(root) for root in roots_now))
+    key = (len(held), frozenset(id(root) for root in list(ROOTS)))
     known = _OF_OPTIMIZER.get(optimizer)
     if known is None or known[0] != key:
         found = []
-        for root in roots_now:
+        for root in list(ROOTS):
             if root not in _OWN:
                 _OWN[root] = {
                     p: name
@@ -227,12 +231,10 @@ def _report_untrained(
             frozen.add(name)
         elif parameter.numel():
             trained[name] = trained.get(name, False) or parameter.grad is not None
-    missed = [name for name, has in trained.items() if not has]
+    patched = all_layers(model)
+    missed = [name for name in patched if not trained.get(name, True)]
     if missed:
-        layers_now = all_layers(model)
-        missed = [name for name in layers_now if name in missed]
-    if missed:
-        reached = [name for name in missed if layers_now[name]._reached]
+        reached = [name for name in missed if patched[name]._reached]
         why = _untrained(reached) if reached else _unreached(model, missed)
         warnings.warn(
             f"at the first step of this {type(optimizer).__name__}, {why}.",
