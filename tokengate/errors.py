@@ -1,5 +1,6 @@
 """The one error this library raises for what a user asked of it, its warnings, and their words."""
 
+from collections.abc import Iterable
 from typing import Any
 
 _LENGTH = 80
@@ -29,6 +30,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(shown: Iterable[str], most: int = 5) -> str:
+    """The first of what is shown, and how many more there are."""
+    each = list(shown)
+    more = f" and {len(each) - most} more" if len(each) > most else ""
+    return ", ".join(each[:most]) + more
 
 
 def brief(value: Any) -> str:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import NonFiniteWarning
+from tokengate.kernels.eager import is_captured
 from tokengate.sharding import anywhere, local_part, numbers_here
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _skip(optimizer: Optimizer) -> None:
     gradients = [p.grad for _, p in held if p.grad is not None]
     if not held:
         return
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         for gradient in gradients:  # nothing can be asked here: what is not finite counts as 0
             local_part(gradient).nan_to_num_(0.0, 0.0, 0.0)
         return

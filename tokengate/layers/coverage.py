@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tokengate.errors import TokenGateError, UnreachedLayerWarning
+from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.layers.batches import keeping_modes
 from tokengate.layers.calls import exclusive
 from tokengate.layers.gated_linear import Gated
@@ -22,7 +22,6 @@ from tokengate.layers.patched import (
     ROOTS,
     all_layers,
     layers,
-    listed,
     lost,
     own_parameters,
     remember,
@@ -33,7 +32,7 @@ from tokengate.layers.patched import (
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.linears.experts import is_expert
-from tokengate.names import submodule
+from tokengate.names import joined, submodule
 
 
 def watch(model: nn.Module) -> None:
@@ -246,9 +245,9 @@ def _report_untrained(
 
 def _untrained(names: list[str]) -> str:
     return (
-        f"{listed(names)} got no gradient: either the loss does not depend on the layer, as on "
-        "LLaVA's last vision layer, so exclude it; or it ran without gradients, as in reentrant "
-        "checkpointing whose inputs require none, so pass use_reentrant=False, or call "
+        f"{listed(map(repr, names))} got no gradient: either the loss does not depend on the "
+        "layer, as on LLaVA's last vision layer, so exclude it; or it ran without gradients, as in "
+        "reentrant checkpointing whose inputs require none, so pass use_reentrant=False, or call "
         "model.enable_input_require_grads()"
     )
 
@@ -260,8 +259,9 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
     )
     owners = {type(_owner(model, name)).__name__ for name in names if name}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
+    were = "was" if len(names) == 1 else "were"
     return (
-        f"{listed(names)}{inside} {'was' if len(names) == 1 else 'were'} patched but never "
+        f"{listed(map(repr, names))}{inside} {were} patched but never "
         f"called: {reason}; name other targets, or exclude these"
     )
 
@@ -275,7 +275,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 def _check_gradients(patched: dict[str, Gated], mode: str) -> None:
     missing = [
-        f"{name}.{part}.{own}" if name else f"{part}.{own}"
+        joined(name, f"{part}.{own}")
         for name, layer in patched.items()
         for part, module in (("modification", layer.modification), ("gate", layer.gate))
         if module is not None

@@ -93,7 +93,8 @@ def let_go(context: Context | None) -> None:
             for adapter in (layer._adapters or {}).values():
                 if context in adapter.users:
                     adapter.put_away(context)
-                adapter.settle()
+                else:
+                    adapter.settle()
 
 
 @contextlib.contextmanager

@@ -9,11 +9,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import TokenGateError, brief, listed
 from tokengate.layers.gated_linear import Gated
 from tokengate.names import named_modules
-
-_SHOWN = 5
 
 
 def layers(model: nn.Module) -> dict[str, Gated]:
@@ -53,7 +51,7 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
     return patched
 
 
-# On a model that was given to `patch`: {name of a layer: itself}, with None while it is folded.
+# On a model that was given to `patch`: {name of a layer: whether it is folded, and so plain}.
 _REMEMBERED = "_tokengate_patched"
 # On one some of whose layers are gone: those that its user was told of.
 NAMED = "_tokengate_lost"
@@ -63,17 +61,17 @@ ROOTS: WeakSet[nn.Module] = WeakSet()
 
 def remember(model: nn.Module) -> None:
     """From now on these are the layers that `model` should have patched."""
-    paths = model.__dict__.setdefault(_REMEMBERED, {})
+    remembered = model.__dict__.setdefault(_REMEMBERED, {})
     for name in all_layers(model):
-        paths.setdefault(name, name)
+        remembered.setdefault(name, False)
     ROOTS.add(model)
     _KNOWN.clear()
 
 
 def forget(model: nn.Module) -> None:
     """`unpatch` is about to take the layers of `model` back: no model misses them."""
-    for paths, name in _where(model, all_layers(model).values()):
-        paths.pop(name, None)
+    for remembered, name in _where(model, all_layers(model).values()):
+        remembered.pop(name, None)
     for root in roots(model):
         for key in (_REMEMBERED, NAMED):
             root.__dict__.pop(key, None)
@@ -83,27 +81,25 @@ def forget(model: nn.Module) -> None:
 
 def rest(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """`fold` is about to make these layers of `model` plain: no model misses them meanwhile."""
-    for paths, name in _where(model, layers):
-        paths[name] = None
+    for remembered, name in _where(model, layers):
+        remembered[name] = True
 
 
 def rise(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """They are patched again."""
-    for paths, name in _where(model, layers):
-        paths[name] = name
+    for remembered, name in _where(model, layers):
+        remembered[name] = False
 
 
-def _where(
-    model: nn.Module, layers: Iterable[nn.Module]
-) -> Iterator[tuple[dict[str, str | None], str]]:
+def _where(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[dict[str, bool], str]]:
     """What models remember of these layers, and the layers' names there."""
     wanted = set(layers)
     _KNOWN.clear()
     for root in {*roots(model), *ROOTS}:
-        paths = root.__dict__.get(_REMEMBERED, {})
+        remembered = root.__dict__.get(_REMEMBERED, {})
         for name, layer in all_layers(root).items():
-            if layer in wanted and name in paths:
-                yield paths, name
+            if layer in wanted and name in remembered:
+                yield remembered, name
 
 
 def roots(model: nn.Module) -> list[nn.Module]:
@@ -131,11 +127,11 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 def _look(model: nn.Module) -> _Found:
-    paths: dict[str, str | None] = model.__dict__.get(_REMEMBERED, {})
+    remembered: dict[str, bool] = model.__dict__.get(_REMEMBERED, {})
     here = {layer: path for path, layer in model.named_modules() if isinstance(layer, Gated)}
     found = {name: here[layer] for name, layer in all_layers(model).items()}
     ways: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for name in paths.keys() & found.keys():
+    for name in remembered.keys() & found.keys():
         parent, path = model, ""
         for component in found[name].split(".") if found[name] else ():
             path = f"{path}.{component}"
@@ -143,7 +139,7 @@ def _look(model: nn.Module) -> _Found:
             assert child is not None
             ways[path] = (parent._modules, component, child)
             parent = child
-    missing = [name for name, path in paths.items() if path is not None and name not in found]
+    missing = [name for name, is_plain in remembered.items() if not is_plain and name not in found]
     return _Found(list(ways.values()), missing)
 
 
@@ -154,8 +150,9 @@ def what_is_lost(model: nn.Module) -> str | None:
         return None
     kinds = {type(_at(model, name)).__name__ for name in names} - {"NoneType"}
     now = f"a {' or a '.join(sorted(kinds))} stands there" if kinds else "nothing stands there"
+    were = "was" if len(names) == 1 else "were"
     return (
-        f"{listed(names)} of this {type(model).__name__} {'was' if len(names) == 1 else 'were'} "
+        f"{listed(map(repr, names))} of this {type(model).__name__} {were} "
         f"patched, and {now} now, unpatched: whatever replaced it (resize_token_embeddings, "
         "reset_classifier, dequantize, a conversion or fusion of layers) belongs before "
         "tokengate.patch, so patch what is there now, and make the optimizer anew"
@@ -167,10 +164,3 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
     for component in path.split(".") if path else ():
         found = None if found is None else found._modules.get(component)
     return found
-
-
-def listed(names: list[str]) -> str:
-    """The first of them, and how many more."""
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    more = len(names) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown

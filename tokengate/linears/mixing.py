@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from tokengate.errors import MixedPositionsWarning
+from tokengate.errors import MixedPositionsWarning, listed
 from tokengate.linears.by_name import class_names
 from tokengate.names import joined, named_children, named_modules
 
@@ -37,10 +37,9 @@ def warn_of_mixing(model: nn.Module, chosen: Collection[nn.Module], stacklevel: 
         if _mixes(owner, attribute) and any(module in chosen for module in part.modules())
     ]
     if found:
-        shown = ", ".join(repr(name) for name in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        shown = listed(map(repr, found), _SHOWN)
         warnings.warn(
-            f"{shown}{more} mix tokens or heads, so that the gates there decide about channels "
+            f"{shown} mix tokens or heads, so that the gates there decide about channels "
             "instead of tokens: exclude them unless that is meant.",
             MixedPositionsWarning,
             stacklevel=stacklevel,

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Set
 
 from torch import nn
 
-from tokengate.errors import SkippedModuleWarning
+from tokengate.errors import SkippedModuleWarning, listed
 from tokengate.gates.base import Gate
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.linear_like import LinearSlice, is_linear
 from tokengate.methods.base import Modification
-
-_SHOWN = 5
 
 
 def skipped(matched: Set[nn.Module], by_name: bool) -> set[nn.Module]:
@@ -52,11 +50,10 @@ def warn_of_skipped(found: Mapping[str, Set[nn.Module]], names: Mapping[nn.Modul
     for target, modules in found.items():
         if not modules:
             continue
-        listed = sorted((names[m], type(m).__name__) for m in modules)
-        shown = ", ".join(f"{name!r} ({kind})" for name, kind in listed[:_SHOWN])
-        more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+        own = sorted((names[m], type(m).__name__) for m in modules)
+        shown = listed(f"{name!r} ({kind})" for name, kind in own)
         warnings.warn(
-            f"target {target} matches linear layers, which are patched, and {shown}{more}, which "
+            f"target {target} matches linear layers, which are patched, and {shown}, which "
             "cannot be and stay as they are: name the layers more exactly, or leave these out with "
             "exclude=.",
             SkippedModuleWarning,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from tokengate.errors import listed
 from tokengate.reports.module_sparsity import ModuleSparsity
-
-_SHOWN = 5
 
 
 def summary(
@@ -23,6 +22,5 @@ def summary(
         parts.append(f"{len(modules) - called} modules were never called")
     broken = [f"{name} ({m.broken_tau})" for name, m in modules.items() if m.broken_tau]
     if broken:
-        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-        parts.append(f"tau is not finite in {', '.join(broken[:_SHOWN])}{more}")
+        parts.append(f"tau is not finite in {listed(broken)}")
     return "; ".join(parts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import share
-from tokengate.errors import TokenGateError, UnreachedSparsityWarning
+from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.kernels.norms import Norms, ratios
 from tokengate.layers.calls import exclusive
 from tokengate.layers.patched import require_layers
@@ -20,8 +20,8 @@ from tokengate.training.measuring import measure
 
 # Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
 _FINE, _LOW, _OCTAVES = 1024, -24, 40
-# How far from the share asked for is not worth a word, and how many layers are named.
-_NEAR, _SHOWN = 0.1, 5
+# How far from the share asked for is not worth a word.
+_NEAR = 0.1
 
 
 @exclusive
@@ -91,10 +91,9 @@ def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
     found = {name: seen.miss(sparsity) for name, seen in counted.items()}
     missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
     if missed:
-        more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
         warnings.warn(
             f"calibrate was asked to close {_percent(sparsity)} of the positions, which no tau "
-            f"does in {', '.join(missed[:_SHOWN])}{more}: mask padding, or pass other batches or "
+            f"does in {listed(missed)}: mask padding, or pass other batches or "
             "another sparsity.",
             UnreachedSparsityWarning,
             stacklevel=4,
