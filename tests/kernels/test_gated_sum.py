@@ -1,5 +1,7 @@
 """The quick sum of a layer's output and its gated modification, where it goes its own ways."""
 
+import inspect
+
 import pytest
 import torch
 from models import Keeps, away_from_initialisation
@@ -211,3 +213,23 @@ def test_gradients_of_fractional_weights(gain, kind, monkeypatch):
     parts = (m,) if kind == "whole" else (z, up, factor) if gain else (z, up)
     assert torch.autograd.gradcheck(summed, (w, a, *parts))
     assert torch.autograd.gradgradcheck(summed, (w, a, *parts))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
+@pytest.mark.parametrize("gate", ["threshold", "sigmoid"])
+def test_no_signature_is_bound_in_a_step(method, gate, monkeypatch):
+    # It takes as long as the arithmetic of a few positions.
+    bound = []
+    of = inspect.signature
+
+    def counted(function, *args, **kwargs):
+        bound.append(function)
+        return of(function, *args, **kwargs)
+
+    layer, x = layer_of(method, gate=gate, dropout=0.5).train(), torch.randn(3, 12)
+    monkeypatch.setattr(inspect, "signature", counted)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.gate.parameters())
+    assert not bound
+    torch.func.grad(lambda x: layer(x).sum())(x)  # transforms want it: so this can fail
+    assert bound

@@ -194,21 +194,19 @@ class _Threshold(torch.autograd.Function):
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
         a, mask, penalty = ctx.saved_tensors
         penalty = ctx.penalty if penalty is None else penalty
-        g = threshold_direction(mu.detach(), a != 0, penalty, mask)
+        g = threshold_direction(mu.detach(), a, penalty, mask)
         return -g.to(ctx.tau_dtype).reshape(ctx.tau_shape), None, None, None, None
 
 
 def threshold_direction(
     mu: Tensor, is_open: Tensor, penalty: Tensor | float, mask: Tensor | None
 ) -> Tensor:
-    """g of eq. 17, `(...), (...) -> ()`."""
-    moves = (mu >= 0) == is_open
+    """g of eq. 17, `(...), (...) -> ()`; S as booleans, or as numbers 0 and 1."""
+    stays = (mu >= 0) != is_open
     if mask is not None:
-        real = mask != 0
-        moves, is_open = moves & real, is_open & real
-    return torch.where(moves, mu, torch.zeros_like(mu)).sum() + penalty * is_open.sum(
-        dtype=mu.dtype
-    )
+        padding = mask == 0
+        stays, is_open = stays | padding, is_open.masked_fill(padding, 0)
+    return mu.masked_fill(stays, 0).sum() + penalty * is_open.sum(dtype=mu.dtype)
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from tokengate.kernels.gated_sum import (
     product_with_gain,
     without_bias,
 )
-from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms, reshaped
+from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum
 
@@ -94,13 +94,10 @@ class Change:
                 # Sizes are constants to derivatives that are carried forward, too.
                 return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
             z, up, gain = self.m.z, self.m.up, self.m.gain
-            z = z.reshape(-1, z.shape[-1])
             if gain is None:
-                of_m, of_w = norms_of_product(z, up), norms_without_bias(self.out, self.bias)
-            else:
-                self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
-            at = self.out.shape[:-1]
-            return reshaped(of_m, lambda n: n.view(at)), reshaped(of_w, lambda n: n.view(at))
+                return norms_of_product(z, up), norms_without_bias(self.out, self.bias)
+            self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
+            return of_m, of_w
 
     def add(self, a: Tensor | None) -> Tensor:
         """out + a M(x), `(..., out_features)`; with a = 1 where it is None. To be called once.

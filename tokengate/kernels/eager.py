@@ -41,8 +41,30 @@ def applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
     """
     if _derives_forward():
         function = _with_jvp(function)
+    elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        function = _in_one(function)
     value: Tensor = function.apply(*args)
     return value
+
+
+@functools.cache
+def _in_one(function: type[Any]) -> type[Any]:
+    """The same with its context set up in forward, which only transforms want apart.
+
+    For a `setup_context` of its own torch inspects the signature of forward in each call, which
+    takes as long as the arithmetic of a few positions.
+    """
+    plain = torch.autograd.Function.setup_context
+    if function.setup_context is plain:
+        return function
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    own = {"forward": staticmethod(forward), "setup_context": staticmethod(plain)}
+    return type(function.__name__, (function,), own | {"generate_vmap_rule": False})
 
 
 @functools.cache

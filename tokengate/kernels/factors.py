@@ -51,10 +51,10 @@ class Factors:
         """An error if they do not fit `w`."""
         # Addition would broadcast what is too small, to all positions or channels alike.
         rank, channels = self.z.shape[-1], w.shape[-1]
-        wanted = {"z": (*w.shape[:-1], rank), "up": (channels, rank), "gain": (channels,)}
-        for name, shape in wanted.items():
+        wanted = (("z", (*w.shape[:-1], rank)), ("up", (channels, rank)), ("gain", (channels,)))
+        for name, shape in wanted:
             part = getattr(self, name)
-            if part is not None and (tuple(part.shape) != shape or part.dtype != w.dtype):
+            if part is not None and (part.shape != shape or part.dtype != w.dtype):
                 raise TokenGateError(
                     f"{name} of the factors has shape {tuple(part.shape)} and dtype {part.dtype}: "
                     f"return {shape} in {w.dtype}, as w has it."

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokengate.kernels.factors import Learn
-from tokengate.kernels.norms import Norms, accumulation_dtype, norms
+from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
@@ -56,18 +57,17 @@ class GatedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
-        grad_out, grad_bias, grad_z, grad_up, grad_gain, mu = grad, *[None] * 5
+        grad_out, grad_bias, grad_up, grad_gain, mu = grad, *[None] * 4
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
         if ctx.learn is not None:
             ctx.learn(z, down)
-        if needs_up:
+        weighted_z, grad_z = _weighted(a, z if needs_up else None, down if needs_z else None)
+        if weighted_z is not None:
+            weighted_z = weighted_z.reshape(-1, z.shape[-1])
             # 16-bit products are quicker this way round, wider ones the other.
-            weighted_z = _weighted(a, z).reshape(-1, z.shape[-1])
             narrow = grad.element_size() < 4
             grad_up = (weighted_z.T @ rows).T if narrow else rows.T @ weighted_z
-        if needs_z:
-            grad_z = _weighted(a, down)
         if needs_a:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
@@ -106,7 +106,8 @@ def gated_sum(
     if gain is None:
         h = out if in_place else out.clone(memory_format=torch.contiguous_format)
         flat = None if a is None else a.reshape(-1)
-        h.view(-1, width).addmm_(_weighted(flat, z), up.T)
+        (weighted,) = _weighted(flat, z)
+        h.view(-1, width).addmm_(weighted, up.T)
         return h
     h = torch.empty(out.shape, dtype=out.dtype, device=out.device) if product is None else product
     _add_with_gain(h.view(-1, width), out.reshape(-1, width), z, bias, up, gain, a, product is None)
@@ -121,9 +122,10 @@ def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
 def product_with_gain(
     out: Tensor, z: Tensor, bias: Tensor | None, up: Tensor, gain: Tensor
 ) -> tuple[Tensor, Norms, Norms]:
-    """m = up z + gain w, `(..., C)`, with its norms and those of w, `(N,)`; z is `(N, rank)`."""
-    product = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    """m = up z + gain w, `(..., C)`, with its norms and those of w, `(...)`; z is `(..., rank)`."""
+    product, at = torch.empty(out.shape, dtype=out.dtype, device=out.device), out.shape[:-1]
     m, out = product.view(-1, out.shape[-1]), out.reshape(-1, out.shape[-1])
+    z = z.reshape(-1, z.shape[-1])
     of_m, of_w = [], []
     dtype = accumulation_dtype(out)
     for block in _blocks(out):
@@ -131,7 +133,8 @@ def product_with_gain(
         torch.mul(w, gain, out=m[block]).addmm_(z[block], up.T)
         of_m.append(norms(m[block], dtype))
         of_w.append(norms(w, dtype))
-    return product, _joined(of_m), _joined(of_w)
+    norms_of_m, norms_of_w = (reshaped(_joined(p), lambda n: n.view(at)) for p in (of_m, of_w))
+    return product, norms_of_m, norms_of_w
 
 
 def _add_with_gain(
@@ -197,20 +200,23 @@ def _through_gain(
 
 
 def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
-    """||w_i||: `(..., C) -> (N,), (N,)`."""
-    out, dtype = out.reshape(-1, out.shape[-1]), accumulation_dtype(out)
-    if bias is None:
-        return norms(out, dtype)
-    return _joined([norms(without_bias(out[block], bias), dtype) for block in _blocks(out)])
+    """||w_i||: `(..., C) -> (...), (...)`."""
+    dtype = accumulation_dtype(out)
+    if bias is None or out.numel() <= _BLOCK:
+        return norms(without_bias(out, bias), dtype)
+    rows = out.reshape(-1, out.shape[-1])
+    parts = [norms(without_bias(rows[block], bias), dtype) for block in _blocks(rows)]
+    return reshaped(_joined(parts), lambda n: n.view(out.shape[:-1]))
 
 
 def norms_of_product(z: Tensor, up: Tensor) -> Norms:
-    """||up z_i|| from the r x r products of up's columns: `(N, r), (C, r) -> (N,), (N,)`.
+    """||up z_i|| from the r x r products of up's columns: `(..., r), (C, r) -> (...), (...)`.
 
     Of few positions M(x) itself, which is less work.
     """
-    if len(z) <= up.shape[1]:
-        return norms(z @ up.T, accumulation_dtype(z))
+    rank = up.shape[1]
+    if z.numel() <= rank * rank:
+        return norms(F.linear(z, up), accumulation_dtype(z))
     if z.device.type == "cpu" and z.dtype != torch.float64:
         square, bound = _from_gram(z, up, torch.float32)
         least, largest = bound.aminmax()  # both are NaN where one of them is
@@ -231,7 +237,7 @@ def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
 
 
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """||up z_i||^2, and the largest that it can be: ||up||^2 ||z_i||^2, `(N,), (N,)`."""
+    """||up z_i||^2, and the largest that it can be: ||up||^2 ||z_i||^2, `(...), (...)`."""
     z, up = z.to(dtype), up.to(dtype)
     gram = up.T @ up
     return torch.linalg.vecdot(z @ gram, z), gram.trace() * torch.linalg.vecdot(z, z)
@@ -246,14 +252,16 @@ def _joined(parts: list[Norms]) -> Norms:
     return torch.cat([n for n, _ in parts]), exponent
 
 
-def _weighted(a: Tensor | None, x: Tensor) -> Tensor:
+def _weighted(a: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """a_i x_i of each x, `(...), (..., C) -> (..., C)`."""
     if a is None:
-        return x
+        return list(tensors)
     a = a.unsqueeze(-1)
     # A selection: what is closed is 0, whatever it was.
     if a.dtype == torch.bool:
-        return torch.where(a, x, 0)
-    return torch.where(a != 0, a.to(x.dtype) * x, 0)
+        return [None if x is None else torch.where(a, x, 0) for x in tensors]
+    closed = a == 0
+    return [None if x is None else (a.to(x.dtype) * x).masked_fill_(closed, 0) for x in tensors]
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -50,10 +50,10 @@ def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
 def in_range(norms: Norms) -> bool:
     """Whether no square that matters has left float32's range on the way to these plain norms."""
     norm, _ = norms
-    if not norm.numel():
-        return True
-    least, largest = norm.aminmax()  # both are NaN where one of them is
-    return least.item() > 1e-15 and largest.item() < 1e18
+    few = norm.numel() <= 16
+    # Both of aminmax are NaN where one number is.
+    sizes = norm.flatten().tolist() if few else [each.item() for each in norm.aminmax()]
+    return all(1e-15 < size < 1e18 for size in sizes)
 
 
 def ratios(of_m: Norms, of_w: Norms) -> Tensor:

@@ -131,7 +131,7 @@ class Gated(Swapped):
             x, factors = adapter[0].factors_before(input, cast(nn.Linear, self))
         out: Tensor = super().forward(x, *args, **kwargs)
         mask, norms = self._fitting(told.mask, input), None
-        observers: list[Observer] = said_of(self, RECORD)
+        observers: list[Observer] = said_of(self, RECORD) if contexts() else []
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
             h, is_open, norms = self.modified(
