@@ -291,7 +291,9 @@ def test_what_is_trained_in_a_context_is_what_it_uses():
     with_gradients = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradients
     assert all("adapters.b." in n for n in with_gradients)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "adapters" in n)
+    model(X).square().sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} > with_gradients
+    assert not any("adapters.c." in n for n, p in model.named_parameters() if p.grad is not None)
 
 
 def test_copies_in_a_context_are_in_none():
@@ -365,6 +367,63 @@ def test_contexts_that_another_task_has_ended_do_not_pile_up():
         return len(calls.contexts()) + (await task if left else 0)
 
     assert asyncio.run(again(20)) <= 21
+
+
+@pytest.mark.parametrize("name", ["b", "rows", "disabled", "restrict"])
+def test_a_task_goes_on_in_what_it_was_begun_in(name):
+    model = several()
+    expected = answers(model)
+    assert not torch.equal(expected[name], expected["free"])
+
+    async def answer():
+        return run(model)
+
+    async def serve():
+        with ways(model)[name]():
+            task = asyncio.create_task(answer())
+        assert torch.equal(run(model), expected["free"])
+        return await task
+
+    assert torch.equal(asyncio.run(serve()), expected[name])
+
+
+def test_a_recording_ends_for_tasks_that_were_begun_in_it_too():
+    model = several()
+
+    async def answer():
+        return run(model)
+
+    async def serve():
+        with tokengate.record(model) as rec:
+            run(model)
+            task = asyncio.create_task(answer())
+        before = rec.report().to_dict()
+        await task
+        return before == rec.report().to_dict()
+
+    assert asyncio.run(serve())
+
+
+def test_backward_after_the_context_it_was_begun_in():
+    model = several()
+    adapters = tokengate.layers(model)["blocks.0.fc1"]._adapters
+
+    def gradients(name):
+        return [p.grad for p in adapters[name].parameters()]
+
+    with tokengate.use(model, "b"):
+        loss = model(X).sum()
+        loss.backward(retain_graph=True)
+    right = [grad.clone() for grad in gradients("b")]
+    assert any(grad.any() for grad in right)
+    model.zero_grad()
+    loss.backward()
+    assert all(map(torch.equal, gradients("b"), right))
+    assert gradients("default") == [None] * len(right)
+    # Until it is used for something else, nothing of which is to be trained.
+    with tokengate.use(model, "b"):
+        run(model)
+    assert not any(p.requires_grad for p in adapters["b"].parameters())
 
 
 def test_a_layer_called_by_keyword():

@@ -35,7 +35,8 @@ class Context:
         owner: whoever entered it, and leaves it.
         thread: that it belongs to.
         windows: whether its layers ask which part of its sequences a call is about.
-        ended: whether it was left, if that was in another task.
+        derived: whether a layer ran in it whose backward may come after it.
+        ended: whether it holds for nobody any more.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Context:
     owner: object
     thread: int
     windows: bool = False
+    derived: bool = False
     ended: bool = False
 
 
@@ -56,13 +58,29 @@ def enter(kind: str, layers: Mapping[Any, Any], owner: object, *, windows: bool 
     """From here on, in this thread and task, this holds of these layers."""
     context = Context(kind, layers, owner, threading.get_ident(), windows)
     _OPEN[id(context)] = context
-    # Those that another task has ended go, too.
-    _CONTEXTS.set((*(c for c in _CONTEXTS.get() if not c.ended), context))
+    _CONTEXTS.set((*_holding(_CONTEXTS.get()), context))
     return context
 
 
+def _holding(contexts: tuple[Context, ...]) -> Iterator[Context]:
+    """Those that still say something: a chain of tasks, each begun in the last, would pile up."""
+    left = [c for c in contexts if c.kind in (USE, DISABLED) and id(c) not in _OPEN]
+    for context in contexts:
+        later = left[left.index(context) + 1 :] if context in left else []
+        hidden = any(
+            other.kind == context.kind and context.layers.keys() <= other.layers.keys()
+            for other in later
+        )
+        if not (context.ended or hidden):
+            yield context
+
+
 def leave(owner: object) -> Context | None:
-    """What `owner` entered last holds no longer; others do, in whatever order they end."""
+    """What `owner` entered last holds no longer; others do, in whatever order they end.
+
+    Tasks that were begun within it go on in it. But a recording has an end; and so has what is left
+    elsewhere than where it was entered, as by a generator that another thread closes.
+    """
     contexts = _CONTEXTS.get()
     own = [c for c in contexts if c.owner is owner] or [
         c for c in list(_OPEN.values()) if c.owner is owner
@@ -70,7 +88,7 @@ def leave(owner: object) -> Context | None:
     if not own:
         return None
     last = own[-1]
-    last.ended = True
+    last.ended = last.kind == RECORD or last not in contexts
     _OPEN.pop(id(last), None)
     _CONTEXTS.set(tuple(c for c in contexts if c is not last and not c.ended))
     return last
@@ -90,6 +108,13 @@ def in_context(kind: str, layers: Mapping[Any, Any]) -> Iterator[None]:
 def contexts() -> tuple[Context, ...]:
     """Those that are in force here, from the first entered on."""
     return _CONTEXTS.get()
+
+
+def awaits_backward(layer: nn.Module) -> None:
+    """The contexts that say which adapter of a layer to use may be left before its backward."""
+    for context in _CONTEXTS.get():
+        if context.kind == USE and layer in context.layers:
+            context.derived = True
 
 
 def said_of(layer: nn.Module, kind: str) -> list[Any]:

@@ -18,7 +18,15 @@ from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.kernels.recomputation import MaskMemory, in_backward
-from tokengate.layers.calls import DISABLED, RECORD, USE, contexts, padding_of, said_of
+from tokengate.layers.calls import (
+    DISABLED,
+    RECORD,
+    USE,
+    awaits_backward,
+    contexts,
+    padding_of,
+    said_of,
+)
 from tokengate.layers.regions import Regional
 from tokengate.layers.regions import inside as allowed
 from tokengate.layers.several import (
@@ -203,6 +211,8 @@ class Gated(Swapped):
             if said_of(self, DISABLED):
                 told.choice = None
             again = not torch.compiler.is_compiling() and in_backward()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                awaits_backward(self)
             if told.choice is not None and not again:
                 first = input
                 if self._sequence_first and input.dim() == 3:

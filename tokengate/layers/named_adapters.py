@@ -32,6 +32,8 @@ class Adapter(nn.Module):
         self.modification, self.gate = modification, gate
         # Who has it in use: the model itself, and contexts of any thread.
         self.users: set[object] = set()
+        # Whether a context that it was last used in may have been left before its backward.
+        self.awaited = False
         # Where it has what is trained while it is in use; otherwise nothing is. Not the parameters
         # themselves, in whose place others may come: by sharding, or load_state_dict(assign=True).
         self.trained: list[tuple[nn.Module, str]] = []
@@ -39,21 +41,23 @@ class Adapter(nn.Module):
     def put_in_use(self, user: object) -> None:
         """By one more, which trains what is remembered of it."""
         self.users.add(user)
+        self.__dict__["awaited"] = False
         self._set_trained(True)
 
-    def put_away(self, user: object) -> None:
-        """By one, after the last of whom nothing of it is trained."""
+    def put_away(self, user: object, awaited: bool = False) -> None:
+        """By one, after the last of whom nothing of it is trained, but for what is `awaited`."""
         if self.users == {user}:
             # Past nn.Module's own ways, which would take longer than all the rest of a switch.
             self.__dict__["trained"] = [
                 (module, name) for module, name, p in _parameters(self) if p.requires_grad
             ]
+            self.__dict__["awaited"] = awaited
         self.users.discard(user)
         self.settle()
 
     def settle(self) -> None:
         """Whatever was interrupted: nothing is trained of what nobody has in use."""
-        if not self.users:
+        if not self.users and not self.awaited:
             self._set_trained(False)
 
     def _set_trained(self, trained: bool) -> None:
@@ -61,7 +65,8 @@ class Adapter(nn.Module):
             cast(nn.Parameter, module._parameters[name]).requires_grad_(trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "users": self.users & {MODEL}}  # contexts are of the original
+        # Contexts are of the original, and so is a backward to come.
+        return {**self.__dict__, "users": self.users & {MODEL}, "awaited": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -88,11 +93,13 @@ def hold(layer: Gated, names: Iterable[str | None], context: Context) -> None:
 
 def let_go(context: Context | None) -> None:
     """It has them no longer."""
-    for layer in () if context is None else context.layers:
+    if context is None:
+        return
+    for layer in context.layers:
         if isinstance(layer, Gated):  # neither unpatched nor folded meanwhile
             for adapter in (layer._adapters or {}).values():
                 if context in adapter.users:
-                    adapter.put_away(context)
+                    adapter.put_away(context, context.derived)
                 else:
                     adapter.settle()
 

@@ -38,7 +38,8 @@ class use:
     entered as a context: it holds here at once, and for all threads once nobody holds the object,
     which in the form above is at once, too; do that while no other thread runs the model.
 
-    What is in use nowhere is not trained; what is not in use here is no part of `layers`,
+    What is in use nowhere is not trained, but that the backward of what ran in a context may come
+    after it, if that is not compiled; what is not in use here is no part of `layers`,
     `param_groups`, `save` and the rest; it is in the model's `state_dict`, under `adapters`. For
     rows of several adapters the base layer computes all rows at once, and each adapter its own.
     Compiled code is compiled anew for each adapter in use.
