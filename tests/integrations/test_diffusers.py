@@ -6,6 +6,7 @@ from models import away_from_initialisation
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.errors import UnreachedLayerWarning
 
 diffusers = pytest.importorskip("diffusers", reason="the test extra is not installed")
 
@@ -81,3 +82,10 @@ def test_masks_for_each_kind_of_layer():
         pytest.raises(tokengate.TokenGateError, match=r"\(2, 8\).*\(2, 5\)"),
     ):
         model(**given)
+
+
+def test_projections_that_are_fused_afterwards_are_named():
+    model = flux()
+    model.fuse_qkv_projections()
+    with pytest.warns(UnreachedLayerWarning, match="transformer_blocks.0.attn.to_q.*never called"):
+        model(**picture(2, 3))

@@ -13,6 +13,7 @@ from models import away_from_initialisation
 from torch import nn
 
 import tokengate
+from tokengate.errors import UnreachedLayerWarning
 from tokengate.linears import linear_like
 from tokengate.linears.quantised import is_quantised
 
@@ -454,3 +455,49 @@ def test_a_model_that_transformers_quantised(folder, name, method):
     assert losses[-1] < 0.99 * losses[0]
     tokengate.unpatch(model)
     assert torch.equal(model.eval()(ids).logits, base)
+
+
+def float8_training(model):
+    from torchao.float8 import convert_to_float8_training
+
+    return convert_to_float8_training(model)
+
+
+def prepared_for_quantisation(model):
+    from torchao.quantization import qat
+
+    config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    torchao.quantize_(model, qat.QATConfig(weight_config=config, step="prepare"))
+    return model
+
+
+def dequantised_by_its_host(model):
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import dequantize_and_replace
+
+    return dequantize_and_replace(model, BitsAndBytesConfig(load_in_4bit=True))
+
+
+@pytest.mark.parametrize(
+    "convert", [float8_training, prepared_for_quantisation, dequantised_by_its_host]
+)
+def test_a_conversion_that_replaces_patched_layers_is_named(convert):
+    kind = "nf4" if convert is dequantised_by_its_host else None
+    layers = [quantised(kind, 64, 64) if kind else nn.Linear(64, 64) for _ in range(2)]
+    model = tokengate.patch(nn.Sequential(*layers), "all-linear", rank=2)
+    assert len(tokengate.layers(model)) == 2
+    model = convert(model)
+    assert not tokengate.layers(model)
+    with pytest.warns(UnreachedLayerWarning, match="'0.*', '1.*' of this Sequential were patched"):
+        model(torch.randn(16, 64))
+
+
+def test_a_weight_may_be_quantised_after_its_layer_was_patched():
+    torch.manual_seed(0)
+    layer = away_from_initialisation(tokengate.patch(nn.Linear(64, 32), "all-linear", rank=2))
+    x = torch.randn(16, 64)
+    before = layer(x)
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+    assert not torch.equal(layer(x), before)
+    base = nn.functional.linear(x, layer.weight.dequantize(), layer.bias)
+    torch.testing.assert_close(layer(x), base + layer.modification(x, base), rtol=1e-4, atol=1e-4)

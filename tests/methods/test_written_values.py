@@ -155,6 +155,24 @@ def test_what_is_written_is_seen(method, write, mode, training):
     check_seen(patched(method).train(training), write, mode)
 
 
+def test_values_that_an_average_writes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    tokengate.patch(model, "all-linear", rank=2).eval()
+    own = [p for layer in tokengate.layers(model).values() for p in layer.modification.parameters()]
+    for p in own:
+        nn.init.constant_(p, 0.3)
+    torch.manual_seed(1)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        model(x)
+        for p in own:
+            p.data.copy_(p * 0.5)
+        # With the old B and the new A it was (-.2395, -.2502).
+        right = torch.tensor([-0.1029, -0.2686])
+        torch.testing.assert_close(model(x)[0], right, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_of_the_model_for_averages(method):
     """As timm's ModelEmaV3 and torch's AveragedModel have it, which is evaluated in between."""
