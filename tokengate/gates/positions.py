@@ -54,6 +54,10 @@ class Positions:
         """
         self._change.learn = call
 
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That the weights `a` are 1 where `is_open` and 0 elsewhere; it saves multiplying."""
+        self._change.selects(a, is_open)
+
     @property
     def norms(self) -> tuple[Norms, Norms]:
         """||m_i|| and ||w_i|| as n 2^e, which no size of numbers can overflow; as constants."""

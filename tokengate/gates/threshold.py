@@ -146,6 +146,7 @@ class TokenGate(PenalisedGate):
         a: Tensor = applied(
             _Threshold, self.tau, is_open, self.pull(), positions.mask, positions.dtype
         )
+        positions.selects(a, is_open)
         return a
 
     def extra_repr(self) -> str:

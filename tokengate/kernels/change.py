@@ -48,6 +48,7 @@ class Change:
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
+        self._selected: tuple[Tensor, Tensor] | None = None
         #: Of factors: is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`.
         self.learn: Learn | None = None
 
@@ -99,6 +100,22 @@ class Change:
             self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
             return of_m, of_w
 
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That `a` is 1 where `is_open` and 0 elsewhere, so that it need not be multiplied by."""
+        self._selected = (a, is_open)
+
+    def opened(self, a: Tensor) -> Tensor:
+        """Where a is not 0, as booleans, `(...)`."""
+        if a.dtype == torch.bool:
+            return a
+        known = self._selection(a)
+        return a.detach() != 0 if known is None else known
+
+    def _selection(self, a: Tensor | None) -> Tensor | None:
+        if self._selected is None or self._selected[0] is not a:
+            return None
+        return self._selected[1]
+
     def add(self, a: Tensor | None) -> Tensor:
         """out + a M(x), `(..., out_features)`; with a = 1 where it is None. To be called once.
 
@@ -118,8 +135,8 @@ class Change:
             with without_autocast(out.device):
                 if not torch.is_grad_enabled():
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
-                in_place = self._in_place
-                return applied(GatedSum, out, bias, *factors, a, product, in_place, self.learn)
+                ways = (self._in_place, self._selection(a), self.learn)
+                return applied(GatedSum, out, bias, *factors, a, product, *ways)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:

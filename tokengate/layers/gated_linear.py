@@ -194,7 +194,7 @@ class Gated(Swapped):
             if inside.dtype != torch.bool:  # weights
                 a = inside.to(change.dtype) * (1.0 if a is None else a)
         h = change.add(a)
-        is_open = a if a is None or a.dtype == torch.bool else a.detach() != 0
+        is_open = None if a is None else change.opened(a)
         if inside is not None:
             # A selection: outside it is the base, whatever M(x) and its gate are there.
             h = torch.where(inside.unsqueeze(-1) != 0, h, out)
