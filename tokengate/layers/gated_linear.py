@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
@@ -242,6 +243,16 @@ class Gated(Swapped):
 
     def _kept_by_copies(self) -> dict[str, Any]:
         return {**self.__dict__, "_reached": False}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # Its replicas run in threads of their own, which are in no context.
+        kinds = sorted({context.kind for context in contexts() if self in context.layers})
+        if kinds:
+            raise TokenGateError(
+                f"DataParallel was called within {' and '.join(kinds)}, which its threads are not "
+                "in: call the model itself, or use DistributedDataParallel."
+            )
+        return super()._replicate_for_data_parallel()
 
 
 class GatedLinear(Gated, nn.Linear):
