@@ -252,7 +252,7 @@ class Gated(Swapped):
                 f"DataParallel was called within {' and '.join(kinds)}, which its threads are not "
                 "in: call the model itself, or use DistributedDataParallel."
             )
-        return super()._replicate_for_data_parallel()
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
 class GatedLinear(Gated, nn.Linear):
