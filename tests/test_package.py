@@ -32,16 +32,10 @@ WITHOUT_HOST, WITH_HOST = (
         *("model_configs", "roles"),
     ],
     [
-        *(
-            "clip",
-            "plots",
-            "trainer.attached",
-            "trainer.callback",
-            "trainer.checkpoints",
-            "trainer.gradients",
-        ),
+        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
         *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
         *("trainer.tau_steps", "trainer.trainer", "vision"),
+        *("trainer.attached",),
     ],
 )
 
