@@ -35,7 +35,7 @@ WITHOUT_HOST, WITH_HOST = (
         *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
         *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
         *("trainer.tau_steps", "trainer.trainer", "vision"),
-        *("trainer.attached",),
+        *("trainer.attached", "trl.gated", "trl.reference"),
     ],
 )
 
