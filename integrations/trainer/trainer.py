@@ -17,6 +17,9 @@ from tokengate.integrations.trainer.attached import attached
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
 
+# What ends when a Trainer is made. Not in the Trainer, which is pickled to prepare its data.
+_MAKING: dict[int, contextlib.ExitStack] = {}
+
 
 class TokenGateTrainer(Trainer):
     """What `TokenGateCallback` cannot do from inside a callback; it needs one:
@@ -37,20 +40,18 @@ class TokenGateTrainer(Trainer):
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
     """
 
-    # Open while it is made.
-    _making: contextlib.ExitStack | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with contextlib.ExitStack() as self._making:
-            self._making.enter_context(attached(args[0] if args else kwargs.get("model")))
+        with contextlib.ExitStack() as making:
+            _MAKING[id(self)] = making
+            making.callback(_MAKING.pop, id(self))
+            making.enter_context(attached(args[0] if args else kwargs.get("model")))
             super().__init__(*args, **kwargs)
-        self._making = None
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; what it makes may be quantised, too."""
         model = super().call_model_init(trial)
-        if self._making is not None:
-            self._making.enter_context(attached(model))
+        if id(self) in _MAKING:
+            _MAKING[id(self)].enter_context(attached(model))
         return model
 
     def train(
