@@ -1,6 +1,7 @@
 """TRL's trainers for patched models: 4-bit bases, references that are views, what is counted."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ pytest.importorskip("bitsandbytes", reason="the test extra is not installed")
 import quantised_llama as llama  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from models import away_from_initialisation  # noqa: E402
+from places import ROOT  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, attached  # noqa: E402
@@ -367,3 +369,23 @@ def test_whatever_is_called_by_way_of_a_view_runs_as_the_reference(folder, tmp_p
         view.requires_grad_(False).to(torch.float64).train()
         assert equal(own(model), state)
         assert modes == [module.training for module in model.modules()]
+
+
+def test_the_example_of_the_integrations_readme(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer().save_pretrained(folder)
+    base = llama.base(folder)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **given: base
+    )
+    text = (ROOT / "integrations" / "README.md").read_text()
+    code = text.split("## TRL\n")[1].split("```python\n")[1].split("```")[0]
+    imported = "from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer\n"
+    assert imported in code
+    scope = {"texts": Dataset.from_list(DATA["SFT"]), "pairs": Dataset.from_list(DATA["DPO"])}
+    for name in ("SFT", "DPO"):
+        scope[f"{name}Trainer"] = getattr(trl, f"{name}Trainer")
+        config = getattr(trl, f"{name}Config")
+        scope[f"{name}Config"] = functools.partial(config, max_steps=2, **COMMON)
+    exec(code.replace(imported, ""), scope)
+    assert logged(scope["dpo"])[0] == pytest.approx(EQUAL, abs=1e-6)
