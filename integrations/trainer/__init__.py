@@ -11,7 +11,7 @@ Trainer of another class for a quantised model is made in the context `attached`
 Open `callback.py` first.
 """
 
-from tokengate.integrations.trainer.attached import attached as attached
 from tokengate.integrations.trainer.callback import TokenGateCallback as TokenGateCallback
 from tokengate.integrations.trainer.penalty_unit import set_penalty_unit as set_penalty_unit
+from tokengate.integrations.trainer.quantised import attached as attached
 from tokengate.integrations.trainer.trainer import TokenGateTrainer as TokenGateTrainer

@@ -13,9 +13,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 import tokengate
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG
-from tokengate.integrations.trainer.attached import attached
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
+from tokengate.integrations.trainer.quantised import attached
 
 # What ends when a Trainer is made. Not in the Trainer, which is pickled to prepare its data.
 _MAKING: dict[int, contextlib.ExitStack] = {}

@@ -7,9 +7,9 @@
     tokengate.load(model, "sft"), tokengate.load(model, "sft", name="before")
     trainer = gated(GRPOTrainer)(model, ref_model=reference(model, "before"), ...)
 
-Open `reference.py` first.
+Open `views.py` first.
 """
 
-from tokengate.integrations.trl.gated import gated as gated
-from tokengate.integrations.trl.reference import Reference as Reference
-from tokengate.integrations.trl.reference import reference as reference
+from tokengate.integrations.trl.trainers import gated as gated
+from tokengate.integrations.trl.views import Reference as Reference
+from tokengate.integrations.trl.views import reference as reference

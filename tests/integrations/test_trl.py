@@ -55,9 +55,9 @@ def patched(model, **options):
     return away_from_initialisation(model, 0.15)
 
 
-def continued(model, folder):
+def continued(model, folder, **options):
     """With the adapter that it goes on from, once more beside it."""
-    tokengate.save(patched(model), folder)
+    tokengate.save(patched(model, **options), folder)
     tokengate.load(model, folder, name="before")
     return model
 
@@ -336,12 +336,14 @@ def test_refused(folder, tmp_path):
         made("GRPO", model, tmp_path, ref_model=reference(model), options={"beta": 0.0})
     with pytest.raises(TokenGateError, match="view of its own model"):
         made("DPO", patched(plain(folder)), tmp_path, options={"sync_ref_model": True})
+    with pytest.raises(TokenGateError, match=r"a class that inherits from transformers\.Trainer"):
+        gated("SFTTrainer")
     with pytest.raises(TokenGateError, match="no TokenGateCallback"):
         made("SFT", model, tmp_path, callbacks=[]).train()
 
 
 def test_whatever_is_called_by_way_of_a_view_runs_as_the_reference(folder, tmp_path):
-    model = continued(plain(folder), tmp_path / "sft").train()
+    model = continued(plain(folder), tmp_path / "sft", dropout=0.5).train()
     base, ids = plain(folder).eval(), torch.randint(3, 32, (2, 6))
     for name, other in (("before", copy.deepcopy(model).eval()), (None, base)):
         view = reference(model, name)

@@ -1,4 +1,4 @@
-"""A trainer's class for patched models."""
+"""Any trainer's class as one for patched models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Trainer
 
 from tokengate import TokenGateError
+from tokengate.errors import brief
 from tokengate.integrations.trainer.trainer import TokenGateTrainer
-from tokengate.integrations.trl.reference import Reference, reference
+from tokengate.integrations.trl.views import Reference, reference
 from tokengate.layers.patched import all_layers
 
 # In the modules of TRL's trainers, what makes a model of a name: the reference, where there is one.
@@ -35,9 +36,15 @@ def gated(trainer: type[Trainer]) -> type[Any]:
         trainer: a class of TRL's, of transformers', or of anybody's who inherits from these.
 
     Raises:
-        TokenGateError: when it is used, as of `reference` and `TokenGateTrainer`; `ref_model=` was
-            given to a trainer that wants none, or `sync_ref_model` asked of a view.
+        TokenGateError: it is no such class; when it is used, as of `reference` and
+            `TokenGateTrainer`; `ref_model=` was given to a trainer that wants none, or
+            `sync_ref_model` asked of a view.
     """
+    if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
+        raise TokenGateError(
+            f"gated was given {brief(trainer)}: pass a class that inherits from "
+            "transformers.Trainer, e.g. trl.SFTTrainer."
+        )
     return type(f"Gated{trainer.__name__}", (_Gated, trainer), {"_kind": trainer})
 
 
