@@ -236,8 +236,8 @@ class Wrapper(torch.nn.Module):
 
 def test_what_enters_the_context_in_its_forward_is_no_reference(folder, tmp_path):
     model = patched(plain(folder))
-    wrapped = made("DPO", model, tmp_path, ref_model=Wrapper(model))
-    assert logged(wrapped) == pytest.approx([EQUAL, EQUAL], abs=1e-6)
+    wrapped = made("DPO", model, tmp_path, ref_model=Wrapper(model), options={"max_steps": 1})
+    assert logged(wrapped) == pytest.approx([EQUAL], abs=1e-6)
 
 
 def test_it_goes_on_from_an_adapter(folder, tmp_path):
@@ -256,9 +256,11 @@ def test_it_goes_on_from_an_adapter(folder, tmp_path):
 
 
 def test_kto(folder, tmp_path):
-    two = made("KTO", patched(plain(folder)), tmp_path, ref_model=plain(folder))
-    one = made("KTO", patched(plain(folder)), tmp_path)
+    once = {"max_steps": 1}
+    two = made("KTO", patched(plain(folder)), tmp_path, ref_model=plain(folder), options=once)
+    one = made("KTO", patched(plain(folder)), tmp_path, options=once)
     assert one.ref_model.device == one.model.device
+    assert abs(logged(one)[0] - 0.5) > 1e-3  # as it is where the policy is the reference
     assert logged(one) == logged(two)
 
 
@@ -291,7 +293,7 @@ def counted(monkeypatch, trainer):
     return logged_positions, seen, [{each} for each in learnt]
 
 
-@pytest.mark.parametrize(("name", "reentrant"), [("GRPO", True), ("GRPO", False), ("RLOO", True)])
+@pytest.mark.parametrize(("name", "reentrant"), [("GRPO", True), ("RLOO", False)])
 def test_rollouts_and_references_are_not_counted(folder, tmp_path, monkeypatch, name, reentrant):
     model = continued(plain(folder), tmp_path / "sft")
     options = {"beta": 0.1, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
