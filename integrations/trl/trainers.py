@@ -61,7 +61,7 @@ class _Gated(TokenGateTrainer):
         patched = isinstance(model, nn.Module) and bool(all_layers(model))
         if patched and takes_one and given.get("ref_model") is None:
             given["ref_model"] = reference(model)
-        asked: list[Reference] = []
+        asked: list[Any] = []
 
         def answer() -> Any:
             asked.append(reference(model) if theirs is None else theirs)

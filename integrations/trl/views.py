@@ -65,8 +65,12 @@ class Reference(nn.Module):
     @contextlib.contextmanager
     def _in_its_place(self) -> Iterator[None]:
         model, adapter = self._model, self._adapter
-        place = tokengate.disabled(model) if adapter is None else tokengate.use(model, adapter)
-        with torch.no_grad(), keeping_modes(model), unobserved(), place:
+        with (
+            torch.no_grad(),
+            keeping_modes(model),
+            unobserved(),
+            tokengate.disabled(model) if adapter is None else tokengate.use(model, adapter),
+        ):
             for module in model.modules():
                 # Linear layers drop nothing; bitsandbytes' pack their weight for good.
                 if not is_linear(module):
