@@ -13,7 +13,7 @@ from places import ROOT
 
 import tokengate
 
-HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"]
+HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate", "trl"]
 
 
 def loaded_by(code):
@@ -35,6 +35,7 @@ WITHOUT_HOST, WITH_HOST = (
         *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
         *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
         *("trainer.tau_steps", "trainer.trainer", "vision"),
+        *("trainer.quantised", "trl.trainers", "trl.views"),
     ],
 )
 

@@ -65,7 +65,8 @@ class TokenGateCallback(TrainerCallback):
       `tau_broken` as soon as a gradient or a tau was not finite, and with AdaLoRA
       `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
       all processes. `sparsity` is that of the step that is logged alone, in training mode, with
-      dropout and before its update, because counting at every step would cost time at every step.
+      dropout and before its update, because counting at every step would cost time at every step;
+      of what a step runs without gradients, as `generate` and a reference, nothing is counted.
       It is missing where that step is not known before: with `logging_strategy="epoch"` and data
       without a length. On several processes `eval_sparsity` counts twice the samples that
       Accelerate repeats to fill their last batches.
@@ -140,7 +141,7 @@ class TokenGateCallback(TrainerCallback):
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
         self._steps: TauSteps | None = None
-        self._training, self._evaluation = Recording(), Recording()
+        self._training, self._evaluation = Recording(trained=True), Recording()
         self._warned = False
 
     def on_train_begin(

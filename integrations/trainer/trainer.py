@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
+from tokengate.integrations.trainer.quantised import attached
+
+# What ends when a Trainer is made. Not in the Trainer, which is pickled to prepare its data.
+_MAKING: dict[int, contextlib.ExitStack] = {}
 
 
 class TokenGateTrainer(Trainer):
@@ -27,12 +32,27 @@ class TokenGateTrainer(Trainer):
     interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
     the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
     which are no part of an adapter; `tokengate.load` reads them. A training goes on from those
-    that were saved to their end alone. For another kind of Trainer:
-    `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
+    that were saved to their end alone. A patched model may be quantised, with 4 or 8 bits. For
+    another kind of Trainer: `class MyTrainer(TokenGateTrainer, SFTTrainer)`, which for TRL's is
+    made by `tokengate.integrations.trl.gated`.
 
     Raises:
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as making:
+            _MAKING[id(self)] = making
+            making.callback(_MAKING.pop, id(self))
+            making.enter_context(attached(args[0] if args else kwargs.get("model")))
+            super().__init__(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's; what it makes may be quantised, too."""
+        model = super().call_model_init(trial)
+        if id(self) in _MAKING:
+            _MAKING[id(self)].enter_context(attached(model))
+        return model
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

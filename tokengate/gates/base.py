@@ -14,7 +14,7 @@ from tokengate.gates.skipped_gradients import watch_gradients
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
-from tokengate.kernels.recomputation import in_backward
+from tokengate.kernels.recomputation import is_learnt_from
 
 
 class Gate(KeepsFloat32):
@@ -126,7 +126,7 @@ class Gate(KeepsFloat32):
 
     def count(self, is_open: Tensor, mask: Tensor | None) -> None:
         """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
-        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
+        if self._tally is not None and is_learnt_from():
             with torch.no_grad():
                 self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
 

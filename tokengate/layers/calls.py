@@ -105,6 +105,16 @@ def in_context(kind: str, layers: Mapping[Any, Any]) -> Iterator[None]:
         leave(owner)
 
 
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Within this context no recording is told anything."""
+    before = _CONTEXTS.set(tuple(c for c in _CONTEXTS.get() if c.kind != RECORD))
+    try:
+        yield
+    finally:
+        _CONTEXTS.reset(before)
+
+
 def contexts() -> tuple[Context, ...]:
     """Those that are in force here, from the first entered on."""
     return _CONTEXTS.get()

@@ -18,7 +18,7 @@ from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
-from tokengate.kernels.recomputation import MaskMemory, in_backward
+from tokengate.kernels.recomputation import MaskMemory, in_backward, is_learnt_from
 from tokengate.layers.calls import (
     DISABLED,
     RECORD,
@@ -57,10 +57,12 @@ class Observer:
             of m and of w in S's shape, or None where rows have adapters of their own or nobody
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
+        trained: whether only those calls are that a backward may come through.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
+    trained: bool = False
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -156,7 +158,8 @@ class Gated(Swapped):
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
         for observer in observers:
-            observer.tell(at, seen, mask, norms)
+            if not observer.trained or is_learnt_from():
+                observer.tell(at, seen, mask, norms)
         if self.training and adapter is not None and adapter[1] is not None and at is not None:
             adapter[1].count(at, mask)
         return h

@@ -29,6 +29,7 @@ from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.options import options_by_layer
+from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
@@ -162,6 +163,7 @@ def install(
     All of them are of the adapter with the name `adapter`.
     """
     others = list(all_layers(model).values())
+    refuse_around_patched()
     with all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:

@@ -46,6 +46,7 @@ class SparsityController:
     simulation it was off by up to 0.06 where s was a fifth of their standard deviation, and by up
     to 0.09 where it was 0.44 of it.
 
+    Of a step's forwards those count that gradients come back through: no `generate`, no reference.
     A step that a GradScaler skips is never seen here, so say it: `controller.skip_step()`, after a
     `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
 
