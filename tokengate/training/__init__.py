@@ -2,3 +2,5 @@
 
 May import `patching`, `layers` and below. Open `param_groups.py` first, then `tau_adam.py`.
 """
+
+from tokengate.training import other_rules as other_rules  # which watches optimisers
