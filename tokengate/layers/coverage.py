@@ -182,6 +182,8 @@ def _watch_optimizers() -> None:
 def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not ROOTS:
         return
+    if kwargs.get("param") is not None or getattr(optimizer, "follows", False):
+        return  # a step of one parameter alone, or the part of another's step that moves taus
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
     for reference, own in _models_of(optimizer, held):

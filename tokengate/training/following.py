@@ -88,6 +88,12 @@ def follow(
     return following
 
 
+class _Follower(torch.optim.Adam):
+    """Its steps are a part of another's, which tells of layers that are not trained."""
+
+    follows = True
+
+
 class Following:
     """What `follow` returns.
 
@@ -126,11 +132,12 @@ class Following:
         self.adam: torch.optim.Adam | None = None
         if taus:
             # All at once: on a CPU torch would step one after the other, in twice the time.
-            self.adam = torch.optim.Adam([{"params": list(taus.values()), **rule}], foreach=True)
+            self.adam = _Follower([{"params": list(taus.values()), **rule}], foreach=True)
         self._hooks: list[Any] = []
         for other in list(_ALL):
             if {*map(id, other.taus.values())} & {*map(id, taus.values())}:
                 other.detach()
+                self._go_on_from(other)
         _ALL.add(self)
         for each in self._optimizers:
             self._attach(each)
@@ -184,6 +191,13 @@ class Following:
         state: dict[Any, Any] = optimizer.state
         if KEY in state:  # loaded before
             self.load_state_dict(state.pop(KEY))
+
+    def _go_on_from(self, other: Following) -> None:
+        """With the averages of the same taus, if it is the same optimiser."""
+        if other._optimizers == self._optimizers:
+            for tau in self._free:
+                if other.adam is not None and other.adam.state.get(tau):
+                    self._state(tau).update(other.adam.state[tau])
 
     def _forget(self) -> None:
         """Somebody zeroes the gradients of what the optimiser holds."""
@@ -316,6 +330,8 @@ class Following:
 
 
 def followed(optimizer: Optimizer) -> set[int]:
-    """The ids of the taus that follow this optimiser, or that it moves for another."""
-    following = [o for o in list(_ALL) if optimizer is o.adam or optimizer in o._optimizers]
-    return {id(tau) for each in following for tau in each.taus.values()}
+    """The ids of the taus that something moves in a hook of this optimiser's step."""
+    hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {}).values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    owners += [each for each in list(_ALL) if optimizer is each.adam]
+    return {id(tau) for owner in owners for tau in getattr(owner, "taus", {}).values()}

@@ -61,7 +61,7 @@ def loss_scale() -> float | None:
     """By what the GradScaler that takes this step has multiplied gradients it does not know of."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_maybe_opt_step":
+        if frame.f_code.co_name in ("_maybe_opt_step", "step"):
             scaler = frame.f_locals.get("self")
             if isinstance(scaler, torch.amp.GradScaler):
                 return scaler.get_scale()
