@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning_fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*isinstance.treespec, LeafSpec.*",
     "ignore:.*litlogger.*",
+    "ignore:Checkpoint directory .* exists",
 )
 
 S, LR = 2e-3, 1e-2
@@ -160,7 +161,7 @@ def test_schedulers_and_swa_with_one_number(pl, tmp_path):
     def make(groups):
         optimizers.append(torch.optim.SGD(groups, lr=1e-9))
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], 1e-9, total_steps=20)
-        return optimizers, [{"scheduler": cycle, "interval": "step"}]
+        return optimizers, [cycle]
 
     trainer = trainer_of(pl, callback(pl), tmp_path, max_epochs=3)
     trainer.callbacks += [
@@ -168,8 +169,9 @@ def test_schedulers_and_swa_with_one_number(pl, tmp_path):
         Watch(),
     ]
     trainer.fit(module_of(pl, net, make), batches(4))
-    assert any(lr > 0.9e-9 for _, lr in path)
-    assert path[-1][1] == 0.5e-9
+    rates = [lr for _, lr in path]  # of the group of the taus alone
+    assert len(set(rates)) > 1
+    assert max(rates) < 1e-8 < S
     # Nothing but tau moves at this rate, so that a loop says where it goes.
     twin = patched()
     optimizer = tokengate.TauAdam([g.gate.tau for g in tokengate.layers(twin).values()], s=S)

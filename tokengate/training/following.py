@@ -20,11 +20,12 @@ from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
 from tokengate.training.param_groups import slope, tau_rule
 from tokengate.training.wrapped_optimizers import (
+    Follower,
     WithZeroGrad,
     holders,
     hooked_in,
     loss_scale,
-    other_numbers,
+    make_readable,
 )
 
 # A key of the state in an optimiser's `state_dict`, beside its parameters: torch loads such keys
@@ -88,12 +89,6 @@ def follow(
     return following
 
 
-class _Follower(torch.optim.Adam):
-    """Its steps are a part of another's, which tells of layers that are not trained."""
-
-    follows = True
-
-
 class Following:
     """What `follow` returns.
 
@@ -114,11 +109,7 @@ class Following:
                 "torch.optim.Optimizer, or what wraps one."
             )
         self._holders = holders(taus, optimizer, self._optimizers)
-        for holder in {*self._holders.values()}:
-            for group in holder.param_groups:
-                # Nothing is done by a group of param_groups any more, but it must be readable.
-                if all(p in self._holders for p in group["params"]):
-                    group |= {k: holder.defaults[k] for k in other_numbers(holder, group)}
+        make_readable(self._holders)
         self._free = [tau for tau in taus.values() if tau not in self._holders]
         # What moves each tau in the step that is taken, and what is its `grad` after it.
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -132,7 +123,7 @@ class Following:
         self.adam: torch.optim.Adam | None = None
         if taus:
             # All at once: on a CPU torch would step one after the other, in twice the time.
-            self.adam = _Follower([{"params": list(taus.values()), **rule}], foreach=True)
+            self.adam = Follower([{"params": list(taus.values()), **rule}], foreach=True)
         self._hooks: list[Any] = []
         for other in list(_ALL):
             if {*map(id, other.taus.values())} & {*map(id, taus.values())}:

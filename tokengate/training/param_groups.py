@@ -27,7 +27,7 @@ def param_groups(
     eps: float = 1e-8,
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a patched model, for any `torch.optim` optimiser:
+    """The trainable parameters of a patched model, for Adam and AdamW:
 
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=4e-5))
 
@@ -37,6 +37,7 @@ def param_groups(
     times the number of steps tau can travel at the most, so a run of few steps wants a larger s
     than the paper's 4e-5: say how many there are, and s is chosen so that tau can travel 0.4 in
     all, several times the ratios ||m_i|| / ||w_i|| that fine-tuning ends at, but is at least 4e-5.
+    With other optimisers, and schedulers that set all groups to one number, see `follow`.
 
     Args:
         model: a patched model.

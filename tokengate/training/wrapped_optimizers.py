@@ -46,6 +46,14 @@ def holders(
     return found
 
 
+def make_readable(held: dict[nn.Parameter, Optimizer]) -> None:
+    """Groups of nothing but `held`, by which nothing is done any more, but which are still read."""
+    for holder in {*held.values()}:
+        for group in holder.param_groups:
+            if all(p in held for p in group["params"]):
+                group |= {k: holder.defaults[k] for k in other_numbers(holder, group)}
+
+
 def other_numbers(optimizer: Optimizer, group: dict[str, Any]) -> list[str]:
     """Of which numbers of Adam's this optimiser wants more or fewer than `group` has."""
     wanted = {key: optimizer.defaults.get(key) for key in ("betas", "eps")}
@@ -90,3 +98,9 @@ class WithZeroGrad:
             del vars(self._optimizer)["zero_grad"]
             if self._before is not None:
                 vars(self._optimizer)["zero_grad"] = self._before
+
+
+class Follower(torch.optim.Adam):
+    """Its steps are a part of another's, which tells of layers that are not trained."""
+
+    follows = True

@@ -91,6 +91,7 @@ def test_s_follows_from_the_number_of_steps(tmp_path, options):
     assert slope_for(10**6) == 4e-5
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_the_trainer_alone_does_otherwise(tmp_path):
     """Tau decayed, at the adapters' learning rate, and in the norm that clips them."""
     expected, _ = by_hand(5e-3)
