@@ -38,3 +38,8 @@ def once_there_are_gradients(
     if len(args) > 1:
         return (args[0], compute, *args[2:]), kwargs
     return args, {**kwargs, "closure": compute}
+
+
+def is_part(optimizer: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether it is no whole step: of one parameter in backward, or of the taus in another's."""
+    return kwargs.get("param") is not None or getattr(optimizer, "follows", False)
