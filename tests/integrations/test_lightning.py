@@ -2,10 +2,15 @@
 
 import copy
 import importlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from models import Net, away_from_initialisation
+from places import ROOT
 
 import tokengate
 
@@ -84,8 +89,9 @@ def module_of(pl, net, make=None, *, manual=False, orthogonality=0.0, clip=None)
 def trainer_of(pl, callback, folder=None, **options):
     options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
     return pl.Trainer(
-        callbacks=[] if callback is None else [callback], accelerator="cpu", devices=1,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
+        callbacks=[] if callback is None else [callback], accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        **{"devices": 1, **options},
     )  # fmt: skip
 
 
@@ -200,6 +206,17 @@ def test_accumulated_and_in_16_mixed(pl, tmp_path, held):
         trainer.fit(module, batches(8))
     assert scaler.get_scale() > 2.0**10
     assert torch.allclose(taus(half), exact, rtol=1e-4)
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """Without lambda's unit they are 2e-4 apart."""
+    script = ROOT / "tests" / "integrations" / "two_lightning_processes.py"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", script.parent)))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    path = tmp_path / "taus.json"
+    subprocess.run([sys.executable, script, path], env=environment, check=True, timeout=300)
+    found = torch.tensor(json.loads(path.read_text()))
+    assert torch.allclose(found, loop(patched(), steps=4, micro=2), rtol=0, atol=1e-6)
 
 
 def test_a_skipped_step_is_no_step_of_anything(pl, tmp_path):

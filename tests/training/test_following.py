@@ -43,7 +43,7 @@ def loss_of(model, step):
     return model(torch.randn(2, 5, 8, generator=generator)).square().mean()
 
 
-def train(model, optimizer, steps=10, after=lambda: None):
+def train(model, optimizer, steps=6, after=lambda: None):
     """Where the paper's rule leads from the gradients there were, beside where the taus went."""
     directions = [[] for _ in taus_of(model)]
     for step in range(steps):
@@ -138,9 +138,9 @@ def test_schedule_free(held):
 
 
 SCHEDULERS = {
-    "OneCycleLR": lambda o: optim.lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=11),
-    "CyclicLR": lambda o: optim.lr_scheduler.CyclicLR(o, 1e-3, 0.02, 4, cycle_momentum=False),
-    "eta_min": lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 5, eta_min=0.01),
+    "OneCycleLR": lambda o: optim.lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=7),
+    "CyclicLR": lambda o: optim.lr_scheduler.CyclicLR(o, 1e-3, 0.02, 3, cycle_momentum=False),
+    "eta_min": lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 3, eta_min=0.01),
     "SWALR": lambda o: optim.swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=2),
 }
 

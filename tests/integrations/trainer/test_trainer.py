@@ -27,7 +27,11 @@ from tokengate.integrations.trainer.tau_steps import TauSteps  # noqa: E402
 from tokengate.training.param_groups import slope_for  # noqa: E402
 
 # One thread as in the processes started here.
-pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "own_accelerate"),
+    # Some trainings here are without the callback.
+    pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning"),
+]
 
 
 def values(model):
@@ -91,7 +95,6 @@ def test_s_follows_from_the_number_of_steps(tmp_path, options):
     assert slope_for(10**6) == 4e-5
 
 
-@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_the_trainer_alone_does_otherwise(tmp_path):
     """Tau decayed, at the adapters' learning rate, and in the norm that clips them."""
     expected, _ = by_hand(5e-3)
