@@ -14,8 +14,11 @@ def main(path):
     net = patched()
     module = module_of(pl, net)
     # Each process has every second batch.
-    module.train_dataloader = lambda: [*batches(8)][module.trainer.global_rank :: 2]
-    trainer = trainer_of(pl, callback(pl), devices=2, strategy="ddp_fork")
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(
+        [*batches(8)][module.trainer.global_rank :: 2], batch_size=None
+    )
+    options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    trainer = trainer_of(pl, callback(pl), **options)
     trainer.fit(module)
     with open(path, "w") as file:
         json.dump(taus(net).tolist(), file)
