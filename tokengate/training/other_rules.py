@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from tokengate.errors import OtherRuleWarning, TokenGateError, brief
 from tokengate.gates.base import Gate
@@ -36,30 +40,42 @@ _REMEDY = (
 # Left out of graphs, which warn of nothing.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if optimizer in _TOLD or isinstance(optimizer, TauAdam):
-        return
-    taus = living_taus()
-    if not taus:
-        return
-    apart = followed(optimizer)
-    for group in optimizer.param_groups:
-        own = [taus[id(p)] for p in group["params"] if id(p) in taus and id(p) not in apart]
-        if not own:
-            continue
-        found = _other_rule(optimizer, group, own)
+    for group, _own in _moved(optimizer):
+        _check_numbers(optimizer, group)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    """Where a closure has made gradients, too; a step without any tells nothing."""
+    for group, own in _moved(optimizer):
+        found = _other_rule(optimizer, group, [gate for gate, has_moved in own if has_moved])
         if found is not None:
             _TOLD.add(optimizer)
             warnings.warn(f"{found}: {_REMEDY}.", OtherRuleWarning, stacklevel=4)
             return
 
 
+def _moved(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[tuple[Gate, bool]]]]:
+    """The groups with taus, whose these are, and whether each has a gradient."""
+    if optimizer in _TOLD or isinstance(optimizer, TauAdam):
+        return
+    taus = living_taus()
+    apart = followed(optimizer) if taus else set()
+    for group in optimizer.param_groups if taus else ():
+        own = [p for p in group["params"] if id(p) in taus and id(p) not in apart]
+        if own:
+            yield group, [(taus[id(p)], p.grad is not None) for p in own]
+
+
 def _other_rule(optimizer: Optimizer, group: dict[str, Any], own: list[Gate]) -> str | None:
     """In words, what moves the taus of these gates, if it is not their own rule."""
+    if not own:
+        return None
     name = type(optimizer).__name__
-    _check_numbers(optimizer, group)
     lr = group.get("lr")
     at = "" if lr is None or isinstance(lr, Tensor) else f" at learning rate {lr:g}"
-    if len(own) < len(group["params"]):
+    taus = living_taus()
+    if any(id(p) not in taus for p in group["params"]):
         return f"{name} moves {len(own)} taus{at} in a group with other parameters"
     if not any(_ADAM.fullmatch(kind.__name__) for kind in type(optimizer).__mro__):
         return f"{name} moves {len(own)} taus by its own rule, under which s bounds no step"
@@ -90,3 +106,4 @@ def _check_numbers(optimizer: Optimizer, group: dict[str, Any]) -> None:
 
 
 register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
