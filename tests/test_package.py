@@ -14,6 +14,7 @@ from places import ROOT
 import tokengate
 
 HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate", "trl"]
+HOSTS += ["lightning", "pytorch_lightning"]
 
 
 def loaded_by(code):
@@ -32,7 +33,14 @@ WITHOUT_HOST, WITH_HOST = (
         *("model_configs", "roles"),
     ],
     [
-        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
+        *(
+            "clip",
+            "lightning_callback",
+            "plots",
+            "trainer.callback",
+            "trainer.checkpoints",
+            "trainer.gradients",
+        ),
         *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
         *("trainer.tau_steps", "trainer.trainer", "vision"),
         *("trainer.quantised", "trl.trainers", "trl.views"),
@@ -71,8 +79,10 @@ def test_public_names():
         "TokenView",
         "after",
         "calibrate",
+        "clip_grad_norm_",
         "disabled",
         "fold",
+        "follow",
         "layers",
         "load",
         "modification_norms",
@@ -102,6 +112,7 @@ def test_public_names():
                 "DifferentBaseWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",
+                "OtherRuleWarning",
                 "SkippedModuleWarning",
                 "UnreachedLayerWarning",
                 "UnreachedSparsityWarning",

@@ -87,5 +87,9 @@ class NonFiniteWarning(_OneLine, UserWarning):
     """A gate's gradient was NaN or infinite, and skipped; or its tau is."""
 
 
+class OtherRuleWarning(_OneLine, UserWarning):
+    """An optimiser moves a tau by another rule than its own."""
+
+
 class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""

@@ -117,6 +117,7 @@ def test_a_patched_model_keeps_its_parameters_and_gets_the_values(tmp_path, meth
     assert all(layer.modification.dropout == 0.2 for layer in tokengate.layers(model).values())
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     def step(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

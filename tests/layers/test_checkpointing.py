@@ -7,6 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tokengate
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 METHODS = ["lora", "dora", "adalora", "adapter"]
 # Whether each forward is checkpointed, and how; and whether all of it or block by block.
 KINDS = {

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
+from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
-from tokengate.gates.skipped_gradients import watch_gradients
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
@@ -54,6 +54,8 @@ class Gate(KeepsFloat32):
     """Those that `patch` was given for this layer."""
     # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
     s: float | None = None
+    # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
+    _rule: dict[str, Any] | None = None
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
@@ -63,7 +65,7 @@ class Gate(KeepsFloat32):
     def __new__(cls, *_: Any, **__: Any) -> Any:
         # Where copies and what is unpickled come by, too.
         gate = super().__new__(cls)
-        watch_gradients(gate)
+        remember_gate(gate)
         return gate
 
     def __init__(self, linear: nn.Linear) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
+from tokengate.gates.optimizer_steps import is_part
 from tokengate.layers.batches import keeping_modes
 from tokengate.layers.calls import exclusive
 from tokengate.layers.gated_linear import Gated
@@ -180,7 +181,7 @@ def _watch_optimizers() -> None:
 
 
 def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or not ROOTS:
+    if torch.compiler.is_compiling() or not ROOTS or is_part(optimizer, kwargs):
         return
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
@@ -260,10 +261,8 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
     owners = {type(_owner(model, name)).__name__ for name in names if name}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
     were = "was" if len(names) == 1 else "were"
-    return (
-        f"{listed(map(repr, names))}{inside} {were} patched but never "
-        f"called: {reason}; name other targets, or exclude these"
-    )
+    which = f"{listed(map(repr, names))}{inside} {were}"
+    return f"{which} patched but never called: {reason}; name other targets, or exclude these"
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

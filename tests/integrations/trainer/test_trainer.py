@@ -27,7 +27,11 @@ from tokengate.integrations.trainer.tau_steps import TauSteps  # noqa: E402
 from tokengate.training.param_groups import slope_for  # noqa: E402
 
 # One thread as in the processes started here.
-pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "own_accelerate"),
+    # Some trainings here are without the callback.
+    pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning"),
+]
 
 
 def values(model):
