@@ -14,6 +14,8 @@ from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
+from tokengate.integrations.trainer.engines import sharding_of
+from tokengate.sharding import is_divided
 
 
 class TokenGateTrainer(Trainer):
@@ -74,12 +76,30 @@ class TokenGateTrainer(Trainer):
             begin(folder / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._callback().save_state(Path(output_dir))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; what is divided over processes is not gathered but for the adapter."""
+        if not sharding_of(self.accelerator) or self._has_statistics():
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _has_statistics(self) -> bool:
+        return any(getattr(m, "running_mean", None) is not None for m in self.model.modules())
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if any(getattr(m, "running_mean", None) is not None for m in self.model.modules()):
+        if self._has_statistics():
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or is_divided(self.model.parameters()):
             tokengate.save(self.model, folder)
+        if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
