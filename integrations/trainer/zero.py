@@ -42,7 +42,8 @@ class ZeroStep(torch.optim.Optimizer):
         adalora: Sequence[AdaLoRA],
         weight: float,
     ) -> None:
-        self._taus = set(taus)
+        # The taus, and what they are, whatever ZeRO's optimiser makes of them.
+        self._taus: dict[nn.Parameter, Tensor | None] = dict.fromkeys(taus)
         self._factors = [p for m in adalora for p in (m.P, m.Q)]
         # In the model's order, which is that of all processes.
         self._written = [*taus, *(m.E for m in adalora)]
@@ -104,7 +105,11 @@ class ZeroStep(torch.optim.Optimizer):
 
         # On its first process, whose values the others are sent.
         with self._gathered(self._factors), self._gathered(self._written, 0):
+            for tau, value in self._taus.items():
+                if value is not None:
+                    tau.data.copy_(value)
             yield
+            self._taus = {tau: tau.detach().clone() for tau in self._taus}
         for parameter in self._written:
             if hasattr(parameter, "ds_tensor"):
                 part = parameter.ds_tensor.detach().float()
