@@ -43,6 +43,7 @@ from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
+from tokengate.sharding import is_absent
 from tokengate.training.param_groups import slope_for
 
 _log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class TokenGateCallback(TrainerCallback):
         self._engine = Engine(None)
         self._training, self._evaluation = Recording(), Recording()
         self._warned = False
+        self._before: dict[nn.Parameter, torch.Tensor] = {}
         self._saved: Path | None = None  # the checkpoint that has our state already
 
     def on_train_begin(
@@ -162,6 +164,9 @@ class TokenGateCallback(TrainerCallback):
         numbers = dict(self._numbers)
         if numbers["s"] is None:
             numbers["s"] = slope_for(state.max_steps)
+        if not state.global_step:
+            engine.restore(self._before)
+        self._before = {}
         with engine.values():
             steps = engine.kind(model, base, numbers, self._schedule)
             self._take_over(model, steps, adalora, base, state)
@@ -345,6 +350,11 @@ class TokenGateCallback(TrainerCallback):
         self._end()
         if tokengate.layers(model):
             tokengate.scale_penalty(model, 1)
+
+    def before_division(self, model: nn.Module) -> None:
+        """Remember what is trained; `TokenGateTrainer` calls it before others divide and round."""
+        trained = [p for p in model.parameters() if p.requires_grad and not is_absent(p)]
+        self._before = {p: p.detach().clone() for p in trained}
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""

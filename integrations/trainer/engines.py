@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -36,6 +38,9 @@ class Engine:
     def distance(self) -> Tensor | None:
         """AdaLoRA's from orthogonality, where it is the engine that adds the penalty."""
         return None
+
+    def restore(self, before: dict[nn.Parameter, Tensor]) -> None:
+        """Give back what was rounded in dividing the model."""
 
     def values(self) -> Any:
         """A context in which every process has all that is trained, and may write it."""
@@ -73,6 +78,7 @@ class Zero(Engine):
         super().__init__(optimizer)
         self.values, self.begin = optimizer.values, optimizer.begin  # type: ignore[method-assign]
         self.finish, self.detach = optimizer.finish, optimizer.detach  # type: ignore[method-assign]
+        self.restore = optimizer.restore  # type: ignore[method-assign]
 
 
 def engine_of(
@@ -91,7 +97,22 @@ def engine_of(
     if sharding == "ZeRO":
         taus = list(trained_taus(model).values())
         return Zero(ZeroStep(deepspeed_of(accelerator), model, taus, adalora, weight))
-    return (FSDP2 if sharding else Engine)(unwrapped(optimizer))
+    if sharding:
+        _warn_of_rounding(accelerator)
+        return FSDP2(unwrapped(optimizer))
+    return Engine(unwrapped(optimizer))
+
+
+def _warn_of_rounding(accelerator: Accelerator) -> None:
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    dtype = getattr(policy, "param_dtype", None)
+    if dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"FSDP2 computes with tau, A and B rounded to {dtype}, and so tau moves in steps of "
+            "that: load the base in 16 bits and train without bf16=True or fp16=True, and what is "
+            "trained stays float32.",
+            stacklevel=2,
+        )
 
 
 def sharding_of(accelerator: Accelerator) -> str:

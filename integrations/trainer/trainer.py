@@ -60,6 +60,12 @@ class TokenGateTrainer(Trainer):
             callback.end_training(self.model)
             raise
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        if sharding_of(self.accelerator) == "ZeRO":
+            self._callback().before_division(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counted."""
         self._callback().start_evaluation(self.model)

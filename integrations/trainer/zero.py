@@ -101,21 +101,30 @@ class ZeroStep(torch.optim.Optimizer):
 
         Every process must do the same with them.
         """
-        import deepspeed
-
-        # On its first process, whose values the others are sent.
-        with self._gathered(self._factors), self._gathered(self._written, 0):
+        with self._gathered(self._factors), self._writing(self._written):
             for tau, value in self._taus.items():
                 if value is not None:
                     tau.data.copy_(value)
             yield
             self._taus = {tau: tau.detach().clone() for tau in self._taus}
-        for parameter in self._written:
+
+    def restore(self, values: dict[nn.Parameter, Tensor]) -> None:
+        """Give trained parameters these values, which DeepSpeed has rounded to 16 bits."""
+        with self._writing(list(values)):
+            for parameter, value in values.items():
+                parameter.data.copy_(value)
+
+    @contextlib.contextmanager
+    def _writing(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with self._gathered(parameters, 0):  # whose values the other processes are sent
+            yield
+        for parameter in parameters:
             if hasattr(parameter, "ds_tensor"):
-                part = parameter.ds_tensor.detach().float()
-                deepspeed.utils.safe_set_local_fp32_param(parameter, part)
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor.detach().float())
             else:
-                deepspeed.utils.safe_set_full_fp32_param(parameter, parameter.detach().float())
+                safe_set_full_fp32_param(parameter, parameter.detach().float())
 
     def _gathered(self, parameters: list[nn.Parameter], writer: int | None = None) -> Any:
         import deepspeed
