@@ -10,9 +10,7 @@ for library in ("transformers", "accelerate", "deepspeed"):
     pytest.importorskip(library, reason="the test extra is not installed")
 import sharded_runs as runs  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +53,8 @@ def test_two_processes_are_one(found, alone, engine, method):
     if method != "dora":
         assert max(map(abs, one["penalties"])) > 1e-3
         assert ours["penalties"] == pytest.approx(one["penalties"], abs=1e-6)
-    adapters = [
-        load_file(each / method / runs.ADAPTER) for each in (folder / engine, folder_of_one)
-    ]
+    places = (folder / engine, folder_of_one)
+    adapters = [load_file(place / method / "adapter" / runs.WEIGHTS) for place in places]
     assert adapters[0].keys() == adapters[1].keys()
     for name, value in adapters[0].items():
         assert (value - adapters[1][name]).abs().max() < 1e-5, name
