@@ -32,9 +32,10 @@ WITHOUT_HOST, WITH_HOST = (
         *("model_configs", "roles"),
     ],
     [
-        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
-        *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
-        *("trainer.tau_steps", "trainer.trainer", "vision"),
+        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.engines"),
+        *("trainer.gradients", "trainer.penalty_unit", "trainer.sharded_steps"),
+        *("trainer.sparsity_logs", "trainer.surroundings"),
+        *("trainer.tau_steps", "trainer.trainer", "trainer.zero", "vision"),
     ],
 )
 

@@ -132,7 +132,7 @@ def sharding_of(accelerator: Accelerator) -> str:
             return "ZeRO"
         kind = "DEEPSPEED of stage 0"
     elif kind == "FSDP":
-        if accelerator.is_fsdp2:
+        if getattr(accelerator, "is_fsdp2", False):
             return "FSDP2"
         kind = "FSDP of version 1"
     elif kind not in ("MEGATRON_LM", "XLA"):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+import types
 
 import pytest
 import torch
@@ -794,10 +795,27 @@ def test_accelerate_resumes(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_accelerate_refuses_what_is_sharded(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "stage", "axes", "named"),
+    [
+        ("FSDP", None, None, "FSDP of version 1"),
+        ("DEEPSPEED", 0, None, "DEEPSPEED of stage 0"),
+        ("MULTI_GPU", None, {"tp_size": 2}, "MULTI_GPU with tp_size=2"),
+        ("MEGATRON_LM", None, None, "MEGATRON_LM"),
+    ],
+)
+def test_accelerate_refuses_what_is_divided_otherwise(monkeypatch, kind, stage, axes, named):
     accelerator = accelerate.Accelerator(cpu=True)
-    monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.FSDP)
-    with pytest.raises(TokenGateError, match="FSDP"):
+    kinds = accelerate.DistributedType
+    monkeypatch.setattr(accelerator.state, "distributed_type", kinds[kind])
+    if stage is not None:
+        plugin = types.SimpleNamespace(zero_stage=stage)
+        monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin)
+    if axes is not None:
+        monkeypatch.setattr(
+            type(accelerator), "parallelism_config", types.SimpleNamespace(**axes), raising=False
+        )
+    with pytest.raises(TokenGateError, match=f"under {named}, where a tau is no parameter"):
         set_penalty_unit(language_model(), accelerator)
 
 
