@@ -28,7 +28,7 @@ from tokengate import History, RankAllocator, SparsityController, SparsityReport
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, write_state
-from tokengate.integrations.trainer.engines import Engine, Zero, engine_of
+from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
 from tokengate.integrations.trainer.penalty_unit import set_unit
 from tokengate.integrations.trainer.sparsity_logs import (
@@ -339,10 +339,9 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Give the optimiser back, with the state that a later training goes on from."""
-        if self._steps is not None and self._engine.apart:
+        if self._steps is not None and isinstance(self._engine, FSDP2):
             # Here, where all processes are, and not where one has failed.
-            with self._engine.values():
-                state_of(self._engine.optimizer)[KEY] = self._steps.state()
+            state_of(self._engine.optimizer)[KEY] = self._steps.state()
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:

@@ -118,7 +118,8 @@ class TokenGateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if (best / CONFIG).exists():
+        # ZeRO has values of its own beside the model's.
+        if (best / CONFIG).exists() and sharding_of(self.accelerator) != "ZeRO":
             tokengate.load(self.model, best)
         else:
             super()._load_best_model()

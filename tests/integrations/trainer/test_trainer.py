@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import types
+import warnings
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, set_penalty_unit  # noqa: E402
 from tokengate.integrations.trainer import callback as trainer_callback  # noqa: E402
+from tokengate.integrations.trainer.engines import engine_of  # noqa: E402
 from tokengate.integrations.trainer.tau_steps import TauSteps  # noqa: E402
 from tokengate.training.param_groups import slope_for  # noqa: E402
 
@@ -793,6 +795,25 @@ def test_accelerate_resumes(tmp_path):
     rest, found = accelerated(tmp_path / "state")
     assert torch.equal(torch.cat([first, rest]), whole)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_fsdp2_s_mixed_precision_is_warned_of(monkeypatch, dtype):
+    accelerator = accelerate.Accelerator(cpu=True)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, mixed_precision_policy=torch.distributed.fsdp.MixedPrecisionPolicy(dtype)
+    )
+    monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.FSDP)
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
+    model = language_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        engine = engine_of(accelerator, optimizer, model, [], 0.1)
+    assert engine.optimizer is optimizer
+    assert engine.apart
+    told = [str(w.message) for w in said if "FSDP2 computes with tau" in str(w.message)]
+    assert len(told) == (dtype is not None)
 
 
 @pytest.mark.parametrize(
