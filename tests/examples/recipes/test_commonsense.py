@@ -378,7 +378,7 @@ def test_a_divided_model_is_trained_as_a_whole_one(processes, run, tmp_path, mon
     asked += ["--rows", "24", "--epochs", "1"]
     ways = {"fsdp": ["--fsdp"], "zero": ["--deepspeed"]}
     runs = [[*asked, *way, "--output", str(tmp_path / name)] for name, way in ways.items()]
-    wait_for(start(processes, divided, runs))
+    wait_for(start(processes, divided, runs), 900)
     monkeypatch.setattr(recipe.data.Task, "answer", answer_by_length)
     one = run(*asked)["lora-on-0"]
     losses = [entry["loss"] for entry in one["log"] if "loss" in entry]

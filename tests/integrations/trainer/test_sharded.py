@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def found(processes, tmp_path_factory):
     """What each rank found, and where."""
     folder = tmp_path_factory.mktemp("divided")
-    two_ranks.wait_for(two_ranks.start(processes, runs.everything, folder))
+    two_ranks.wait_for(two_ranks.start(processes, runs.everything, folder), 900)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
