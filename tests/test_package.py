@@ -33,17 +33,11 @@ WITHOUT_HOST, WITH_HOST = (
         *("model_configs", "roles"),
     ],
     [
-        *(
-            "clip",
-            "lightning_callback",
-            "plots",
-            "trainer.callback",
-            "trainer.checkpoints",
-            "trainer.gradients",
-        ),
-        *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
-        *("trainer.tau_steps", "trainer.trainer", "vision"),
-        *("trainer.quantised", "trl.trainers", "trl.views"),
+        *("clip", "lightning_callback", "plots"),
+        *("trainer.callback", "trainer.checkpoints", "trainer.engines", "trainer.gradients"),
+        *("trainer.penalty_unit", "trainer.quantised", "trainer.sharded_steps"),
+        *("trainer.sparsity_logs", "trainer.surroundings", "trainer.tau_steps"),
+        *("trainer.trainer", "trainer.zero", "trl.trainers", "trl.views", "vision"),
     ],
 )
 

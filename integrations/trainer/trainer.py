@@ -15,7 +15,9 @@ from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
+from tokengate.integrations.trainer.engines import sharding_of
 from tokengate.integrations.trainer.quantised import attached
+from tokengate.sharding import is_divided
 
 # What ends when a Trainer is made. Not in the Trainer, which is pickled to prepare its data.
 _MAKING: dict[int, contextlib.ExitStack] = {}
@@ -78,6 +80,12 @@ class TokenGateTrainer(Trainer):
             callback.end_training(self.model)
             raise
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        if sharding_of(self.accelerator) == "ZeRO":
+            self._callback().before_division(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counted."""
         self._callback().start_evaluation(self.model)
@@ -94,12 +102,30 @@ class TokenGateTrainer(Trainer):
             begin(folder / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._callback().save_state(Path(output_dir))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; what is divided over processes is not gathered but for the adapter."""
+        if not sharding_of(self.accelerator) or self._has_statistics():
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _has_statistics(self) -> bool:
+        return any(getattr(m, "running_mean", None) is not None for m in self.model.modules())
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if any(getattr(m, "running_mean", None) is not None for m in self.model.modules()):
+        if self._has_statistics():
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or is_divided(self.model.parameters()):
             tokengate.save(self.model, folder)
+        if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
@@ -112,7 +138,8 @@ class TokenGateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if (best / CONFIG).exists():
+        # ZeRO has values of its own beside the model's.
+        if (best / CONFIG).exists() and sharding_of(self.accelerator) != "ZeRO":
             tokengate.load(self.model, best)
         else:
             super()._load_best_model()

@@ -789,3 +789,38 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
     assert {*kept} == {0, 1}
     assert {(0, True), (0, False)} <= {*moments}
     assert len(moments) > 10
+
+
+def test_what_zero_has_divided_is_not_loaded_into(tmp_path):
+    model = trained()
+    tokengate.save(model, tmp_path)
+    parameter = tokengate.layers(model)["blocks.0.q_proj"].modification.A
+    parameter.ds_id, parameter.data = 0, torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(TokenGateError, match=r"'blocks.0.q_proj' divided by DeepSpeed's ZeRO-3"):
+        tokengate.load(model, tmp_path)
+
+
+def test_what_zero_has_divided_is_gathered_to_be_saved(tmp_path, monkeypatch):
+    model = trained()
+    expected = values(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = {id(p): p.detach().clone() for p in parameters}
+
+    def gather(param_list):
+        for p in param_list:
+            p.data = kept[id(p)]
+
+    def divide(param_list):
+        for p in param_list:
+            p.data = torch.empty(0)
+
+    for number, p in enumerate(parameters):
+        p.ds_id, p.all_gather, p.partition = number, gather, divide
+    divide(parameters)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    tokengate.save(model, tmp_path)
+    assert all(p.numel() == 0 for p in parameters), "as it was before"
+    gather(parameters)
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    assert same(values(other), expected)

@@ -38,7 +38,7 @@ from tokengate.linears.quantised import is_quantised, unreadable
 from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import is_sharded
+from tokengate.sharding import is_absent, is_sharded
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
         return f"{type(layer.modification).__name__} is no matrix"
     linear = whole(cast(LinearLike, layer))
     weight = holder(linear)
-    if is_sharded(weight):
+    if is_sharded(weight) or is_absent(weight):
         return "its weight is sharded"
     if weight.is_meta or is_offloaded(getattr(linear, "weight_holder", linear)):
         return "its weight is elsewhere"

@@ -26,6 +26,7 @@ from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch, check_gathered
+from tokengate.sharding import is_absent
 
 
 @exclusive
@@ -58,7 +59,8 @@ def load(
         What was skipped, and why, by the name of the layer or parameter; empty if nothing was.
 
     Raises:
-        TokenGateError: the folder is damaged or was changed; or something of it does not fit.
+        TokenGateError: the folder is damaged or was changed; something of it does not fit; or
+            ZeRO-3 has divided the layers.
 
     Warns:
         DifferentBaseWarning: what the adapter has fits, but the model's linear layers are not all
@@ -107,6 +109,13 @@ def load_saved(
 def _replace(model: nn.Module, fit: Fit) -> None:
     """New values for the adapter in use."""
     patched = require_layers(model, "load")
+    for name, layer in patched.items():
+        if any(map(is_absent, layer.modification.parameters())):
+            raise TokenGateError(
+                f"load found {name!r} divided by DeepSpeed's ZeRO-3, which has values of its own "
+                "beside the model's: load the adapter before deepspeed.initialize, or before the "
+                "Trainer's train()."
+            )
     found = fit.patched_layers(patched)
     extras = fit.extras(model, trained_beside(model, patched))
     fit.check_any(model, [*found, *extras])

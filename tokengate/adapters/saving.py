@@ -43,7 +43,7 @@ from tokengate.methods.registry import METHODS
 from tokengate.names import inside, named_modules, named_parameters
 from tokengate.patching.patch import asked_of
 from tokengate.patching.wrappers import check_gathered
-from tokengate.sharding import gathered, is_sharded
+from tokengate.sharding import gathered, is_divided, present
 
 # As safetensors names them in its files.
 _DTYPES = {dtype: name for name, dtype in DTYPES.items()}
@@ -58,8 +58,8 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
     one or the new one. Nothing is pickled.
 
     Of several processes that save into one folder at once, the last one's adapter is left there,
-    if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
-    it on every process, of which the first writes. Otherwise call it on one. Names are the model's
+    if none of them is killed meanwhile. What FSDP2 or ZeRO-3 has divided is gathered: call it on
+    every process, of which the first writes. Otherwise call it on one. Names are the model's
     own, whatever wraps it or a part of it: DistributedDataParallel, torch.compile, activation
     checkpointing, an averaged copy.
 
@@ -70,8 +70,8 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
 
     Raises:
         TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
-            know; a value is not finite, not there (on the meta device, elsewhere under ZeRO-3, in
-            pieces under FSDP1) or of a dtype that is not floating-point; `folder` is a file.
+            know; a value is not finite, not there (on the meta device, in pieces under
+            FSDP1) or of a dtype that is not floating-point; `folder` is a file.
         OSError: the folder cannot be written.
     """
     if name is not None:
@@ -97,7 +97,7 @@ def _save(model: nn.Module, folder: Path) -> None:
         train=sorted(trained_beside(model, patched)),
     )
     text = _as_json(config)
-    if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+    if is_divided(model.parameters()) and torch.distributed.get_rank() > 0:
         return
     make_folder(folder)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
@@ -166,21 +166,23 @@ def values_of(
 ) -> dict[str, Tensor]:
     """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
     found: dict[str, Tensor] = {}
-    for name, layer in patched.items():
-        layer.modification.refresh(base_layer(layer))
-        for part, module in (("modification", layer.modification), ("gate", layer.gate)):
-            if module is not None:
-                found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
-    found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
-    return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
+    beside = trained_beside(model, patched)
+    parts = [m for layer in patched.values() for m in (layer.modification, layer.gate) if m]
+    with present([*(p for part in parts for p in part.parameters()), *beside.values()]):
+        for name, layer in patched.items():
+            layer.modification.refresh(base_layer(layer))
+            for part, module in (("modification", layer.modification), ("gate", layer.gate)):
+                if module is not None:
+                    found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
+        found |= {name: p.detach() for name, p in beside.items()}
+        return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
 
 
 def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
     """On the CPU, contiguous and of its own; checked."""
-    if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
-        where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
+    if tensor.is_meta:
         raise TokenGateError(
-            f"{caller} found no values of {name!r}, which is {where}: gather or load it first."
+            f"{caller} found no values of {name!r}, which is on the meta device: load it first."
         )
     if tensor.dtype not in _DTYPES:
         raise TokenGateError(

@@ -187,8 +187,8 @@ class SparsityController:
         if self.step == 0 and len(unseen) == len(gates):
             raise TokenGateError(
                 f"no gradient of tau was seen in any of the {len(gates)} gates that the "
-                "SparsityController leads: call loss.backward() before optimizer.step(), and train "
-                "without DeepSpeed's ZeRO, which keeps gradients to itself."
+                "SparsityController leads: call loss.backward() before optimizer.step(); under "
+                "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
             )
         gradients = self._gradients() / (1.0 if loss_scale is None else loss_scale)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
