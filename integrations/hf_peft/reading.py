@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
+from tokengate.adapters.folder import CONFIG as OURS
+from tokengate.adapters.folder import read_config
 from tokengate.adapters.weights import DTYPES, Weights, open_weights
 from tokengate.arguments import count, positive, share, switch
 from tokengate.errors import brief
 from tokengate.files.text_table import size
 from tokengate.integrations.hf_peft.format import (
+    CONFIG,
     KEYS,
     PREFIX,
+    WEIGHTS,
     adalora_scale,
     check_known,
 )
@@ -149,10 +152,12 @@ def _config(folder: Path) -> dict[str, Any]:
         # Of adapters that are not called "default".
         named = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
         hint = f", e.g. {str(folder / named[0])!r}" if named else ""
+        if (folder / OURS).exists():
+            hint = f", which the {OURS} beside it is not: tokengate.load reads that"
         raise TokenGateError(
             f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote{hint}."
         )
-    config, where = read_config(folder), str(folder / CONFIG)
+    config, where = read_config(folder / CONFIG), str(folder / CONFIG)
     if "peft_type" not in config:
         hint = ", which tokengate.load reads" if config.get("format") == "tokengate" else ""
         raise TokenGateError(f"{where} has no peft_type{hint}: pass a folder that PEFT wrote.")

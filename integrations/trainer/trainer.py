@@ -11,7 +11,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 import tokengate
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG
+from tokengate.adapters.folder import config_path
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
 
@@ -85,14 +85,14 @@ class TokenGateTrainer(Trainer):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if (Path(resume_from_checkpoint) / CONFIG).exists():
+        if config_path(Path(resume_from_checkpoint)).exists():
             tokengate.load(model or self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if (best / CONFIG).exists():
+        if config_path(best).exists():
             tokengate.load(self.model, best)
         else:
             super()._load_best_model()

@@ -42,7 +42,7 @@ def test_a_checkpoint_has_the_adapter_in_place_of_the_model(tmp_path):
     made(tmp_path, more=[Stop()]).train()
     folder = tmp_path / "checkpoint-3"
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "training_args.bin"} <= names
+    assert {"tokengate_config.json", "adapter_model.safetensors", "training_args.bin"} <= names
     assert not [name for name in names if name.startswith("model")]
 
     whole = made(tmp_path / "whole")
