@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from hostile_folders import peft
+from hostile_folders import PEFT_CONFIG, peft
 from models import Net
 from test_saving import fresh, same, trained, values
 

@@ -343,8 +343,9 @@ def test_saving_again_replaces(tmp_path):
     tokengate.load(other, tmp_path)
     assert same(values(other), values(trained("dora")))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "tokengate_config.json",
+        "README.md",
         "adapter_model.safetensors",
+        "tokengate_config.json",
     ]
     # As any file of this user's, not as a temporary one.
     mask = os.umask(0)
@@ -355,7 +356,7 @@ def test_saving_again_replaces(tmp_path):
 
 def test_what_killed_saves_left_is_taken_away_when_nobody_can_be_writing_it(tmp_path):
     tokengate.save(trained("lora"), tmp_path)
-    names = [f".adapter_{x}.0123abcd.tmp" for x in ("model.safetensors", "config.json")]
+    names = [".adapter_model.safetensors.0123abcd.tmp", ".tokengate_config.json.0123abcd.tmp"]
     names += ["notes.tmp", ".other.tmp"]
     for hours in (0.9, 1.1):
         for name in names:
@@ -765,8 +766,8 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
         tokengate.load(other, folder)
         found = [same(values(other), each) for each in wanted]
         names = {path.name for path in folder.iterdir()}
-        left = {name for name in names if name.startswith(".adapter_")}
-        assert names - left == {"tokengate_config.json", "adapter_model.safetensors"}
+        left = {name for name in names if name.startswith(".")}
+        assert names - left == {"tokengate_config.json", "adapter_model.safetensors", "README.md"}
         assert all(name.endswith(".tmp") for name in left)
         for name in left:
             shutil.rmtree(folder / name)
