@@ -52,8 +52,8 @@ def same(a, b):
 
 
 def edit(folder, **changes):
-    """Other fields in tokengate_config.json."""
-    path = folder / "tokengate_config.json"
+    """Other fields in the configuration, ours or PEFT's."""
+    (path,) = folder.glob("*_config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
