@@ -1,4 +1,4 @@
-"""What a checkpoint had no values for: said when it stays frozen, found by train="head", compared."""
+"""What a checkpoint had no values for: named while it stays frozen, found, and compared."""
 
 import copy
 import warnings

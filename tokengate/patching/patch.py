@@ -30,7 +30,7 @@ from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
 from tokengate.patching.options import options_by_layer
-from tokengate.patching.save_pretrained import unwatch_saving, watch_saving
+from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
@@ -175,10 +175,10 @@ def install(
             join(layer, adapter, others)
         model.__dict__.setdefault(_ASKED, []).extend(asked)
         remember_new(model)
-        watch_saving(model)
         settle_fast_paths(model)
         follow_masks(model)
         watch(model)
+    watch_saving(model)
 
 
 def asked_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -211,7 +211,6 @@ def _unpatch(model: nn.Module) -> None:
         take_off(layer)
     settle_fast_paths(model)
     unfollow_masks(model)
-    unwatch_saving(model)
     for root in roots:
         unwatch(root)
         forget_new(root)

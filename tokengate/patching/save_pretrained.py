@@ -2,20 +2,21 @@
 
 `save_pretrained` of Hugging Face's libraries (transformers, diffusers, sentence-transformers, what
 has huggingface_hub's mixin) writes all keys of a model, and `from_pretrained` leaves out those that
-it does not know: what is patched is gone, without an error.
+it does not know: what is patched is gone, without an error. The method is told to look once, in the
+class that has it: an attribute of a model that knew its model would keep it alive.
 """
 
 from __future__ import annotations
 
 import contextvars
-import copy
+import functools
+import inspect
 import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 from torch import nn
 
@@ -24,6 +25,8 @@ from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers
 
 _NAME = "save_pretrained"
+# On a method that looks already.
+_LOOKS = "_tokengate_looks"
 # Whether a module that is saved is a part of one that is, of which enough was said.
 _SAVING = contextvars.ContextVar("tokengate_saving", default=False)
 # What a Trainer writes to go on from, reading it into the patched model again.
@@ -31,51 +34,29 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def watch_saving(model: nn.Module) -> None:
-    """From now on `save_pretrained` of the model, and of what is in it, warns where it should."""
-    for module in model.modules():
-        if callable(getattr(type(module), _NAME, None)):
-            module.__dict__.setdefault(_NAME, _Watched(module))
+    """From now on `save_pretrained` of such models, and of what is in them, warns where it should.
+
+    Of a model without a patched layer it does what it did.
+    """
+    for kind in {each for module in model.modules() for each in type(module).__mro__}:
+        method = vars(kind).get(_NAME)
+        if inspect.isfunction(method) and not hasattr(method, _LOOKS):
+            setattr(kind, _NAME, _looking(method))
 
 
-def unwatch_saving(model: nn.Module) -> None:
-    """Take back what `watch_saving` did."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get(_NAME), _Watched):
-            del module.__dict__[_NAME]
-
-
-class _Watched:
-    """What stands in the place of a module's method, and goes along in its copies."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)  # a module that held itself would be freed late
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The module's own; whoever asks for a signature gets this one's."""
-        method: Callable[..., Any] = getattr(type(self._held()), _NAME).__get__(self._held())
-        return method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+def _looking(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _SAVING.get() and not any(map(_is_checkpoint, (*args, *kwargs.values()))):
-            _warn(self._held())
+            _warn(self)
         token = _SAVING.set(True)
         try:
-            return self.__wrapped__(*args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
             _SAVING.reset(token)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Watched:
-        copied: nn.Module = copy.deepcopy(self._held(), memo)
-        return _Watched(copied)
-
-    def __reduce__(self) -> Any:
-        return _Watched, (self._held(),)
-
-    def _held(self) -> nn.Module:
-        module = self._module()
-        assert module is not None  # which holds this
-        return module
+    setattr(save_pretrained, _LOOKS, True)
+    return save_pretrained
 
 
 def _warn(module: nn.Module) -> None:
