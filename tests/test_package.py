@@ -13,7 +13,10 @@ from places import ROOT
 
 import tokengate
 
-HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"]
+HOSTS = [
+    *("transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"),
+    "huggingface_hub",
+]
 
 
 def loaded_by(code):
@@ -27,7 +30,7 @@ def loaded_by(code):
 WITHOUT_HOST, WITH_HOST = (
     [
         *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
-        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing"),
+        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing", "hub"),
         *("language", "live_logging", "llava"),
         *("model_configs", "roles"),
     ],
@@ -99,8 +102,10 @@ def test_public_names():
             "errors",
             [
                 "DifferentBaseWarning",
+                "FrozenHeadWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",
+                "SavedWithBaseWarning",
                 "SkippedModuleWarning",
                 "UnreachedLayerWarning",
                 "UnreachedSparsityWarning",

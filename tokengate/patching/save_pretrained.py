@@ -59,8 +59,8 @@ def _looking(method: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _warn(module: nn.Module) -> None:
-    kept = len(all_layers(module))
+def _warn(module: Any) -> None:
+    kept = len(all_layers(module)) if isinstance(module, nn.Module) else 0
     if not kept:
         return  # plain, or folded as a whole
     merged = sum(each.weight is not None for each in folded(module).values())
