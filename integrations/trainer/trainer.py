@@ -26,8 +26,9 @@ class TokenGateTrainer(Trainer):
     get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
     interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
     the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
-    which are no part of an adapter; `tokengate.load` reads them. A training goes on from those
-    that were saved to their end alone. For another kind of Trainer:
+    which are no part of an adapter; `tokengate.load` reads them, and the table of the last
+    evaluation is in their card. A training goes on from those that were saved to their end alone.
+    For another kind of Trainer:
     `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
 
     Raises:
@@ -79,7 +80,7 @@ class TokenGateTrainer(Trainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            tokengate.save(self.model, folder)
+            tokengate.save(self.model, folder, report=self._callback().report)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
