@@ -140,6 +140,11 @@ def _layers_and_heads(
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    if (folder / OURS).exists() and not (folder / CONFIG).exists():
+        raise TokenGateError(
+            f"{folder / OURS!s} has no peft_type, which tokengate.load reads: pass a folder that "
+            "PEFT wrote."
+        )
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if path.exists():
             continue
@@ -152,8 +157,6 @@ def _config(folder: Path) -> dict[str, Any]:
         # Of adapters that are not called "default".
         named = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
         hint = f", e.g. {str(folder / named[0])!r}" if named else ""
-        if (folder / OURS).exists():
-            hint = f", which the {OURS} beside it is not: tokengate.load reads that"
         raise TokenGateError(
             f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote{hint}."
         )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from tokengate.adapters.card import CARD
 from tokengate.adapters.folder import WEIGHTS, SavedAdapter, config_path
 from tokengate.errors import TokenGateError
 from tokengate.files.text_table import lines, size, text_table
@@ -18,7 +19,7 @@ def describe(saved: SavedAdapter) -> dict[str, Any]:
     """Methods, ranks, taus and sizes, ready for JSON."""
     layers = {name: describe_layer(saved, name) for name in saved.config.layers}
     taus = [layer["tau"] for layer in layers.values() if layer["tau"] is not None]
-    files = (saved.folder / WEIGHTS, config_path(saved.folder))
+    files = [saved.folder / WEIGHTS, config_path(saved.folder), saved.folder / CARD]
     return {
         "folder": str(saved.folder),
         "saved_by": f"tokengate {saved.config.tokengate_version}",
@@ -28,7 +29,7 @@ def describe(saved: SavedAdapter) -> dict[str, Any]:
         "asked": saved.config.targets,
         "methods": dict(Counter(layer["method"] for layer in layers.values())),
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
-        "bytes": {p.name: p.stat().st_size for p in files},
+        "bytes": {p.name: p.stat().st_size for p in files if p.exists()},
         "trained_beside": {n: list(saved.tensors[n].shape) for n in saved.config.train},
         "gated_layers": len(taus),
         "tau": _distribution(taus),
