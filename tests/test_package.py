@@ -14,7 +14,7 @@ from places import ROOT
 import tokengate
 
 HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate", "trl"]
-HOSTS += ["lightning", "pytorch_lightning"]
+HOSTS += ["lightning", "pytorch_lightning", "huggingface_hub"]
 
 
 def loaded_by(code):
@@ -28,7 +28,7 @@ def loaded_by(code):
 WITHOUT_HOST, WITH_HOST = (
     [
         *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
-        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing"),
+        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing", "hub"),
         *("language", "live_logging", "llava"),
         *("model_configs", "roles"),
     ],
@@ -104,9 +104,11 @@ def test_public_names():
             "errors",
             [
                 "DifferentBaseWarning",
+                "FrozenHeadWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",
                 "OtherRuleWarning",
+                "SavedWithBaseWarning",
                 "SkippedModuleWarning",
                 "UnreachedLayerWarning",
                 "UnreachedSparsityWarning",

@@ -72,7 +72,7 @@ def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(CODE[3], scope)
-    assert (tmp_path / "outputs" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "outputs" / "adapter" / "tokengate_config.json").exists()
     assert "1 kept" in capsys.readouterr().out
     assert list(tokengate.layers(scope["model"])) == ["0"]
 

@@ -99,6 +99,7 @@ class TokenGateCallback(TrainerCallback):
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
         controller: the `SparsityController`, likewise.
+        report: of the last evaluation, over all processes; or None.
 
     Raises:
         TokenGateError: a number is out of its range. When training begins: the model is not
@@ -143,6 +144,7 @@ class TokenGateCallback(TrainerCallback):
         self._unseen: tuple[str, SparsityReport] | None = None
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
+        self.report: SparsityReport | None = None
         self._steps: TauSteps | None = None
         self._engine = Engine(None)
         self._training, self._evaluation = Recording(trained=True), Recording()
@@ -389,6 +391,8 @@ class TokenGateCallback(TrainerCallback):
         """What a log gets of a report."""
         if report is None:
             return {}
+        if prefix:
+            self.report = report
         if not self._details:
             return {f"{prefix}sparsity": report.sparsity}
         self._unseen = f"{prefix}{HEATMAP}", report

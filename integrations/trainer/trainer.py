@@ -12,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 import tokengate
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG
+from tokengate.adapters.folder import config_path
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
 from tokengate.integrations.trainer.engines import sharding_of
@@ -33,10 +33,11 @@ class TokenGateTrainer(Trainer):
     get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
     interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
     the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
-    which are no part of an adapter; `tokengate.load` reads them. A training goes on from those
-    that were saved to their end alone. A patched model may be quantised, with 4 or 8 bits. For
-    another kind of Trainer: `class MyTrainer(TokenGateTrainer, SFTTrainer)`, which for TRL's is
-    made by `tokengate.integrations.trl.gated`.
+    which are no part of an adapter; `tokengate.load` reads them, and the table of the last
+    evaluation is in their card. A training goes on from those that were saved to their end alone.
+    A patched model may be quantised, with 4 or 8 bits. For another kind of Trainer:
+    `class MyTrainer(TokenGateTrainer, OtherTrainer)`, which `tokengate.integrations.trl.gated`
+    makes.
 
     Raises:
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
@@ -124,14 +125,14 @@ class TokenGateTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save or is_divided(self.model.parameters()):
-            tokengate.save(self.model, folder)
+            tokengate.save(self.model, folder, report=self._callback().report)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if (Path(resume_from_checkpoint) / CONFIG).exists():
+        if config_path(Path(resume_from_checkpoint)).exists():
             tokengate.load(model or self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -139,7 +140,7 @@ class TokenGateTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         # ZeRO has values of its own beside the model's.
-        if (best / CONFIG).exists() and sharding_of(self.accelerator) != "ZeRO":
+        if config_path(best).exists() and sharding_of(self.accelerator) != "ZeRO":
             tokengate.load(self.model, best)
         else:
             super()._load_best_model()
