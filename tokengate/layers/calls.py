@@ -175,10 +175,7 @@ LEFT = "_tokengate_left"
 
 @dataclass(eq=False)
 class Left:
-    """What is on the output of a module that was called past the model around it.
-
-    For what is called with that output by hand, as a head is after `model.model(...)`.
-    """
+    """What is on the output of a module for what is called with it by hand, as a head may be."""
 
     mask: Tensor | None
     window: Window | None
@@ -231,9 +228,24 @@ def end(call: Running) -> None:
         _RUNNING.pop(threading.get_ident(), None)
 
 
+def same(input: Tensor, states: Tensor) -> bool:
+    """Whether an input is these states, or all of them as a view of another shape."""
+    if input is states or torch.compiler.is_compiling() or input._base is None:
+        return input is states
+    if input._base is not states and input._base is not states._base:
+        return False
+    if input.numel() != states.numel() or not (input.is_contiguous() and states.is_contiguous()):
+        return False
+    return bool(input.storage_offset() == states.storage_offset())
+
+
 def left_on(states: Tensor | None) -> Left | None:
     """What a module that has ended says of its output, where nothing runs around."""
-    left = None if _THREAD.running else getattr(states, LEFT, None)
+    if _THREAD.running or states is None:
+        return None
+    left = getattr(states, LEFT, None)
+    if left is None and not torch.compiler.is_compiling() and states._base is not None:
+        left = getattr(states._base, LEFT, None) if same(states, states._base) else None
     return left if isinstance(left, Left) else None
 
 
@@ -253,7 +265,7 @@ def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:
     """The padding mask of a layer's positions, `(B, T)`, and whether its input is the others."""
     for call in _THREAD.running:  # the outermost first: those inside are not given their mask
         for states, mask in call.others:
-            if states is input and call.is_about(layer):
+            if same(input, states) and call.is_about(layer):
                 return mask, True
     guess = None
     for call in reversed(_THREAD.running):

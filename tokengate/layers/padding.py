@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import Running, Window, contexts, left_on, running, window_around
+from tokengate.layers.calls import Running, Window, contexts, left_on, running, same, window_around
 
 # The parameters of forward that say what the positions of a module are.
 _MASK = "attention_mask"
@@ -123,7 +123,7 @@ def _running(
     tensors = states or [each for each in (*args, *bound.values()) if isinstance(each, Tensor)]
     first = tensors[0] if tensors else None
     length = None if first is None else _length(first)
-    others, of_others = _others(names, bound, length)
+    others, of_others = _others(names, bound, first)
     mask, inferred = None, False
     if not of_others and not any(name in names for name in _SEVERAL_PARTS):
         mask = _padding(bound.get(_MASK))
@@ -167,26 +167,26 @@ def _known(first: Tensor) -> tuple[Tensor | None, Window | None]:
     """The mask of what a module is called with, as the modules around it, or before it, know it."""
     for call in running():
         for states, mask in call.others:
-            if states is first:
+            if same(first, states):
                 return mask, None
     left = left_on(first)
     return (None, None) if left is None else (left.mask, left.window)
 
 
 def _others(
-    names: tuple[str, ...], bound: dict[str, Any], length: int | None
+    names: tuple[str, ...], bound: dict[str, Any], first: Tensor | None
 ) -> tuple[list[tuple[Tensor, Tensor | None]], bool]:
     """What a module is given beside its own, with masks; whether `attention_mask` is theirs."""
     found, is_theirs = [], False
     for name, masks in _OTHERS.items():
         states = bound.get(name)
-        if not isinstance(states, Tensor):
+        if not isinstance(states, Tensor) or states is first:  # which attends to itself
             continue
         mask = next((m for n in masks if (m := _of(states, bound.get(n))) is not None), None)
         if mask is None and not any(n in names for n in masks):
             mask = _of(states, bound.get(_MASK))
             # Where both are as many, it is of its own, unless it was made a bias of keys.
-            if mask is bound.get(_MASK) and states.shape[1] == length:
+            if mask is bound.get(_MASK) and first is not None and states.shape[1] == _length(first):
                 mask = None
             is_theirs = is_theirs or mask is not None
         found.append((states, _of_outer(states) if mask is None else mask))
@@ -197,7 +197,7 @@ def _of_outer(states: Tensor) -> Tensor | None:
     """The mask of what a module around was given, and has projected or joined for this one."""
     for call in reversed(running()):
         for others, mask in call.others:
-            if others is states or (mask is not None and mask.shape == states.shape[:2]):
+            if same(states, others) or (mask is not None and mask.shape == states.shape[:2]):
                 return mask
         masks = [mask for _, mask in call.others if mask is not None]
         if len(masks) == len(call.others) > 1:
