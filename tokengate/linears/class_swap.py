@@ -28,9 +28,9 @@ class Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made here cannot be found by its name: it is made again when unpickling.
-        reduced: Any = super().__reduce_ex__(protocol)
-        function, arguments, *rest = reduced
         given, own = _taken_apart(type(self))
+        reduced: Any = own.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
         arguments = tuple(own if each is type(self) else each for each in arguments)
         state = [self._kept_by_copies(each) for each in rest[:1]]
         return _remade, (given, function, arguments), *state, *rest[1:]
@@ -73,8 +73,20 @@ def swapped_class(given: type[_Swapped], own_class: type[nn.Module]) -> type[_Sw
         members = {"_own_class": own_class, "_given": given, **given._members_for(own_class)}
         # Gated for Linear8bitLt is GatedLinear8bitLt.
         name = given.__name__.removesuffix("Linear") + own_class.__name__
-        _MADE[key] = type(members.pop("__name__", name), key, members)
+        name = members.pop("__name__", name)
+        made = type(name, key, members)
+        if not _can_become(own_class, made):  # whose first base is no module, as ABC
+            made = type(name, (own_class, given), members)
+        _MADE[key] = made
     return _MADE[key]  # type: ignore[return-value]
+
+
+def _can_become(own_class: type[nn.Module], made: type[nn.Module]) -> bool:
+    try:
+        object.__setattr__(object.__new__(own_class), "__class__", made)
+    except TypeError:
+        return False
+    return True
 
 
 def _taken_apart(kind: type[nn.Module]) -> tuple[list[type[Swapped]], type[nn.Module]]:
