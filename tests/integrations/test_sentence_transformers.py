@@ -71,8 +71,9 @@ def test_padding_counts_in_nothing(folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_an_unreached_layer_is_named(folder):
-    model = tokengate.patch(sentence_model(folder), ["query", "pooler.dense"], rank=2)
-    attention = model[0].auto_model.encoder.layer[1].attention.self
+    model = sentence_model(folder)
+    inner = tokengate.patch(model[0].auto_model, ["query", "pooler.dense"], rank=2)
+    attention = inner.encoder.layer[1].attention.self
     attention.forward = lambda states, *args, **options: (states, None)
-    with pytest.warns(UnreachedLayerWarning, match=r"layer\.1\.attention\.self\.query'"):
+    with pytest.warns(UnreachedLayerWarning, match=r"'encoder\.layer\.1\.attention\.self\.query'"):
         model.encode(SENTENCES)
