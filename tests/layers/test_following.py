@@ -100,6 +100,20 @@ def test_a_region_reaches_them_too(call):
             assert positions(model, call) == {"model.block.fc": inside, "head": inside}
 
 
+class Several(Model):
+    """Its mask is of one of its parts, as that of a model of text and images."""
+
+    def forward(self, input_ids, pixel_values=None, attention_mask=None):
+        return super().forward(input_ids, attention_mask)
+
+
+def test_a_head_of_a_part_that_alone_has_the_mask():
+    model = tokengate.patch(Several(), ["fc", "head"], rank=2)
+    for call in (model, model.forward):
+        found = positions(model, lambda m, call=call: call(IDS, attention_mask=MASK))
+        assert found == {"model.block.fc": REAL, "head": REAL}
+
+
 def test_what_is_left_belongs_to_one_output():
     model = patched()
     other = 1 - MASK

@@ -240,8 +240,8 @@ def same(input: Tensor, states: Tensor) -> bool:
 
 
 def left_on(states: Tensor | None) -> Left | None:
-    """What a module that has ended says of its output, where nothing runs around."""
-    if _THREAD.running or states is None:
+    """What a module that has ended says of its output, where none that runs says anything."""
+    if states is None or any(call.tells for call in _THREAD.running):
         return None
     left = getattr(states, LEFT, None)
     if left is None and not torch.compiler.is_compiling() and states._base is not None:
@@ -252,7 +252,7 @@ def left_on(states: Tensor | None) -> Left | None:
 def window_around(states: Tensor | None = None) -> Window | None:
     """That of the innermost module that received sequences, or None; `states` is what runs."""
     found = next((c.window for c in reversed(_THREAD.running) if c.window is not None), None)
-    left = left_on(states)
+    left = left_on(states) if found is None else None
     return found if left is None else left.window
 
 

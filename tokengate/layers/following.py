@@ -92,13 +92,13 @@ def _told(
             end(call)
     if outermost:
         report_unreached(module)
-        if followed.partial:
-            _leave_behind(call, output)
+    if followed.partial and not any(around.tells for around in running()):
+        _leave_behind(call, output)
     return output
 
 
 def _leave_behind(call: Running, output: Any) -> None:
-    """Tell layers that are called with the output by hand, after it, as a head is."""
+    """Tell what is called with the output, by hand or by a module around, as a head is."""
     left = Left(call.mask, call.window)
     for tensor in _tensors(output):
         if left.is_of(tensor):
