@@ -23,9 +23,9 @@ from tokengate.layers.folded import (
     unfold,
     unfolded,
 )
+from tokengate.layers.following import follow, unfollow
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
-from tokengate.layers.padding import follow_masks, unfollow_masks
 from tokengate.layers.patched import require_layers
 from tokengate.linears.accelerate_hooks import is_offloaded
 from tokengate.linears.linear_like import (
@@ -198,9 +198,9 @@ def fold(
 
 
 def _settle(model: nn.Module) -> None:
-    # The masks' hooks stand around modules with patched layers, which may be others now.
-    unfollow_masks(model)
-    follow_masks(model)
+    # Modules around patched layers are followed, which may be others now.
+    unfollow(model)
+    follow(model)
 
 
 def _sparsities(model: nn.Module, batches: Iterable[Any]) -> SparsityReport:

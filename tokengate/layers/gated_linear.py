@@ -244,7 +244,7 @@ class Gated(Swapped):
         flattened = input.dim() == 2 and len(input) == mask.numel()
         return mask if flattened or input.shape[:-1] == mask.shape else None
 
-    def _kept_by_copies(self) -> dict[str, Any]:
+    def _kept_by_copies(self, state: Any) -> dict[str, Any]:
         return {**self.__dict__, "_reached": False}
 
     def _replicate_for_data_parallel(self) -> Any:

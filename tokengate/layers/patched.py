@@ -104,7 +104,12 @@ def _where(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[dict
 
 def roots(model: nn.Module) -> list[nn.Module]:
     """The modules in `model`, itself included, that remember their layers."""
-    return [module for module in model.modules() if _REMEMBERED in module.__dict__]
+    return [module for module in model.modules() if is_root(module)]
+
+
+def is_root(module: nn.Module) -> bool:
+    """Whether `module` was given to `patch`, and remembers its layers."""
+    return _REMEMBERED in module.__dict__
 
 
 def lost(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.calls import RESTRICT, Window, current_window, said_of
+from tokengate.layers.calls import RESTRICT, Window, said_of, window_around
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
@@ -227,7 +227,7 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
 
 def _asked(region: Region, name: str, shape: torch.Size, states: Tensor, elsewhere: bool) -> Tensor:
     """What one region says of a call, as a tensor beside its input."""
-    part = region.of(name, shape, Window(0) if elsewhere else current_window())
+    part = region.of(name, shape, Window(0) if elsewhere else window_around(states))
     if isinstance(part, bool):
         return torch.full(shape, part, device=states.device)
     return part.to(states.device)

@@ -13,10 +13,10 @@ from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
 from tokengate.layers.all_or_nothing import all_or_nothing
 from tokengate.layers.calls import exclusive
-from tokengate.layers.coverage import unwatch, watch
+from tokengate.layers.coverage import watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
+from tokengate.layers.following import follow, unfollow
 from tokengate.layers.named_adapters import current_name, join
-from tokengate.layers.padding import follow_masks, unfollow_masks
 from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
@@ -178,7 +178,7 @@ def install(
         model.__dict__.setdefault(_ASKED, []).extend(asked)
         remember_new(model)
         settle_fast_paths(model)
-        follow_masks(model)
+        follow(model)
         watch(model)
     watch_saving(model)
 
@@ -211,10 +211,9 @@ def _unpatch(model: nn.Module) -> None:
         patched = require_layers(model, "unpatch")
     for layer in patched.values():
         take_off(layer)
+    unfollow(model)  # which is given last, and so taken first
     settle_fast_paths(model)
-    unfollow_masks(model)
     for root in roots:
-        unwatch(root)
         forget_new(root)
         root.__dict__.pop(_ASKED, None)
         before = root.__dict__.pop(_BEFORE)
