@@ -14,7 +14,7 @@ from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.calls import changing, exclusive
+from tokengate.layers.changing import changing, exclusive
 from tokengate.layers.folded import (
     as_folded,
     fold_layers,

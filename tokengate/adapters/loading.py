@@ -13,8 +13,7 @@ from tokengate.adapters.folder import SavedAdapter, read_adapter
 from tokengate.adapters.saving import trained_beside
 from tokengate.adapters.source import local
 from tokengate.errors import DifferentBaseWarning, TokenGateError, listed
-from tokengate.layers.all_or_nothing import all_or_nothing
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew
 from tokengate.layers.folded import folded
 from tokengate.layers.gated_linear import DEFAULT

@@ -7,20 +7,15 @@ and each asyncio task has its own; modules that run are each thread's. Layers as
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from tokengate.errors import TokenGateError
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 USE, DISABLED, RESTRICT, RECORD = "use", "disabled", "restrict", "record"
 
@@ -315,38 +310,6 @@ def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:
             guess = call.mask
     left = left_on(input)
     return (guess if left is None else left.mask), False
-
-
-_CHANGING = threading.RLock()
-
-
-@contextlib.contextmanager
-def changing(model: Any, asked: str) -> Iterator[None]:
-    """Within this context no other thread changes a model; an error if one is using this one.
-
-    Args:
-        model: what is to be changed.
-        asked: the function that was called, for the error.
-    """
-    with _CHANGING:
-        busy = busy_elsewhere(model) if isinstance(model, nn.Module) else None
-        if busy is not None:
-            raise TokenGateError(
-                f"{asked} was asked of a {type(model).__name__} while another thread {busy}: wait "
-                "until it has left, or change the model before it is shared."
-            )
-        yield
-
-
-def exclusive(function: _Function) -> _Function:
-    """For what changes what a `model` has: its whole call is within `changing`."""
-
-    @functools.wraps(function)
-    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with changing(model, function.__name__):
-            return function(model, *args, **kwargs)
-
-    return cast(_Function, alone)
 
 
 def busy_elsewhere(model: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.gates.optimizer_steps import is_part
 from tokengate.layers.batches import keeping_modes
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
     NAMED,

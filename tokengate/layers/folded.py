@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.gates.base import Gate
-from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.changing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off

@@ -11,8 +11,7 @@ from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
-from tokengate.layers.all_or_nothing import all_or_nothing
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
 from tokengate.layers.following import follow, unfollow
