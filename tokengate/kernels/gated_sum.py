@@ -218,8 +218,8 @@ def norms_of_product(z: Tensor, up: Tensor) -> Norms:
         # rounding.
         in_range = least.item() > 1e-30 and largest.item() < 1e30
         if in_range and (square / bound).amin().item() > 1e-3:
-            return square.sqrt_(), 0
-    return norm_from_gram(z, up), 0
+            return square.sqrt_(), 1.0
+    return norm_from_gram(z, up), 1.0
 
 
 def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
@@ -240,10 +240,10 @@ def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _joined(parts: list[Norms]) -> Norms:
     if len(parts) == 1:
         return parts[0]
-    exponent: Tensor | int = 0
-    if any(isinstance(e, Tensor) for _, e in parts):
-        exponent = torch.cat([n.new_zeros(len(n), dtype=torch.int32) + e for n, e in parts])
-    return torch.cat([n for n, _ in parts]), exponent
+    power: Tensor | float = 1.0
+    if any(isinstance(p, Tensor) for _, p in parts):
+        power = torch.cat([torch.ones_like(n) * p for n, p in parts])
+    return torch.cat([n for n, _ in parts]), power
 
 
 def _weighted(a: Tensor | None, x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     call = _running(module, followed, args, bound)
     # Compiled code cannot set what it finds out; a mask that then wants it fits no call.
-    if any(c.windows for c in contexts()) and not torch.compiler.is_compiling():
+    if any(c.windows for c in contexts()) and not torch.compiler.is_dynamo_compiling():
         call.window = window_of(module, followed.parameters, bound)
     begin(call)
 
