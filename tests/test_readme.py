@@ -160,6 +160,7 @@ def test_the_api_table_names_what_there_is():
             "MixedPositionsWarning",
             "NonFiniteWarning",
             "SkippedModuleWarning",
+            "StillGatedWarning",
             "UnreachedLayerWarning",
             "UnreachedSparsityWarning",
         ],

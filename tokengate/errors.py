@@ -87,5 +87,9 @@ class NonFiniteWarning(_OneLine, UserWarning):
     """A gate's gradient was NaN or infinite, and skipped; or its tau is."""
 
 
+class StillGatedWarning(_OneLine, UserWarning):
+    """Layers that `merge_and_unload` could not fold, and how often they are open."""
+
+
 class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""

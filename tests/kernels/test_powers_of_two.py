@@ -75,4 +75,3 @@ def test_norms_of_float64(size):
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.float64) * size
     norm, power = norms(x, torch.float64)
     torch.testing.assert_close(norm * power, torch.tensor([5.0, 1.0], dtype=x.dtype) * size)
-

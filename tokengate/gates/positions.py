@@ -56,7 +56,7 @@ class Positions:
 
     @property
     def norms(self) -> tuple[Norms, Norms]:
-        """||m_i|| and ||w_i|| as n p, p powers of two, which no size of numbers can overflow; as constants."""
+        """||m_i|| and ||w_i|| as n p, p powers of two: no size overflows; as constants."""
         return self._change.norms()
 
     @property
