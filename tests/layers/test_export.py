@@ -2,10 +2,10 @@
 
 import io
 import itertools
+import logging
 
 import pytest
 import torch
-from models import small_llama
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.export import Dim
@@ -22,6 +22,14 @@ pytestmark = [
 # Strict export says so of what is undone at the end of each call.
 SIDE = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 BOTH = ({0: Dim("batch"), 1: Dim("time")},)
+
+
+@pytest.fixture(autouse=True)
+def _no_trace():
+    """torch writes every graph to its own trace log, as soon as anybody listens."""
+    logging.disable(logging.DEBUG)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 class Every(nn.Module):
@@ -54,6 +62,7 @@ def away(model):
 
 
 def every(dtype=torch.float32):
+    """Each trained and, where it has a tau, closed at half of the positions."""
     torch.manual_seed(0)
     model = Every().to(dtype)
     tokengate.patch(model, ["sigmoid", "random"], gate={"sigmoid": "sigmoid", "random": "random"})
@@ -106,27 +115,26 @@ def check(model, run, x, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shapes"),
-    [(torch.float32, None), (torch.float32, BOTH), (torch.float16, BOTH)],
-    ids=["static", "dynamic", "half"],
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float16, 1e-2)],
 )
-def test_onnx(dtype, shapes):
+def test_onnx_of_any_batch(dtype, tolerance):
     model = every(dtype)
-    run = in_onnxruntime(model, batch(0, dtype), shapes)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    run = in_onnxruntime(model, batch(0, dtype), BOTH)
     # The gates open elsewhere than for what it was exported with.
-    for seed, shape in [(0, (4, 7)), (1, (4, 7)), *([(2, (5, 3))] if shapes else [])]:
+    for seed, shape in [(0, (4, 7)), (1, (4, 7)), (2, (5, 3))]:
         check(model, run, batch(seed, dtype, shape), tolerance)
 
 
 @SIDE
-@pytest.mark.parametrize(("strict", "grad"), [(False, True), (True, False)])
-def test_torch_export(strict, grad):
-    model = every()
-    with torch.set_grad_enabled(grad):
-        program = torch.export.export(model, (batch(0),), dynamic_shapes=BOTH, strict=strict)
-    for seed, shape in [(0, (4, 7)), (1, (4, 7)), (2, (5, 3))]:
-        check(model, program.module(), batch(seed, shape=shape), 1e-6)
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export(strict):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12))
+    away(tokengate.patch(model, "all-linear", "dora"))
+    tokengate.calibrate(model, [batch(0)], sparsity=0.5)
+    program = torch.export.export(model, (batch(0),), dynamic_shapes=BOTH, strict=strict)
+    check(model, program.module(), batch(2, shape=(5, 3)), 1e-6)
 
 
 def test_a_traced_model_is_saved_and_loaded():
@@ -157,7 +165,11 @@ def test_onnx_where_squares_leave_the_range_of_float32():
 @pytest.mark.parametrize("way", ["export", "trace"])
 def test_gradients_of_what_was_exported_reach_all_but_tau(way):
     """A graph has no backward of its own: autograd's through the products is right for the rest."""
-    model, x = every(), batch(0).requires_grad_()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 9)), batch(0).requires_grad_()
+    tokengate.patch(model, ["0"], "dora")
+    away(tokengate.patch(model, ["1"], "adapter", activation="gelu"))
+    tokengate.calibrate(model, [batch(0)], sparsity=0.5)
     model(x).square().sum().backward()
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     wanted_x, x.grad = x.grad, None
@@ -170,7 +182,7 @@ def test_gradients_of_what_was_exported_reach_all_but_tau(way):
     run(x).square().sum().backward()
     got = {n: p.grad for n, p in run.named_parameters() if p.grad is not None}
     taus = {n for n in wanted if n.endswith("tau")}
-    assert len(taus) == 7
+    assert len(taus) == 2
     assert set(got) == set(wanted) - taus
     for name, grad in got.items():
         torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
@@ -201,9 +213,10 @@ def test_an_export_is_not_recorded(way):
 
 def test_a_model_is_after_its_export_what_it_was():
     """No value of a graph stays in it."""
-    model = every()
-    for layer in tokengate.layers(model).values():
-        nn.init.zeros_(next(iter(layer.modification.parameters())))  # also untrained
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 9), nn.Linear(9, 12))
+    for name, method in enumerate(["dora", "lora", "adalora"]):  # untrained: a DoRA follows W0
+        tokengate.patch(model, [str(name)], method, gate="random" if name else "threshold")
+    model.eval()
     before = {n: v.clone() for n, v in model.state_dict().items()}
     wanted = model(batch(1))
     torch.export.export(model, (batch(0),), dynamic_shapes=BOTH)
@@ -265,7 +278,11 @@ def later(name, shape):
 
 @pytest.mark.parametrize(
     ("context", "way"),
-    [*itertools.product(CONTEXTS, ["export", "trace"]), ("after", "onnx")],
+    [
+        *itertools.product(CONTEXTS, ["trace"]),
+        *itertools.product(["disabled", "rows", "weights", "function", "after"], ["export"]),
+        ("after", "onnx"),
+    ],
 )
 def test_what_is_in_force_is_exported(words, context, way):
     enter, free = CONTEXTS[context]
@@ -288,38 +305,3 @@ def test_what_is_in_force_is_exported(words, context, way):
         with enter(words):
             other = words(ids(3, shape))
         torch.testing.assert_close(run(ids(3, shape)), other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:# The axis name")
-def test_a_language_model_with_padding_in_onnxruntime():
-    runtime = pytest.importorskip("onnxruntime", reason="the test extra is not installed")
-    model = small_llama()
-    away(tokengate.patch(model, ["q_proj", "v_proj", "down_proj"]))
-    model.config.use_cache = False
-    generator = torch.Generator().manual_seed(0)
-
-    def inputs(shape):
-        drawn = torch.randint(model.config.vocab_size, shape, generator=generator)
-        mask = torch.ones(shape, dtype=torch.long)
-        mask[0, -2:] = 0
-        return {"input_ids": drawn, "attention_mask": mask}
-
-    example = inputs((2, 6))
-    tokengate.calibrate(model, [example], sparsity=0.5)
-    sizes = {0: Dim("batch"), 1: Dim("time")}
-    shapes = dict.fromkeys(example, sizes)
-    program = torch.onnx.export(
-        model, (), kwargs=example, dynamo=True, verbose=False, dynamic_shapes=shapes
-    )
-    file = io.BytesIO()
-    program.save(file)
-    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    for shape in ((2, 6), (3, 9)):
-        given = inputs(shape)
-        with torch.no_grad(), tokengate.record(model) as rec:
-            wanted = model(**given).logits
-        with torch.no_grad(), tokengate.disabled(model):
-            assert (model(**given).logits - wanted).abs().max() > 1e-2
-        assert 0.1 < rec.report().token_sparsity < 0.9
-        got, *_ = session.run(None, {name: value.numpy() for name, value in given.items()})
-        torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-4)
