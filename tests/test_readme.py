@@ -161,6 +161,7 @@ def test_the_api_table_names_what_there_is():
             "NonFiniteWarning",
             "OtherRuleWarning",
             "SkippedModuleWarning",
+            "StillGatedWarning",
             "UnreachedLayerWarning",
             "UnreachedSparsityWarning",
         ],

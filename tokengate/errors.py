@@ -99,5 +99,9 @@ class OtherRuleWarning(_OneLine, UserWarning):
     """An optimiser moves a tau by another rule than its own."""
 
 
+class StillGatedWarning(_OneLine, UserWarning):
+    """Layers that `merge_and_unload` could not fold, and how often they are open."""
+
+
 class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""

@@ -63,7 +63,10 @@ class Folding:
         layers: every layer that was patched, by name.
         error: ||difference|| / ||output|| over the batches, of the model's first output; None
             where `fold` was given a report instead.
+        is_final: whether there is no way back, as after `merge_and_unload`.
     """
+
+    is_final = False
 
     def __init__(
         self, model: nn.Module, layers: dict[str, FoldedLayer], error: float | None
@@ -76,7 +79,16 @@ class Folding:
         return [name for name, layer in self.layers.items() if layer.action == action]
 
     def undo(self) -> None:
-        """The model as it was patched before; `unpatch` does the same and goes on."""
+        """The model as it was patched before; `unpatch` does the same and goes on.
+
+        Raises:
+            TokenGateError: it is final.
+        """
+        if self.is_final:
+            raise TokenGateError(
+                "undo was asked of what merge_and_unload did, which keeps no other weight: load "
+                "the base model and the adapter anew."
+            )
         with changing(self._model, "undo"), unchanged_if_interrupted(self._model):
             unfold(self._model)
             _settle(self._model)

@@ -13,6 +13,7 @@ from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
+from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import is_learnt_from
 
@@ -115,8 +116,14 @@ class Gate(KeepsFloat32):
         """a, checked: `(...)`, in `positions.dtype`, or booleans.
 
         Raises:
-            TokenGateError: `weights` gave something of another shape.
+            TokenGateError: `weights` gave something of another shape; a gate that learns is
+                exported in training mode.
         """
+        if self.training and is_exported() and any(p.requires_grad for p in self.parameters()):
+            raise TokenGateError(
+                f"an export was asked of a {type(self).__name__} in training mode, and a graph has "
+                "outputs but not how a gate learns: call model.eval() first."
+            )
         a: Any = self.weights(positions)
         if not isinstance(a, Tensor) or a.shape != positions.shape:
             found = f"shape {tuple(a.shape)}" if isinstance(a, Tensor) else brief(a)

@@ -60,14 +60,14 @@ class Positions:
 
     @property
     def norms(self) -> tuple[Norms, Norms]:
-        """||m_i|| and ||w_i|| as n 2^e, which no size of numbers can overflow; as constants."""
+        """||m_i|| and ||w_i|| as n p, p powers of two: no size overflows; as constants."""
         return self._change.norms()
 
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
         of_m, of_w = self._change.sizes()
-        return ratios((of_m, 0), (of_w, 0))
+        return ratios((of_m, 1.0), (of_w, 1.0))
 
     @property
     def m_norm(self) -> Tensor:

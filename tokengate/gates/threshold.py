@@ -18,8 +18,8 @@ from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
-from tokengate.kernels.eager import applied, has_tangent
-from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp
+from tokengate.kernels.eager import applied, has_tangent, is_exported
+from tokengate.kernels.norms import Norms, accumulation_dtype, times
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.sharding import number_here
 
@@ -78,10 +78,10 @@ def token_gate(
 
 def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
-    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    (m_norm, m_power), (w_norm, w_power) = of_m, of_w
     tau = tau.reshape(()).to(w_norm.dtype)
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-    return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+    return ~(times(m_norm, m_power / w_power) < tau * w_norm)
 
 
 @register_gate("threshold")
@@ -140,7 +140,7 @@ class TokenGate(PenalisedGate):
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
         is_open = opened(*positions.norms, self.tau)
-        learns = torch.is_grad_enabled() and self.tau.requires_grad
+        learns = torch.is_grad_enabled() and self.tau.requires_grad and not is_exported()
         if not learns and not has_tangent(self.tau):
             return is_open  # nobody asks for mu
         a: Tensor = applied(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokengate.kernels.eager import applied, has_tangent, is_eager, is_watched
+from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported, is_watched
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.gated_sum import (
     GatedSum,
@@ -16,7 +16,7 @@ from tokengate.kernels.gated_sum import (
     product_with_gain,
     without_bias,
 )
-from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms
+from tokengate.kernels.norms import Norms, accumulation_dtype, norms, times
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum
 
@@ -73,7 +73,7 @@ class Change:
         parts = (out, m.z, m.up) if isinstance(m, Factors) else (out, m)
         derived = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if not (derived or any(has_tangent(part) for part in parts)):
-            return ldexp(*self.norms()[0]), ldexp(*self.norms()[1])
+            return times(*self.norms()[0]), times(*self.norms()[1])
         self._in_place = False  # `out` is kept
         with without_autocast(out.device):
             w = without_bias(out, self.bias)
@@ -86,14 +86,13 @@ class Change:
             return of_m, torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
 
     def _measured(self) -> tuple[Norms, Norms]:
-        with torch.no_grad(), without_autocast(self.out.device):
-            if not (isinstance(self.m, Factors) and self._quick):
-                w = without_bias(self.out, self.bias)
-                m = self.m
-                if isinstance(m, Factors):
-                    m = self._product = m.product(w)
+        if not (isinstance(self.m, Factors) and self._quick):
+            m = self._product = self._whole() if isinstance(self.m, Factors) else self.m
+            with without_autocast(self.out.device):
+                w = without_bias(self.out.detach(), self.bias)
                 # Sizes are constants to derivatives that are carried forward, too.
                 return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
+        with torch.no_grad(), without_autocast(self.out.device):
             z, up, gain = self.m.z, self.m.up, self.m.gain
             if gain is None:
                 return norms_of_product(z, up), norms_without_bias(self.out, self.bias)
@@ -115,6 +114,16 @@ class Change:
         if self._selected is None or self._selected[0] is not a:
             return None
         return self._selected[1]
+
+    def _whole(self) -> Tensor:
+        """M(x) of factors, multiplied out; the gradients are those of its factors.
+
+        What is exported has no backward of its own, so there they go through here.
+        """
+        assert isinstance(self.m, Factors)
+        derives = torch.is_grad_enabled() and is_exported()
+        with torch.set_grad_enabled(derives), without_autocast(self.out.device):
+            return self.m.product(without_bias(self.out, self.bias))
 
     def add(self, a: Tensor | None) -> Tensor:
         """out + a M(x), `(..., out_features)`; with a = 1 where it is None. To be called once.
@@ -140,6 +149,5 @@ class Change:
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:
-            with torch.no_grad():
-                product = m.product(without_bias(out, bias))
+            product = self._whole()
         return applied(FactoredSum, out, product, bias, *factors, a, self.learn)

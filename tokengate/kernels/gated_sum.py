@@ -218,20 +218,22 @@ def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
 def norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """||up z_i|| from the r x r products of up's columns: `(..., r), (C, r) -> (...), (...)`.
 
-    Where M(x) is small its own, which takes fewer operations, or of few positions less work.
+    Where M(x) is small its own, which takes fewer operations, or of few positions less work; and of
+    doubles, whose squares no wider numbers hold.
     """
     rank = up.shape[1]
-    if z.numel() <= rank * rank or z.numel() // rank * len(up) <= _SMALL:
+    is_small = z.numel() <= rank * rank or z.numel() // rank * len(up) <= _SMALL
+    if is_small or z.dtype == torch.float64:
         return norms(F.linear(z, up), accumulation_dtype(z))
-    if z.device.type == "cpu" and z.dtype != torch.float64:
+    if z.device.type == "cpu":
         square, bound = _from_gram(z, up, torch.float32)
         least, largest = bound.aminmax()  # both are NaN where one of them is
         # Else squares may have left float32's range, or what is left of their differences is
         # rounding.
         in_range = least.item() > 1e-30 and largest.item() < 1e30
         if in_range and (square / bound).amin().item() > 1e-3:
-            return square.sqrt_(), 0
-    return norm_from_gram(z, up), 0
+            return square.sqrt_(), 1.0
+    return norm_from_gram(z, up), 1.0
 
 
 def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
@@ -252,10 +254,10 @@ def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _joined(parts: list[Norms]) -> Norms:
     if len(parts) == 1:
         return parts[0]
-    exponent: Tensor | int = 0
-    if any(isinstance(e, Tensor) for _, e in parts):
-        exponent = torch.cat([n.new_zeros(len(n), dtype=torch.int32) + e for n, e in parts])
-    return torch.cat([n for n, _ in parts]), exponent
+    power: Tensor | float = 1.0
+    if any(isinstance(p, Tensor) for _, p in parts):
+        power = torch.cat([torch.ones_like(n) * p for n, p in parts])
+    return torch.cat([n for n, _ in parts]), power
 
 
 def _weighted(a: Tensor | None, *tensors: Tensor | None) -> list[Any]:

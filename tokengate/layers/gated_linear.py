@@ -15,6 +15,7 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
+from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
@@ -143,6 +144,11 @@ class Gated(Swapped):
         out: Tensor = super().forward(x, *args, **kwargs)
         mask, norms = self._fitting(told.mask, input), None
         observers: list[Observer] = said_of(self, RECORD) if contexts() else []
+        if observers and is_exported():
+            raise TokenGateError(
+                "an export was asked within tokengate.record, which counts what runs in Python: "
+                "export outside of it, and record the model itself."
+            )
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
             h, is_open, norms = self.modified(

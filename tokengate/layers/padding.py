@@ -95,7 +95,7 @@ def what_is_said(
         return _attention(module, inside, bound)
     call = _running(module, inside, signature, args, bound)
     # Compiled code cannot set what it finds out; a mask that then wants it fits no call.
-    if any(c.windows for c in contexts()) and not torch.compiler.is_compiling():
+    if any(c.windows for c in contexts()) and not torch.compiler.is_dynamo_compiling():
         call.window = _window_of(module, signature.names, bound) or call.window
     return call
 

@@ -91,6 +91,15 @@ def rise(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         remembered[name] = False
 
 
+def forget_plain(model: nn.Module) -> None:
+    """What is plain of `model` stays so: no model waits for it."""
+    for root in roots(model):
+        remembered: dict[str, bool] = root.__dict__[_REMEMBERED]
+        for name in [name for name, is_plain in remembered.items() if is_plain]:
+            del remembered[name]
+    _KNOWN.clear()
+
+
 def _where(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[dict[str, bool], str]]:
     """What models remember of these layers, and the layers' names there."""
     wanted = set(layers)

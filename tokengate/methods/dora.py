@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import DifferentBaseWarning, TokenGateError
-from tokengate.kernels.eager import is_captured, is_eager
+from tokengate.kernels.eager import is_captured, is_eager, is_exported
 from tokengate.kernels.precision import without_autocast
 from tokengate.linears.linear_like import whole
 from tokengate.linears.quantised import unreadable
@@ -166,7 +166,7 @@ class DoRA(LoRA):
         kept = (magnitude - magnitude.detach()).nan_to_num()  # 0, and its gradient
         followed = torch.where(untrained, norms + kept, magnitude)
         writes = is_own and torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if writes and self._began is not None:
+        if writes and not is_exported() and self._began is not None:
             # What trains must be the parameter itself.
             with torch.no_grad():
                 magnitude.copy_(followed)
