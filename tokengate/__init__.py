@@ -4,10 +4,10 @@ The public names. What they are made of lives in wings, one folder each: see ARC
 """
 
 from tokengate.adapters.folding import fold as fold
+from tokengate.adapters.folding.unloading import merge_and_unload as merge_and_unload
 from tokengate.adapters.loading import load as load
 from tokengate.adapters.parameter_counts import count as count
 from tokengate.adapters.saving import save as save
-from tokengate.adapters.unloading import merge_and_unload as merge_and_unload
 from tokengate.errors import TokenGateError as TokenGateError
 from tokengate.gates.base import Gate as Gate
 from tokengate.gates.registry import register_gate as register_gate

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokengate.adapters.folding import Folding, fold
+from tokengate.adapters.folding.folding import Folding, fold
 from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.changing import exclusive

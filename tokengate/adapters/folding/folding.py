@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokengate.adapters.merging import merged_weight_of
+from tokengate.adapters.folding.merging import merged_weight_of
 from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
