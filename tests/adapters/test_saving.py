@@ -714,6 +714,9 @@ from test_saving import trained
 import tokengate
 models = [trained("lora", rank=4), trained("dora", rank=8)]
 
+def say(word):  # in one piece, which print is not where nothing is buffered
+    os.write(1, f"{word}\\n".encode())
+
 def save(n):
     left = n
     def come_to(event, arguments):
@@ -721,19 +724,19 @@ def save(n):
         if event.partition(".")[0] not in ("open", "os", "shutil"):
             return
         if left == 0:
-            print("here", flush=True)
+            say("here")
             signal.pause()
         left -= 1
     if n >= 0:
         sys.addaudithook(come_to)
         tokengate.save(models[1], sys.argv[2])
-        print("done", flush=True)
+        say("done")
     while n < 0:
         for model in models:
             tokengate.save(model, sys.argv[2])
             n += 1
             if n == 0:
-                print("here", flush=True)
+                say("here")
             n = n or -(10**9)
 
 for line in sys.stdin:
@@ -741,7 +744,7 @@ for line in sys.stdin:
     if not child:
         save(int(line))
         os._exit(0)
-    print(child, flush=True)
+    say(child)
     os.waitpid(child, 0)
 """
 
