@@ -59,6 +59,10 @@ class Positions:
         """||m_i|| and ||w_i|| as n 2^e, which no size of numbers can overflow; as constants."""
         return self._change.norms()
 
+    def opened(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+        """S of eq. 4, `(...)`, as a constant: booleans, or numbers in `dtype`."""
+        return self._change.opened(tau, dtype)
+
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""

@@ -67,6 +67,14 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
     return torch.where(none | found.isnan(), torch.inf, found)
 
 
+def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
+    """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
+    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    tau = tau.reshape(()).to(w_norm.dtype)
+    # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
+    return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+
+
 def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
     """n 2^e of `norms`, `(...)`."""
     return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
