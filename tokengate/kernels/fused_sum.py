@@ -42,7 +42,7 @@ class Sizes:
 
 
 class FusedSum(GatedSum):
-    """The same as `GatedSum`, but that a closed position passes nothing on to `up`, either."""
+    """The same as `GatedSum`, of which a closed position keeps its -0.0, too."""
 
     @staticmethod
     def forward(

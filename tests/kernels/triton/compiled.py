@@ -1,11 +1,10 @@
-"""Compile every kernel as PyTorch's functions start it, for a GPU that need not be there.
+"""Compile every kernel as PyTorch's functions start it, for GPUs that need not be there.
 
-Run in a process of its own, `python compiled.py CAPABILITY ...`, where Triton is not interpreted:
-prints the kernels that were compiled, by name, with how often.
+Run in a process of its own, where Triton is not interpreted: prints the kernels that were compiled,
+by name, with how often.
 """
 
 import collections
-import sys
 
 import torch
 import triton
@@ -33,10 +32,10 @@ def kind_of(value):
 
 
 class Compiler:
-    """Takes the place of `wrap_triton`: compiles, for all targets, what would be started."""
+    """Takes the place of `wrap_triton`: compiles what would be started, for one capability."""
 
-    def __init__(self, targets):
-        self.targets, self.seen = targets, set()
+    def __init__(self):
+        self.capability, self.seen = 80, set()
 
     def __call__(self, kernel):
         return self.Launch(self, kernel)
@@ -62,56 +61,52 @@ class Compiler:
             if source in self.compiler.seen:
                 return
             self.compiler.seen.add(source)
-            for target in self.compiler.targets:
-                triton.compile(ASTSource(self.kernel, signature, fixed), target=target)
+            target = GPUTarget("cuda", self.compiler.capability, 32)
+            triton.compile(ASTSource(self.kernel, signature, fixed), target=target)
             compiled[self.kernel.__name__] += 1
 
 
 def main():
-    compiler = Compiler([GPUTarget("cuda", int(each), 32) for each in sys.argv[1:]])
+    compiler = Compiler()
     for module in (dropping, learning, rows, scaling, sizes, summing):
         module.wrap_triton = compiler
     n, channels, width = 40, 300, 200
     seed, a = torch.tensor(3), torch.ones(n)
-    for dtype, rank in ((torch.float32, 5), (torch.bfloat16, 32), (torch.float16, 100)):
+    # Of each way through a kernel one.
+    for dtype, rank, compiler.capability in ((torch.float32, 5, 80), (torch.bfloat16, 32, 90)):
+        gained = dtype == torch.float32
         out, grad = (torch.zeros(n, channels, dtype=dtype) for _ in range(2))
-        bias, gain = (torch.zeros(channels, dtype=dtype) for _ in range(2))
+        bias, gain = (torch.zeros(channels, dtype=dtype) if gained else None for _ in range(2))
         z, up = torch.zeros(n, rank, dtype=dtype), torch.zeros(channels, rank, dtype=dtype)
-        sums = kernels.measure(out, None, None, z, up, None)
-        for each in ((bias, None, z, up, gain), (None, out, None, None, None)):
-            kernels.measure(out, *each)
-        # Of few positions other blocks.
-        kernels.measure(out[:1], None, None, z[:1], up, None)
-        kernels.gated_sum(out[:1], None, z[:1], up, None, a[:1])
-        for weights in (a, a.bool(), None):
-            for of_w in (None, gain):
-                kernels.gated_sum(out, bias, z, up, of_w, weights)
-        kernels.gated_sum_(out, None, z, up, None, a)
-        for weights in (a, None):
-            kernels.weigh(z, z, weights, torch.zeros(3, n), True, True, True)
-            kernels.pass_gain(grad, out, bias, gain, weights, True)
-            kernels.pass_gain(grad, out, None, gain, weights, False)
-        kernels.weigh(z, z, a.bool(), None, False, True, False)
+        sums = kernels.measure(out, bias, None, z, up, gain)
+        kernels.gated_sum(out, bias, z, up, gain, a if gained else None)
+        kernels.weigh(z, z, a, torch.zeros(3, n) if gained else None, True, True, True)
         kernels.thin(out, seed, 0.1)
-        kernels.add_thinned_(out, out, seed, 0.1)
         factor, columns = torch.zeros(channels, rank), torch.zeros(rank)
-        for each in (columns, None):
-            kernels.scale_up(factor, each, 0.5, dtype)
-            kernels.scale_down(up, factor, each, 0.5)
+        kernels.scale_up(factor, None if gained else columns, 0.5, dtype)
+        kernels.scale_down(up, factor, None if gained else columns, 0.5)
         weight, down = torch.zeros(channels, width, dtype=dtype), torch.zeros(rank, width)
         magnitude = torch.zeros(channels)
-        for began in (magnitude, None):
-            of_rows = kernels.measure_rows(weight, down, factor, 0.5, magnitude, began)
-            for writes in (True, False):
-                kernels.scale_rows(factor, magnitude, began, *of_rows, 0.5, dtype, writes)
-        kernels.unscale_rows(up, gain, factor, magnitude, magnitude, 0.5)
+        began = magnitude if gained else None
+        of_rows = kernels.measure_rows(weight, down, factor, 0.5, magnitude, began)
+        kernels.scale_rows(factor, magnitude, began, *of_rows, 0.5, dtype, gained)
+        kernels.unscale_rows(up, up[:, 0].contiguous(), factor, magnitude, magnitude, 0.5)
+        if gained:
+            kernels.pass_gain(grad, out, bias, gain, a, True)
+            continue
+        kernels.measure(out, None, out, None, None, None)
+        # Of few positions other blocks.
+        kernels.measure(out[:1], None, None, z[:1], up, None)
+        kernels.gated_sum_(out[:1], None, z[:1], up, None, a[:1].bool())
+        kernels.weigh(z, z, None, None, False, True, False)
+        kernels.pass_gain(grad, out, None, up[:, 0].contiguous(), None, False)
+        kernels.add_thinned_(out, out, seed, 0.1)
     kernels.finish(sums)
     kernels.decide(sums, torch.zeros(1), torch.float32)
     kernels.decide(sums, torch.zeros(1), torch.bool)
-    mu, pull = torch.zeros(n), torch.zeros(())
-    for mask in (None, a.bool(), a.long(), a):
-        kernels.direct(mu, a, mask, None, 0.5, torch.float32)
-    kernels.direct(mu, a, None, pull, 0.0, torch.float32)
+    mu = torch.zeros(n)
+    kernels.direct(mu, a, a.bool(), torch.zeros(()), 0.0, torch.float32)
+    kernels.direct(mu, a, None, None, 0.5, torch.float32)
     for name, count in sorted(compiled.items()):
         print(name, count)
 
