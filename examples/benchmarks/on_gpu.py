@@ -1,7 +1,7 @@
 """All that only a GPU can show, in one command: tests, then step, decode and memory beside PEFT.
 
     python examples/benchmarks/on_gpu.py
-    python examples/benchmarks/on_gpu.py --minutes 4 --parts tests llama3-8b,rank32,lora
+    python examples/benchmarks/on_gpu.py --minutes 4 --parts tests llama3-8b-rank32-lora
     python examples/benchmarks/on_gpu.py --device cpu --config hidden_size=32 ...   (does it run?)
 
 It is made of parts, the most telling first. Each writes a file of its own as soon as it is done,
@@ -72,8 +72,8 @@ class Case:
     tokens: int
 
     def __str__(self) -> str:
-        more = "" if self.tokens == 4096 else f",{self.tokens}"
-        return f"{self.shape},rank{self.rank},{self.method}{more}"
+        more = "" if self.tokens == 4096 else f"-{self.tokens}"
+        return f"{self.shape}-rank{self.rank}-{self.method}{more}"
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -278,7 +278,7 @@ def _verdicts(measures: dict[str, Found]) -> list[str]:
     for name, found in measures.items():
         for method, measure, one, other, most in TARGETS:
             times = found.get(measure, {})
-            if method not in name.split(",") or not {one, other} <= times.keys():
+            if method not in name.split("-") or not {one, other} <= times.keys():
                 continue
             ratio = float(np.median(times[one]) / np.median(times[other]))
             verdict = "reached" if ratio <= most else "missed"

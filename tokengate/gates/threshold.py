@@ -191,7 +191,7 @@ class _Threshold(torch.autograd.Function):
         kernels = kernels_for(mu, a) if is_eager(mu, a) else None
         if kernels is not None and not torch.is_grad_enabled():
             flat = (mu.reshape(-1), a.reshape(-1), None if mask is None else mask.reshape(-1))
-            grad = kernels.direct(*flat, penalty, ctx.penalty or 0.0, dtype)
+            grad = kernels.direct(*flat, penalty, float(ctx.penalty or 0), dtype)
             return grad.view(shape), None, None, None, None
         penalty = ctx.penalty if penalty is None else penalty
         g = threshold_direction(mu.detach(), a, penalty, mask)

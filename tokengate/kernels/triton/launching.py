@@ -27,7 +27,12 @@ def operation(schema: str, *mutated: str) -> Callable[[_Function], _Function]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            return op(*args) if _is_traced() else function(*args)
+            run = op if _is_traced() else function
+            device = args[0].device
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # of a model over several
+                    return run(*args)
+            return run(*args)
 
         return call  # type: ignore[return-value]
 

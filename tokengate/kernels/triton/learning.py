@@ -11,7 +11,7 @@ from tokengate.kernels.triton.launching import block_of, operation, wrap_triton
 @triton.jit(do_not_specialize=["n", "parts"])
 def _weigh(
     z, down, a, mu_of_w, mu, weighted, passed, n, parts, rank,
-    ROWS: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
@@ -39,8 +39,11 @@ def _weigh(
             tl.store(passed + at, some.to(at_down.dtype), inside)
     if mu is not None:
         if mu_of_w is not None:
-            for part in range(parts):
-                total += tl.load(mu_of_w + part * n.to(tl.int64) + rows, live, 0.0)
+            for start in range(0, parts, PARTS):
+                part = start + tl.arange(0, PARTS)
+                at_part = mu_of_w + part[:, None] * n.to(tl.int64) + rows[None, :]
+                inside = (part < parts)[:, None] & live[None, :]
+                total += tl.sum(tl.load(at_part, inside, 0.0), 0)
         tl.store(mu + rows, total, live)
 
 
@@ -124,10 +127,11 @@ def weigh(
     passed = z.new_empty((n if needs_z else 0, rank))
     width = block_of(rank, 16, 128)
     block = max(1, min(2048 // width, triton.next_power_of_2(n)))
+    parts = 1 if mu_of_w is None else len(mu_of_w)
     wrap_triton(_weigh)[(triton.cdiv(n, block),)](
         z.contiguous(), down.contiguous(), a, mu_of_w, mu if needs_mu else None,
         weighted if needs_up else None, passed if needs_z else None,
-        n, 0 if mu_of_w is None else len(mu_of_w), rank, ROWS=block, RANK=width,
+        n, parts, rank, ROWS=block, RANK=width, PARTS=block_of(parts, 1, 32),
     )  # fmt: skip
     return mu, weighted, passed
 

@@ -64,24 +64,26 @@ def _measure(
 
 
 @triton.jit
-def _norm(sums, n, rows, live, parts):
+def _norm(sums, n, rows, live, parts, PARTS: tl.constexpr):
     large = tl.zeros(rows.shape, tl.float32)
     middle = tl.zeros(rows.shape, tl.float32)
     small = tl.zeros(rows.shape, tl.float32)
-    for part in range(parts):
-        at = sums + part * 6 * n.to(tl.int64) + rows
-        large += tl.load(at, live, 0.0)
-        middle += tl.load(at + n, live, 0.0)
-        small += tl.load(at + 2 * n, live, 0.0)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & live[None, :]
+        at = sums + part[:, None] * 6 * n.to(tl.int64) + rows[None, :]
+        large += tl.sum(tl.load(at, inside, 0.0), 0)
+        middle += tl.sum(tl.load(at + n, inside, 0.0), 0)
+        small += tl.sum(tl.load(at + 2 * n, inside, 0.0), 0)
     return root(large, middle, small)
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
-def _finish(sums, norms, exponents, n, parts, ROWS: tl.constexpr):
+def _finish(sums, norms, exponents, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
-    of_m, m_exponent = _norm(sums, n, rows, live, parts)
-    of_w, w_exponent = _norm(sums + 3 * n, n, rows, live, parts)
+    of_m, m_exponent = _norm(sums, n, rows, live, parts, PARTS)
+    of_w, w_exponent = _norm(sums + 3 * n, n, rows, live, parts, PARTS)
     tl.store(norms + rows, of_m, live)
     tl.store(norms + n + rows, of_w, live)
     tl.store(exponents + rows, m_exponent, live)
@@ -89,11 +91,11 @@ def _finish(sums, norms, exponents, n, parts, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
-def _decide(sums, tau, is_open, n, parts, ROWS: tl.constexpr):
+def _decide(sums, tau, is_open, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
-    of_m, m_exponent = _norm(sums, n, rows, live, parts)
-    of_w, w_exponent = _norm(sums + 3 * n, n, rows, live, parts)
+    of_m, m_exponent = _norm(sums, n, rows, live, parts, PARTS)
+    of_w, w_exponent = _norm(sums + 3 * n, n, rows, live, parts, PARTS)
     limit = tl.load(tau).to(tl.float32) * of_w
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
     closed = times_two_to(of_m, m_exponent - w_exponent) < limit
@@ -141,9 +143,9 @@ def finish(sums: Tensor) -> tuple[Tensor, Tensor]:
     parts, _, n = sums.shape
     norms = sums.new_empty((2, n))
     exponents = torch.empty((2, n), dtype=torch.int32, device=sums.device)
-    block = block_of(n, 16, 128)
-    grid = (triton.cdiv(n, block),)
-    wrap_triton(_finish)[grid](sums, norms, exponents, n, parts, ROWS=block)
+    blocks = {"ROWS": block_of(n, 16, 128), "PARTS": block_of(parts, 1, 64)}
+    grid = (triton.cdiv(n, blocks["ROWS"]),)
+    wrap_triton(_finish)[grid](sums, norms, exponents, n, parts, **blocks)
     return norms, exponents
 
 
@@ -152,7 +154,7 @@ def decide(sums: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
     """S of eq. 4, `(N,)`, in `dtype`; tau has one element, and stays on its device."""
     parts, _, n = sums.shape
     is_open = torch.empty((n,), dtype=dtype, device=sums.device)
-    block = block_of(n, 16, 128)
-    grid = (triton.cdiv(n, block),)
-    wrap_triton(_decide)[grid](sums, tau, is_open, n, parts, ROWS=block)
+    blocks = {"ROWS": block_of(n, 16, 128), "PARTS": block_of(parts, 1, 64)}
+    grid = (triton.cdiv(n, blocks["ROWS"]),)
+    wrap_triton(_decide)[grid](sums, tau, is_open, n, parts, **blocks)
     return is_open
