@@ -54,9 +54,9 @@ def branched_linear(
     """x for another layer to read, and `dropped_linear` of it in its dtype; eager only.
 
     Backward adds the gradient that comes through `weight` in place to that of the other layer.
-    Autograd would make a second tensor of x's size for it, which only dropout by a mask still
-    needs, and often a third for the sum. Who keeps the gradients between the graph's own nodes sees
-    the sum instead of the other layer's.
+    Autograd would make a second tensor of x's size for it, which only dropout by a mask or a seed
+    still needs, and often a third for the sum. Who keeps the gradients between the graph's own
+    nodes sees the sum instead of the other layer's.
     """
     dropped = _drop(x, dropout, eager=True) if training and dropout > 0 else None
     branches: tuple[Tensor, Tensor] = _Branched.apply(x, weight, dropped, 1 / (1 - dropout))

@@ -38,7 +38,7 @@ def scaled_rows(
     `magnitude` what it `began` from, it is W0's own, and if this `writes` becomes that.
 
     Args:
-        weight: W0, `(d, k)`.
+        weight: W0, `(d, k)`, which kernels take.
         A: `(rank, k)`.
         B: `(d, rank)`.
         magnitude: `(d,)`.
@@ -47,8 +47,6 @@ def scaled_rows(
         dtype: of what is given.
         writes: whether `magnitude` and `began` may be written over.
     """
-    if not is_eager(weight, A, B, magnitude) or kernels_for(weight) is None:
-        return None
     if not _by_kernels(dtype, A, B, magnitude, began):
         return None
     found: tuple[Tensor, Tensor] = _ScaledRows.apply(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import DifferentBaseWarning, TokenGateError
 from tokengate.kernels.eager import is_captured, is_eager
+from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.up import scaled_rows
 from tokengate.linears.linear_like import in_memory, whole
@@ -104,9 +105,13 @@ class DoRA(LoRA):
         self, linear: nn.Linear, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """up and gain by kernels, which follow W0 without asking what is trained."""
-        began, weight = None if self._is_trained else self._began, in_memory(linear)
-        if weight is None or self._base_was_loaded:
+        weight = in_memory(linear)
+        eager = weight is not None and is_eager(weight, self.magnitude)
+        if weight is None or not eager or kernels_for(weight) is None:
             return None
+        if self._base_was_loaded and self._began is not None:
+            self._followed(linear)  # says, once, what is to be said of it
+        began = None if self._is_trained else self._began
         if began is not None and began.device != weight.device:
             began = self._began = began.to(weight.device)
         magnitude = self.magnitude
