@@ -87,9 +87,12 @@ class FusedSum(GatedSum):
             if needs_bias:
                 grad_bias = (rows - passed).sum(0).to(bias.dtype)
             grad_out = passed.view(grad.shape)
-        mu, weighted, grad_z = kernels.weigh(
-            flat_z, down, flat, mu_of_w if needs_a else None, needs_a, needs_up, needs_z
-        )
+        mu: Tensor = down
+        weighted, grad_z = flat_z, down
+        if a is not None:
+            mu, weighted, grad_z = kernels.weigh(
+                flat_z, down, flat, mu_of_w if needs_a else None, needs_a, needs_up, needs_z
+            )
         grad_up = None
         if needs_up:
             # 16-bit products are quicker this way round, wider ones the other.

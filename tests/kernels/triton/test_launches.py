@@ -111,6 +111,12 @@ def test_dora_asks_nobody_whether_it_is_trained():
     trained = counted(away_from_initialisation(model.train()))
     assert before == trained
     assert not any(WAITS & set(names) for names in before)
+    state = model.state_dict()
+    model.load_state_dict({"0.weight": state["0.weight"]}, strict=False)
+    assert any(WAITS & set(names) for names in counted(model.train()))  # once, after the base's
+    assert counted(model.train()) == before
+    model.load_state_dict(state)
+    assert counted(model.train()) == before
 
 
 def test_elsewhere_pytorch_s_operations_do_it(monkeypatch):

@@ -60,6 +60,11 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def ranks_of(rank: int, dtype: torch.dtype) -> int:
+    """How many of the low-rank space's numbers are multiplied at a time: as registers allow."""
+    return block_of(rank, 16, 32 if dtype == torch.float32 else 64)
+
+
 def block_of(size: int, least: int, most: int) -> int:
     """A power of two that holds `size`, within these two."""
     power: int = triton.next_power_of_2(size)

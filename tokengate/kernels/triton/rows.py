@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokengate.kernels.triton.launching import block_of, is_interpreted, operation, wrap_triton
+from tokengate.kernels.triton.launching import (
+    block_of,
+    is_interpreted,
+    operation,
+    ranks_of,
+    wrap_triton,
+)
 
 
 @triton.jit
@@ -151,7 +157,7 @@ def measure_rows(
     wrap_triton(_measure_rows)[(blocks,)](
         weight, A.contiguous(), B.contiguous(), magnitude, began, both, own, touched,
         n, width, rank, weight.stride(0), weight.stride(1), scale,
-        ROWS=_ROWS, COLUMNS=block_of(width, 16, 128), RANK=block_of(rank, 16, 64),
+        ROWS=_ROWS, COLUMNS=block_of(width, 16, 128), RANK=ranks_of(rank, weight.dtype),
         WIDE=is_interpreted(_measure_rows) or weight.dtype == torch.float32,
     )  # fmt: skip
     return both, own, touched

@@ -9,6 +9,7 @@ from tokengate.kernels.triton.launching import (
     block_of,
     is_interpreted,
     operation,
+    ranks_of,
     rows_of,
     wrap_triton,
 )
@@ -132,7 +133,8 @@ def measure(
         rows, bias, m, None if z is None else z.contiguous(),
         None if up is None else up.contiguous(), gain, sums,
         n, rows.stride(0), 0 if m is None else m.stride(0), channels, rank, each * width,
-        ROWS=block, COLUMNS=width, RANK=block_of(rank, 16, 64), WIDE=is_interpreted(_measure),
+        ROWS=block, COLUMNS=width, RANK=ranks_of(rank, out.dtype), WIDE=is_interpreted(_measure),
+        num_warps=4 if block == 16 else 8,
     )  # fmt: skip
     return sums
 

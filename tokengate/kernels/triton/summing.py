@@ -9,6 +9,7 @@ from tokengate.kernels.triton.launching import (
     block_of,
     is_interpreted,
     operation,
+    ranks_of,
     rows_of,
     wrap_triton,
 )
@@ -61,7 +62,8 @@ def _write(
     wrap_triton(_sum)[grid](
         rows, bias, z.contiguous(), up.contiguous(), gain, None if a is None else a.contiguous(),
         h, n, rows.stride(0), channels, rank,
-        ROWS=block, COLUMNS=width, RANK=block_of(rank, 16, 64), WIDE=is_interpreted(_sum),
+        ROWS=block, COLUMNS=width, RANK=ranks_of(rank, out.dtype), WIDE=is_interpreted(_sum),
+        num_warps=4 if block == 16 else 8,
     )  # fmt: skip
 
 
