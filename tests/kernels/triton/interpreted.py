@@ -7,7 +7,8 @@ import pytest
 
 from tokengate.kernels import fused
 
-pytest.importorskip("triton", reason="Triton is not made for this platform")
+# Older interpreters know no numpy of today; what older compilers make, test_compiled.py shows.
+pytest.importorskip("triton", "3.8", reason="there is no Triton 3.8 for this platform or torch")
 
 
 @functools.cache
