@@ -37,7 +37,7 @@ def _write(x: Tensor, into: Tensor | None, y: Tensor, seed: Tensor, share: float
     wrap_triton(_thin)[grid](x.contiguous(), into, y, seed, n, share, 1 / (1 - share), BLOCK=256)
 
 
-@operation("(Tensor x, Tensor seed, float share) -> Tensor")
+@operation()
 def thin(x: Tensor, seed: Tensor, share: float) -> Tensor:
     """x / (1 - share) with 0 at a `share` of its elements, the same ones for the same `seed`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -45,7 +45,7 @@ def thin(x: Tensor, seed: Tensor, share: float) -> Tensor:
     return y
 
 
-@operation("(Tensor(a!) into, Tensor x, Tensor seed, float share) -> ()", "into")
+@operation("into")
 def add_thinned_(into: Tensor, x: Tensor, seed: Tensor, share: float) -> None:
     """Add `thin(x, seed, share)` to `into`, which is contiguous."""
     _write(x, into, into, seed, share)

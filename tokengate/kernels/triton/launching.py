@@ -13,17 +13,21 @@ from torch import Tensor
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def operation(schema: str, *mutated: str) -> Callable[[_Function], _Function]:
-    """Make a function that starts kernels `torch.ops.tokengate.<its name>`, with its `schema`.
+def operation(*mutated: str) -> Callable[[_Function], _Function]:
+    """Make a function that starts kernels `torch.ops.tokengate.<its name>`.
 
     Called as a function it takes the operation's way only where a dispatch mode looks on: that way
     takes as long as to start the kernel. `torch.compile`, export and fake tensors see through it
     to the kernels.
+
+    Args:
+        mutated: the names of arguments that are written over.
     """
 
     def decorate(function: _Function) -> _Function:
+        # By its annotations, which older versions of PyTorch read whatever they are told.
         name = f"tokengate::{function.__name__}"
-        op = torch.library.triton_op(name, function, mutates_args=mutated, schema=schema)
+        op = torch.library.triton_op(name, function, mutates_args=mutated)
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:

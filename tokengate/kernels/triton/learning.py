@@ -99,10 +99,7 @@ def _pass_gain(
     tl.store(sums + group.to(tl.int64) * channels + columns, total, within)
 
 
-@operation(
-    "(Tensor z, Tensor down, Tensor? a, Tensor? mu_of_w, bool needs_mu, bool needs_up"
-    ", bool needs_z) -> (Tensor, Tensor, Tensor)"
-)
+@operation()
 def weigh(
     z: Tensor,
     down: Tensor,
@@ -136,9 +133,7 @@ def weigh(
     return mu, weighted, passed
 
 
-@operation(
-    "(Tensor mu, Tensor a, Tensor? mask, Tensor? pull, float penalty, ScalarType dtype) -> Tensor"
-)
+@operation()
 def direct(
     mu: Tensor,
     a: Tensor,
@@ -167,10 +162,7 @@ def direct(
     return grad_tau
 
 
-@operation(
-    "(Tensor grad, Tensor out, Tensor? bias, Tensor gain, Tensor? a, bool needs_mu)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+@operation()
 def pass_gain(
     grad: Tensor, out: Tensor, bias: Tensor | None, gain: Tensor, a: Tensor | None, needs_mu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,10 +131,7 @@ def _unscale_rows(
 _ROWS = 16
 
 
-@operation(
-    "(Tensor weight, Tensor A, Tensor B, float scale, Tensor magnitude, Tensor? began)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+@operation()
 def measure_rows(
     weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor, began: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,12 +160,7 @@ def measure_rows(
     return both, own, touched
 
 
-@operation(
-    "(Tensor B, Tensor(a!) magnitude, Tensor(b!)? began, Tensor lengths, Tensor own, Tensor touched"
-    ", float scale, ScalarType dtype, bool writes) -> (Tensor, Tensor, Tensor)",
-    "magnitude",
-    "began",
-)
+@operation("magnitude", "began")
 def scale_rows(
     B: Tensor,
     magnitude: Tensor,
@@ -197,10 +189,7 @@ def scale_rows(
     return up, gain, wide
 
 
-@operation(
-    "(Tensor grad_up, Tensor grad_gain, Tensor B, Tensor gain, Tensor lengths, float scale)"
-    " -> (Tensor, Tensor)"
-)
+@operation()
 def unscale_rows(
     grad_up: Tensor, grad_gain: Tensor, B: Tensor, gain: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def _unscale(
         tl.store(sums + tl.program_id(0) * rank + ranks, total, ranks < rank)
 
 
-@operation("(Tensor factor, Tensor? columns, float scale, ScalarType dtype) -> Tensor")
+@operation()
 def scale_up(factor: Tensor, columns: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
     """scale `factor` diag(`columns`), `(C, rank)`, in `dtype`; from float32."""
     n, rank = factor.shape
@@ -57,7 +57,7 @@ def scale_up(factor: Tensor, columns: Tensor | None, scale: float, dtype: torch.
     return up
 
 
-@operation("(Tensor grad, Tensor factor, Tensor? columns, float scale) -> (Tensor, Tensor)")
+@operation()
 def scale_down(
     grad: Tensor, factor: Tensor, columns: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -103,9 +103,7 @@ def _decide(sums, tau, is_open, n, parts, ROWS: tl.constexpr, PARTS: tl.constexp
     tl.store(is_open + rows, tl.where(closed, 0.0, 1.0).to(is_open.dtype.element_ty), live)
 
 
-@operation(
-    "(Tensor out, Tensor? bias, Tensor? whole, Tensor? z, Tensor? up, Tensor? gain) -> Tensor"
-)
+@operation()
 def measure(
     out: Tensor,
     bias: Tensor | None,
@@ -139,7 +137,7 @@ def measure(
     return sums
 
 
-@operation("(Tensor sums) -> (Tensor, Tensor)")
+@operation()
 def finish(sums: Tensor) -> tuple[Tensor, Tensor]:
     """n and e, `(2, N)` both, of ||m_i|| and ||w_i|| = n 2^e."""
     parts, _, n = sums.shape
@@ -151,7 +149,7 @@ def finish(sums: Tensor) -> tuple[Tensor, Tensor]:
     return norms, exponents
 
 
-@operation("(Tensor sums, Tensor tau, ScalarType dtype) -> Tensor")
+@operation()
 def decide(sums: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
     """S of eq. 4, `(N,)`, in `dtype`; tau has one element, and stays on its device."""
     parts, _, n = sums.shape

@@ -67,7 +67,7 @@ def _write(
     )  # fmt: skip
 
 
-@operation("(Tensor out, Tensor? bias, Tensor z, Tensor up, Tensor? gain, Tensor? a) -> Tensor")
+@operation()
 def gated_sum(
     out: Tensor,
     bias: Tensor | None,
@@ -82,9 +82,7 @@ def gated_sum(
     return h
 
 
-@operation(
-    "(Tensor(a!) out, Tensor? bias, Tensor z, Tensor up, Tensor? gain, Tensor? a) -> ()", "out"
-)
+@operation("out")
 def gated_sum_(
     out: Tensor,
     bias: Tensor | None,
