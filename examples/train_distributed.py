@@ -97,7 +97,7 @@ def main():
             run(input_ids=ids.to(device), use_cache=False)
     report = rec.report(reduce=True)  # called by every process
     if args.engine == "fsdp2" or rank == 0:  # what is sharded is gathered from all
-        tokengate.save(model, args.out)
+        tokengate.save(model, args.out, report=report)
     if rank == 0:
         print(report)
         print(f"the adapter is in {args.out}")

@@ -13,7 +13,8 @@ from places import ROOT
 
 import tokengate
 
-HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate"]
+HOSTS = ["transformers", "timm", "open_clip", "matplotlib", "sklearn", "peft", "accelerate", "trl"]
+HOSTS += ["lightning", "pytorch_lightning", "huggingface_hub"]
 
 
 def loaded_by(code):
@@ -27,14 +28,16 @@ def loaded_by(code):
 WITHOUT_HOST, WITH_HOST = (
     [
         *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
-        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing"),
+        *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.reading", "hf_peft.writing", "hub"),
         *("language", "live_logging", "llava"),
         *("model_configs", "roles"),
     ],
     [
-        *("clip", "plots", "trainer.callback", "trainer.checkpoints", "trainer.gradients"),
-        *("trainer.penalty_unit", "trainer.sparsity_logs", "trainer.surroundings"),
-        *("trainer.tau_steps", "trainer.trainer", "vision"),
+        *("clip", "lightning_callback", "plots"),
+        *("trainer.callback", "trainer.checkpoints", "trainer.engines", "trainer.gradients"),
+        *("trainer.penalty_unit", "trainer.quantised", "trainer.sharded_steps"),
+        *("trainer.sparsity_logs", "trainer.surroundings", "trainer.tau_steps"),
+        *("trainer.trainer", "trainer.zero", "trl.trainers", "trl.views", "vision"),
     ],
 )
 
@@ -70,10 +73,14 @@ def test_public_names():
         "TokenView",
         "after",
         "calibrate",
+        "clip_grad_norm_",
+        "count",
         "disabled",
         "fold",
+        "follow",
         "layers",
         "load",
+        "merge_and_unload",
         "modification_norms",
         "orthogonality",
         "param_groups",
@@ -99,9 +106,13 @@ def test_public_names():
             "errors",
             [
                 "DifferentBaseWarning",
+                "FrozenHeadWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",
+                "OtherRuleWarning",
+                "SavedWithBaseWarning",
                 "SkippedModuleWarning",
+                "StillGatedWarning",
                 "UnreachedLayerWarning",
                 "UnreachedSparsityWarning",
             ],

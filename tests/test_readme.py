@@ -72,7 +72,7 @@ def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(CODE[3], scope)
-    assert (tmp_path / "outputs" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "outputs" / "adapter" / "tokengate_config.json").exists()
     assert "1 kept" in capsys.readouterr().out
     assert list(tokengate.layers(scope["model"])) == ["0"]
 
@@ -134,7 +134,7 @@ def test_the_table_of_methods():
 def test_the_api_table_names_what_there_is():
     table = README.split("## The API")[1].split("##")[0]
     called = "patch unpatch disabled restrict after register_gate layers "
-    called += "param_groups TauAdam record RankAllocator orthogonality"
+    called += "param_groups follow clip_grad_norm_ TauAdam record RankAllocator orthogonality"
     for name in (
         *called.split(),
         "register",
@@ -159,7 +159,9 @@ def test_the_api_table_names_what_there_is():
             "DifferentBaseWarning",
             "MixedPositionsWarning",
             "NonFiniteWarning",
+            "OtherRuleWarning",
             "SkippedModuleWarning",
+            "StillGatedWarning",
             "UnreachedLayerWarning",
             "UnreachedSparsityWarning",
         ],
@@ -185,6 +187,30 @@ def section(title):
     """The Python of one section of the integrations' README."""
     (code,) = INTEGRATIONS.split(f"## {title}\n")[1].split("\n## ")[0].split("```python\n")[1:]
     return code.split("```")[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec", "ignore:.*does not have many workers")
+def test_the_lightning_example(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning", reason="needs lightning")
+    plain = lightning.Trainer
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    monkeypatch.setattr(lightning, "Trainer", lambda **o: plain(**o, **quiet, accelerator="cpu"))
+    monkeypatch.chdir(tmp_path)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = tokengate.patch(torch.nn.Sequential(torch.nn.Linear(8, 4)), ["0"])
+
+        def training_step(self, batch, _):
+            return self.model(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    scope = {"module": Module(), "loader": torch.utils.data.DataLoader(torch.randn(4, 5, 8))}
+    exec(section("Lightning"), scope)
+    assert tokengate.layers(scope["module"])["model.0"].gate.tau != 0
 
 
 def test_the_open_clip_example(monkeypatch):

@@ -4,7 +4,9 @@ The public names. What they are made of lives in wings, one folder each: see ARC
 """
 
 from tokengate.adapters.folding import fold as fold
+from tokengate.adapters.folding.unloading import merge_and_unload as merge_and_unload
 from tokengate.adapters.loading import load as load
+from tokengate.adapters.parameter_counts import count as count
 from tokengate.adapters.saving import save as save
 from tokengate.errors import TokenGateError as TokenGateError
 from tokengate.gates.base import Gate as Gate
@@ -30,6 +32,8 @@ from tokengate.reports.recording import record as record
 from tokengate.reports.report import SparsityReport as SparsityReport
 from tokengate.reports.selection import select as select
 from tokengate.training.calibration import calibrate as calibrate
+from tokengate.training.clipping import clip_grad_norm_ as clip_grad_norm_
+from tokengate.training.following import follow as follow
 from tokengate.training.orthogonality import orthogonality as orthogonality
 from tokengate.training.param_groups import param_groups as param_groups
 from tokengate.training.rank_allocator import RankAllocator as RankAllocator

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from tokengate.adapters.destination import check_destination
 from tokengate.adapters.difference import difference, difference_text
-from tokengate.adapters.folder import CONFIG, SavedAdapter, read_adapter, read_config
+from tokengate.adapters.folder import SavedAdapter, config_path, read_adapter, read_config
 from tokengate.adapters.inspection import describe, description_text
 from tokengate.adapters.loading import load
 from tokengate.adapters.planning import count_patched, plan_text
@@ -153,11 +154,7 @@ def _export(given: argparse.Namespace) -> str:
 
 def _import(given: argparse.Namespace) -> str:
     out = Path(given.out)
-    if (out / CONFIG).exists() and "format" not in read_config(out):
-        raise TokenGateError(
-            f"{given.out!r} holds an adapter that is not tokengate's and would be replaced: name "
-            "another folder."
-        )
+    check_destination(out, "import")
     model = _base(given)
     options = {"tau": given.tau, "penalty": given.penalty, "gate": not given.no_gate}
     _integration("hf_peft").import_peft(model, given.folder, **options)
@@ -177,7 +174,8 @@ def _read(folder: str) -> SavedAdapter:
 
 
 def _is_peft(folder: str) -> bool:
-    return (Path(folder) / CONFIG).exists() and "peft_type" in read_config(Path(folder))
+    config = config_path(Path(folder))
+    return config.exists() and "peft_type" in read_config(config)
 
 
 def _integration(name: str) -> Any:

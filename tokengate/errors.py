@@ -80,11 +80,27 @@ class SkippedModuleWarning(_OneLine, UserWarning):
 
 
 class DifferentBaseWarning(_OneLine, UserWarning):
-    """A model has other linear layers than the one that an adapter was trained on."""
+    """A model has other linear layers, or another head, than the one an adapter was trained on."""
+
+
+class FrozenHeadWarning(_OneLine, UserWarning):
+    """What a model's checkpoint had no values for, as a new head, stays frozen beside a patch."""
+
+
+class SavedWithBaseWarning(_OneLine, UserWarning):
+    """A patched model was saved whole, in a form that gives the base, or less, when it is read."""
 
 
 class NonFiniteWarning(_OneLine, UserWarning):
     """A gate's gradient was NaN or infinite, and skipped; or its tau is."""
+
+
+class OtherRuleWarning(_OneLine, UserWarning):
+    """An optimiser moves a tau by another rule than its own."""
+
+
+class StillGatedWarning(_OneLine, UserWarning):
+    """Layers that `merge_and_unload` could not fold, and how often they are open."""
 
 
 class UnreachedSparsityWarning(_OneLine, UserWarning):

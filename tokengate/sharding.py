@@ -1,4 +1,7 @@
-"""Parameters that FSDP has divided over ranks: `fully_shard` (FSDP2) as DTensors, FSDP1 in pieces.
+"""Parameters that are divided over ranks.
+
+`fully_shard` (FSDP2) divides them as DTensors, FSDP1 in pieces, and DeepSpeed's ZeRO-3 leaves empty
+ones, which know how to be gathered.
 
 They are told by what they have, so that who does not shard does not pay for the import of DTensor.
 What only one rank holds is read without asking the others wherever that will do: a question that
@@ -7,7 +10,8 @@ one rank asks alone would wait for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +28,29 @@ def is_flattened(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
     taken = module.__dict__.get("_fsdp_use_orig_params") is False and not own
     return taken or any(getattr(p, "_fsdp_flattened", False) for p in own)
+
+
+def is_absent(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has taken its values away until somebody gathers them."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
+
+
+def is_divided(parameters: Iterable[Tensor]) -> bool:
+    """Whether each rank has but a part of some, so that all must ask for them together."""
+    return any(is_sharded(p) or hasattr(p, "ds_id") for p in parameters)
+
+
+@contextlib.contextmanager
+def present(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """With the values of those that ZeRO-3 has taken away. Every rank must call it."""
+    absent: list[Any] = [p for p in dict.fromkeys(parameters) if is_absent(p)]
+    if absent:
+        absent[0].all_gather(param_list=absent)
+    try:
+        yield
+    finally:
+        if absent:
+            absent[0].partition(param_list=absent)
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import tokengate
+from tokengate.errors import OtherRuleWarning
 from tokengate.integrations import plots
 
 # The quickstart's model lies in the folder above.
@@ -43,6 +45,7 @@ def adapt(
     if alpha is None:
         optimizers += [tokengate.TauAdam(taus["params"], s=args.s)]
     else:
+        warnings.simplefilter("ignore", OtherRuleWarning)  # which is what is shown here
         optimizers += [torch.optim.SGD(taus["params"], lr=alpha * args.s)]
     history = tokengate.History(model)
     images, labels = data

@@ -14,6 +14,10 @@ in its own words. Here it does so greedily. The sparsity of a test is that of it
 without downloading it, for its speed: `--rows 320 --epochs 1 --test-rows 32` are 20 steps, and
 results.json has tokens_per_second, and peak_memory of one GPU's training in bytes. What
 `recipe.py` says of recipes holds here.
+
+`--fsdp` and `--deepspeed` divide the model over the GPUs, by the files beside this one or another:
+
+    torchrun --nproc_per_node 8 examples/recipes/commonsense.py --data FOLDER --fsdp
 """
 
 from __future__ import annotations
@@ -117,6 +121,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     else:
         raise SystemExit("pass --data, a folder with the tasks; or --smoke, which needs none.")
     train = data.drawn(train, run.rows)
+    anew = recipe.again(lambda: loaded(run, train)[0])
     model, tokenizer = loaded(run, train)
     recipe.patch(model, roles(model, *PAPER_TARGETS["commonsense"]), run)
     if run.gradient_checkpointing:
@@ -128,6 +133,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         callbacks=[speed], include_num_input_tokens_seen="non_padding",
     )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    model = recipe.whole(trainer, run, anew)
     kept: dict[str, Any] = {
         "scores": {}, "sparsity": {}, "answers": {}, "reports": {},
         "tokens_per_second": speed.tokens_per_second(), "peak_memory": peak,
@@ -163,6 +169,7 @@ def preset(run: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Every method, or their plans."""
     options = recipe.options(__doc__)
+    recipe.add_dividing(options)
     add = options.add_argument
     add("--data", type=Path, help="folder of the tasks, or a file to train on beside them")
     add("--model", default=MODEL, help="a folder or a name on the hub")

@@ -6,7 +6,8 @@ Each combination is a run with a folder of its own in `--output`: results.json, 
 until it is done begun.json and its checkpoints. A run that has results is not repeated, and one
 that was interrupted goes on at its last checkpoint, if it was begun with the same settings. Then
 table.md and results.png are written. The same command after `torchrun --nproc_per_node N` or
-`accelerate launch` trains on N processes, with the same number of samples in each step.
+`accelerate launch` trains on N processes, with the same number of samples in each step; with
+`--fsdp` or `--deepspeed`, where a recipe has them, these divide one model among themselves.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import tokengate
 from tokengate.adapters.planning import count_patched, plan_text
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
+from tokengate.integrations.trainer.engines import sharding_of
+from tokengate.sharding import is_divided
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 FIRST = int(os.environ.get("RANK", 0)) == 0
@@ -48,7 +52,9 @@ HARDWARE = {
 }
 FILES = ("results.json", "begun.json")  # of a run that is done, and that is not
 # Where results lie and how they came about, which is not what they are of.
-BESIDE = ("output", "folder", "checkpoint_every", "accumulate", "report_to")
+BESIDE = (
+    "output", "folder", "checkpoint_every", "accumulate", "report_to", "fsdp", "deepspeed",
+)  # fmt: skip
 
 
 def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -> Any:
@@ -85,6 +91,15 @@ def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -
     add("--output", type=Path, default=Path("outputs") / parser.prog.removesuffix(".py"))
     add("--smoke", action="store_true", help="does it run? A tiny model, few rows")
     return parser
+
+
+def add_dividing(parser: argparse.ArgumentParser) -> None:
+    """`--fsdp` and `--deepspeed`, for recipes of models that do not fit on one GPU."""
+    here = Path(__file__).parent
+    add = parser.add_mutually_exclusive_group().add_argument
+    for name, file in (("fsdp", "fsdp.json"), ("deepspeed", "zero3.json")):
+        what = f"divide the model over the processes, as this or examples/recipes/{file} says"
+        add(f"--{name}", nargs="?", const=here / file, type=Path, help=what)
 
 
 def gate(text: str) -> str:
@@ -172,6 +187,7 @@ def fit(
         "logging_steps": max(1, min(50, steps // 10)),
         "report_to": run.report_to,
         **HARDWARE,
+        **dividing(run),
     }
     target = None if run.gate in ("off", "on") else float(run.gate)
     trainer = TokenGateTrainer(
@@ -184,10 +200,56 @@ def fit(
             *callbacks,
         ],
     )
+    if dividing(run) and not sharding_of(trainer.accelerator):
+        raise SystemExit(
+            "--fsdp and --deepspeed divide a model over GPUs: start the recipe with torchrun "
+            "--nproc_per_node N on as many as N, 2 or more."
+        )
     trainer.train(resume_from_checkpoint=last_checkpoint(run.folder))
-    if FIRST:
+    if FIRST or is_divided(model.parameters()):  # of which each process has a part
         tokengate.save(model, run.folder / "adapter")
     return trainer
+
+
+def dividing(run: argparse.Namespace) -> dict[str, Any]:
+    """TrainingArguments of `--fsdp` or `--deepspeed`."""
+    if getattr(run, "fsdp", None):
+        return {"fsdp": True, "fsdp_config": str(run.fsdp), "use_cpu": False}
+    if getattr(run, "deepspeed", None):
+        return {"deepspeed": str(run.deepspeed), "use_cpu": False}
+    return {}
+
+
+def whole(
+    trainer: TokenGateTrainer, run: argparse.Namespace, made: Callable[[], nn.Module]
+) -> nn.Module:
+    """The trained model for tests, of which each process does its share; `made` makes its base.
+
+    A divided one would want of every process as many batches as of the others.
+    """
+    if not is_divided(trainer.model.parameters()):
+        return trainer.model
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.deepspeed = None
+    unset_hf_deepspeed_config()  # or transformers would divide this one, too
+    gc.collect()
+    torch.distributed.barrier()
+    model = made()
+    tokengate.load(model, run.folder / "adapter")
+    trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
+    return trainer.model
+
+
+def again(made: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """`made`, with the random numbers that it is going to find now."""
+    cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def make() -> nn.Module:
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
+        return made()
+
+    return make
 
 
 @torch.no_grad()

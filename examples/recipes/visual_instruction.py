@@ -9,7 +9,8 @@ is a folder of the tests as LLaVA has them: `scienceqa` (its questions with a pi
 authors publish it, which the paper names as its base and which is the default, has been trained on
 the file above already. `--plan` needs none of it: it says what would be patched and how much memory
 that takes. What `recipe.py` says of recipes holds here; in results.json are also every answer, the
-other metrics, and the sparsity of every module, of pictures and of text apart.
+other metrics, and the sparsity of every module, of pictures and of text apart. `--fsdp` and
+`--deepspeed` divide the model over the GPUs of `torchrun`, by the files beside this one or another.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     else:
         train, tests = visual_data.load(run.data, run.train, run.images)
     train = train[: run.rows]
-    model, processor = tiny(train) if run.smoke else pretrained(run)
+    made = partial(tiny, train) if run.smoke else partial(pretrained, run)
+    anew = recipe.again(lambda: made()[0])
+    model, processor = made()
     recipe.patch(model, targets(model, run.parts), run)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = recipe.fit(
@@ -170,6 +173,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         ddp_find_unused_parameters=run.parts != ["language"],
         dataloader_num_workers=0 if run.smoke else 4,
     )  # fmt: skip
+    recipe.whole(trainer, run, anew)
     names = ("scores", "sparsity", "metrics", "reports", "answers")
     kept: dict[str, Any] = {name: {} for name in names} | {"log": trainer.state.log_history}
     for name, test in tests.items():
@@ -213,6 +217,7 @@ def preset(run: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Every method."""
     options = recipe.options(__doc__)
+    recipe.add_dividing(options)
     # Table 7; the warm-up is LLaVA's.
     options.set_defaults(
         rank=128, dropout=0.05, s=4e-5, lr=2e-4, scheduler="cosine", warmup=0.03, epochs=1

@@ -15,6 +15,8 @@ from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.names import named_children, named_modules
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
 PREFIX = "base_model.model."
 
 # What follows the layer's name in PEFT's keys, for each parameter of a method.

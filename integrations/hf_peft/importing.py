@@ -19,7 +19,7 @@ from tokengate.arguments import finite, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import exclusive
 from tokengate.linears.linear_like import is_linear
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch

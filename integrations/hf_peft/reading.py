@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
+from tokengate.adapters.folder import CONFIG as OURS
+from tokengate.adapters.folder import read_config
 from tokengate.adapters.weights import DTYPES, Weights, open_weights
 from tokengate.arguments import count, positive, share, switch
 from tokengate.errors import brief
 from tokengate.files.text_table import size
 from tokengate.integrations.hf_peft.format import (
+    CONFIG,
     KEYS,
     PREFIX,
+    WEIGHTS,
     adalora_scale,
     check_known,
 )
@@ -137,6 +140,11 @@ def _layers_and_heads(
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    if (folder / OURS).exists() and not (folder / CONFIG).exists():
+        raise TokenGateError(
+            f"{folder / OURS!s} has no peft_type, which tokengate.load reads: pass a folder that "
+            "PEFT wrote."
+        )
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if path.exists():
             continue
@@ -152,7 +160,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise TokenGateError(
             f"{str(path)!r} does not exist: pass a folder that PEFT's save_pretrained wrote{hint}."
         )
-    config, where = read_config(folder), str(folder / CONFIG)
+    config, where = read_config(folder / CONFIG), str(folder / CONFIG)
     if "peft_type" not in config:
         hint = ", which tokengate.load reads" if config.get("format") == "tokengate" else ""
         raise TokenGateError(f"{where} has no peft_type{hint}: pass a folder that PEFT wrote.")

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG, WEIGHTS, read_config
+from tokengate.adapters.folder import CONFIG as OURS
+from tokengate.adapters.folder import read_config
 from tokengate.errors import brief
 from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.integrations.hf_peft.format import (
+    CONFIG,
     HEADS,
     KEYS,
     PREFIX,
+    WEIGHTS,
 )
 from tokengate.integrations.hf_peft.names import ModulesToSave, only
 from tokengate.layers.folded import Folded, base_layer
@@ -221,7 +224,8 @@ def check_folder(folder: Path) -> None:
         raise TokenGateError(
             f"export_peft was given {str(folder)!r}, which is a file: name a folder."
         )
-    if (folder / CONFIG).exists() and "peft_type" not in read_config(folder):
+    theirs = folder / CONFIG
+    if (folder / OURS).exists() or (theirs.exists() and "peft_type" not in read_config(theirs)):
         raise TokenGateError(
             f"export_peft was given {str(folder)!r}, which holds an adapter that is not PEFT's and "
             "would be replaced: name another folder."

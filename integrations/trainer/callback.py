@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     TrainerCallback,
@@ -27,8 +27,10 @@ import tokengate
 from tokengate import History, RankAllocator, SparsityController, SparsityReport, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
+from tokengate.integrations.trainer.checkpoints import read_state, write_state
+from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
-from tokengate.integrations.trainer.penalty_unit import check_not_sharded, set_unit
+from tokengate.integrations.trainer.penalty_unit import set_unit
 from tokengate.integrations.trainer.sparsity_logs import (
     Recording,
     evaluated,
@@ -36,11 +38,12 @@ from tokengate.integrations.trainer.sparsity_logs import (
     report_of,
     will_be_logged,
 )
-from tokengate.integrations.trainer.surroundings import trainer_that_calls, unwrapped
+from tokengate.integrations.trainer.surroundings import resumed_from, trainer_that_calls, unwrapped
 from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
+from tokengate.sharding import is_absent
 from tokengate.training.param_groups import slope_for
 
 _log = logging.getLogger(__name__)
@@ -65,12 +68,13 @@ class TokenGateCallback(TrainerCallback):
       `tau_broken` as soon as a gradient or a tau was not finite, and with AdaLoRA
       `orthogonality`; each evaluation during training has `eval_sparsity`. Both are eq. 23 over
       all processes. `sparsity` is that of the step that is logged alone, in training mode, with
-      dropout and before its update, because counting at every step would cost time at every step.
+      dropout and before its update, because counting at every step would cost time at every step;
+      of what a step runs without gradients, as `generate` and a reference, nothing is counted.
       It is missing where that step is not known before: with `logging_strategy="epoch"` and data
       without a length. On several processes `eval_sparsity` counts twice the samples that
       Accelerate repeats to fill their last batches.
     - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
-      that was never stopped.
+      that was never stopped. Under FSDP2 and ZeRO a file of its own has it.
 
     What a callback cannot do is left to `TokenGateTrainer`.
 
@@ -95,11 +99,12 @@ class TokenGateCallback(TrainerCallback):
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
         controller: the `SparsityController`, likewise.
+        report: of the last evaluation, over all processes; or None.
 
     Raises:
         TokenGateError: a number is out of its range. When training begins: the model is not
             patched; the optimiser lacks a tau or has a group for the taus alone; the model is
-            sharded (FSDP, DeepSpeed); or a checkpoint does not fit the model.
+            divided otherwise than by FSDP2 or ZeRO; or a checkpoint does not fit the model.
     """
 
     def __init__(
@@ -139,9 +144,13 @@ class TokenGateCallback(TrainerCallback):
         self._unseen: tuple[str, SparsityReport] | None = None
         self.allocator: RankAllocator | None = None
         self.controller: SparsityController | None = None
+        self.report: SparsityReport | None = None
         self._steps: TauSteps | None = None
-        self._training, self._evaluation = Recording(), Recording()
+        self._engine = Engine(None)
+        self._training, self._evaluation = Recording(trained=True), Recording()
         self._warned = False
+        self._before: dict[nn.Parameter, torch.Tensor] = {}
+        self._saved: Path | None = None  # the checkpoint that has our state already
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -151,14 +160,40 @@ class TokenGateCallback(TrainerCallback):
         model, optimizer = context["model"], context["optimizer"]
         patched = require_layers(model, "TokenGateCallback")
         accelerator = trainer_that_calls().accelerator
-        check_not_sharded(AcceleratorState().distributed_type)
-        base = unwrapped(optimizer)
+        modifications = [layer.modification for layer in patched.values()]
+        adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
+        engine = engine_of(accelerator, optimizer, model, adalora, self._gradients.weight)
+        self._engine, base = engine, engine.optimizer
         numbers = dict(self._numbers)
         if numbers["s"] is None:
             numbers["s"] = slope_for(state.max_steps)
-        steps = TauSteps(model, base, numbers, self._schedule)
-        saved: dict[str, Any] = state_of(base).get(KEY, {})
+        if not state.global_step:
+            engine.restore(self._before)
+        self._before = {}
+        with engine.values():
+            steps = engine.kind(model, base, numbers, self._schedule)
+            self._take_over(model, steps, adalora, base, state)
+        steps.attach(writes=not engine.apart)
+        of_theirs = [] if isinstance(engine, Zero) else adalora
+        self._gradients.attach(accelerator, model, steps.taus.values(), of_theirs)
+        set_unit(model, args.world_size)
+        if args.eval_on_start:
+            self._evaluation.start(model)
+
+    def _take_over(
+        self,
+        model: nn.Module,
+        steps: TauSteps,
+        adalora: list[AdaLoRA],
+        base: torch.optim.Optimizer,
+        state: TrainerState,
+    ) -> None:
+        """From the beginning, or from where a checkpoint or an earlier training left them."""
+        saved: dict[str, Any] = state_of(base).pop(KEY, {})
         resumed = state.global_step > 0
+        checkpoint = resumed_from() if resumed and self._engine.apart else None
+        if checkpoint is not None:
+            saved = read_state(checkpoint)
         if resumed and not saved:
             raise TokenGateError(
                 f"training is resumed at step {state.global_step} from a checkpoint whose "
@@ -167,8 +202,6 @@ class TokenGateCallback(TrainerCallback):
             )
         if saved:
             steps.load(saved["taus"], exactly=resumed)
-        modifications = [layer.modification for layer in patched.values()]
-        adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
         self.allocator = self.controller = None
         self._steps = steps
         try:
@@ -192,17 +225,13 @@ class TokenGateCallback(TrainerCallback):
         except BaseException:
             self._end()
             raise
-        steps.attach()
-        self._gradients.attach(accelerator, model, steps.taus.values(), adalora)
-        set_unit(model, args.world_size)
-        if args.eval_on_start:
-            self._evaluation.start(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Before the first micro-batch of a step."""
         self._evaluation.drop()
+        self._engine.begin()
         scaler = getattr(context["optimizer"], "scaler", None)
         if scaler is not None:
             set_unit(context["model"], args.world_size, scaler)
@@ -224,6 +253,8 @@ class TokenGateCallback(TrainerCallback):
         """After the optimiser's step."""
         optimizer = context["optimizer"]
         skipped = getattr(optimizer, "step_was_skipped", False)
+        if not skipped:
+            self._engine.finish()
         if self._steps is not None and not self._steps.seen and not skipped:
             raise TokenGateError(
                 f"{type(unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
@@ -268,6 +299,23 @@ class TokenGateCallback(TrainerCallback):
                 ", ".join(args.report_to),
             )
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """After the Trainer's checkpoint."""
+        if not args.save_only_model:
+            self.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write into a checkpoint what its optimiser has no room for; all processes call it."""
+        if self._steps is None or not self._engine.apart or self._saved == checkpoint:
+            return
+        self._saved = checkpoint
+        with self._engine.values():
+            state = self._steps.state()
+        if torch.distributed.get_rank() == 0:
+            write_state(checkpoint, state)
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
@@ -294,6 +342,9 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Give the optimiser back, with the state that a later training goes on from."""
+        if self._steps is not None and isinstance(self._engine, FSDP2):
+            # Here, where all processes are, and not where one has failed.
+            state_of(self._engine.optimizer)[KEY] = self._steps.state()
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:
@@ -301,6 +352,11 @@ class TokenGateCallback(TrainerCallback):
         self._end()
         if tokengate.layers(model):
             tokengate.scale_penalty(model, 1)
+
+    def before_division(self, model: nn.Module) -> None:
+        """Remember what is trained; `TokenGateTrainer` calls it before others divide and round."""
+        trained = [p for p in model.parameters() if p.requires_grad and not is_absent(p)]
+        self._before = {p: p.detach().clone() for p in trained}
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
@@ -319,9 +375,11 @@ class TokenGateCallback(TrainerCallback):
         elif "loss" in logs and not _TOLD & logs.keys() and self._steps is not None:
             report = report_of(self._training.take())
             added |= self._measured("", report)
-            added |= self._steps.statistics()
-            if self._gradients.distance is not None:
-                added["orthogonality"] = self._gradients.distance.item()
+            with self._engine.values():
+                added |= self._steps.statistics()
+            distance = self._engine.distance or self._gradients.distance
+            if distance is not None:
+                added["orthogonality"] = distance.item()
             if self._history is not None:
                 step = trainer_that_calls().state.global_step
                 if self._history.steps[-1:] != [step]:  # unless it has been told, with the report
@@ -333,6 +391,8 @@ class TokenGateCallback(TrainerCallback):
         """What a log gets of a report."""
         if report is None:
             return {}
+        if prefix:
+            self.report = report
         if not self._details:
             return {f"{prefix}sparsity": report.sparsity}
         self._unseen = f"{prefix}{HEATMAP}", report
@@ -346,6 +406,8 @@ class TokenGateCallback(TrainerCallback):
             for part in (self.allocator, self.controller):
                 if part is not None:
                     part.detach()
+        self._engine.detach()
+        self._engine = Engine(None)
         self._training.drop()
         self._evaluation.drop()
-        self._steps = None
+        self._steps = self._saved = None

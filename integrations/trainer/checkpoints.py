@@ -1,4 +1,8 @@
-"""Which checkpoints of a Trainer were saved to their end: a training can go on from those."""
+"""A Trainer's checkpoints: which were saved to their end, and what one has beside the Trainer's.
+
+Where a model is divided over processes its optimiser's checkpoint has room for the state of its
+parameters alone. Ours is then in a file of its own, the same for any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,17 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokengate import TokenGateError
+from tokengate.errors import brief
+from tokengate.files.atomic_write import write_atomically
+
+#: What `TokenGateCallback` has to remember of a training on several processes.
+STATE = "tokengate_training.pt"
 
 
 def step_of(folder: Path) -> int | None:
@@ -69,3 +80,26 @@ def last_checkpoint(output: Path) -> str | None:
             f"e.g. {str(broken)!r}: train from the beginning, without resume_from_checkpoint=."
         )
     return None
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Beside the Trainer's; one process does it."""
+    write_atomically(folder / STATE, lambda path: torch.save(state, path))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` left, on the CPU; empty where it left nothing.
+
+    Raises:
+        TokenGateError: the file is damaged.
+    """
+    if not (folder / STATE).exists():
+        return {}
+    try:
+        found: dict[str, Any] = torch.load(folder / STATE, "cpu", weights_only=True)
+    except Exception as error:
+        raise TokenGateError(
+            f"{str(folder / STATE)!r} could not be read ({brief(str(error))}): resume from another "
+            "checkpoint."
+        ) from None
+    return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tokengate
 from tokengate.integrations.trainer.surroundings import unwrapped
 from tokengate.methods.adalora import AdaLoRA
+from tokengate.sharding import gathered
 
 
 class Gradients:
@@ -22,11 +23,12 @@ class Gradients:
         weight: of AdaLoRA's penalty.
 
     Attributes:
+        weight: of the penalty.
         distance: from orthogonality at the last step, or None.
     """
 
     def __init__(self, weight: float) -> None:
-        self._weight = weight
+        self.weight = weight
         self._factors: list[nn.Parameter] = []
         self._penalised = False
         self._clipping = contextlib.ExitStack()
@@ -45,7 +47,7 @@ class Gradients:
         also after this one was interrupted, and are never changed. What else somebody clips by it
         is clipped as asked.
         """
-        self._factors = [p for m in adalora for p in (m.P, m.Q)] if self._weight else []
+        self._factors = [p for m in adalora for p in (m.P, m.Q)] if self.weight else []
         plain, own = accelerator.clip_grad_norm_, vars(accelerator).get("clip_grad_norm_")
         apart = {id(tau) for tau in taus}
 
@@ -56,7 +58,8 @@ class Gradients:
                 return plain(others, max_norm, norm_type)
             accelerator.unscale_gradients()
             self._add_penalty(model)
-            return nn.utils.clip_grad_norm_(others, max_norm, norm_type)
+            # Of what is divided, each process has but its part of the norm.
+            return gathered(nn.utils.clip_grad_norm_(others, max_norm, norm_type))
 
         accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
         if own is None:
@@ -82,7 +85,7 @@ class Gradients:
     def _add_penalty(self, model: nn.Module) -> None:
         """To gradients that are summed up, averaged and unscaled."""
         distance = tokengate.orthogonality(model)
-        gradients = torch.autograd.grad(self._weight * distance, self._factors)
+        gradients = torch.autograd.grad(self.weight * distance, self._factors)
         for factor, gradient in zip(self._factors, gradients, strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
         self.distance, self._penalised = distance.detach(), True

@@ -6,14 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 import tokengate
-from tokengate import TokenGateError
-
-# Where gradients are not averaged over processes, or a tau is no tensor of its own.
-_REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+from tokengate.integrations.trainer.engines import deepspeed_of, sharding_of
 
 
 def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
@@ -25,35 +21,28 @@ def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
                 accelerator.backward(model(**batch).loss)
 
     The factor is the number of processes, over which gradients are averaged, times the scale of a
-    GradScaler, without waiting for the device. Accumulation needs none, nor does autocast.
+    GradScaler, without waiting for the device, or of ZeRO. Accumulation needs none, nor does
+    autocast.
 
     Args:
         model: a patched model, before or after `accelerator.prepare`.
-        accelerator: of a single process, of data parallelism, or of FSDP2.
+        accelerator: of a single process, of data parallelism, of FSDP2, or of DeepSpeed's ZeRO.
 
     Raises:
         TokenGateError: no layer of the model is patched, or the model is sharded in another way.
     """
-    if not getattr(accelerator, "is_fsdp2", False):
-        check_not_sharded(accelerator.distributed_type)
-    set_unit(model, accelerator.num_processes, accelerator.scaler)
+    factor = float(accelerator.num_processes)
+    engine = deepspeed_of(accelerator) if sharding_of(accelerator) == "ZeRO" else None
+    if engine is not None:
+        factor *= float(engine.optimizer.loss_scale)
+    set_unit(model, factor, accelerator.scaler)
 
 
-def check_not_sharded(kind: DistributedType) -> None:
-    """An error where a tau cannot be trained as it is, since the model is sharded."""
-    if str(kind.value) in _REFUSED:
-        raise TokenGateError(
-            f"the model is trained under {kind.value}, where a tau is no parameter of its own or "
-            "its gradient not an average over processes: use data parallelism, or FSDP2 in a loop "
-            "of your own."
-        )
-
-
-def set_unit(model: nn.Module, processes: int, scaler: Any = None) -> None:
-    """Of a model in so many processes, under a GradScaler or none."""
+def set_unit(model: nn.Module, factor: float, scaler: Any = None) -> None:
+    """Of a model in as many processes as `factor` says, under a GradScaler or none."""
     if scaler is None or not scaler.is_enabled():
-        tokengate.scale_penalty(model, float(processes))
+        tokengate.scale_penalty(model, factor)
         return
     # As a tensor: get_scale() would wait for the device.
     device = next(model.parameters()).device
-    tokengate.scale_penalty(model, scaler.scale(torch.full((), float(processes), device=device)))
+    tokengate.scale_penalty(model, scaler.scale(torch.full((), factor, device=device)))

@@ -19,9 +19,14 @@ from tokengate.reports.recording import Recorder
 
 
 class Recording:
-    """A `tokengate.record` that begins in one event and ends in another."""
+    """A `tokengate.record` that begins in one event and ends in another.
 
-    def __init__(self) -> None:
+    Args:
+        trained: whether what is run without gradients is no part of it.
+    """
+
+    def __init__(self, trained: bool = False) -> None:
+        self._trained = trained
         self._stack = contextlib.ExitStack()
         self._recorder: Recorder | None = None
         self.runs = False
@@ -29,7 +34,8 @@ class Recording:
     def start(self, model: nn.Module) -> None:
         """Count from here on, unless it does already."""
         if not self.runs:
-            self._recorder = self._stack.enter_context(tokengate.record(model))
+            recording = tokengate.record(model, trained=self._trained)
+            self._recorder = self._stack.enter_context(recording)
             self.runs = True
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import tokengate
 from tokengate import TokenGate, TokenGateError
 from tokengate.integrations.live_logging import tau_scalars
-from tokengate.sharding import numbers_here
+from tokengate.sharding import divided_as, gathered, is_sharded, numbers_here
 
 # A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
 # they are, so that what stands there is in each checkpoint's optimizer.pt and nowhere else.
@@ -18,7 +18,13 @@ KEY = "tokengate"
 
 
 class TauSteps:
-    """Moves the taus whenever the optimiser that holds them takes a step, in its place."""
+    """Moves the taus whenever the optimiser that holds them takes a step, in its place.
+
+    Attributes:
+        takes_sharded: whether they may be divided over processes.
+    """
+
+    takes_sharded = False
 
     def __init__(
         self,
@@ -27,16 +33,13 @@ class TauSteps:
         numbers: dict[str, Any],
         schedule: bool,
     ) -> None:
-        gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
-        self.taus: dict[str, nn.Parameter] = {
-            name: gate.tau
-            for name, gate in gates.items()
-            if isinstance(gate, TokenGate) and gate.tau.requires_grad
-        }
-        self._gates = [gate for gate in gates.values() if gate is not None]
+        gates = [layer.gate for layer in tokengate.layers(model).values()]
+        self.taus = trained_taus(model)
+        self._gates = [gate for gate in gates if gate is not None]
         self._optimizer = optimizer
         self.seen = True
         self._taken: dict[nn.Parameter, Tensor] = {}
+        self._values: dict[nn.Parameter, Tensor] = {}
         self._parts: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._group = self._holder(numbers)
@@ -59,17 +62,19 @@ class TauSteps:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         return self._parts
 
-    def attach(self) -> None:
-        """From the optimiser's next step on."""
+    def attach(self, writes: bool = True) -> None:
+        """From the optimiser's next step on; `writes` its state into the optimiser's."""
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
-            self._optimizer.register_state_dict_pre_hook(self._write),
         ]
+        self._writes = writes
+        if writes:
+            self._hooks.append(self._optimizer.register_state_dict_pre_hook(self._write))
 
     def detach(self) -> None:
         """No more, with the state left to the optimiser that a later training goes on from."""
-        if self._hooks:
+        if self._hooks and self._writes:
             self._write(self._optimizer)
         for hook in self._hooks:
             hook.remove()
@@ -92,16 +97,18 @@ class TauSteps:
                 )
         for name, tau in self.taus.items():
             state = dict(saved[name])
-            value = state.pop("tau").to(tau)
-            if exactly and not torch.equal(value, tau.detach()):
+            value, found = state.pop("tau").to(tau.device), gathered(tau.detach())
+            if exactly and not torch.equal(value, found):
                 raise TokenGateError(
-                    f"tau of {name!r} is {tau.item():g} in the model and {value.item():g} in the "
+                    f"tau of {name!r} is {found.item():g} in the model and {value.item():g} in the "
                     "checkpoint's optimizer state: let the Trainer load model and optimizer from "
                     "one checkpoint, into a model patched as it was."
                 )
             if self._adam is not None and state:
                 step = state.pop("step").clone()
-                moments = {k: v.to(tau, copy=True) for k, v in state.items()}
+                moments = {
+                    k: divided_as(v.to(tau.device, copy=True), tau) for k, v in state.items()
+                }
                 self._adam.state[tau] = {"step": step, **moments}
 
     def _holder(self, numbers: dict[str, Any]) -> dict[str, Any]:
@@ -111,11 +118,11 @@ class TauSteps:
         held = set().union(*groups)
         for name, tau in self.taus.items():
             # DTensors are told by what they have, so that their import is not paid for.
-            if id(tau) not in held or hasattr(tau, "placements"):
-                state = "sharded" if id(tau) in held else "not held by the Trainer's optimizer"
+            if id(tau) not in held or (is_sharded(tau) and not self.takes_sharded):
+                state = "divided" if id(tau) in held else "not held by the Trainer's optimizer"
                 raise TokenGateError(
                     f"tau of {name!r} is {state}: patch the model before the optimizer is made, "
-                    "and use neither FSDP nor tensor parallelism."
+                    "and use no tensor parallelism."
                 )
         for group, ids in zip(self._optimizer.param_groups, groups, strict=True):
             if ids and ids <= own and len(held) > len(own):
@@ -165,13 +172,27 @@ class TauSteps:
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found > 0)
 
-    def _write(self, optimizer: torch.optim.Optimizer) -> None:
+    def state(self) -> dict[str, Any]:
+        """All that a resumed training goes on from; of what is divided, every process calls it."""
         taus = {}
         for name, tau in self.taus.items():
             state = self._adam.state[tau] if self._adam is not None else {}
-            taus[name] = {"tau": tau.detach().clone(), **state}
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        state_of(optimizer)[KEY] = {"taus": taus, **parts}
+            taus[name] = {"tau": gathered(tau.detach()).clone()}
+            taus[name] |= {k: gathered(v) for k, v in state.items()}
+        return {"taus": taus} | {name: part.state_dict() for name, part in self._parts.items()}
+
+    def _write(self, optimizer: torch.optim.Optimizer) -> None:
+        state_of(optimizer)[KEY] = self.state()
+
+
+def trained_taus(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The taus that have the paper's rule, by the name of their layer."""
+    gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
+    return {
+        name: gate.tau
+        for name, gate in gates.items()
+        if isinstance(gate, TokenGate) and gate.tau.requires_grad
+    }
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 import tokengate
 from tokengate import TokenGateError
-from tokengate.adapters.folder import CONFIG
+from tokengate.adapters.folder import config_path
 from tokengate.integrations.trainer.callback import TokenGateCallback
 from tokengate.integrations.trainer.checkpoints import begin, check_whole, last_checkpoint, step_of
+from tokengate.integrations.trainer.engines import sharding_of
+from tokengate.integrations.trainer.quantised import attached
+from tokengate.sharding import is_divided
+
+# What ends when a Trainer is made. Not in the Trainer, which is pickled to prepare its data.
+_MAKING: dict[int, contextlib.ExitStack] = {}
 
 
 class TokenGateTrainer(Trainer):
@@ -26,13 +33,29 @@ class TokenGateTrainer(Trainer):
     get sparsity and tau, too, and both have a `*_sparsity` among their metrics. A training that is
     interrupted or fails leaves the model as one that ended. Its checkpoints, and `save_model`, have
     the adapter in the place of the whole model, unless this has running statistics (BatchNorm),
-    which are no part of an adapter; `tokengate.load` reads them. A training goes on from those
-    that were saved to their end alone. For another kind of Trainer:
-    `class MyTrainer(TokenGateTrainer, SFTTrainer)`.
+    which are no part of an adapter; `tokengate.load` reads them, and the table of the last
+    evaluation is in their card. A training goes on from those that were saved to their end alone.
+    A patched model may be quantised, with 4 or 8 bits. For another kind of Trainer:
+    `class MyTrainer(TokenGateTrainer, OtherTrainer)`, which `tokengate.integrations.trl.gated`
+    makes.
 
     Raises:
         TokenGateError: when it is used, there is no `TokenGateCallback` among its callbacks.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as making:
+            _MAKING[id(self)] = making
+            making.callback(_MAKING.pop, id(self))
+            making.enter_context(attached(args[0] if args else kwargs.get("model")))
+            super().__init__(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's; what it makes may be quantised, too."""
+        model = super().call_model_init(trial)
+        if id(self) in _MAKING:
+            _MAKING[id(self)].enter_context(attached(model))
+        return model
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -58,6 +81,12 @@ class TokenGateTrainer(Trainer):
             callback.end_training(self.model)
             raise
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        if sharding_of(self.accelerator) == "ZeRO":
+            self._callback().before_division(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counted."""
         self._callback().start_evaluation(self.model)
@@ -74,25 +103,44 @@ class TokenGateTrainer(Trainer):
             begin(folder / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._callback().save_state(Path(output_dir))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; what is divided over processes is not gathered but for the adapter."""
+        if not sharding_of(self.accelerator) or self._has_statistics():
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _has_statistics(self) -> bool:
+        return any(getattr(m, "running_mean", None) is not None for m in self.model.modules())
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if any(getattr(m, "running_mean", None) is not None for m in self.model.modules()):
+        if self._has_statistics():
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            tokengate.save(self.model, folder)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or is_divided(self.model.parameters()):
+            tokengate.save(self.model, folder, report=self._callback().report)
+        if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if (Path(resume_from_checkpoint) / CONFIG).exists():
+        if config_path(Path(resume_from_checkpoint)).exists():
             tokengate.load(model or self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if (best / CONFIG).exists():
+        # ZeRO has values of its own beside the model's.
+        if config_path(best).exists() and sharding_of(self.accelerator) != "ZeRO":
             tokengate.load(self.model, best)
         else:
             super()._load_best_model()

@@ -22,7 +22,8 @@ import tokengate
 from tokengate.command_line import main
 from tokengate.integrations.hf_peft import import_peft
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "tokengate_config.json"
+PEFT_CONFIG = "adapter_config.json"
 LAYER, PLACE = "blocks.0.fc1", "base_model.model.blocks.0.fc1."
 
 
@@ -44,7 +45,7 @@ def peft(folder, config=(), tensors=None, weights=None):
     found = {
         "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc1"], "bias": "none",
     }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(found | dict(config)))
+    (folder / PEFT_CONFIG).write_text(json.dumps(found | dict(config)))
     if weights is not None:
         (folder / WEIGHTS).write_bytes(weights)
         return

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from hostile_folders import peft
+from hostile_folders import PEFT_CONFIG, peft
 from models import Net
 from test_saving import fresh, same, trained, values
 
@@ -19,7 +19,7 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.integrations.hf_peft import import_peft
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "tokengate_config.json"
 COUNT = 2000
 
 
@@ -101,10 +101,10 @@ def changed_json(data, draw):
     return json.dumps(found).encode()
 
 
-def mutated(folder, place, draw):
+def mutated(folder, place, draw, config=CONFIG):
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder, place)
-    name = draw.choice([WEIGHTS, CONFIG])
+    name = draw.choice([WEIGHTS, config])
     kinds = [*MUTATIONS, lengthen_header if name == WEIGHTS else changed_json]
     data = (place / name).read_bytes()
     for _ in range(draw.choice([1, 1, 1, 2, 5])):
@@ -158,7 +158,7 @@ def test_a_mutated_folder_of_peft_is_refused_or_loads_numbers(tmp_path):
     import_peft(Net(), tmp_path / "saved")
     draw, outcomes = random.Random(2), {"refused": 0, "loaded": 0}
     for _ in range(COUNT // 2):
-        mutated(tmp_path / "saved", tmp_path / "mutated", draw)
+        mutated(tmp_path / "saved", tmp_path / "mutated", draw, PEFT_CONFIG)
         model, began = Net(), time.process_time()
         try:
             import_peft(model, tmp_path / "mutated", strict=draw.random() < 0.5)

@@ -55,6 +55,7 @@ def test_saved_again_it_has_the_same_names(tmp_path):
     model = base()
     tokengate.load(model, FOLDER)
     tokengate.save(model, tmp_path)
-    old, new = (json.loads((f / "adapter_config.json").read_text()) for f in (FOLDER, tmp_path))
+    old = json.loads((FOLDER / "adapter_config.json").read_text())
+    new = json.loads((tmp_path / "tokengate_config.json").read_text())
     assert old["tensors"] == new["tensors"]
     assert old["layers"].keys() == new["layers"].keys()

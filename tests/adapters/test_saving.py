@@ -52,8 +52,8 @@ def same(a, b):
 
 
 def edit(folder, **changes):
-    """Other fields in adapter_config.json."""
-    path = folder / "adapter_config.json"
+    """Other fields in the configuration, ours or PEFT's."""
+    (path,) = folder.glob("*_config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -117,6 +117,7 @@ def test_a_patched_model_keeps_its_parameters_and_gets_the_values(tmp_path, meth
     assert all(layer.modification.dropout == 0.2 for layer in tokengate.layers(model).values())
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     def step(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -209,7 +210,7 @@ def test_what_was_asked_is_on_record(tmp_path):
     optimizer_groups = tokengate.param_groups(model, lr=1e-3, s=5e-4)
     assert optimizer_groups
     tokengate.save(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "tokengate_config.json").read_text())
     assert config["targets"][0] == {
         "targets": [{"regex": r"blocks\.0\..*fc1"}, "v_proj"],
         "exclude": "blocks.1",
@@ -343,8 +344,9 @@ def test_saving_again_replaces(tmp_path):
     tokengate.load(other, tmp_path)
     assert same(values(other), values(trained("dora")))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
+        "README.md",
         "adapter_model.safetensors",
+        "tokengate_config.json",
     ]
     # As any file of this user's, not as a temporary one.
     mask = os.umask(0)
@@ -355,7 +357,7 @@ def test_saving_again_replaces(tmp_path):
 
 def test_what_killed_saves_left_is_taken_away_when_nobody_can_be_writing_it(tmp_path):
     tokengate.save(trained("lora"), tmp_path)
-    names = [f".adapter_{x}.0123abcd.tmp" for x in ("model.safetensors", "config.json")]
+    names = [".adapter_model.safetensors.0123abcd.tmp", ".tokengate_config.json.0123abcd.tmp"]
     names += ["notes.tmp", ".other.tmp"]
     for hours in (0.9, 1.1):
         for name in names:
@@ -374,7 +376,7 @@ def test_what_killed_saves_left_is_taken_away_when_nobody_can_be_writing_it(tmp_
     assert (tmp_path / names[0]).exists()
 
 
-@pytest.mark.parametrize("moment", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("moment", ["adapter_model.safetensors", "tokengate_config.json"])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_save_within_a_save_leaves_one_of_the_two(tmp_path, monkeypatch, moment, before):
     """What another process does just before or after one of the two files is put in place."""
@@ -438,7 +440,7 @@ def test_a_folder_that_is_always_replaced_while_it_is_read_ends_in_an_error(tmp_
 
     def touched(folder):
         times.append(folder)
-        os.utime(folder / "adapter_config.json", ns=(0, 10**9 * len(times)))
+        os.utime(folder / "tokengate_config.json", ns=(0, 10**9 * len(times)))
         return read(folder)
 
     monkeypatch.setattr(adapter_folder, "_config_text", touched)
@@ -461,9 +463,9 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
 
 def test_a_save_killed_between_its_two_files_is_the_new_one(tmp_path):
     tokengate.save(trained("lora"), tmp_path)
-    old = (tmp_path / "adapter_config.json").read_bytes()
+    old = (tmp_path / "tokengate_config.json").read_bytes()
     tokengate.save(trained("dora"), tmp_path)
-    (tmp_path / "adapter_config.json").write_bytes(old)
+    (tmp_path / "tokengate_config.json").write_bytes(old)
     other = fresh()
     tokengate.load(other, tmp_path)
     assert same(values(other), values(trained("dora")))
@@ -474,7 +476,7 @@ def test_a_save_killed_between_its_two_files_is_the_new_one(tmp_path):
     assert same(values(other), values(trained("adalora")))
     # What is not of the save before is no interruption.
     tokengate.save(trained("adapter"), tmp_path)
-    (tmp_path / "adapter_config.json").write_bytes(old)
+    (tmp_path / "tokengate_config.json").write_bytes(old)
     refused(fresh(), tmp_path, "lacks", "blocks.0.q_proj.modification.A")
 
 
@@ -497,7 +499,7 @@ def test_save_and_load_refuse_what_they_cannot_do(tmp_path):
     with pytest.raises(TokenGateError, match="is a file"):
         tokengate.save(trained(), tmp_path / "file")
     refused(fresh(), tmp_path / "nowhere", "does not exist", "nowhere")
-    refused(fresh(), tmp_path, "adapter_config.json", "does not exist")
+    refused(fresh(), tmp_path, "tokengate_config.json", "does not exist")
     tokengate.save(trained(), tmp_path)
     with pytest.raises(TokenGateError, match="load was given a int"):
         tokengate.load(3, tmp_path)
@@ -527,7 +529,7 @@ def test_a_damaged_folder_is_named(tmp_path, strict, patched):
     def tensors(change):
         return lambda place: rewrite(place, change)
 
-    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    weights, config = "adapter_model.safetensors", "tokengate_config.json"
     check("a", lambda f: (f / weights).unlink(), weights, "does not exist")
     check("b", lambda f: (f / config).unlink(), config, "does not exist")
     check("c", tensors(lambda t: t.pop(KEY)), "lacks", KEY, SHAPE)
@@ -559,7 +561,7 @@ def test_a_damaged_folder_is_named(tmp_path, strict, patched):
 
 def test_a_field_of_the_configuration_may_not_be_missing(tmp_path):
     tokengate.save(trained(), tmp_path)
-    path = tmp_path / "adapter_config.json"
+    path = tmp_path / "tokengate_config.json"
     whole = json.loads(path.read_text())
     for key in whole:
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
@@ -636,7 +638,7 @@ def test_another_base_is_said(tmp_path):
 
 def forge(folder, change):
     """Another configuration, with the digests and the metadata that fit it."""
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    path, weights = folder / "tokengate_config.json", folder / "adapter_model.safetensors"
     config = json.loads(path.read_text())
     del config["sha256"]
     change(config)
@@ -765,8 +767,8 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
         tokengate.load(other, folder)
         found = [same(values(other), each) for each in wanted]
         names = {path.name for path in folder.iterdir()}
-        left = {name for name in names if name.startswith(".adapter_")}
-        assert names - left == {"adapter_config.json", "adapter_model.safetensors"}
+        left = {name for name in names if name.startswith(".")}
+        assert names - left == {"tokengate_config.json", "adapter_model.safetensors", "README.md"}
         assert all(name.endswith(".tmp") for name in left)
         for name in left:
             shutil.rmtree(folder / name)
@@ -788,3 +790,38 @@ def test_killed_at_any_moment_the_folder_loads(tmp_path):
     assert {*kept} == {0, 1}
     assert {(0, True), (0, False)} <= {*moments}
     assert len(moments) > 10
+
+
+def test_what_zero_has_divided_is_not_loaded_into(tmp_path):
+    model = trained()
+    tokengate.save(model, tmp_path)
+    parameter = tokengate.layers(model)["blocks.0.q_proj"].modification.A
+    parameter.ds_id, parameter.data = 0, torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(TokenGateError, match=r"'blocks.0.q_proj' divided by DeepSpeed's ZeRO-3"):
+        tokengate.load(model, tmp_path)
+
+
+def test_what_zero_has_divided_is_gathered_to_be_saved(tmp_path, monkeypatch):
+    model = trained()
+    expected = values(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = {id(p): p.detach().clone() for p in parameters}
+
+    def gather(param_list):
+        for p in param_list:
+            p.data = kept[id(p)]
+
+    def divide(param_list):
+        for p in param_list:
+            p.data = torch.empty(0)
+
+    for number, p in enumerate(parameters):
+        p.ds_id, p.all_gather, p.partition = number, gather, divide
+    divide(parameters)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    tokengate.save(model, tmp_path)
+    assert all(p.numel() == 0 for p in parameters), "as it was before"
+    gather(parameters)
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    assert same(values(other), expected)

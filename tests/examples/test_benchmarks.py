@@ -196,3 +196,12 @@ def test_what_was_kept_is_given_back(script, setting):
 
     for training in variants.trainings(variants.models(setting), setting).values():
         assert tensors_after(training) == tensors_after(training)
+
+
+def test_what_gpus_are_to_confirm_runs_where_there_is_none(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["divided.py", "--steps", "2", "--out", str(tmp_path)])
+    script("divided").main()
+    found = json.loads((tmp_path / "ddp-float32.json").read_text())
+    assert len(found) == 2
+    assert found[1]["tau_mean"] != found[0]["tau_mean"]
+    assert "tau_mean: " in capsys.readouterr().out

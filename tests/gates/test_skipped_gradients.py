@@ -15,6 +15,9 @@ from torch import nn, optim
 import tokengate
 from tokengate.errors import NonFiniteWarning
 
+# Many of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 # Weight decay and momentum would move what has a gradient of 0.
 OPTIMISERS = {
     "TauAdam": lambda model: tokengate.TauAdam([*taus_of(model)], s=1e-2),
@@ -115,8 +118,8 @@ def test_it_is_said_once_for_all_gates_of_an_optimiser():
 
     with pytest.warns(NonFiniteWarning) as said:
         three_steps()
-    assert len(said) == 1
-    assert said[0].filename == __file__
+    (only,) = [warning for warning in said if issubclass(warning.category, NonFiniteWarning)]
+    assert only.filename == __file__
     assert [layer.gate.skipped for layer in tokengate.layers(model).values()] == [2, 1, 0, 0]
 
 

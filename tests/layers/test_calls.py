@@ -426,6 +426,17 @@ def test_backward_after_the_context_it_was_begun_in():
     assert not any(p.requires_grad for p in adapters["b"].parameters())
 
 
+@pytest.mark.parametrize("name", ["b", "rows", "disabled", "restrict", "record"])
+def test_replicas_that_would_be_in_no_context_are_refused(name):
+    model = several()
+    layer = tokengate.layers(model)["blocks.0.fc1"]
+    way = tokengate.record(model) if name == "record" else ways(model)[name]()
+    kind = "use" if name in ("b", "rows") else name
+    with way, one_sentence(f"DataParallel was called within {kind}"):
+        layer._replicate_for_data_parallel()  # as DataParallel does on several GPUs
+    assert layer._replicate_for_data_parallel()._is_replica
+
+
 def test_a_layer_called_by_keyword():
     model = nn.Sequential(nn.Linear(8, 4))
     tokengate.patch(model, "all-linear", rank=2)

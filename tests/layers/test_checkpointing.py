@@ -7,6 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tokengate
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 METHODS = ["lora", "dora", "adalora", "adapter"]
 # Whether each forward is checkpointed, and how; and whether all of it or block by block.
 KINDS = {
@@ -100,12 +103,34 @@ def test_dropout_would_show():
     assert (plain["gradients"][name] - again["gradients"][name]).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_what_runs_without_gradients_is_no_part_of_a_training_step(kind, without):
+    """As `generate` and a reference model, between forwards that are learnt from."""
+    model, _ = patched("lora", KINDS.get(kind))
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1, s=1e-3))
+    tokengate.SparsityController(model, optimizer, 0.5)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    with tokengate.record(model, trained=True) as step, tokengate.record(model) as all_of_it:
+        with without():
+            model(torch.randn(7, 9, 8, dtype=torch.float64))
+        loss = model(x).square().sum()
+        with without():
+            model(torch.randn(3, 1, 8, dtype=torch.float64))
+        loss.backward()
+    assert {m.positions for m in all_of_it.report().modules.values()} == {63 + 10 + 3}
+    assert {m.positions for m in step.report().modules.values()} == {10}
+    seen = [layer.gate._tally for layer in tokengate.layers(model).values()]
+    assert {tally[2].item() for tally in seen} == {10}
+
+
 def test_lambda_would_show(monkeypatch):
     """Counted again, a position pulls and is tallied twice."""
     from tokengate.gates import base as gate
     from tokengate.reports import recording
 
-    monkeypatch.setattr(gate, "in_backward", lambda: False)
+    monkeypatch.setattr(gate, "is_learnt_from", lambda: True)
     monkeypatch.setattr(recording, "in_backward", lambda: False)
     again = everything("lora", KINDS["not reentrant"])
     assert {t[2].item() for t in again["tallies"].values()} == {40}

@@ -15,6 +15,9 @@ import tokengate
 from tokengate.errors import UnreachedLayerWarning
 from tokengate.layers import patched
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 HEAD = "'head'"
 

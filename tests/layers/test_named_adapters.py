@@ -14,6 +14,9 @@ from tokengate import Slices, TokenGateError
 from tokengate.layers import using
 from tokengate.layers.named_adapters import put_in_use
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 # Of each adapter its targets, method and options; they overlap in fc1.
 KINDS = {

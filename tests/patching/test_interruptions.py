@@ -149,13 +149,13 @@ def test_patch():
 
     names = {*ATTACHING, "install", "_freeze_all_but", "rename", "settle_fast_paths", "watch"}
     at_every_line(
-        lambda: Small().eval(), act, {*names, "follow_masks", "unfollow_masks"},
+        lambda: Small().eval(), act, {*names, "follow", "unfollow"},
         finish=gives_the_base_back,
     )  # fmt: skip
 
 
 def test_unpatch():
-    names = {*DETACHING, "_unpatch", "unfold", "unfollow_masks", "unwatch"}
+    names = {*DETACHING, "_unpatch", "unfold", "unfollow"}
     at_every_line(patched, tokengate.unpatch, names, finish=gives_the_base_back)
 
 

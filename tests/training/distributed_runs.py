@@ -21,6 +21,8 @@ import tokengate
 from tokengate.errors import NonFiniteWarning
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
+# Of each stage; all four of stages 2 and 3 are trained by the Trainer in its own tests.
+ZERO = {1: METHODS, 2: ["dora"], 3: ["lora"]}
 STEPS = 10
 CLIP = 0.01  # of a norm
 
@@ -363,14 +365,14 @@ def with_zero(folder, rank, port):
     import deepspeed
 
     found = {}
-    for stage in (1, 2, 3):
+    for stage, methods in ZERO.items():
         config = {
             "train_micro_batch_size_per_gpu": 4,
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": stage},
             "zero_force_ds_cpu_optimizer": False,
         }
-        for method in METHODS:
+        for method in methods:
             model = patched(method)
             optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

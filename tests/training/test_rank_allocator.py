@@ -7,6 +7,9 @@ from models import Net, away_from_initialisation
 import tokengate
 from tokengate.errors import UnreachedLayerWarning
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 
 def adalora(targets=("q_proj", "v_proj"), **options):
     model = tokengate.patch(Net(), list(targets), "adalora", **{"rank": 4, **options})

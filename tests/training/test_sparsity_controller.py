@@ -167,6 +167,7 @@ def test_the_loss_s_scale_does_not_matter(loss_scale):
     torch.testing.assert_close(one, other, rtol=0, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_warm_up_holds_tau(kind):
     path, _, model = simulate(30, 0.5, warmup_steps=30, optimizer=kind)

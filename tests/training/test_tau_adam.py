@@ -182,6 +182,7 @@ def test_groups_without_a_gate_or_without_anything():
         tokengate.param_groups(Net(), lr=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_any_optimiser_moves_tau(optimizer):
     model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], tau=0.5))

@@ -1,4 +1,4 @@
-"""What adapter_config.json says: how each layer was patched, and what the weights' file holds."""
+"""What tokengate_config.json says: how each layer was patched, and what the weights' file holds."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ class TensorConfig:
     shape: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class SampleConfig:
+    """Some values of a frozen parameter of the base."""
+
+    dtype: str
+    """As safetensors names it."""
+    shape: list[int]
+    """Of the whole parameter."""
+    values: list[float]
+    """From its first to its last, at equal distances."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter without its weights."""
@@ -59,6 +71,12 @@ class AdapterConfig:
     """What was asked of each call of `patch`; a regular expression or callable by its own name."""
     train: list[str] = field(default_factory=list)
     """Other parameters that were trained, whose values are kept along."""
+    base_id: str = ""
+    """What the base was loaded by, as `user/model`; empty where it is unknown."""
+    base_revision: str = ""
+    """The commit of the base that was loaded; likewise."""
+    base_values: dict[str, SampleConfig] = field(default_factory=dict)
+    """Of the base's frozen parameters that are random, or may be: its head's."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -85,7 +103,9 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
             f"{brief(found.get('tokengate_version', 'which it does not say'))}."
         )
     parts = {k: v for k, v in found.items() if k not in ("format", "format_version")}
-    for part, kind in (("layers", LayerConfig), ("tensors", TensorConfig)):
+    parts = {**_UNSAID, **parts}
+    kinds = {"layers": LayerConfig, "tensors": TensorConfig, "base_values": SampleConfig}
+    for part, kind in kinds.items():
         entries = parts.get(part)
         if not isinstance(entries, dict):
             raise _wrong(where, part, entries)
@@ -109,11 +129,19 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
     if any(type(name) is not str for name in config.train):
         raise _wrong(where, "train", config.train)
-    for name, tensor in config.tensors.items():
-        for size in tensor.shape:
-            if type(size) is not int or size < 0:
-                raise _wrong(where, f"tensors {name!r}", tensor.shape)
+    for part, tensors in (("tensors", config.tensors), ("base_values", config.base_values)):
+        for name, tensor in tensors.items():
+            for size in tensor.shape:
+                if type(size) is not int or size < 0:
+                    raise _wrong(where, f"{part} {name!r}", tensor.shape)
+    for name, sample in config.base_values.items():
+        if any(type(value) is not float for value in sample.values):
+            raise _wrong(where, f"base_values {name!r}", sample.values)
     return config
+
+
+# What was written before adapters said more of their base.
+_UNSAID: dict[str, Any] = {"base_id": "", "base_revision": "", "base_values": {}}
 
 
 def _with_gate(entry: Any) -> Any:

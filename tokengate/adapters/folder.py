@@ -18,7 +18,9 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.files.regular import open_regular, read_text
 from tokengate.files.strict_json import parse
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "tokengate_config.json"
+# What the configuration was called before: PEFT's name, by which other libraries take it for one.
+OLD_CONFIG = "adapter_config.json"
 # In the weights' metadata: the configuration they were saved with, and the digest of the weights
 # whose place they took. In the configuration: the digest of the weights it belongs to.
 METADATA, PREVIOUS, SHA256 = "tokengate", "previous", "sha256"
@@ -77,7 +79,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 def _state(folder: Path) -> list[tuple[int, ...] | None]:
     """Another one when a file has been replaced, as by a process that saves meanwhile."""
     found: list[tuple[int, ...] | None] = []
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, OLD_CONFIG, WEIGHTS):
         try:
             there = os.stat(folder / name)
             found.append((there.st_ino, there.st_size, there.st_mtime_ns))
@@ -86,13 +88,19 @@ def _state(folder: Path) -> list[tuple[int, ...] | None]:
     return found
 
 
+def config_path(folder: Path) -> Path:
+    """The configuration of an adapter of ours; under its old name where it has no other."""
+    old = folder / OLD_CONFIG
+    return old if old.exists() and not (folder / CONFIG).exists() else folder / CONFIG
+
+
 def _read(folder: Path) -> SavedAdapter:
-    for path in (folder, folder / CONFIG, folder / WEIGHTS):
+    for path in (folder, config_path(folder), folder / WEIGHTS):
         if not path.exists():
             raise TokenGateError(
                 f"{str(path)!r} does not exist: pass a folder that tokengate.save wrote."
             )
-    where = str(folder / CONFIG)
+    where = str(config_path(folder))
     text = _config_text(folder)
     config, belongs_to = _config(text, where)
     with open_weights(folder / WEIGHTS) as weights:
@@ -119,9 +127,9 @@ def _config(text: str, where: str) -> tuple[AdapterConfig, Any]:
     return from_dict(found, where), belongs_to
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The object in `adapter_config.json`, of whatever format."""
-    return parse(_config_text(folder), str(folder / CONFIG), values=MOST_VALUES)
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a configuration, of whatever format."""
+    return parse(_text(path), str(path), values=MOST_VALUES)
 
 
 def with_digest(own: str, digest: str) -> str:
@@ -130,11 +138,15 @@ def with_digest(own: str, digest: str) -> str:
 
 
 def _config_text(folder: Path) -> str:
+    return _text(config_path(folder))
+
+
+def _text(path: Path) -> str:
     try:
-        return read_text(folder / CONFIG, _MOST_CONFIG)
+        return read_text(path, _MOST_CONFIG)
     except (OSError, UnicodeDecodeError, MemoryError) as error:
         raise TokenGateError(
-            f"{folder / CONFIG} could not be read ({brief(str(error))}): save the adapter again."
+            f"{path} could not be read ({brief(str(error))}): save the adapter again."
         ) from None
 
 
@@ -186,7 +198,7 @@ def _check_same(text: str, own: str, digest: str, folder: Path) -> None:
     """An error if the configuration is not what the weights were saved with."""
     if text == with_digest(own, digest):  # as `save` wrote it
         return
-    where = str(folder / CONFIG)
+    where = str(config_path(folder))
     found = parse(text, where, values=MOST_VALUES)
     saved = parse(own, str(folder / WEIGHTS), values=MOST_VALUES) | {SHA256: digest}
     for key in sorted(found.keys() | saved.keys()):

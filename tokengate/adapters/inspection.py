@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tokengate.adapters.folder import CONFIG, WEIGHTS, SavedAdapter
+from tokengate.adapters.card import CARD
+from tokengate.adapters.folder import WEIGHTS, SavedAdapter, config_path
 from tokengate.errors import TokenGateError
 from tokengate.files.text_table import lines, size, text_table
 from tokengate.gates.registry import with_defaults
@@ -18,14 +19,17 @@ def describe(saved: SavedAdapter) -> dict[str, Any]:
     """Methods, ranks, taus and sizes, ready for JSON."""
     layers = {name: describe_layer(saved, name) for name in saved.config.layers}
     taus = [layer["tau"] for layer in layers.values() if layer["tau"] is not None]
+    files = [saved.folder / WEIGHTS, config_path(saved.folder), saved.folder / CARD]
     return {
         "folder": str(saved.folder),
         "saved_by": f"tokengate {saved.config.tokengate_version}",
         "base_class": saved.config.base_class or None,
+        "base_id": saved.config.base_id or None,
+        "base_revision": saved.config.base_revision or None,
         "asked": saved.config.targets,
         "methods": dict(Counter(layer["method"] for layer in layers.values())),
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
-        "bytes": {n: (saved.folder / n).stat().st_size for n in (WEIGHTS, CONFIG)},
+        "bytes": {p.name: p.stat().st_size for p in files if p.exists()},
         "trained_beside": {n: list(saved.tensors[n].shape) for n in saved.config.train},
         "gated_layers": len(taus),
         "tau": _distribution(taus),
@@ -114,10 +118,11 @@ def _range(layers: Iterable[dict[str, Any]]) -> str | None:
 def description_text(description: dict[str, Any]) -> str:
     """For people to read."""
     methods = ", ".join(f"{n} layers of {m}" for m, n in description["methods"].items())
+    base = (description[f"base_{part}"] for part in ("class", "id", "revision"))
     files = ", ".join(f"{name} {size(n)}" for name, n in description["bytes"].items())
     said = [
         f"{description['folder']}: saved by {description['saved_by']}",
-        f"base: {description['base_class'] or 'not named'}",
+        f"base: {', '.join(filter(None, base)) or 'not named'}",
         f"{methods}, {description['gated_layers']} gated; {description['parameters']:,} parameters",
         files,
     ]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
+from tokengate.adapters.base_model import class_name, fingerprint, others
 from tokengate.adapters.fitting import Fit
 from tokengate.adapters.folder import SavedAdapter, read_adapter
-from tokengate.adapters.saving import class_name, fingerprint, trained_beside
-from tokengate.errors import DifferentBaseWarning, TokenGateError
-from tokengate.layers.all_or_nothing import all_or_nothing
-from tokengate.layers.calls import exclusive
+from tokengate.adapters.saving import trained_beside
+from tokengate.adapters.source import local
+from tokengate.errors import DifferentBaseWarning, TokenGateError, listed
+from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew
 from tokengate.layers.folded import folded
 from tokengate.layers.gated_linear import DEFAULT
@@ -26,11 +27,17 @@ from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch, check_gathered
+from tokengate.sharding import is_absent
 
 
 @exclusive
 def load(
-    model: nn.Module, folder: str | Path, *, name: str | None = None, strict: bool = True
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    strict: bool = True,
+    revision: str | None = None,
 ) -> dict[str, str]:
     """Give `model` the adapter that `save` wrote into `folder`, in place.
 
@@ -50,25 +57,30 @@ def load(
 
     Args:
         model: the base model, or one that is patched.
-        folder: what `save` was given.
+        folder: what `save` was given; or `"user/name"`, where no such folder is here, for a
+            repository on Hugging Face's Hub, which wants huggingface_hub.
         name: of the adapter; by default it is the one in use, or the first.
         strict: False skips the layers and parameters that do not fit this model.
+        revision: a branch, tag or commit of a repository.
 
     Returns:
         What was skipped, and why, by the name of the layer or parameter; empty if nothing was.
 
     Raises:
-        TokenGateError: the folder is damaged or was changed; or something of it does not fit.
+        TokenGateError: the folder is damaged or was changed, or the repository cannot be reached;
+            something of it does not fit; or ZeRO-3 has divided the layers.
 
     Warns:
         DifferentBaseWarning: what the adapter has fits, but the model's linear layers are not all
-            those of the model it was saved from.
+            those of the model it was saved from; or what was random or of the head there, and not
+            trained, has other values here.
     """
     if not isinstance(model, nn.Module):
         raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
     if name is not None:
         check_name(name)
-    return load_saved(model, read_adapter(folder), "load", name=name, strict=strict)
+    saved = read_adapter(local(folder, revision))
+    return load_saved(model, saved, "load", name=name, strict=strict)
 
 
 def load_saved(
@@ -101,12 +113,28 @@ def load_saved(
             DifferentBaseWarning,
             stacklevel=4,
         )
+    if different := others(model, saved.config.base_values, saved.config.train):
+        warnings.warn(
+            f"the adapter in {str(saved.folder)!r} was trained beside other values of "
+            f"{listed(map(repr, different))}, which stayed frozen, than this {class_name(model)} "
+            "has, so that it will not do here what it did: give the base the values it had, or "
+            'train anew with patch(train="head"), which saves them along.',
+            DifferentBaseWarning,
+            stacklevel=4,
+        )
     return fit.misfits
 
 
 def _replace(model: nn.Module, fit: Fit) -> None:
     """New values for the adapter in use."""
     patched = require_layers(model, "load")
+    for name, layer in patched.items():
+        if any(map(is_absent, layer.modification.parameters())):
+            raise TokenGateError(
+                f"load found {name!r} divided by DeepSpeed's ZeRO-3, which has values of its own "
+                "beside the model's: load the adapter before deepspeed.initialize, or before the "
+                "Trainer's train()."
+            )
     found = fit.patched_layers(patched)
     extras = fit.extras(model, trained_beside(model, patched))
     fit.check_any(model, [*found, *extras])

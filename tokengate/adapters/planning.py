@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from tokengate.adapters.base_model import class_name
 from tokengate.adapters.inspection import all_options, layer_table, option_lines, sizes
-from tokengate.adapters.saving import class_name, trained_beside
+from tokengate.adapters.saving import trained_beside
 from tokengate.files.text_table import lines, size, text_table
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers

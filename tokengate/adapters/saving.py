@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokengate.adapters.base_model import class_name, fingerprint, origin, samples
+from tokengate.adapters.card import write_card
 from tokengate.adapters.config import AdapterConfig, LayerConfig, TensorConfig
+from tokengate.adapters.destination import check_destination, has_old_config
 from tokengate.adapters.folder import (
     CONFIG,
     METADATA,
+    OLD_CONFIG,
     PREVIOUS,
     SHA256,
     WEIGHTS,
+    config_path,
     digest,
     own_config,
     read_config,
@@ -36,30 +40,37 @@ from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
-from tokengate.linears.class_swap import Swapped
-from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear
+from tokengate.linears.linear_like import LinearSlice
 from tokengate.linears.slices import Slices
 from tokengate.methods.registry import METHODS
-from tokengate.names import inside, named_modules, named_parameters
+from tokengate.names import named_parameters
 from tokengate.patching.patch import asked_of
 from tokengate.patching.wrappers import check_gathered
-from tokengate.sharding import gathered, is_sharded
+from tokengate.reports.report import SparsityReport
+from tokengate.sharding import gathered, is_divided, present
 
 # As safetensors names them in its files.
 _DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> None:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    report: SparsityReport | None = None,
+) -> None:
     """Write the adapter of a patched model into `folder`: what `load` needs beside the base model.
 
     `adapter_model.safetensors` has the modifications, the taus, and the other parameters that
-    `patch(train=...)` named; `adapter_config.json` how every layer was patched. An adapter that is
-    there already is replaced, in an instant: a process that is killed while saving leaves the old
-    one or the new one. Nothing is pickled.
+    `patch(train=...)` named; `tokengate_config.json` how every layer was patched, and what the base
+    is; `README.md`, the model card, says it to people, and stays as it is where somebody else wrote
+    it. An adapter that is there already is replaced, in an instant: a process that is killed while
+    saving leaves the old one or the new one. Nothing is pickled.
 
     Of several processes that save into one folder at once, the last one's adapter is left there,
-    if none of them is killed meanwhile. A model sharded by FSDP2 is gathered tensor by tensor: call
-    it on every process, of which the first writes. Otherwise call it on one. Names are the model's
+    if none of them is killed meanwhile. What FSDP2 or ZeRO-3 has divided is gathered: call it on
+    every process, of which the first writes. Otherwise call it on one. Names are the model's
     own, whatever wraps it or a part of it: DistributedDataParallel, torch.compile, activation
     checkpointing, an averaged copy.
 
@@ -67,24 +78,31 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> No
         model: a patched model.
         folder: made if it is not there.
         name: of several adapters, see `use`; that in use by default.
+        report: of this adapter, e.g. `record(model)`'s; its table comes into the model card.
 
     Raises:
         TokenGateError: no layer is patched; a method has no name, or an option that JSON does not
             know; a value is not finite, not there (on the meta device, elsewhere under ZeRO-3, in
-            pieces under FSDP1) or of a dtype that is not floating-point; `folder` is a file.
+            pieces under FSDP1) or of a dtype that is not floating-point; `folder` is a file, or
+            holds a model, or an adapter that is not ours.
         OSError: the folder cannot be written.
     """
     if name is not None:
         check_name(name)
+    if report is not None and not isinstance(report, SparsityReport):
+        raise TokenGateError(
+            f"report is a {type(report).__name__}: pass a SparsityReport, e.g. that of "
+            "tokengate.record."
+        )
     with reading(model, name):
-        _save(model, Path(folder))
+        _save(model, Path(folder), report)
 
 
-def _save(model: nn.Module, folder: Path) -> None:
+def _save(model: nn.Module, folder: Path, report: SparsityReport | None) -> None:
     patched = what_modifies(model, "save")
-    if folder.exists() and not folder.is_dir():
-        raise TokenGateError(f"save was given {str(folder)!r}, which is a file: name a folder.")
+    check_destination(folder)
     tensors = values_of(model, patched, "save")
+    base_id, base_revision = origin(model)
     config = AdapterConfig(
         tokengate_version=version("tokengate"),
         base_class=class_name(model),
@@ -95,9 +113,12 @@ def _save(model: nn.Module, folder: Path) -> None:
         },
         targets=[_shown(call) for call in asked_of(model)],
         train=sorted(trained_beside(model, patched)),
+        base_id=base_id,
+        base_revision=base_revision,
+        base_values=samples(model),
     )
     text = _as_json(config)
-    if any(is_sharded(p) for p in model.parameters()) and torch.distributed.get_rank() > 0:
+    if is_divided(model.parameters()) and torch.distributed.get_rank() > 0:
         return
     make_folder(folder)
     metadata = {"format": "pt", METADATA: text, PREVIOUS: _previous(folder)}
@@ -105,6 +126,7 @@ def _save(model: nn.Module, folder: Path) -> None:
     # the two renamings `load` can tell that they are the newer ones.
     write_atomically(folder / WEIGHTS, lambda path: save_tensors(tensors, path, metadata))
     _write_config(folder)
+    write_card(folder, config, report)
 
 
 def _write_config(folder: Path) -> None:
@@ -116,6 +138,8 @@ def _write_config(folder: Path) -> None:
     while written != digest(folder / WEIGHTS):
         own, written = own_config(folder / WEIGHTS)
         write_text(folder / CONFIG, with_digest(own, written))
+    if has_old_config(folder):
+        (folder / OLD_CONFIG).unlink(missing_ok=True)
 
 
 def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
@@ -135,24 +159,6 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     return merged | (layers(model) if merged else require_layers(model, caller))
 
 
-def class_name(model: nn.Module) -> str:
-    """The class of the model under our own and what wraps it, with its module."""
-    model = inside(model)
-    kind = model._own_class if isinstance(model, Swapped) else type(model)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names and shapes of the model's linear layers, patched or not."""
-    own = {m for layer in layers(model).values() for m in layer.modification.modules()}
-    shapes = [
-        f"{name} {features_of(cast(LinearLike, m))}"
-        for name, m in named_modules(model)
-        if is_linear(m) and m not in own
-    ]
-    return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
-
-
 def trained_beside(
     model: nn.Module, patched: Mapping[str, Gated | Folded]
 ) -> dict[str, nn.Parameter]:
@@ -166,21 +172,23 @@ def values_of(
 ) -> dict[str, Tensor]:
     """The values of an adapter by name, on the CPU and checked; errors name the `caller`."""
     found: dict[str, Tensor] = {}
-    for name, layer in patched.items():
-        layer.modification.refresh(base_layer(layer))
-        for part, module in (("modification", layer.modification), ("gate", layer.gate)):
-            if module is not None:
-                found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
-    found |= {name: p.detach() for name, p in trained_beside(model, patched).items()}
-    return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
+    beside = trained_beside(model, patched)
+    parts = [m for layer in patched.values() for m in (layer.modification, layer.gate) if m]
+    with present([*(p for part in parts for p in part.parameters()), *beside.values()]):
+        for name, layer in patched.items():
+            layer.modification.refresh(base_layer(layer))
+            for part, module in (("modification", layer.modification), ("gate", layer.gate)):
+                if module is not None:
+                    found |= {f"{name}.{part}.{key}": t for key, t in module.state_dict().items()}
+        found |= {name: p.detach() for name, p in beside.items()}
+        return {name: _whole(name, tensor, caller) for name, tensor in found.items()}
 
 
 def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
     """On the CPU, contiguous and of its own; checked."""
-    if tensor.is_meta or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
-        where = "on the meta device" if tensor.is_meta else "on other processes (ZeRO-3)"
+    if tensor.is_meta:
         raise TokenGateError(
-            f"{caller} found no values of {name!r}, which is {where}: gather or load it first."
+            f"{caller} found no values of {name!r}, which is on the meta device: load it first."
         )
     if tensor.dtype not in _DTYPES:
         raise TokenGateError(
@@ -263,6 +271,6 @@ def _shown(call: dict[str, Any]) -> dict[str, Any]:
 def _previous(folder: Path) -> str:
     """The digest of the weights that the configuration in `folder` belongs to; empty if none."""
     try:
-        return str(read_config(folder).get(SHA256, ""))
+        return str(read_config(config_path(folder)).get(SHA256, ""))
     except TokenGateError:  # none there, or none that could be read
         return ""

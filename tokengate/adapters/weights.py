@@ -35,7 +35,7 @@ DTYPES = {
 # In bytes. safetensors writes no longer header; values are read in blocks of the second.
 _LONGEST_HEADER, _BLOCK = 100_000_000, 1 << 20
 _LONGEST_NAME = 2000
-#: How many values an adapter's JSON holds at most: enough for 28,000 layers, and read in two seconds.
+#: How many values an adapter's JSON holds at most: those of 28,000 layers, read in two seconds.
 MOST_VALUES = 1_600_000
 
 

@@ -4,6 +4,7 @@ May import `kernels` and below; knows nothing of methods or layers. Open `thresh
 paper's equations 4, 14, 15 and 17 stand there; then `base.py` for a gate of your own.
 """
 
+from tokengate.gates import skipped_gradients as skipped_gradients  # which watches optimisers
 from tokengate.gates.base import Gate as Gate
 from tokengate.gates.positions import Positions as Positions
 from tokengate.gates.random import RandomGate as RandomGate

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
+from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
-from tokengate.gates.skipped_gradients import watch_gradients
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
+from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
-from tokengate.kernels.recomputation import in_backward
+from tokengate.kernels.recomputation import is_learnt_from
 
 
 class Gate(KeepsFloat32):
@@ -54,6 +55,8 @@ class Gate(KeepsFloat32):
     """Those that `patch` was given for this layer."""
     # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
     s: float | None = None
+    # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
+    _rule: dict[str, Any] | None = None
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
@@ -63,7 +66,7 @@ class Gate(KeepsFloat32):
     def __new__(cls, *_: Any, **__: Any) -> Any:
         # Where copies and what is unpickled come by, too.
         gate = super().__new__(cls)
-        watch_gradients(gate)
+        remember_gate(gate)
         return gate
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -113,8 +116,14 @@ class Gate(KeepsFloat32):
         """a, checked: `(...)`, in `positions.dtype`, or booleans.
 
         Raises:
-            TokenGateError: `weights` gave something of another shape.
+            TokenGateError: `weights` gave something of another shape; a gate that learns is
+                exported in training mode.
         """
+        if self.training and is_exported() and any(p.requires_grad for p in self.parameters()):
+            raise TokenGateError(
+                f"an export was asked of a {type(self).__name__} in training mode, and a graph has "
+                "outputs but not how a gate learns: call model.eval() first."
+            )
         a: Any = self.weights(positions)
         if not isinstance(a, Tensor) or a.shape != positions.shape:
             found = f"shape {tuple(a.shape)}" if isinstance(a, Tensor) else brief(a)
@@ -126,7 +135,7 @@ class Gate(KeepsFloat32):
 
     def count(self, is_open: Tensor, mask: Tensor | None) -> None:
         """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
-        if self._tally is not None and (torch.compiler.is_compiling() or not in_backward()):
+        if self._tally is not None and is_learnt_from():
             with torch.no_grad():
                 self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
 

@@ -54,20 +54,24 @@ class Positions:
         """
         self._change.learn = call
 
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That the weights `a` are 1 where `is_open` and 0 elsewhere; it saves multiplying."""
+        self._change.selects(a, is_open)
+
     @property
     def norms(self) -> tuple[Norms, Norms]:
-        """||m_i|| and ||w_i|| as n 2^e, which no size of numbers can overflow; as constants."""
+        """||m_i|| and ||w_i|| as n p, p powers of two: no size overflows; as constants."""
         return self._change.norms()
 
-    def opened(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+    def decided(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
         """S of eq. 4, `(...)`, as a constant: booleans, or numbers in `dtype`."""
-        return self._change.opened(tau, dtype)
+        return self._change.decided(tau, dtype)
 
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
         of_m, of_w = self._change.sizes()
-        return ratios((of_m, 0), (of_w, 0))
+        return ratios((of_m, 1.0), (of_w, 1.0))
 
     @property
     def m_norm(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from tokengate.arguments import count, share
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
-from tokengate.kernels.eager import is_eager
+from tokengate.kernels.eager import is_eager, is_exported
+from tokengate.kernels.powers_of_two import bits
 
 _CHANNELS, _BITS = 16, 24
 
@@ -48,7 +51,11 @@ class RandomGate(Gate):
         if is_eager(x):
             self._drawn = factors
         # Of 64 bits, which a product and two shifts mix.
-        drawn = (x.view(torch.int32).long() * factors).sum(-1)
+        if is_exported():  # ONNX reads no number as another, and sums no 64 bits
+            parts = (bits(x) * factors).unbind(-1)
+            drawn = functools.reduce(torch.add, parts)
+        else:
+            drawn = (x.view(torch.int32).long() * factors).sum(-1)
         drawn = (drawn ^ (drawn >> 31)) * 0x2545F4914F6CDD1D
         drawn = (drawn ^ (drawn >> 29)) & (2**_BITS - 1)
         is_open: Tensor = drawn >= self.sparsity * 2**_BITS

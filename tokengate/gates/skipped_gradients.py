@@ -10,10 +10,7 @@ optimisers that hold other tensors than the gates' own parameters, as DeepSpeed'
 from __future__ import annotations
 
 import math
-import threading
 import warnings
-import weakref
-from collections.abc import Callable
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -23,57 +20,32 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import NonFiniteWarning
+from tokengate.gates.living import living
+from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.kernels.eager import is_captured
 from tokengate.sharding import anywhere, local_part, numbers_here
 
 if TYPE_CHECKING:
     from tokengate.gates.base import Gate
 
-# All gates that live, because an optimiser knows parameters alone.
-_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
-_lock = threading.Lock()
-
-
-def watch_gradients(gate: Gate) -> None:
-    """From now on no `torch.optim.Optimizer` steps a parameter of `gate` by what is not finite."""
-    with _lock:
-        _gates.add(gate)
-
 
 # Left out of graphs, which could keep no count.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
     if getattr(optimizer, "found_inf", None) is not None:
         return None  # a GradScaler has looked, and a fused optimiser leaves such a step out itself
-    _skip(optimizer)
-    _, *rest = args
-    closure = kwargs.get("closure", next(iter(rest), None))
-    if not callable(closure) or not _held(optimizer):
+    changed = once_there_are_gradients(args, kwargs, lambda: _skip(optimizer))
+    if changed is None or not _held(optimizer):
         return None
-    guarded = _guarded(optimizer, closure)
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": guarded}
-    return (optimizer, guarded, *rest[1:]), kwargs
-
-
-def _guarded(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-    """A closure makes the gradients within the step."""
-
-    def compute() -> Any:
-        loss = closure()
-        _skip(optimizer)
-        return loss
-
-    return compute
+    _skip(optimizer)  # what was there before the closure, by which some optimisers step, too
+    return changed
 
 
 def _held(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
     """The parameters of gates that this optimiser moves."""
-    with _lock:
-        gates = list(_gates)
-    # One that is being made in another thread has no parameters yet.
-    made = (gate for gate in gates if "_parameters" in gate.__dict__)
-    owners = {id(p): gate for gate in made for p in gate.parameters()}
+    owners = {id(p): gate for gate in living() for p in gate.parameters()}
     # In the optimiser's order, which is the same on every rank.
     own = (p for group in optimizer.param_groups for p in group["params"])
     return [(owners[id(p)], p) for p in own if id(p) in owners]
@@ -105,7 +77,7 @@ def _skip(optimizer: Optimizer) -> None:
             "skipped, now and whenever it happens again, and counted in the gate's `skipped`; look "
             "at the loss and at the inputs, or lower the learning rate.",
             NonFiniteWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
 
 

@@ -18,7 +18,7 @@ from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
-from tokengate.kernels.eager import applied, has_tangent, is_eager
+from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.norms import accumulation_dtype
 from tokengate.kernels.norms import opened as opened
@@ -73,7 +73,7 @@ def token_gate(
             "element, e.g. of shape (1,)."
         )
     change = Change(w, None, m)
-    is_open = change.opened(tau, change.dtype)
+    is_open = change.decided(tau, change.dtype)
     a = applied(_Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
     return change.add(a)
 
@@ -133,13 +133,15 @@ class TokenGate(PenalisedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
-        learns = torch.is_grad_enabled() and self.tau.requires_grad
+        learns = torch.is_grad_enabled() and self.tau.requires_grad and not is_exported()
         if not learns and not has_tangent(self.tau):
-            return positions.opened(self.tau, torch.bool)  # nobody asks for mu
-        is_open = positions.opened(self.tau, positions.dtype)
+            return positions.decided(self.tau, torch.bool)  # nobody asks for mu
+        is_open = positions.decided(self.tau, positions.dtype)
         a: Tensor = applied(
             _Threshold, self.tau, is_open, self.pull(), positions.mask, positions.dtype
         )
+        if is_open.dtype == torch.bool:
+            positions.selects(a, is_open)
         return a
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokengate.kernels.eager import applied, has_tangent, is_eager, is_watched
+from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported, is_watched
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
@@ -18,7 +18,7 @@ from tokengate.kernels.gated_sum import (
     product_with_gain,
     without_bias,
 )
-from tokengate.kernels.norms import Norms, accumulation_dtype, ldexp, norms, opened
+from tokengate.kernels.norms import Norms, accumulation_dtype, norms, opened, times
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum
 
@@ -50,10 +50,11 @@ class Change:
         parts = (m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
         eager = self._quick if isinstance(m, Factors) else is_eager(out, m)
         self._fused = eager and kernels_for(out, *parts) is not None
-        self._sizes: Sizes | None = None
+        self._at_once: Sizes | None = None
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
+        self._selected: tuple[Tensor, Tensor] | None = None
         #: Of factors: is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`.
         self.learn: Learn | None = None
 
@@ -69,7 +70,7 @@ class Change:
             self._norms = self._measured()
         return self._norms
 
-    def opened(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+    def decided(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
         """S of eq. 4, `(...)`: booleans, or numbers in `dtype` where that takes no more work."""
         if self._fused and is_eager(tau) and tau.device == self.out.device:
             return self._measured_at_once().opened(tau.detach(), dtype)
@@ -84,7 +85,7 @@ class Change:
         parts = (out, m.z, m.up) if isinstance(m, Factors) else (out, m)
         derived = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if not (derived or any(has_tangent(part) for part in parts)):
-            return ldexp(*self.norms()[0]), ldexp(*self.norms()[1])
+            return times(*self.norms()[0]), times(*self.norms()[1])
         self._in_place = False  # `out` is kept
         with without_autocast(out.device):
             w = without_bias(out, self.bias)
@@ -97,27 +98,52 @@ class Change:
             return of_m, torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
 
     def _measured_at_once(self) -> Sizes:
-        if self._sizes is None:
+        if self._at_once is None:
             with torch.no_grad():
-                self._sizes = Sizes(self.out, self.bias, self.m)
-        return self._sizes
+                self._at_once = Sizes(self.out, self.bias, self.m)
+        return self._at_once
 
     def _measured(self) -> tuple[Norms, Norms]:
         if self._fused:
             return self._measured_at_once().norms()
-        with torch.no_grad(), without_autocast(self.out.device):
-            if not (isinstance(self.m, Factors) and self._quick):
-                w = without_bias(self.out, self.bias)
-                m = self.m
-                if isinstance(m, Factors):
-                    m = self._product = m.product(w)
+        if not (isinstance(self.m, Factors) and self._quick):
+            m = self._product = self._whole() if isinstance(self.m, Factors) else self.m
+            with without_autocast(self.out.device):
+                w = without_bias(self.out.detach(), self.bias)
                 # Sizes are constants to derivatives that are carried forward, too.
                 return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
+        with torch.no_grad(), without_autocast(self.out.device):
             z, up, gain = self.m.z, self.m.up, self.m.gain
             if gain is None:
                 return norms_of_product(z, up), norms_without_bias(self.out, self.bias)
             self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
             return of_m, of_w
+
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That `a` is 1 where `is_open` and 0 elsewhere, so that it need not be multiplied by."""
+        self._selected = (a, is_open)
+
+    def opened(self, a: Tensor) -> Tensor:
+        """Where a is not 0, as booleans, `(...)`."""
+        if a.dtype == torch.bool:
+            return a
+        known = self._selection(a)
+        return a.detach() != 0 if known is None else known
+
+    def _selection(self, a: Tensor | None) -> Tensor | None:
+        if self._selected is None or self._selected[0] is not a:
+            return None
+        return self._selected[1]
+
+    def _whole(self) -> Tensor:
+        """M(x) of factors, multiplied out; the gradients are those of its factors.
+
+        What is exported has no backward of its own, so there they go through here.
+        """
+        assert isinstance(self.m, Factors)
+        derives = torch.is_grad_enabled() and is_exported()
+        with torch.set_grad_enabled(derives), without_autocast(self.out.device):
+            return self.m.product(without_bias(self.out, self.bias))
 
     def add(self, a: Tensor | None) -> Tensor:
         """out + a M(x), `(..., out_features)`; with a = 1 where it is None. To be called once.
@@ -140,12 +166,11 @@ class Change:
                     if self._fused:
                         return fused_sum(out, bias, *factors, a, self._in_place)
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
-                in_place = self._in_place
+                ways = (self._in_place, self._selection(a), self.learn)
                 function = FusedSum if self._fused else GatedSum
-                return applied(function, out, bias, *factors, a, product, in_place, self.learn)
+                return applied(function, out, bias, *factors, a, product, *ways)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:
-            with torch.no_grad():
-                product = m.product(without_bias(out, bias))
+            product = self._whole()
         return applied(FactoredSum, out, product, bias, *factors, a, self.learn)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
+_is_tracing = torch._C._is_tracing
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -21,9 +22,19 @@ def is_eager(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if _derives_forward():
+    if _is_tracing() or _derives_forward():
         return False
     return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]
+
+
+def is_exported() -> bool:
+    """Whether a graph is made that outlives this process: by `torch.export` or `torch.jit.trace`.
+
+    It holds what is computed forward, of any values, and neither Python nor a backward of its own.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return bool(_is_tracing())
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -37,8 +48,12 @@ def has_tangent(tensor: Tensor) -> bool:
 def applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
     """`function.apply`, with its `tangent` as `jvp` where derivatives are carried forward.
 
-    Not elsewhere: `torch.compile` traces no function that has a `jvp`.
+    Not elsewhere: `torch.compile` traces no function that has a `jvp`. Of what is exported, its
+    forward alone.
     """
+    if is_exported():
+        exported: Tensor = function.forward(*args)
+        return exported
     if _derives_forward():
         function = _with_jvp(function)
     elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):

@@ -29,11 +29,11 @@ class Sizes:
         self._sums: Tensor = self._kernels.measure(out, bias, *parts)
 
     def norms(self) -> tuple[Norms, Norms]:
-        """Both as n 2^e, `(...)`."""
-        norms, exponents = self._kernels.finish(self._sums)
+        """Both as n p, `(...)`, p powers of two."""
+        norms, powers = self._kernels.finish(self._sums)
         of_m, of_w = norms.view(2, *self._shape)
-        m_exponent, w_exponent = exponents.view(2, *self._shape)
-        return (of_m, m_exponent), (of_w, w_exponent)
+        m_power, w_power = powers.view(2, *self._shape)
+        return (of_m, m_power), (of_w, w_power)
 
     def opened(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
         """S of eq. 4, `(...)`, in `dtype`; tau is one element on the same device."""
@@ -55,6 +55,7 @@ class FusedSum(GatedSum):
         a: Tensor | None,
         product: Tensor | None,
         in_place: bool,
+        is_open: Tensor | None,
         learn: Learn | None,
     ) -> Tensor:
         h = fused_sum(out, bias, z, up, gain, a, in_place)
@@ -62,7 +63,7 @@ class FusedSum(GatedSum):
             ctx.mark_dirty(out)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.learn = learn
+        ctx.selects, ctx.learn = False, learn
         return h
 
     @staticmethod
@@ -105,7 +106,7 @@ class FusedSum(GatedSum):
             grad_up,
             grad_gain,
             mu.view(a.shape) if needs_a else None,
-            *[None] * 3,
+            *[None] * 4,
         )
 
 

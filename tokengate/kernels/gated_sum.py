@@ -20,15 +20,17 @@ from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
+# Elements of a product that takes no longer than to start the operations it saves.
+_SMALL = 2**14
 
 
 class GatedSum(torch.autograd.Function):
     """h = out + a (up z + gain w), w = out - bias: `(..., out_features) -> (..., out_features)`.
 
-    Forward and backward as `traced_sum.FactoredSum`'s, with a = 1 where it is None. Kept for
-    backward are z, `up`, a and, with a gain, `out`. Unlike there, backward multiplies a closed
-    position by 0: a gradient that is infinite there reaches `up`, too. And without a gain, forward
-    may give a closed position 0.0 where it had -0.0.
+    Forward and backward as `traced_sum.FactoredSum`'s, with a = 1 where it is None, and a selection
+    where it is said to be one, `is_open`. Kept for backward are z, `up`, a and, with a gain, `out`.
+    Unlike there, backward multiplies a closed position by 0: a gradient that is infinite there
+    reaches `up`, too. And without a gain, forward may give a closed position 0.0 where it had -0.0.
     """
 
     @staticmethod
@@ -42,15 +44,17 @@ class GatedSum(torch.autograd.Function):
         a: Tensor | None,
         product: Tensor | None,
         in_place: bool,
+        is_open: Tensor | None,
         learn: Learn | None,
     ) -> Tensor:
-        h = gated_sum(out, bias, z, up, gain, a, product, in_place)
+        selection = a if is_open is None else is_open
+        h = gated_sum(out, bias, z, up, gain, selection, product, in_place)
         written = out if in_place else product
         if written is not None:
             ctx.mark_dirty(written)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.learn = learn
+        ctx.selects, ctx.learn = is_open is not None, learn
         return h
 
     @staticmethod
@@ -58,6 +62,8 @@ class GatedSum(torch.autograd.Function):
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         grad_out, grad_bias, grad_up, grad_gain, mu = grad, *[None] * 4
+        if ctx.selects and not torch.is_grad_enabled():  # else its gradients have one to a
+            a = a != 0
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
         if ctx.learn is not None:
@@ -83,7 +89,7 @@ class GatedSum(torch.autograd.Function):
             grad_out = grad_out.view(grad.shape)
             if mu is not None:
                 mu = mu + mu_of_w.view(mu.shape)
-        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None, None
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None, None, None
 
 
 def gated_sum(
@@ -212,20 +218,22 @@ def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
 def norms_of_product(z: Tensor, up: Tensor) -> Norms:
     """||up z_i|| from the r x r products of up's columns: `(..., r), (C, r) -> (...), (...)`.
 
-    Of few positions M(x) itself, which is less work.
+    Where M(x) is small its own, which takes fewer operations, or of few positions less work; and of
+    doubles, whose squares no wider numbers hold.
     """
     rank = up.shape[1]
-    if z.numel() <= rank * rank:
+    is_small = z.numel() <= rank * rank or z.numel() // rank * len(up) <= _SMALL
+    if is_small or z.dtype == torch.float64:
         return norms(F.linear(z, up), accumulation_dtype(z))
-    if z.device.type == "cpu" and z.dtype != torch.float64:
+    if z.device.type == "cpu":
         square, bound = _from_gram(z, up, torch.float32)
         least, largest = bound.aminmax()  # both are NaN where one of them is
         # Else squares may have left float32's range, or what is left of their differences is
         # rounding.
         in_range = least.item() > 1e-30 and largest.item() < 1e30
         if in_range and (square / bound).amin().item() > 1e-3:
-            return square.sqrt_(), 0
-    return norm_from_gram(z, up), 0
+            return square.sqrt_(), 1.0
+    return norm_from_gram(z, up), 1.0
 
 
 def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
@@ -246,10 +254,10 @@ def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _joined(parts: list[Norms]) -> Norms:
     if len(parts) == 1:
         return parts[0]
-    exponent: Tensor | int = 0
-    if any(isinstance(e, Tensor) for _, e in parts):
-        exponent = torch.cat([n.new_zeros(len(n), dtype=torch.int32) + e for n, e in parts])
-    return torch.cat([n for n, _ in parts]), exponent
+    power: Tensor | float = 1.0
+    if any(isinstance(p, Tensor) for _, p in parts):
+        power = torch.cat([torch.ones_like(n) * p for n, p in parts])
+    return torch.cat([n for n, _ in parts]), power
 
 
 def _weighted(a: Tensor | None, *tensors: Tensor | None) -> list[Any]:

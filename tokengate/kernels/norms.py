@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from tokengate.kernels.eager import is_eager
+from tokengate.kernels.powers_of_two import power_of_two
 
 # Of positions: see `norms`.
-Norms: TypeAlias = tuple[Tensor, Tensor | int]
+Norms: TypeAlias = tuple[Tensor, Tensor | float]
+# By these, see `power_of_two`, every number comes so near to 1 that its square is in range.
+_STEPS, _WIDE = (64, 32, 16), (512, 256, 128)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -21,7 +24,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def norms(x: Tensor, dtype: torch.dtype) -> Norms:
-    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and e, integers or 0, with ||x_i|| = n 2^e.
+    """`(..., C) -> (...), (...)`: n, summed in `dtype`, and p, powers of two or 1; ||x_i|| = n p.
 
     The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's range.
     Where such numbers can matter, each position is first scaled by a power of two, which is exact.
@@ -33,16 +36,15 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
         found = plain_norms(x, dtype)
         if in_range(found):
             return found
-    _, exponent = torch.frexp(x.abs().amax(-1).to(dtype))
-    limit = 1022 if x.dtype == torch.float64 else 126
-    exponent = exponent.clamp(-limit, limit)
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=dtype), -exponent).to(x.dtype)
-    return torch.linalg.vector_norm(x * scale.unsqueeze(-1), dim=-1, dtype=dtype), exponent
+    size = x.abs().amax(-1).to(dtype)
+    power = power_of_two(size, _WIDE if x.dtype == torch.float64 else _STEPS)
+    scaled = x * (1 / power).to(x.dtype).unsqueeze(-1)
+    return torch.linalg.vector_norm(scaled, dim=-1, dtype=dtype), power
 
 
 def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
     """The same where no square leaves the range of `dtype`."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype), 0
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype), 1.0
 
 
 def in_range(norms: Norms) -> bool:
@@ -59,26 +61,26 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
 
     Infinite where no tau closes the gate: where w_i = 0, and where `m_i` has a NaN.
     """
-    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    (m_norm, m_power), (w_norm, w_power) = of_m, of_w
     none = w_norm == 0
-    found = ldexp(m_norm, m_exponent - w_exponent) / torch.where(none, 1, w_norm)
+    found = times(m_norm, m_power / w_power) / torch.where(none, 1, w_norm)
     return torch.where(none | found.isnan(), torch.inf, found)
 
 
 def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
-    (m_norm, m_exponent), (w_norm, w_exponent) = of_m, of_w
+    (m_norm, m_power), (w_norm, w_power) = of_m, of_w
     tau = tau.reshape(()).to(w_norm.dtype)
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-    return ~(ldexp(m_norm, m_exponent - w_exponent) < tau * w_norm)
+    return ~(times(m_norm, m_power / w_power) < tau * w_norm)
 
 
-def ldexp(norm: Tensor, exponent: Tensor | int) -> Tensor:
-    """n 2^e of `norms`, `(...)`."""
-    return torch.ldexp(norm, exponent) if isinstance(exponent, Tensor) else norm
+def times(norm: Tensor, power: Tensor | float) -> Tensor:
+    """n p of `norms`, `(...)`."""
+    return norm * power if isinstance(power, Tensor) else norm
 
 
 def reshaped(of_x: Norms, reshape: Callable[[Tensor], Tensor]) -> Norms:
     """The same norms in another shape."""
-    norm, exponent = of_x
-    return reshape(norm), reshape(exponent) if isinstance(exponent, Tensor) else exponent
+    norm, power = of_x
+    return reshape(norm), reshape(power) if isinstance(power, Tensor) else power

@@ -81,6 +81,17 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def is_learnt_from() -> bool:
+    """Whether a backward may come through what is computed now, and it is not computed again.
+
+    A training step has more than that: texts that are generated to be learnt from afterwards, the
+    answers of a reference model.
+    """
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return not in_backward() and (torch.is_grad_enabled() or _in_reentrant_checkpoint())
+
+
 def _in_checkpoint() -> bool:
     """Whether what is computed now may be computed again: always, where torch does not tell."""
     if not torch.is_grad_enabled():
@@ -99,6 +110,8 @@ def _in_reentrant_checkpoint() -> bool:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and "run_function" in code.co_varnames:
-            return True
+            # Of inputs that want no gradients it passes none on, and computes nothing again.
+            wanted = getattr(frame.f_locals.get("ctx"), "needs_input_grad", (True,))
+            return any(wanted)
         frame = frame.f_back  # type: ignore[assignment]
     return False

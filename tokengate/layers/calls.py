@@ -7,20 +7,15 @@ and each asyncio task has its own; modules that run are each thread's. Layers as
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from tokengate.errors import TokenGateError
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 USE, DISABLED, RESTRICT, RECORD = "use", "disabled", "restrict", "record"
 
@@ -105,6 +100,16 @@ def in_context(kind: str, layers: Mapping[Any, Any]) -> Iterator[None]:
         leave(owner)
 
 
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Within this context no recording is told anything."""
+    before = _CONTEXTS.set(tuple(c for c in _CONTEXTS.get() if c.kind != RECORD))
+    try:
+        yield
+    finally:
+        _CONTEXTS.reset(before)
+
+
 def contexts() -> tuple[Context, ...]:
     """Those that are in force here, from the first entered on."""
     return _CONTEXTS.get()
@@ -157,8 +162,9 @@ class Running:
         tells: whether it says anything of padding.
         mask: of the positions of its call, `(B, T)`; None where none is padding.
         inferred: whether that mask was inferred from who attends to whom.
-        others: in cross-attention, what k and v are made of.
-        others_mask: the padding mask of these.
+        length: how many positions it was given of its own, T; None where that is not known.
+        others: what it was given to attend to beside them, as cross-attention makes k and v of, or
+            what is joined to them; each with its padding mask, `(B, L)`, or None.
         decodes: whether it was given what an encoder has made, of which it may have several beams.
         window: which part of its sequences it is about, if it received some.
     """
@@ -169,8 +175,8 @@ class Running:
     tells: bool = False
     mask: Tensor | None = None
     inferred: bool = False
-    others: Tensor | None = None
-    others_mask: Tensor | None = None
+    length: int | None = None
+    others: Sequence[tuple[Tensor, Tensor | None]] = ()
     decodes: bool = False
     window: Window | None = None
 
@@ -179,6 +185,47 @@ class Running:
         if layer in self.inside:
             return True
         return not self.exactly and any(module is layer for module in self.module.modules())
+
+    def apart(self, layer: nn.Module, input: Tensor) -> Tensor | None:
+        """The mask of the others whose positions those of `input` must be, to go by their number.
+
+        Where the others are as many as its own they cannot be told apart so.
+        """
+        if self.length is None or getattr(layer, "_sequence_first", False):
+            return None
+        for states, mask in self.others:
+            if mask is not None and states.shape[1] != self.length and fits(mask, input):
+                return mask
+        return None
+
+
+# The attribute of a tensor that has one of these.
+LEFT = "_tokengate_left"
+
+
+@dataclass(eq=False)
+class Left:
+    """What is on the output of a module for what is called with it by hand, as a head may be."""
+
+    mask: Tensor | None
+    window: Window | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # a tensor that is saved or copied has nothing of it
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether these are its positions, `(B, T, ...)`."""
+        if self.mask is not None:
+            return tensor.shape[:2] == self.mask.shape
+        ids = None if self.window is None else self.window.ids
+        return ids is not None and tensor.shape[:2] == ids.shape
+
+
+def fits(mask: Tensor, input: Tensor) -> bool:
+    """Whether a mask `(B, T)` can be of a layer's input, `(B, T, ...)` or `(B T, ...)`."""
+    if input.dim() == 2:
+        return len(input) == mask.numel()
+    return input.shape[:-1] == mask.shape
 
 
 class _Thread(threading.local):
@@ -191,40 +238,52 @@ _THREAD = _Thread()
 _RUNNING: dict[int, list[Running]] = {}
 
 
+def running() -> Sequence[Running]:
+    """The modules whose forwards run in this thread, the outermost first."""
+    return _THREAD.running
+
+
 def begin(call: Running) -> None:
     """A forward begins."""
-    running = _THREAD.running
-    if running and running[0].module is call.module and not _calls_itself(call.module):
-        running.clear()  # what an interruption has left there
-    running.append(call)
-    if len(running) == 1 and not torch.compiler.is_compiling():
-        _RUNNING[threading.get_ident()] = running
+    _THREAD.running.append(call)
+    if len(_THREAD.running) == 1 and not torch.compiler.is_compiling():
+        _RUNNING[threading.get_ident()] = _THREAD.running
 
 
-def _calls_itself(module: nn.Module) -> bool:
-    """Whether a forward of `module`, of which one begins, runs already around it."""
-    if torch.compiler.is_compiling():
-        return True
-    count, frame = 0, sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
-            count += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return count > 1
-
-
-def end(module: nn.Module) -> None:
-    """It ends."""
-    running = _THREAD.running
-    if running and running[-1].module is module:
-        running.pop()
-    if not running and not torch.compiler.is_compiling():
+def end(call: Running) -> None:
+    """It ends, if it has begun."""
+    if _THREAD.running and _THREAD.running[-1] is call:
+        _THREAD.running.pop()
+    if not _THREAD.running and not torch.compiler.is_compiling():
         _RUNNING.pop(threading.get_ident(), None)
 
 
-def current_window() -> Window | None:
-    """That of the innermost module that received sequences, or None."""
-    return next((c.window for c in reversed(_THREAD.running) if c.window is not None), None)
+def same(input: Tensor, states: Tensor) -> bool:
+    """Whether an input is these states, or all of them as a view of another shape."""
+    if input is states or torch.compiler.is_compiling() or input._base is None:
+        return input is states
+    if input._base is not states and input._base is not states._base:
+        return False
+    if input.numel() != states.numel() or not (input.is_contiguous() and states.is_contiguous()):
+        return False
+    return bool(input.storage_offset() == states.storage_offset())
+
+
+def left_on(states: Tensor | None) -> Left | None:
+    """What a module that has ended says of its output, where none that runs says anything."""
+    if states is None or any(call.tells for call in _THREAD.running):
+        return None
+    left = getattr(states, LEFT, None)
+    if left is None and not torch.compiler.is_compiling() and states._base is not None:
+        left = getattr(states._base, LEFT, None) if same(states, states._base) else None
+    return left if isinstance(left, Left) else None
+
+
+def window_around(states: Tensor | None = None) -> Window | None:
+    """That of the innermost module that received sequences, or None; `states` is what runs."""
+    found = next((c.window for c in reversed(_THREAD.running) if c.window is not None), None)
+    left = left_on(states) if found is None else None
+    return found if left is None else left.window
 
 
 def in_decoder() -> bool:
@@ -234,50 +293,23 @@ def in_decoder() -> bool:
 
 def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:
     """The padding mask of a layer's positions, `(B, T)`, and whether its input is the others."""
-    mask, guess = None, None
     for call in _THREAD.running:  # the outermost first: those inside are not given their mask
-        if call.others is input and call.is_about(layer):
-            return call.others_mask, True
+        for states, mask in call.others:
+            if same(input, states) and call.is_about(layer):
+                return mask, True
+    guess = None
     for call in reversed(_THREAD.running):
-        if call.tells and call.is_about(layer):
-            if not call.inferred:
-                mask = call.mask
-                break
+        if not call.is_about(layer):
+            continue
+        if (of_others := call.apart(layer, input)) is not None:
+            return of_others, True
+        if call.tells and not call.inferred:
+            return (guess if call.mask is None else call.mask), False
+        if call.tells and call.mask is not None:
             # What a module around says in two dimensions is made into four inside of it.
             guess = call.mask
-    return (guess if mask is None else mask), False
-
-
-_CHANGING = threading.RLock()
-
-
-@contextlib.contextmanager
-def changing(model: Any, asked: str) -> Iterator[None]:
-    """Within this context no other thread changes a model; an error if one is using this one.
-
-    Args:
-        model: what is to be changed.
-        asked: the function that was called, for the error.
-    """
-    with _CHANGING:
-        busy = busy_elsewhere(model) if isinstance(model, nn.Module) else None
-        if busy is not None:
-            raise TokenGateError(
-                f"{asked} was asked of a {type(model).__name__} while another thread {busy}: wait "
-                "until it has left, or change the model before it is shared."
-            )
-        yield
-
-
-def exclusive(function: _Function) -> _Function:
-    """For what changes what a `model` has: its whole call is within `changing`."""
-
-    @functools.wraps(function)
-    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with changing(model, function.__name__):
-            return function(model, *args, **kwargs)
-
-    return cast(_Function, alone)
+    left = left_on(input)
+    return (guess if left is None else left.mask), False
 
 
 def busy_elsewhere(model: nn.Module) -> str | None:

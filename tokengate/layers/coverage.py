@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
+from tokengate.gates.optimizer_steps import is_part
 from tokengate.layers.batches import keeping_modes
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
     NAMED,
     ROOTS,
     all_layers,
+    is_root,
     layers,
     lost,
     own_parameters,
@@ -34,34 +36,23 @@ from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.linears.experts import is_expert
 from tokengate.names import joined, submodule
 
+# On each module that is followed: whether its first forward was looked at.
+SEEN = "_tokengate_seen"
+
 
 def watch(model: nn.Module) -> None:
     """Warn of patched layers of `model` that are not reached, not trained, or gone.
 
-    After its first complete forward, if that did not reach every one; at the first step of each
-    optimizer that has their parameters, of those without a gradient, however the loss came about;
-    and at the next forward or step after a layer was replaced.
+    After the first complete forward of the model, or of a module in it that is called past it, if
+    that did not reach every layer inside; at the first step of each optimizer that has their
+    parameters, of those without a gradient, however the loss came about; and at the next forward or
+    step after a layer was replaced.
     """
     remember(model)
-    if _report_once not in model._forward_hooks.values():
-        model.register_forward_hook(_report_once)
-    if _report_lost not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_report_lost)
+    for module in model.modules():
+        if SEEN in module.__dict__:
+            module.__dict__[SEEN] = False
     _watch_optimizers()
-
-
-def unwatch(model: nn.Module) -> None:
-    """Take back what `watch` did."""
-    _unhook(model, _report_once)
-    _unhook(model, _report_lost)
-
-
-def _unhook(model: nn.Module, hook: Any) -> None:
-    # By value: a copied or unpickled model has the hook, and no handle.
-    for hooks in (model._forward_hooks, model._forward_pre_hooks):
-        for key, each in list(hooks.items()):
-            if each is hook:
-                del hooks[key]
 
 
 @exclusive
@@ -107,22 +98,23 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
                 _check_gradients(patched, mode)
 
 
-def _report_once(model: nn.Module, args: Any, output: Any) -> None:
+def report_unreached(module: nn.Module) -> None:
+    """Warn, once, of patched layers inside that a forward of `module`, which ends, missed."""
     # A compiled forward keeps no state, so that there is nothing to report.
-    if torch.compiler.is_compiling():
+    if module.__dict__[SEEN] or torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():
-        check_trainable(model)
-    _unhook(model, _report_once)
-    compiled = [module for module in model.modules() if _is_compiled(module)]
-    unseen = {layer for module in compiled for layer in module.modules()}
-    seen = {n: m for n, m in layers(model).items() if m not in unseen and not is_expert(n)}
+        check_trainable(module)
+    module.__dict__[SEEN] = True
+    compiled = [inside for inside in module.modules() if _is_compiled(inside)]
+    unseen = {layer for inside in compiled for layer in inside.modules()}
+    seen = {n: m for n, m in layers(module).items() if m not in unseen and not is_expert(n)}
     missed = [name for name, layer in seen.items() if not layer._reached]
     if missed:
         warnings.warn(
-            f"in the first forward of this {type(model).__name__}, {_unreached(model, missed)}.",
+            f"in the first forward of this {type(module).__name__}, {_unreached(module, missed)}.",
             UnreachedLayerWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -134,11 +126,12 @@ def _is_compiled(module: nn.Module) -> bool:
 def report_lost(model: nn.Module) -> None:
     """Warn, once, of patched layers that are gone from `model`."""
     for root in roots(model):
-        _report_lost(root, ())
+        report_lost_of(root)
 
 
-def _report_lost(root: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
+def report_lost_of(root: nn.Module) -> None:
+    """The same of one module, if it was given to `patch`."""
+    if torch.compiler.is_compiling() or not is_root(root):
         return
     ROOTS.add(root)  # one that was copied or unpickled
     names = lost(root)
@@ -180,7 +173,7 @@ def _watch_optimizers() -> None:
 
 
 def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or not ROOTS:
+    if torch.compiler.is_compiling() or not ROOTS or is_part(optimizer, kwargs):
         return
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
@@ -188,7 +181,7 @@ def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         model = reference()
         if _FIRST.setdefault(model, ref(optimizer))() in (optimizer, None):
             _FIRST[model] = ref(optimizer)
-            _report_lost(model, ())
+            report_lost_of(model)
         # A step without any gradient, as before a training begins, tells nothing.
         told = model in seen or all(p.grad is None for p in held.values())
         if not told and _report_untrained(model, optimizer, own, held):
@@ -260,10 +253,8 @@ def _unreached(model: nn.Module, names: list[str]) -> str:
     owners = {type(_owner(model, name)).__name__ for name in names if name}
     inside = f" of {', '.join(sorted(owners))}" if owners else ""
     were = "was" if len(names) == 1 else "were"
-    return (
-        f"{listed(map(repr, names))}{inside} {were} patched but never "
-        f"called: {reason}; name other targets, or exclude these"
-    )
+    which = f"{listed(map(repr, names))}{inside} {were}"
+    return f"{which} patched but never called: {reason}; name other targets, or exclude these"
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
@@ -312,8 +303,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
-    watched = _report_once in model._forward_hooks.values()
-    _unhook(model, _report_once)
+    unseen = [module for module in model.modules() if module.__dict__.get(SEEN) is False]
+    for module in unseen:
+        module.__dict__[SEEN] = True
     devices = [t.device for t in gradients if t.device.type == "cuda"]
     try:
         with keeping_modes(model), torch.random.fork_rng(devices=set(devices)):
@@ -326,5 +318,5 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for layer, flag in reached.items():
             layer._reached = flag
-        if watched:
-            model.register_forward_hook(_report_once)
+        for module in unseen:
+            module.__dict__[SEEN] = False

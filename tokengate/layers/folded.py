@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.gates.base import Gate
-from tokengate.layers.all_or_nothing import all_or_nothing
+from tokengate.layers.changing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.patched import rest, rise
+from tokengate.layers.patched import forget_plain, rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
@@ -120,6 +120,13 @@ def unfold(model: nn.Module) -> None:
         rise(model, [each.layer for each in entries])
         for module in model.modules():
             module.__dict__.pop(_FOLDED, None)
+
+
+def let_go(model: nn.Module) -> None:
+    """What is folded in `model` is plain for good: the other weights are kept no more."""
+    forget_plain(model)
+    for module in model.modules():
+        module.__dict__.pop(_FOLDED, None)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
+from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import Norms, reshaped
-from tokengate.kernels.recomputation import MaskMemory, in_backward
+from tokengate.kernels.recomputation import MaskMemory, in_backward, is_learnt_from
 from tokengate.layers.calls import (
     DISABLED,
     RECORD,
@@ -56,10 +58,12 @@ class Observer:
             of m and of w in S's shape, or None where rows have adapters of their own or nobody
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
+        trained: whether only those calls are that a backward may come through.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
+    trained: bool = False
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -140,6 +144,11 @@ class Gated(Swapped):
         out: Tensor = super().forward(x, *args, **kwargs)
         mask, norms = self._fitting(told.mask, input), None
         observers: list[Observer] = said_of(self, RECORD) if contexts() else []
+        if observers and is_exported():
+            raise TokenGateError(
+                "an export was asked within tokengate.record, which counts what runs in Python: "
+                "export outside of it, and record the model itself."
+            )
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
             h, is_open, norms = self.modified(
@@ -155,7 +164,8 @@ class Gated(Swapped):
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
         for observer in observers:
-            observer.tell(at, seen, mask, norms)
+            if not observer.trained or is_learnt_from():
+                observer.tell(at, seen, mask, norms)
         if self.training and adapter is not None and adapter[1] is not None and at is not None:
             adapter[1].count(at, mask)
         return h
@@ -194,7 +204,7 @@ class Gated(Swapped):
             if inside.dtype != torch.bool:  # weights
                 a = inside.to(change.dtype) * (1.0 if a is None else a)
         h = change.add(a)
-        is_open = a if a is None or a.dtype == torch.bool else a.detach() != 0
+        is_open = None if a is None else change.opened(a)
         if inside is not None:
             # A selection: outside it is the base, whatever M(x) and its gate are there.
             h = torch.where(inside.unsqueeze(-1) != 0, h, out)
@@ -240,8 +250,18 @@ class Gated(Swapped):
         flattened = input.dim() == 2 and len(input) == mask.numel()
         return mask if flattened or input.shape[:-1] == mask.shape else None
 
-    def _kept_by_copies(self) -> dict[str, Any]:
+    def _kept_by_copies(self, state: Any) -> dict[str, Any]:
         return {**self.__dict__, "_reached": False}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # Its replicas run in threads of their own, which are in no context.
+        kinds = sorted({context.kind for context in contexts() if self in context.layers})
+        if kinds:
+            raise TokenGateError(
+                f"DataParallel was called within {' and '.join(kinds)}, which its threads are not "
+                "in: call the model itself, or use DistributedDataParallel."
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
 class GatedLinear(Gated, nn.Linear):

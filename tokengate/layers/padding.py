@@ -1,4 +1,4 @@
-"""Padding: an attention mask, on its way from the module that receives it to the gates inside.
+"""What a forward is called with, as far as that says which positions it is about.
 
 A position whose mask is 0 counts neither in tau's gradient nor in sparsity; no output changes.
 The mask belongs to the module that received it: to the patched layers inside of that module, for as
@@ -10,30 +10,46 @@ transpose, so they are marked.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from tokengate.layers.calls import Running, begin, contexts, end
-from tokengate.layers.gated_linear import Gated
-from tokengate.layers.windows import window_of
-from tokengate.linears.by_name import class_names
+from tokengate.errors import TokenGateError
+from tokengate.layers.calls import Running, Window, contexts, left_on, running, same, window_around
 
-_FOLLOWED = "_tokengate_padding"
 # The parameters of forward that say what the positions of a module are.
 _MASK = "attention_mask"
-_INPUTS = ("input_ids", "inputs_embeds", "input_embeds")
+_IDS, _EMBEDDED = ("input_ids", "decoder_input_ids"), ("inputs_embeds", "input_embeds")
+_INPUTS = ("input_ids", *_EMBEDDED)
 _STATES = (*_INPUTS, "hidden_states")
 # transformers 5.24 renamed the first to the second.
 _CACHES = ("past_key_values", "cache")
 # With one of these, a module hands its mask on to one of several parts: only that part, which
 # receives it in its turn, has the mask's positions.
 _SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
-_OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+# The same of its inputs: its parts have windows of their own.
+_PARTS = ("decoder_input_ids", "decoder_inputs_embeds")
+# What a module is given beside its own states, and the masks of that, under whichever name.
+_OTHERS = {
+    "key_value_states": (),
+    "encoder_hidden_states": (
+        "encoder_attention_mask",
+        "encoder_hidden_states_mask",
+        "encoder_mask",
+        "source_attention_mask",
+        "text_embedding_mask",
+    ),
+    "encoder_hidden_states_2": ("encoder_attention_mask_2",),
+    "encoder_hidden_states_t5": ("text_embedding_mask_t5",),
+    "audio_encoder_hidden_states": ("audio_encoder_attention_mask",),
+    "context": ("context_mask",),
+    "prompt_embeds": ("prompt_embeds_mask", "prompt_attention_mask"),
+}
+# What is added to a score where there is padding is below, in any dtype; a bias is not.
+_PADDED = -1e3
 # torch's own name it otherwise, and say True where there is padding.
 _TORCH = {
     nn.TransformerEncoder: "src_key_padding_mask",
@@ -42,136 +58,185 @@ _TORCH = {
     nn.TransformerDecoderLayer: "tgt_key_padding_mask",
 }
 
-# Modules of transformers that call all layers inside of them so; found by running them.
-_TRANSPOSING = tuple(
-    f"transformers.models.{name}"
-    for name in (
-        "xlnet.modeling_xlnet.XLNetModel",
-        "fsmt.modeling_fsmt.EncoderLayer",
-        "fsmt.modeling_fsmt.DecoderLayer",
-        "longformer.modeling_longformer.LongformerSelfAttention",
-        "led.modeling_led.LEDEncoderSelfAttention",
-    )
-)
+
+@dataclass(frozen=True)
+class Signature:
+    """What is known of a module's forward before it is called.
+
+    Attributes:
+        names: of its parameters.
+        inverted: the one of these that is True where there is padding, or None.
+    """
+
+    names: tuple[str, ...]
+    inverted: str | None
 
 
-@dataclass
-class _Followed:
-    """What is kept on a module while it is followed."""
-
-    parameters: tuple[str, ...]  # the names of its forward's
-    inverted: str | None  # the one of these that is True where there is padding
-    hooks: tuple[RemovableHandle, ...]
-    inside: frozenset[nn.Module]  # the patched layers in it
-
-
-def follow_masks(model: nn.Module) -> None:
-    """Let attention masks reach the gates in `model`, wherever its forwards are entered."""
-    _mark_sequence_first(model)
-    for module in _holders(model):
-        if _FOLLOWED not in module.__dict__:
-            hooks = (
-                module.register_forward_pre_hook(_enter, with_kwargs=True),
-                module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
-            )
-            inverted = next((n for kind, n in _TORCH.items() if isinstance(module, kind)), None)
-            module.__dict__[_FOLLOWED] = _Followed(
-                _parameters(type(module)), inverted, hooks, frozenset()
-            )
-        module.__dict__[_FOLLOWED].inside = frozenset(_patched(module))
+def signature_of(module: nn.Module) -> Signature:
+    """That of a module's forward."""
+    try:
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    except (TypeError, ValueError):
+        names = ()
+    inverted = next((name for kind, name in _TORCH.items() if isinstance(module, kind)), None)
+    return Signature(names, inverted)
 
 
-def unfollow_masks(model: nn.Module) -> None:
-    """Take back what `follow_masks` did, from modules that hold no patched layer any more."""
-    holders = set(_holders(model))
-    for module in model.modules():
-        if _FOLLOWED in module.__dict__ and module not in holders:
-            for hook in module.__dict__.pop(_FOLLOWED).hooks:
-                hook.remove()
-
-
-def _holders(model: nn.Module) -> list[nn.Module]:
-    """The modules around the patched layers."""
-    return [
-        module
-        for module in model.modules()
-        if not isinstance(module, Gated) and next(_patched(module), None) is not None
-    ]
-
-
-def _patched(module: nn.Module) -> Iterator[Gated]:
-    return (m for m in module.modules() if isinstance(m, Gated))
-
-
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    followed: _Followed = module.__dict__[_FOLLOWED]
-    bound = {**dict(zip(followed.parameters, args, strict=False)), **kwargs}
+def what_is_said(
+    module: nn.Module,
+    inside: Collection[nn.Module],
+    signature: Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Running:
+    """What a forward of `module`, which begins, tells the patched layers that are `inside`."""
+    bound = {**dict(zip(signature.names, args, strict=False)), **kwargs}
     if isinstance(module, nn.MultiheadAttention):
-        begin(_attention(module, followed, bound))
-        return
-    call = _running(module, followed, args, bound)
+        return _attention(module, inside, bound)
+    call = _running(module, inside, signature, args, bound)
     # Compiled code cannot set what it finds out; a mask that then wants it fits no call.
-    if any(c.windows for c in contexts()) and not torch.compiler.is_compiling():
-        call.window = window_of(module, followed.parameters, bound)
-    begin(call)
-
-
-def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    end(module)
+    if any(c.windows for c in contexts()) and not torch.compiler.is_dynamo_compiling():
+        call.window = _window_of(module, signature.names, bound) or call.window
+    return call
 
 
 def _attention(
-    module: nn.MultiheadAttention, followed: _Followed, bound: dict[str, Any]
+    module: nn.MultiheadAttention, inside: Collection[nn.Module], bound: dict[str, Any]
 ) -> Running:
     """Its mask is of its keys, which are its queries or not; it tells its own layers apart."""
     mask = _real(bound.get("key_padding_mask"))
     if bound.get("query") is bound.get("key"):
-        return Running(module, followed.inside, True, mask is not None, mask)
+        return Running(module, inside, True, mask is not None, mask)
     of_keys = {module._modules.get("k_proj"), module._modules.get("v_proj")}
-    return Running(module, followed.inside & of_keys, True, True, mask)
-
-
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(kind.forward).parameters)[1:]
-    except (TypeError, ValueError):
-        return ()
+    return Running(module, frozenset(inside) & of_keys, True, True, mask)
 
 
 def _running(
-    module: nn.Module, followed: _Followed, args: tuple[Any, ...], bound: dict[str, Any]
+    module: nn.Module,
+    inside: Collection[nn.Module],
+    signature: Signature,
+    args: tuple[Any, ...],
+    bound: dict[str, Any],
 ) -> Running:
-    names = followed.parameters
+    names = signature.names
     states = [bound[name] for name in _STATES if isinstance(bound.get(name), Tensor)]
-    tensors = states or [value for value in args if isinstance(value, Tensor)]
+    tensors = states or [each for each in (*args, *bound.values()) if isinstance(each, Tensor)]
     first = tensors[0] if tensors else None
+    length = None if first is None else _length(first)
+    others, of_others = _others(names, bound, first)
     mask, inferred = None, False
-    if not any(name in names for name in _SEVERAL_PARTS):
+    if not of_others and not any(name in names for name in _SEVERAL_PARTS):
         mask = _padding(bound.get(_MASK))
         # To the layers of Longformer and LED it is what is added to the scores: 0 where it is real.
         if mask is not None and mask.is_floating_point() and not any(n in names for n in _INPUTS):
             mask = None
-        if mask is None and first is not None and any(bound.get(n) is first for n in _INPUTS):
-            mask, inferred = _attending(bound.get(_MASK), first), True
-    if followed.inverted is not None:
-        mask = _real(bound.get(followed.inverted))
+        if mask is None and first is not None:
+            mask, inferred = _guessed(bound, first, [each.shape[1] for each, _ in others]), True
+    if signature.inverted is not None:
+        mask = _real(bound.get(signature.inverted))
     cached = any(bound.get(name) is not None for name in _CACHES)
     if mask is not None and cached and first is not None and first.dim() > 1:
         mask = mask[:, -first.shape[1] :]  # the cache has the positions before
+    window = None
+    if mask is None and first is not None:
+        mask, window = _known(first)
+        inferred = inferred and mask is None
     pixels = first is not None and first.dim() == 4 and first.is_floating_point()
     if isinstance(bound.get("target_mapping"), Tensor):  # XLNet's layers see its targets, too
         mask, pixels = None, True
-    others = next((bound[n] for n in _OTHER_STATES if isinstance(bound.get(n), Tensor)), None)
     return Running(
         module,
-        followed.inside,
+        inside,
         tells=mask is not None or pixels,
         mask=mask,
         inferred=inferred,
+        length=length,
         others=others,
-        others_mask=_padding(bound.get("encoder_attention_mask")),
-        decodes=others is not None or bound.get("encoder_outputs") is not None,
+        decodes=bool(others) or bound.get("encoder_outputs") is not None,
+        window=window,
     )
+
+
+def _length(first: Tensor) -> int | None:
+    """How many positions there are in ids `(B, T)` or states `(B, T, C)`."""
+    sequences = first.dim() == (3 if first.is_floating_point() else 2)
+    return first.shape[1] if sequences and not first.is_nested else None
+
+
+def _known(first: Tensor) -> tuple[Tensor | None, Window | None]:
+    """The mask of what a module is called with, as the modules around it, or before it, know it."""
+    for call in running():
+        for states, mask in call.others:
+            if same(first, states):
+                return mask, None
+    left = left_on(first)
+    return (None, None) if left is None else (left.mask, left.window)
+
+
+def _others(
+    names: tuple[str, ...], bound: dict[str, Any], first: Tensor | None
+) -> tuple[list[tuple[Tensor, Tensor | None]], bool]:
+    """What a module is given beside its own, with masks; whether `attention_mask` is theirs."""
+    found, is_theirs = [], False
+    for name, masks in _OTHERS.items():
+        states = bound.get(name)
+        if not isinstance(states, Tensor) or states is first:  # which attends to itself
+            continue
+        mask = next((m for n in masks if (m := _of(states, bound.get(n))) is not None), None)
+        if mask is None and not any(n in names for n in masks):
+            mask = _of(states, bound.get(_MASK))
+            # Where both are as many, it is of its own, unless it was made a bias of keys.
+            if mask is bound.get(_MASK) and first is not None and states.shape[1] == _length(first):
+                mask = None
+            is_theirs = is_theirs or mask is not None
+        found.append((states, _of_outer(states) if mask is None else mask))
+    return found, is_theirs
+
+
+def _of_outer(states: Tensor) -> Tensor | None:
+    """The mask of what a module around was given, and has projected or joined for this one."""
+    for call in reversed(running()):
+        for others, mask in call.others:
+            if same(states, others) or (mask is not None and mask.shape == states.shape[:2]):
+                return mask
+        masks = [mask for _, mask in call.others if mask is not None]
+        if len(masks) == len(call.others) > 1:
+            joined = torch.cat([mask != 0 for mask in masks], 1)
+            if joined.shape == states.shape[:2]:
+                return joined
+    return None
+
+
+def _of(states: Tensor, mask: Any) -> Tensor | None:
+    """A mask of `states` `(B, L, ...)` as `(B, L)`, also where it is one of keys, or a bias."""
+    if not isinstance(mask, Tensor) or states.dim() < 2:
+        return None
+    keys = _of_keys(mask)
+    return keys if keys is not None and keys.shape == states.shape[:2] else None
+
+
+def _of_keys(mask: Tensor) -> Tensor | None:
+    """`(B, T)` of `(B, T)`, `(B, 1, T)` or `(B, 1, 1, T)`: the same for whoever attends."""
+    if mask.dim() == 2:
+        return mask
+    if mask.dim() not in (3, 4) or any(size != 1 for size in mask.shape[1:-1]):
+        return None
+    keys = mask.flatten(1)
+    return keys > _PADDED if keys.is_floating_point() else keys != 0
+
+
+def _guessed(bound: dict[str, Any], first: Tensor, beside: list[int]) -> Tensor | None:
+    """`(B, T)` of a mask of more dimensions of a module's own states, or of all it has joined."""
+    mask = bound.get(_MASK)
+    found = None
+    if any(bound.get(name) is first for name in _INPUTS):
+        found = _attending(mask, first)
+    length = _length(first)
+    if found is None and isinstance(mask, Tensor) and mask.dim() > 2 and length is not None:
+        keys = _of_keys(mask)
+        if keys is not None and keys.shape[1] in (length, length + sum(beside)):
+            return keys if len(keys) == len(first) else None
+    return found
 
 
 def _padding(mask: Any) -> Tensor | None:
@@ -206,17 +271,36 @@ def _attending(mask: Any, first: Tensor) -> Tensor | None:
     return real.expand(len(first), -1)
 
 
-def _mark_sequence_first(model: nn.Module) -> None:
-    """Tell the patched layers in `model` that are sequence-first."""
-    for owner in model.modules():
-        # With those inside of it: the patched slices of a fused layer.
-        for layer in (inside for module in _sequence_first(owner) for inside in module.modules()):
-            if isinstance(layer, Gated):
-                layer._sequence_first = True
+def _window_of(module: nn.Module, names: tuple[str, ...], bound: dict[str, Any]) -> Window | None:
+    """Which part of its sequences a call is about: with a cache, only what comes after it."""
+    pixels = isinstance(bound.get("pixel_values"), Tensor) and not (set(_IDS) & set(names))
+    window = Window(0) if pixels else None
+    if window is None and not any(name in names for name in _PARTS):
+        window = _window(module, bound)
+    # What is inside of a module that received tokens receives the same ones, in other form; and its
+    # cache may have grown already.
+    if window is not None and (pixels or window.ids is not None or window_around() is None):
+        return window
+    return None
 
 
-def _sequence_first(owner: nn.Module) -> list[nn.Module]:
-    if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        # Not those of its attention, which sees to it itself.
-        return [] if owner.self_attn.batch_first else [owner.linear1, owner.linear2]
-    return [owner] if any(name in _TRANSPOSING for name in class_names(owner)) else []
+def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:
+    ids = next((bound[n] for n in _IDS if isinstance(bound.get(n), Tensor)), None)
+    embedded = next((bound[n] for n in _EMBEDDED if isinstance(bound.get(n), Tensor)), None)
+    states = ids if ids is not None else embedded
+    if states is None or states.dim() < 2:
+        return None
+    length = states.shape[1]
+    cache = next((bound[n] for n in _CACHES if bound.get(n) is not None), None)
+    mask = bound.get("attention_mask")
+    real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if cache is None:
+        return Window(0, length, ids, bool(bound.get("use_cache")), None, real)
+    if hasattr(cache, "get_seq_length"):
+        return Window(int(cache.get_seq_length()), length, ids, True, cache, real)
+    if real is not None:
+        return Window(real.shape[1] - length, length, ids, True, cache, real)
+    raise TokenGateError(
+        f"restrict found {type(module).__name__} called with a {type(cache).__name__}, which does "
+        "not tell how many positions it has: pass an attention_mask (B, T) of all positions."
+    )

@@ -91,6 +91,15 @@ def rise(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         remembered[name] = False
 
 
+def forget_plain(model: nn.Module) -> None:
+    """What is plain of `model` stays so: no model waits for it."""
+    for root in roots(model):
+        remembered: dict[str, bool] = root.__dict__[_REMEMBERED]
+        for name in [name for name, is_plain in remembered.items() if is_plain]:
+            del remembered[name]
+    _KNOWN.clear()
+
+
 def _where(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[dict[str, bool], str]]:
     """What models remember of these layers, and the layers' names there."""
     wanted = set(layers)
@@ -104,7 +113,12 @@ def _where(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[dict
 
 def roots(model: nn.Module) -> list[nn.Module]:
     """The modules in `model`, itself included, that remember their layers."""
-    return [module for module in model.modules() if _REMEMBERED in module.__dict__]
+    return [module for module in model.modules() if is_root(module)]
+
+
+def is_root(module: nn.Module) -> bool:
+    """Whether `module` was given to `patch`, and remembers its layers."""
+    return _REMEMBERED in module.__dict__
 
 
 def lost(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.calls import RESTRICT, Window, current_window, said_of
+from tokengate.kernels.eager import is_exported
+from tokengate.layers.calls import RESTRICT, Window, said_of, window_around
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
@@ -45,27 +47,27 @@ class After:
         return first
 
     def _found(self, window: Window, ids: Tensor, name: str) -> Tensor:
-        before = ids.new_full((len(ids), window.start), _UNSEEN)
+        before = ids.new_full((ids.shape[0], window.start), _UNSEEN)
         seen = None if window.cache is None else self._texts.get(window.cache, self._made(before))
         if seen is not None and len(seen) == len(ids) and seen.shape[1] >= window.start:
             before = seen[:, : window.start].to(ids.device)  # what was cropped is forgotten
         text = torch.cat([before, ids], 1)
         if window.cache is not None:
             self._texts[window.cache] = text
-        else:
+        elif not is_exported():
             self._loose = [*self._loose[1 - _WAITING :], text]
         searched = text
         if window.real is not None and window.real.shape == text.shape:
             searched = text.masked_fill(window.real.to(text.device) == 0, _UNSEEN)
         never = torch.iinfo(torch.long).max
-        first = torch.full((len(ids), 1), never, device=ids.device)
+        first = torch.full((ids.shape[0], 1), never, device=ids.device)
         wanted = torch.tensor(self.ids, device=ids.device)
         if text.shape[1] >= len(wanted):
             hits = (searched.unfold(1, len(wanted), 1) == wanted).all(-1)
             places = torch.arange(hits.shape[1], device=ids.device).expand_as(hits)
             last = torch.where(hits, places, -1).amax(1, keepdim=True)
             first = torch.where(last >= 0, last, first)
-        if (before == _UNSEEN).any() and (first == never).any():
+        if window.start and (before == _UNSEEN).any() and (first == never).any():
             raise TokenGateError(
                 f"tokengate.after cannot tell whether {name!r} is called after its tokens: the "
                 f"cache has {window.start} positions that were not seen in this context: compute "
@@ -118,7 +120,7 @@ class Region:
 
     def of(self, name: str, shape: torch.Size, window: Window | None) -> Tensor | bool:
         """Which positions of a call of the layer are inside: of `shape`, or one truth for all."""
-        if not shape.numel():  # an expert without tokens
+        if 0 in shape:  # an expert without tokens
             return True
         if isinstance(self.where, Tensor):
             return self._aligned(self.where, name, shape, window or Window(0))
@@ -126,7 +128,7 @@ class Region:
             window = window or Window(0)
             first = self.where.first(window, name)
             rows = first.shape[0]
-            length = shape.numel() // rows
+            length = math.prod(shape) // rows
             if shape not in ((rows, length), (rows * length,)) or (
                 window.length not in (None, length)
             ):
@@ -227,7 +229,7 @@ def inside(layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool)
 
 def _asked(region: Region, name: str, shape: torch.Size, states: Tensor, elsewhere: bool) -> Tensor:
     """What one region says of a call, as a tensor beside its input."""
-    part = region.of(name, shape, Window(0) if elsewhere else current_window())
+    part = region.of(name, shape, Window(0) if elsewhere else window_around(states))
     if isinstance(part, bool):
         return torch.full(shape, part, device=states.device)
     return part.to(states.device)

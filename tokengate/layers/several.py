@@ -12,6 +12,7 @@ from torch import Tensor
 from tokengate.errors import TokenGateError
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
+from tokengate.kernels.eager import is_exported
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.calls import in_decoder
 from tokengate.methods.base import Modification
@@ -47,18 +48,21 @@ class Rows:
                 f"{count} (an input of shape {tuple(input.shape)}): pass one name, or None, for "
                 "each row of the batch."
             )
-        key = (count, input.device)
-        if key not in self._known:
+        key = (int(count), input.device)
+        found = self._known.get(key)
+        if found is None:
             each = [name for name in self.names for _ in range(count // rows)]
             places: dict[str, list[int]] = {}
             for place, name in enumerate(each):
                 if name is not None:
                     places.setdefault(name, []).append(place)
             with torch.inference_mode(False):  # a later forward may be trained through
-                self._known[key] = [
+                found = [
                     (name, torch.tensor(own, device=input.device)) for name, own in places.items()
                 ]
-        return iter(self._known[key])
+            if not is_exported():  # where tensors are the graph's
+                self._known[key] = found
+        return iter(found)
 
 
 @dataclass(eq=False)

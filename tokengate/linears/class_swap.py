@@ -17,13 +17,26 @@ class Swapped(nn.Module):
     _own_class: ClassVar[type[nn.Module]]
     _given: ClassVar[type[Swapped]]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        # Whoever lists the classes that are written below its own means no class made here.
+        pass
+
+    @classmethod
+    def _members_for(cls, own_class: type[nn.Module]) -> dict[str, Any]:
+        """What a class made of this one and `own_class` has of its own."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made here cannot be found by its name: it is made again when unpickling.
-        given = getattr(self, "_given", type(self))
-        return _blank, (given, self._own_class), self._kept_by_copies()
+        given, own = _taken_apart(type(self))
+        reduced: Any = own.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
+        arguments = tuple(own if each is type(self) else each for each in arguments)
+        state = [self._kept_by_copies(each) for each in rest[:1]]
+        return _remade, (given, function, arguments), *state, *rest[1:]
 
-    def _kept_by_copies(self) -> dict[str, Any]:
-        return self.__dict__
+    def _kept_by_copies(self, state: Any) -> Any:
+        return state
 
 
 def swap(module: nn.Module, given: type[Swapped]) -> None:
@@ -57,12 +70,36 @@ def swapped_class(given: type[_Swapped], own_class: type[nn.Module]) -> type[_Sw
         return given
     key = (given, own_class)
     if key not in _MADE:
+        members = {"_own_class": own_class, "_given": given, **given._members_for(own_class)}
         # Gated for Linear8bitLt is GatedLinear8bitLt.
         name = given.__name__.removesuffix("Linear") + own_class.__name__
-        _MADE[key] = type(name, key, {"_own_class": own_class, "_given": given})
+        name = members.pop("__name__", name)
+        made = type(name, key, members)
+        if not _can_become(own_class, made):  # whose first base is no module, as ABC
+            made = type(name, (own_class, given), members)
+        _MADE[key] = made
     return _MADE[key]  # type: ignore[return-value]
 
 
-def _blank(given: type[Swapped], own_class: type[nn.Module]) -> Swapped:
-    cls = swapped_class(given, own_class)
-    return cls.__new__(cls)
+def _can_become(own_class: type[nn.Module], made: type[nn.Module]) -> bool:
+    try:
+        object.__setattr__(object.__new__(own_class), "__class__", made)
+    except TypeError:
+        return False
+    return True
+
+
+def _taken_apart(kind: type[nn.Module]) -> tuple[list[type[Swapped]], type[nn.Module]]:
+    """What was given, the last first, and the class that the module had before."""
+    given = []
+    while issubclass(kind, Swapped):
+        given.append(getattr(kind, "_given", kind))
+        kind = kind._own_class
+    return given, kind
+
+
+def _remade(given: list[type[Swapped]], function: Any, arguments: Any) -> nn.Module:
+    made: nn.Module = function(*arguments)
+    for each in reversed(given):
+        made.__class__ = swapped_class(each, type(made))
+    return made

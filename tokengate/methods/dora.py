@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import DifferentBaseWarning, TokenGateError
-from tokengate.kernels.eager import is_captured, is_eager
+from tokengate.kernels.eager import is_captured, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.up import scaled_rows
@@ -20,7 +20,7 @@ from tokengate.methods.lora import LoRA
 from tokengate.methods.maps import Maps
 from tokengate.methods.registry import register
 from tokengate.methods.row_squares import row_squares, row_squares_and_products
-from tokengate.sharding import divided_as, is_sharded
+from tokengate.sharding import divided_as, is_absent, is_sharded, present
 
 # Rows whose lengths differ by more are another W0's, not one that was cast or quantised.
 _FAR = 0.01
@@ -66,7 +66,8 @@ class DoRA(LoRA):
             raise TokenGateError(f'DoRA reads W0, which {reason}, or choose method="lora".')
         self.magnitude = self.new_parameter(self.out_features)
         # W0's row norms that `magnitude` began from; None where a state dict gave it.
-        self._began: Tensor | None = row_squares(linear).sqrt()
+        with present([whole(linear).weight]):
+            self._began: Tensor | None = row_squares(linear).sqrt()
         self._is_trained = self._base_was_loaded = self._is_sharded = False
 
     def reset_parameters(self) -> None:
@@ -134,7 +135,8 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def refresh(self, linear: nn.Linear) -> None:
-        if not (self._is_sharded or is_sharded(self.magnitude) or linear.weight.is_meta):
+        sharded = self._is_sharded or is_sharded(self.magnitude)
+        if not (sharded or linear.weight.is_meta or is_absent(linear.weight)):
             self._followed(linear)
 
     def was_loaded(self) -> None:
@@ -186,7 +188,7 @@ class DoRA(LoRA):
         kept = (magnitude - magnitude.detach()).nan_to_num()  # 0, and its gradient
         followed = torch.where(untrained, norms + kept, magnitude)
         writes = is_own and torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if writes and self._began is not None:
+        if writes and not is_exported() and self._began is not None:
             # What trains must be the parameter itself.
             with torch.no_grad():
                 magnitude.copy_(followed)

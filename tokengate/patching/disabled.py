@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from tokengate.layers.calls import DISABLED, changing, in_context
+from tokengate.layers.calls import DISABLED, in_context
+from tokengate.layers.changing import changing
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers, require_layers
 

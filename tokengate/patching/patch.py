@@ -11,12 +11,11 @@ from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
-from tokengate.layers.all_or_nothing import all_or_nothing
-from tokengate.layers.calls import exclusive
-from tokengate.layers.coverage import unwatch, watch
+from tokengate.layers.changing import all_or_nothing, exclusive
+from tokengate.layers.coverage import watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
+from tokengate.layers.following import follow, unfollow
 from tokengate.layers.named_adapters import current_name, join
-from tokengate.layers.padding import follow_masks, unfollow_masks
 from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
@@ -28,7 +27,10 @@ from tokengate.methods.registry import METHODS, build
 from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
+from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
 from tokengate.patching.options import options_by_layer
+from tokengate.patching.peft_adapters import refuse_around_patched
+from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
@@ -63,7 +65,8 @@ def patch(
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
     exactly what they did before. A model may be patched again, on other layers and with another
-    method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so.
+    method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
+    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -93,8 +96,10 @@ def patch(
             gates that have them.
         exclude: layers to leave out, as `targets`; a module's name leaves out all inside it.
         train: other parameters to keep trainable: patterns over names of parameters, or of
-            modules, whose parameters are then all meant (`train=["classifier"]`). They keep their
-            dtype, also in a 16-bit model.
+            modules, whose parameters are then all meant (`train=["classifier"]`). "head" also
+            means the head by whatever name: all that `from_pretrained` found no values for; of
+            other models what lies outside the base model, or timm's and torchvision's classifier.
+            They keep their dtype, also in a 16-bit model.
         slices: how fused layers are divided, by pattern over their names, where the library does
             not know it: `slices={"qkv": tokengate.Slices(q=64, k=64, v=64)}`.
         **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
@@ -147,6 +152,7 @@ def patch(
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
+    warn_of_frozen(model)
     return model
 
 
@@ -162,15 +168,18 @@ def install(
     All of them are of the adapter with the name `adapter`.
     """
     others = list(all_layers(model).values())
+    refuse_around_patched()
     with all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:
             put_on(layer, modification, layer_gate)
             join(layer, adapter, others)
         model.__dict__.setdefault(_ASKED, []).extend(asked)
+        remember_new(model)
         settle_fast_paths(model)
-        follow_masks(model)
+        follow(model)
         watch(model)
+    watch_saving(model)
 
 
 def asked_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -201,10 +210,10 @@ def _unpatch(model: nn.Module) -> None:
         patched = require_layers(model, "unpatch")
     for layer in patched.values():
         take_off(layer)
+    unfollow(model)  # which is given last, and so taken first
     settle_fast_paths(model)
-    unfollow_masks(model)
     for root in roots:
-        unwatch(root)
+        forget_new(root)
         root.__dict__.pop(_ASKED, None)
         before = root.__dict__.pop(_BEFORE)
         for name, parameter in named_parameters(root):

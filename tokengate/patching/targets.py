@@ -17,6 +17,7 @@ from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, wh
 from tokengate.linears.owners import reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
 from tokengate.names import named_children, named_modules
+from tokengate.patching.peft_adapters import parts_of_adapters
 from tokengate.patching.skipped_modules import skipped, warn_of_skipped
 from tokengate.patching.slice_targets import (
     check_slices,
@@ -120,6 +121,7 @@ class _Names:
                     "modification is added to: exclude it"
                 )
         self.offloaded = offloaded_whole(model)
+        self.peft = parts_of_adapters(self.first)
         # A weight that is also an embedding's.
         self.embedding: dict[int, str] = {
             id(module.weight): name
@@ -187,6 +189,11 @@ class _Names:
     def refusal(self, module: nn.Module) -> str | None:
         """Why `module` cannot be patched, as the end of a sentence; None if it can."""
         kind = type(module).__name__
+        if module in self.peft:
+            return (
+                "which is PEFT's: call model.merge_and_unload() and patch what it returns, gate "
+                "the adapter with tokengate.integrations.hf_peft.import_peft, or exclude it"
+            )
         if isinstance(module, LinearSlice) and not isinstance(module, Gated):
             if isinstance(module.fused, Gated):
                 return (

@@ -9,11 +9,15 @@ from torch import nn
 from tokengate.errors import TokenGateError
 from tokengate.linears.accelerate_hooks import offloaded_parameters
 from tokengate.names import named_parameters
+from tokengate.patching.heads import head
 from tokengate.patterns import as_patterns, matches, nearest, show
+
+# Of `train`: a model's head, whatever it is called there.
+_HEAD = "head"
 
 
 def named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
-    """The parameters that `train` of `patch` names, by name.
+    """The parameters that `train` of `patch` names, by name; "head" also means what `head` finds.
 
     Raises:
         TokenGateError: a pattern matches nothing, or what cannot be trained.
@@ -27,10 +31,13 @@ def named_by_train(model: nn.Module, train: Any) -> dict[str, nn.Parameter]:
             for name, parameter in parameters.items()
             if any(matches(pattern, prefix) for prefix in _prefixes(name))
         }
+        if pattern == _HEAD:
+            hits |= head(model)
         if not hits:
+            where = ", by name or by place" if pattern == _HEAD else ""
             raise TokenGateError(
-                f"train {show(pattern)} matches no parameter of this {type(model).__name__}; "
-                f"{nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
+                f"train {show(pattern)} matches no parameter of this {type(model).__name__}"
+                f"{where}; {nearest(pattern, (p for n in parameters for p in _prefixes(n)))}."
             )
         named |= hits
     offloaded = offloaded_parameters(model)

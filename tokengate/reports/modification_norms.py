@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengate.kernels.norms import Norms, ldexp, ratios
+from tokengate.kernels.norms import Norms, ratios, times
 from tokengate.layers.patched import require_layers
 from tokengate.training.measuring import measure
 
@@ -63,8 +63,8 @@ class _Means:
 
     def listen(self, of_m: Norms, of_w: Norms, weights: Tensor) -> None:
         weights = weights.cpu()
-        size, exponent = of_m
-        absolute = ldexp(size.double(), exponent).cpu()
+        size, power = of_m
+        absolute = times(size.double(), power).cpu()
         # 0 / 0 is a position that nothing was done to.
         relative = torch.where(absolute == 0, 0.0, ratios(of_m, of_w).cpu().double())
         self.samples += weights.sum().item()

@@ -269,6 +269,7 @@ def record(
     groups: Groups | None = None,
     *,
     ratios: bool = False,
+    trained: bool = False,
     memory: int = MEMORY,
     folder: Path | str | None = None,
 ) -> Iterator[Recorder]:
@@ -295,6 +296,8 @@ def record(
         ratios: also measure r = ||M(x)|| / ||W0 x|| (eq. 4), where there is a gate; without one,
             nothing is compared. The report then has its histogram. With `positions`, r is kept
             beside S in `rec.ratios`, in 16 bits.
+        trained: leave out what is run without gradients: of a training step, what it generates to
+            learn from afterwards, and what a reference model answers.
         memory: how many bytes of what is kept may stay in memory; what is more goes to a temporary
             file, which nobody else sees and which goes with the recorder.
         folder: an existing one for that file; None is the system's for temporary files.
@@ -304,9 +307,10 @@ def record(
             forward: a layer has an adapter for each row.
     """
     recorder = Recorder(model, positions, groups, ratios, memory, folder)
+    switch("trained", trained)
     report_lost(model)
     observers = {
-        layer: Observer(partial(recorder._observe, name), norms=ratios)
+        layer: Observer(partial(recorder._observe, name), norms=ratios, trained=trained)
         for name, layer in recorder._layers.items()
     }
     with in_context(RECORD, observers):

@@ -15,10 +15,11 @@ from tokengate.arguments import choice
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
-from tokengate.files.text_table import csv_table, markdown_table, text_table
+from tokengate.files.text_table import markdown_table, text_table
 from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
 from tokengate.reports.module_sparsity import ModuleSparsity as ModuleSparsity
 from tokengate.reports.module_sparsity import module_from_dict
+from tokengate.reports.module_table import csv_of, frame_of, summary
 from tokengate.reports.page.html_page import html_page
 from tokengate.reports.page.html_table import html_table
 from tokengate.reports.page.sample_views import PatchView, TokenView
@@ -27,13 +28,11 @@ from tokengate.reports.report_difference import ReportDifference, report_differe
 from tokengate.reports.sparsity_table import (
     SparsityTable,
     mean,
-    percent,
     places,
     std,
     table_of,
     value,
 )
-from tokengate.reports.summary import summary
 
 _FORMAT = "tokengate report"
 _VERSION = 1
@@ -223,19 +222,32 @@ class SparsityReport:
             "token_sparsity": value(self.token_sparsity),
         }
 
-    def to_csv(self) -> str:
-        """One line for each module; an empty field where there is no value."""
-        return csv_table(
-            ["module", "sparsity", "samples", "positions", "modified", "tau"],
-            [
-                [name, value(m.sparsity), m.samples, m.positions, m.modified, m.tau]
-                for name, m in self.modules.items()
-            ],
-        )
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """One line for each module; an empty field where there is no value.
+
+        Args:
+            path: where to write it, too, whole or not at all.
+
+        Raises:
+            TokenGateError: `path` is a folder.
+            OSError: the file cannot be written.
+        """
+        text = csv_of(self.modules)
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    def to_frame(self) -> Any:
+        """The same as a `pandas.DataFrame`, NaN where there is no value.
+
+        Raises:
+            TokenGateError: pandas is not installed.
+        """
+        return frame_of(self.modules)
 
     def to_markdown(self) -> str:
         """The layer x projection table in percent, with averages, as Markdown."""
-        return markdown_table(*self._grid())
+        return markdown_table(*self.table.percents(self.sparsity))
 
     def to_html(
         self,
@@ -280,8 +292,8 @@ class SparsityReport:
 
     def _repr_html_(self) -> str:
         """For notebooks: the layer x projection table in percent, with averages."""
-        (_, *columns), body = self._grid()
         table = self.table
+        (_, *columns), body = table.percents(self.sparsity)
         # The averages stay without a colour.
         values = [[*row, None] for row in table.values] + [[None] * len(columns)]
         cells = html_table(columns, [row[0] for row in body], values, [row[1:] for row in body])
@@ -301,19 +313,11 @@ class SparsityReport:
         return picture(load_plots().heatmap(self), path)
 
     def __str__(self) -> str:
-        return "\n".join(["sparsity (%)", text_table(*self._grid()), self._summary()])
+        table = text_table(*self.table.percents(self.sparsity))
+        return "\n".join(["sparsity (%)", table, self._summary()])
 
     def _summary(self) -> str:
-        averages = self.sparsity, self.std, self.token_sparsity
-        return summary(self.modules, *averages)
-
-    def _grid(self) -> tuple[list[str], list[list[str]]]:
-        table = self.table
-        rows = zip(table.rows, table.values, table.row_averages, strict=True)
-        return ["layer", *table.columns, "avg"], [
-            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
-            ["avg", *map(percent, table.column_averages), percent(self.sparsity)],
-        ]
+        return summary(self.modules, self.sparsity, self.std, self.token_sparsity)
 
 
 def check_report(asked: str, found: Any) -> SparsityReport:

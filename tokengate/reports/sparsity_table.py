@@ -36,6 +36,14 @@ class SparsityTable:
         """Standard deviation (population) of each projection over the layers that have it."""
         return [std(column) for column in zip(*self.values, strict=True)]
 
+    def percents(self, overall: float) -> tuple[list[str], list[list[str]]]:
+        """Its head and lines as text, in percent, with averages, the last of which is `overall`."""
+        rows = zip(self.rows, self.values, self.row_averages, strict=True)
+        return ["layer", *self.columns, "avg"], [
+            *[[name, *map(percent, values), percent(average)] for name, values, average in rows],
+            ["avg", *map(percent, self.column_averages), percent(overall)],
+        ]
+
 
 def table_of(by_module: Mapping[str, float]) -> SparsityTable:
     """The table of what is known by the names of modules."""

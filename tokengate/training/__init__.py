@@ -1,4 +1,7 @@
 """What learns, by what rule: parameter groups, tau's Adam, lambda's controller, AdaLoRA's budget.
 
-May import `patching`, `layers` and below. Open `param_groups.py` first, then `tau_adam.py`.
+May import `patching`, `layers` and below. Open `param_groups.py` first, then `tau_adam.py`
+and `following.py`.
 """
+
+from tokengate.training import other_rules as other_rules  # which watches optimisers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.kernels.norms import Norms, ratios
-from tokengate.layers.calls import exclusive
+from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.measuring import measure

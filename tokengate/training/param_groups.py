@@ -9,6 +9,7 @@ from torch import nn
 from tokengate.arguments import betas as check_betas
 from tokengate.arguments import count, non_negative, positive
 from tokengate.errors import TokenGateError
+from tokengate.gates.living import tau_of
 from tokengate.layers.patched import require_layers
 
 # The paper's s, and how far tau is to be able to go in a training of fewer steps than the paper's.
@@ -26,7 +27,7 @@ def param_groups(
     eps: float = 1e-8,
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a patched model, for any `torch.optim` optimiser:
+    """The trainable parameters of a patched model, for Adam and AdamW:
 
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=4e-5))
 
@@ -36,6 +37,7 @@ def param_groups(
     times the number of steps tau can travel at the most, so a run of few steps wants a larger s
     than the paper's 4e-5: say how many there are, and s is chosen so that tau can travel 0.4 in
     all, several times the ratios ||m_i|| / ||w_i|| that fine-tuning ends at, but is at least 4e-5.
+    With other optimisers, and schedulers that set all groups to one number, see `follow`.
 
     Args:
         model: a patched model.
@@ -53,14 +55,10 @@ def param_groups(
             model has nothing to train.
     """
     non_negative("lr", lr)
-    s = _slope(s, total_steps)
-    non_negative("alpha", alpha)
-    non_negative("alpha * s", alpha * s)
-    betas = check_betas(betas)
-    positive("eps", eps)
+    s = slope(s, total_steps)
+    rule = tau_rule(s, alpha, betas, eps)
     gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
-    thresholds = [gate.threshold for gate in gates if gate is not None]
-    taus = [t for t in thresholds if t is not None and t.requires_grad]
+    taus = [tau for gate in gates if gate is not None and (tau := tau_of(gate)) is not None]
     is_tau = {id(tau) for tau in taus}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_tau]
     first: dict[str, Any] = {"params": others, "lr": lr}
@@ -68,11 +66,10 @@ def param_groups(
         first["weight_decay"] = non_negative("weight_decay", weight_decay)
     groups = [first]
     if taus:
-        second = {"params": taus, "lr": alpha * s, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        groups.append(second)
+        groups.append({"params": taus, **rule, "weight_decay": 0.0})
     for gate in gates:
         if gate is not None:
-            gate.s = s
+            gate.s, gate._rule = s, rule
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise TokenGateError(
@@ -82,7 +79,22 @@ def param_groups(
     return groups
 
 
-def _slope(s: float | None, total_steps: int | None) -> float:
+def tau_rule(s: float, alpha: float, betas: tuple[float, float], eps: float) -> dict[str, Any]:
+    """What Adam's group of the taus has under eq. 18-22: `lr`, `betas` and `eps`.
+
+    Raises:
+        TokenGateError: a number is out of its range.
+    """
+    non_negative("alpha", alpha)
+    return {
+        "lr": non_negative("alpha * s", alpha * s),
+        "betas": check_betas(betas),
+        "eps": positive("eps", eps),
+    }
+
+
+def slope(s: float | None, total_steps: int | None) -> float:
+    """The s that was given, or that follows from how many steps there are."""
     if total_steps is None:
         return _PAPER if s is None else non_negative("s", s)
     if s is not None:

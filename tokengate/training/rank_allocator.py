@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
+from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.sharding import divided_as, gathered
 from tokengate.training.importance import Importance
 from tokengate.training.orthogonality import adalora_layers
@@ -233,22 +234,9 @@ class RankAllocator:
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> Arguments | None:
         self._pending = True
-        # The optimiser itself stands first among the arguments of its step.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._read_gradients(optimizer)
-            return None
-
-        def closure_and_read() -> Any:
-            loss = closure()
-            self._read_gradients(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], closure_and_read, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_and_read}
+        return once_there_are_gradients(args, kwargs, lambda: self._read_gradients(optimizer))
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, finite, switch
 from tokengate.errors import TokenGateError
+from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.sharding import gathered
+from tokengate.training.following import followed
 
 # Found in simulation (tests/training/test_sparsity_controller.py): how hard an error pulls, in
 # units of what the loss itself pulls; how fast a lasting one adds up, up to which limit, and from
@@ -46,6 +48,7 @@ class SparsityController:
     simulation it was off by up to 0.06 where s was a fifth of their standard deviation, and by up
     to 0.09 where it was 0.44 of it.
 
+    Of a step's forwards those count that gradients come back through: no `generate`, no reference.
     A step that a GradScaler skips is never seen here, so say it: `controller.skip_step()`, after a
     `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
 
@@ -100,6 +103,9 @@ class SparsityController:
         for gate, pull, seen in zip(gates, self._pulls, self._tallies, strict=True):
             gate._controlled, gate._tally = pull, seen
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        # Before what takes tau's gradient out of the optimiser's sight.
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._hook.id, last=False)
 
     @property
     def sparsity(self) -> float:
@@ -156,8 +162,19 @@ class SparsityController:
         for name, pull in zip(self._gates, self._pulls, strict=True):
             pull.fill_(state["penalty"][name])
 
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        step = self.step
+
+        def look() -> None:
+            if self.step == step:  # of a closure's calls the first
+                self._look(optimizer)
+
+        return once_there_are_gradients(args, kwargs, look)
+
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
         gates = self._gates.values()
         tallies = torch.stack([seen.to(self._device) for seen in self._tallies])
         self.skip_step()
@@ -170,8 +187,8 @@ class SparsityController:
         if self.step == 0 and len(unseen) == len(gates):
             raise TokenGateError(
                 f"no gradient of tau was seen in any of the {len(gates)} gates that the "
-                "SparsityController leads: call loss.backward() before optimizer.step(), and train "
-                "without DeepSpeed's ZeRO, which keeps gradients to itself."
+                "SparsityController leads: call loss.backward() before optimizer.step(); under "
+                "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
             )
         gradients = self._gradients() / (1.0 if loss_scale is None else loss_scale)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -238,11 +255,13 @@ def _trained_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
             "gate with a tau that is trained: patch it with gate='threshold'."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held |= followed(optimizer)
     for name, gate in gates.items():
         if id(gate.tau) not in held:
             raise TokenGateError(
                 f"the optimizer does not hold tau of {name!r}: make it from "
-                "tokengate.param_groups(model, ...), or pass the one that has the taus."
+                "tokengate.param_groups(model, ...), or pass the one that has the taus, or that "
+                "tokengate.follow was called for."
             )
         if gate._controlled is not None:
             raise TokenGateError(

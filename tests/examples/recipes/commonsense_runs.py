@@ -22,3 +22,18 @@ def ranked(arguments, rank, port):
     commonsense.data.Task.answer = answer_by_length
     commonsense.main()
     torch.distributed.destroy_process_group()
+
+
+def divided(runs, rank, port):
+    """Several command lines, on what Accelerate takes for GPUs."""
+    from sharded_runs import as_gpus
+
+    as_gpus(rank, port)
+    sys.path.insert(0, str(RECIPES))
+    import commonsense
+
+    commonsense.data.Task.answer = answer_by_length
+    for arguments in runs:
+        sys.argv = ["commonsense.py", *arguments]
+        commonsense.main()
+    torch.distributed.destroy_process_group()

@@ -4,11 +4,12 @@ import collections
 import importlib
 import json
 import lzma
+import shutil
 import sys
 
 import pytest
 import torch
-from commonsense_runs import RECIPES, answer_by_length, ranked
+from commonsense_runs import RECIPES, answer_by_length, divided, ranked
 from models import away_from_initialisation
 from places import SHARED
 from two_ranks import start, wait_for
@@ -368,6 +369,28 @@ def test_a_pretrained_model_and_one_of_its_size_without_its_weights(recipe, run,
     # 20 rows in steps of 4, the first of which is not counted.
     assert found["tokens_per_second"] > 0
     assert len([entry for entry in found["log"] if "loss" in entry]) == 5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles what it needs on a CPU")
+def test_a_divided_model_is_trained_as_a_whole_one(processes, run, tmp_path, monkeypatch, recipe):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    asked = ["--smoke", "--gate", "on", "--batch-size", "8", "--test-batch-size", "3"]
+    asked += ["--rows", "24", "--epochs", "1"]
+    ways = {"fsdp": ["--fsdp"], "zero": ["--deepspeed"]}
+    runs = [[*asked, *way, "--output", str(tmp_path / name)] for name, way in ways.items()]
+    wait_for(start(processes, divided, runs), 900)
+    monkeypatch.setattr(recipe.data.Task, "answer", answer_by_length)
+    one = run(*asked)["lora-on-0"]
+    losses = [entry["loss"] for entry in one["log"] if "loss" in entry]
+    for name in ways:
+        found = json.loads((tmp_path / name / "lora-on-0" / "results.json").read_text())
+        assert found["on"]["processes"] == 2
+        theirs = [entry["loss"] for entry in found["log"] if "loss" in entry]
+        assert theirs == pytest.approx(losses, abs=1e-4)
+        assert len(set(losses)) == len(losses) == 3
+        assert found["answers"] == one["answers"]
+        for test, sparsity in one["sparsity"].items():
+            assert found["sparsity"][test] == pytest.approx(sparsity, abs=0.5)
 
 
 def test_two_processes_find_what_one_does(recipe, processes, tmp_path, monkeypatch):

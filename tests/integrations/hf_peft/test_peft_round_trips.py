@@ -346,6 +346,7 @@ def test_a_folded_adapter_is_exported_as_what_it_is(tmp_path, make, method):
     close(logits(loaded_by_peft(base, tmp_path)), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_an_imported_adapter_trains_gated(tmp_path):
     base = base_of(llama)
     saved_by_peft(base, tmp_path)

@@ -11,6 +11,9 @@ import tokengate
 from tokengate.integrations.attention import split_attention
 from tokengate.methods import base
 
+# Some of the optimisers here move tau by another rule than its own.
+pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
+
 accelerate = pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 hooks = pytest.importorskip("accelerate.hooks")
 

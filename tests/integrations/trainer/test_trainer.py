@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import signal
+import types
+import warnings
 
 import pytest
 import torch
@@ -23,11 +25,16 @@ from trainer_runs import language_model, resumable, taus, trainer  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, set_penalty_unit  # noqa: E402
 from tokengate.integrations.trainer import callback as trainer_callback  # noqa: E402
+from tokengate.integrations.trainer.engines import engine_of  # noqa: E402
 from tokengate.integrations.trainer.tau_steps import TauSteps  # noqa: E402
 from tokengate.training.param_groups import slope_for  # noqa: E402
 
 # One thread as in the processes started here.
-pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "own_accelerate"),
+    # Some trainings here are without the callback.
+    pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning"),
+]
 
 
 def values(model):
@@ -794,10 +801,46 @@ def test_accelerate_resumes(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_accelerate_refuses_what_is_sharded(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_fsdp2_s_mixed_precision_is_warned_of(monkeypatch, dtype):
     accelerator = accelerate.Accelerator(cpu=True)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, mixed_precision_policy=torch.distributed.fsdp.MixedPrecisionPolicy(dtype)
+    )
     monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.FSDP)
-    with pytest.raises(TokenGateError, match="FSDP"):
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
+    model = language_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        engine = engine_of(accelerator, optimizer, model, [], 0.1)
+    assert engine.optimizer is optimizer
+    assert engine.apart
+    told = [str(w.message) for w in said if "FSDP2 computes with tau" in str(w.message)]
+    assert len(told) == (dtype is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "axes", "named"),
+    [
+        ("FSDP", None, None, "FSDP of version 1"),
+        ("DEEPSPEED", 0, None, "DEEPSPEED of stage 0"),
+        ("MULTI_GPU", None, {"tp_size": 2}, "MULTI_GPU with tp_size=2"),
+        ("MEGATRON_LM", None, None, "MEGATRON_LM"),
+    ],
+)
+def test_accelerate_refuses_what_is_divided_otherwise(monkeypatch, kind, stage, axes, named):
+    accelerator = accelerate.Accelerator(cpu=True)
+    kinds = accelerate.DistributedType
+    monkeypatch.setattr(accelerator.state, "distributed_type", kinds[kind])
+    if stage is not None:
+        plugin = types.SimpleNamespace(zero_stage=stage)
+        monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin)
+    if axes is not None:
+        monkeypatch.setattr(
+            type(accelerator), "parallelism_config", types.SimpleNamespace(**axes), raising=False
+        )
+    with pytest.raises(TokenGateError, match=f"under {named}, where a tau is no parameter"):
         set_penalty_unit(language_model(), accelerator)
 
 

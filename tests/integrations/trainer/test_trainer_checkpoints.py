@@ -42,7 +42,7 @@ def test_a_checkpoint_has_the_adapter_in_place_of_the_model(tmp_path):
     made(tmp_path, more=[Stop()]).train()
     folder = tmp_path / "checkpoint-3"
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "training_args.bin"} <= names
+    assert {"tokengate_config.json", "adapter_model.safetensors", "training_args.bin"} <= names
     assert not [name for name in names if name.startswith("model")]
 
     whole = made(tmp_path / "whole")
@@ -52,6 +52,13 @@ def test_a_checkpoint_has_the_adapter_in_place_of_the_model(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert not equal(values(resumed.model), start)
     assert equal(values(resumed.model), values(whole.model))
+    card = tmp_path / "last" / "README.md"
+    for evaluated in (False, True):
+        if evaluated:
+            sparsity = whole.evaluate(whole.train_dataset)["eval_sparsity"]
+        whole.save_model(card.parent)
+        assert ("## Which positions" in card.read_text()) == evaluated
+    assert f"Sparsity {100 * sparsity:.1f} %" in card.read_text()
 
 
 class Killed(BaseException):

@@ -80,15 +80,16 @@ def _norm(sums, n, rows, live, parts, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
-def _finish(sums, norms, exponents, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+def _finish(sums, norms, powers, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
     of_m, m_exponent = _norm(sums, n, rows, live, parts, PARTS)
     of_w, w_exponent = _norm(sums + 3 * n, n, rows, live, parts, PARTS)
     tl.store(norms + rows, of_m, live)
     tl.store(norms + n + rows, of_w, live)
-    tl.store(exponents + rows, m_exponent, live)
-    tl.store(exponents + n + rows, w_exponent, live)
+    one = tl.full(rows.shape, 1.0, tl.float32)
+    tl.store(powers + rows, times_two_to(one, m_exponent), live)
+    tl.store(powers + n + rows, times_two_to(one, w_exponent), live)
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -139,14 +140,13 @@ def measure(
 
 @operation()
 def finish(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """n and e, `(2, N)` both, of ||m_i|| and ||w_i|| = n 2^e."""
+    """n and p, `(2, N)` both, of ||m_i|| and ||w_i|| = n p, p powers of two."""
     parts, _, n = sums.shape
-    norms = sums.new_empty((2, n))
-    exponents = torch.empty((2, n), dtype=torch.int32, device=sums.device)
+    norms, powers = sums.new_empty((2, n)), sums.new_empty((2, n))
     blocks = {"ROWS": block_of(n, 16, 128), "PARTS": block_of(parts, 1, 64)}
     grid = (triton.cdiv(n, blocks["ROWS"]),)
-    wrap_triton(_finish)[grid](sums, norms, exponents, n, parts, **blocks)
-    return norms, exponents
+    wrap_triton(_finish)[grid](sums, norms, powers, n, parts, **blocks)
+    return norms, powers
 
 
 @operation()

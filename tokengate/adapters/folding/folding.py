@@ -9,12 +9,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokengate.adapters.merging import merged_weight_of
+from tokengate.adapters.folding.merging import merged_weight_of
 from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.calls import changing, exclusive
+from tokengate.layers.changing import changing, exclusive
 from tokengate.layers.folded import (
     as_folded,
     fold_layers,
@@ -23,9 +23,9 @@ from tokengate.layers.folded import (
     unfold,
     unfolded,
 )
+from tokengate.layers.following import follow, unfollow
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
-from tokengate.layers.padding import follow_masks, unfollow_masks
 from tokengate.layers.patched import require_layers
 from tokengate.linears.accelerate_hooks import is_offloaded
 from tokengate.linears.linear_like import (
@@ -38,7 +38,7 @@ from tokengate.linears.quantised import is_quantised, unreadable
 from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import is_sharded
+from tokengate.sharding import is_absent, is_sharded
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ class Folding:
         layers: every layer that was patched, by name.
         error: ||difference|| / ||output|| over the batches, of the model's first output; None
             where `fold` was given a report instead.
+        is_final: whether there is no way back, as after `merge_and_unload`.
     """
+
+    is_final = False
 
     def __init__(
         self, model: nn.Module, layers: dict[str, FoldedLayer], error: float | None
@@ -76,7 +79,16 @@ class Folding:
         return [name for name, layer in self.layers.items() if layer.action == action]
 
     def undo(self) -> None:
-        """The model as it was patched before; `unpatch` does the same and goes on."""
+        """The model as it was patched before; `unpatch` does the same and goes on.
+
+        Raises:
+            TokenGateError: it is final.
+        """
+        if self.is_final:
+            raise TokenGateError(
+                "undo was asked of what merge_and_unload did, which keeps no other weight: load "
+                "the base model and the adapter anew."
+            )
         with changing(self._model, "undo"), unchanged_if_interrupted(self._model):
             unfold(self._model)
             _settle(self._model)
@@ -198,9 +210,9 @@ def fold(
 
 
 def _settle(model: nn.Module) -> None:
-    # The masks' hooks stand around modules with patched layers, which may be others now.
-    unfollow_masks(model)
-    follow_masks(model)
+    # Modules around patched layers are followed, which may be others now.
+    unfollow(model)
+    follow(model)
 
 
 def _sparsities(model: nn.Module, batches: Iterable[Any]) -> SparsityReport:
@@ -262,7 +274,7 @@ def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
         return f"{type(layer.modification).__name__} is no matrix"
     linear = whole(cast(LinearLike, layer))
     weight = holder(linear)
-    if is_sharded(weight):
+    if is_sharded(weight) or is_absent(weight):
         return "its weight is sharded"
     if weight.is_meta or is_offloaded(getattr(linear, "weight_holder", linear)):
         return "its weight is elsewhere"

@@ -1,12 +1,51 @@
-"""What changes a model is done whole; interrupted, it leaves the model as it was."""
+"""What changes a model is done alone, and whole; interrupted, it leaves the model as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError
+from tokengate.layers.calls import busy_elsewhere
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_CHANGING = threading.RLock()
+
+
+@contextlib.contextmanager
+def changing(model: Any, asked: str) -> Iterator[None]:
+    """Within this context no other thread changes a model; an error if one is using this one.
+
+    Args:
+        model: what is to be changed.
+        asked: the function that was called, for the error.
+    """
+    with _CHANGING:
+        busy = busy_elsewhere(model) if isinstance(model, nn.Module) else None
+        if busy is not None:
+            raise TokenGateError(
+                f"{asked} was asked of a {type(model).__name__} while another thread {busy}: wait "
+                "until it has left, or change the model before it is shared."
+            )
+        yield
+
+
+def exclusive(function: _Function) -> _Function:
+    """For what changes what a `model` has: its whole call is within `changing`."""
+
+    @functools.wraps(function)
+    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with changing(model, function.__name__):
+            return function(model, *args, **kwargs)
+
+    return cast(_Function, alone)
 
 
 @contextlib.contextmanager

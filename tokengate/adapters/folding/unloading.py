@@ -1,0 +1,95 @@
+"""Fold for good: what can be merged is the model's own weight, and what cannot is named."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tokengate.adapters.folding.folding import Folding, fold
+from tokengate.errors import StillGatedWarning, TokenGateError, listed
+from tokengate.gates.threshold import TokenGate
+from tokengate.layers.changing import exclusive
+from tokengate.layers.folded import let_go
+from tokengate.layers.patched import all_layers, require_layers
+from tokengate.patching.patch import unpatch
+from tokengate.reports.module_sparsity import ModuleSparsity
+from tokengate.reports.report import SparsityReport
+from tokengate.sharding import number_here
+
+
+@exclusive
+def merge_and_unload(
+    model: nn.Module,
+    seen: SparsityReport | Iterable[Any] | None = None,
+    *,
+    force: float | None = None,
+    safe: bool = True,
+    dequantise: bool = False,
+) -> Folding:
+    """Fold `model` in place and for good, and say which of its layers stay gated.
+
+        folding = tokengate.merge_and_unload(model, loader)
+        folding.names("kept")  # []: the model is a plain base model, with nothing of tokengate
+
+    As `fold`, whose other weights it lets go: there is no way back but to load base and adapter
+    anew. Where no layer stays gated, the model is as `unpatch` leaves it, with other weights: the
+    same objects, trainable as before. Of those that stay, a `StillGatedWarning` says how often they
+    are open; beside the merged weights they run and are trained on, and `save` writes them alone.
+
+    Args:
+        model: a patched model.
+        seen: as for `fold`; None where no data decides: without gates, or with no tau above 0.
+        force, safe, dequantise: as for `fold`.
+
+    Returns:
+        What was done to each layer; it cannot be undone.
+
+    Raises:
+        TokenGateError: as of `fold`; `seen` is None and a gate may close. The model is then as it
+            was.
+    """
+    if seen is None:
+        seen = _open_everywhere(model)
+    folding = fold(model, seen, force=force, safe=safe, dequantise=dequantise)
+    let_go(model)
+    folding.is_final = True
+    if not all_layers(model):
+        unpatch(model)
+        return folding
+    kept = folding.names("kept")
+    shown = (
+        f"{name!r} (open at {100 * (1 - folding.layers[name].sparsity):.1f} %: "
+        f"{folding.layers[name].reason})"
+        for name in kept
+    )
+    warnings.warn(
+        f"merge_and_unload left {len(kept)} of {len(folding.layers)} layers as they were patched: "
+        f"{listed(shown)}; fold nearly decided gates with force=0.95, or keep tokengate beside "
+        "the model.",
+        StillGatedWarning,
+        stacklevel=3,
+    )
+    return folding
+
+
+def _open_everywhere(model: nn.Module) -> SparsityReport:
+    """What any data would show of layers whose gates, if any, cannot close."""
+    patched = require_layers(model, "merge_and_unload")
+    closing = [repr(name) for name, layer in patched.items() if _may_close(layer.gate)]
+    if closing:
+        raise TokenGateError(
+            f"merge_and_unload was given no data, and the gates of {listed(closing)} may close, "
+            "which data alone shows: pass batches or a report, merge_and_unload(model, loader)."
+        )
+    one = ModuleSparsity(sparsity=0.0, samples=1, positions=1, modified=1, tau=None)
+    return SparsityReport(dict.fromkeys(patched, one))
+
+
+def _may_close(gate: nn.Module | None) -> bool:
+    if not isinstance(gate, TokenGate):
+        return gate is not None
+    tau = number_here(gate.tau)
+    return tau is None or not tau <= 0

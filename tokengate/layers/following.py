@@ -1,0 +1,170 @@
+"""The modules around patched layers, which tell them what their forwards are called with.
+
+A module that is followed has a class of its own kind whose `forward` begins a call and ends it, so
+that whoever calls `module(...)`, `module.forward(...)`, a module inside of it or a method that does
+so, as `encode_image`, is seen alike; hooks would see the first of these alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.layers.calls import LEFT, Left, Running, begin, end, running
+from tokengate.layers.coverage import SEEN, report_lost_of, report_unreached
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.padding import Signature, signature_of, what_is_said
+from tokengate.layers.sliced_linear import Sliced
+from tokengate.linears.by_name import class_names
+from tokengate.linears.class_swap import Swapped, swap, swap_back
+
+_FOLLOWED = "_tokengate_followed"
+
+# Modules of transformers that call all layers inside of them sequence-first; found by running them.
+_TRANSPOSING = tuple(
+    f"transformers.models.{name}"
+    for name in (
+        "xlnet.modeling_xlnet.XLNetModel",
+        "fsmt.modeling_fsmt.EncoderLayer",
+        "fsmt.modeling_fsmt.DecoderLayer",
+        "longformer.modeling_longformer.LongformerSelfAttention",
+        "led.modeling_led.LEDEncoderSelfAttention",
+    )
+)
+
+
+@dataclass
+class _Followed:
+    """What is kept on a module while it is followed."""
+
+    signature: Signature
+    inside: frozenset[nn.Module]  # the patched layers in it
+    partial: bool = False  # whether others of its model are outside of it
+
+
+class Followed(Swapped):
+    """A module around patched layers, under the name of its own class and with its signature."""
+
+    @classmethod
+    def _members_for(cls, own_class: type[nn.Module]) -> dict[str, Any]:
+        @functools.wraps(own_class.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _told(self, functools.partial(own_class.forward, self), args, kwargs)
+
+        same = ("__name__", "__qualname__", "__module__", "__doc__")
+        return {"forward": forward, **{name: getattr(own_class, name) for name in same}}
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super()._call_impl
+        if "forward" in self.__dict__:  # others have put theirs before that of the class
+            return _told(self, call, args, kwargs)
+        return call(*args, **kwargs)
+
+
+def _told(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What `forward` returns, while the layers inside know what it was called with."""
+    followed: _Followed | None = module.__dict__.get(_FOLLOWED)
+    if followed is None:  # made of the class of one that is
+        return forward(*args, **kwargs)
+    outermost = not running()
+    if outermost:
+        report_lost_of(module)
+    call = what_is_said(module, followed.inside, followed.signature, args, kwargs)
+    if torch.compiler.is_compiling():  # which can break its graph in no `try`
+        begin(call)
+        output = forward(*args, **kwargs)
+        end(call)
+    else:
+        try:
+            begin(call)
+            output = forward(*args, **kwargs)
+        finally:
+            end(call)
+    if outermost:
+        report_unreached(module)
+    if followed.partial and not any(around.tells for around in running()):
+        _leave_behind(call, output)
+    return output
+
+
+def _leave_behind(call: Running, output: Any) -> None:
+    """Tell what is called with the output, by hand or by a module around, as a head is."""
+    left = Left(call.mask, call.window)
+    for tensor in _tensors(output):
+        if left.is_of(tensor):
+            setattr(tensor, LEFT, left)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    parts = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, (Mapping, list, tuple)):
+        for part in parts:
+            yield from _tensors(part)
+
+
+def follow(model: nn.Module) -> None:
+    """Let what `model` is called with reach the gates in it, wherever its forwards are entered."""
+    _mark_sequence_first(model)
+    layers = frozenset(_patched(model))
+    for module in _holders(model):
+        if not isinstance(module, Followed):
+            swap(module, Followed)
+        if _FOLLOWED not in module.__dict__:
+            followed = _Followed(signature_of(module), frozenset())
+            module.__dict__ |= {_FOLLOWED: followed, SEEN: False}
+        followed = module.__dict__[_FOLLOWED]
+        followed.inside = frozenset(_patched(module))
+        followed.partial |= followed.inside != layers
+
+
+def unfollow(model: nn.Module) -> None:
+    """Take back what `follow` did, from modules that hold no patched layer any more."""
+    holders = set(_holders(model))
+    for module in model.modules():
+        if isinstance(module, Followed) and module not in holders:
+            for key in (_FOLLOWED, SEEN):
+                module.__dict__.pop(key, None)
+            swap_back(module)
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """The modules around the patched layers that have a forward."""
+    return [
+        module
+        for module in model.modules()
+        if not isinstance(module, (Gated, Sliced))
+        and ("forward" in module.__dict__ or type(module).forward is not nn.Module.forward)
+        and next(_patched(module), None) is not None
+    ]
+
+
+def _patched(module: nn.Module) -> Iterator[Gated]:
+    return (m for m in module.modules() if isinstance(m, Gated))
+
+
+def _mark_sequence_first(model: nn.Module) -> None:
+    """Tell the patched layers in `model` that are sequence-first."""
+    for owner in model.modules():
+        # With those inside of it: the patched slices of a fused layer.
+        for layer in (inside for module in _sequence_first(owner) for inside in module.modules()):
+            if isinstance(layer, Gated):
+                layer._sequence_first = True
+
+
+def _sequence_first(owner: nn.Module) -> list[nn.Module]:
+    if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        # Not those of its attention, which sees to it itself.
+        return [] if owner.self_attn.batch_first else [owner.linear1, owner.linear2]
+    return [owner] if any(name in _TRANSPOSING for name in class_names(owner)) else []
