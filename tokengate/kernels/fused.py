@@ -19,16 +19,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def kernels_for(*tensors: Tensor | None) -> Any:
     """`tokengate.kernels.triton`, if that takes these tensors, which are eager ones; or None."""
-    device: torch.device | None = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device != (device or tensor.device) or tensor.dtype not in _DTYPES:
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device
+    kernels = _on(device)
+    if kernels is None:
+        return None
+    for tensor in present:
+        if tensor.device != device or tensor.dtype not in _DTYPES or not tensor.numel():
             return None
-        if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
+        if tensor.layout != torch.strided or tensor.is_nested:
             return None
-        device = tensor.device
-    return None if device is None else _on(device)
+    return kernels
 
 
 def _on(device: torch.device) -> Any:

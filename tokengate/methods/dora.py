@@ -48,7 +48,7 @@ class DoRA(LoRA):
     with other row norms, draws a warning.
 
     All norms are computed in each forward, of what W0, A and B are then: W0 is read once for its
-    rows' lengths and once for its product with A.
+    rows' lengths and once for its product with A; on a GPU, where kernels do it, once for both.
 
     Args:
         linear: the layer to modify.
@@ -106,9 +106,10 @@ class DoRA(LoRA):
         self, linear: nn.Linear, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """up and gain by kernels, which follow W0 without asking what is trained."""
+        if not is_eager(self.magnitude) or kernels_for(self.magnitude) is None:
+            return None
         weight = in_memory(linear)
-        eager = weight is not None and is_eager(weight, self.magnitude)
-        if weight is None or not eager or kernels_for(weight) is None:
+        if weight is None or not is_eager(weight) or kernels_for(weight) is None:
             return None
         if self._base_was_loaded and self._began is not None:
             self._followed(linear)  # says, once, what is to be said of it
