@@ -288,6 +288,7 @@ def by_other_parameters(model, base):
 LOADINGS = [by_load_state_dict, by_assigning, by_data, by_other_parameters]
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 @pytest.mark.parametrize("loading", LOADINGS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("forward", [True, False], ids=["after a forward", "before"])
@@ -352,6 +353,7 @@ def test_a_loaded_magnitude_belongs_to_the_base_that_is_loaded(order):
     assert torch.equal(model(x), trained(x))
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 @pytest.mark.parametrize("loading", LOADINGS)
 def test_compiled_it_follows_too(loading):
     torch._dynamo.reset()

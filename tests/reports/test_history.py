@@ -250,6 +250,7 @@ def test_other_refusals(tmp_path):
         History.load(tmp_path / "history.json", other)
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
 def test_what_went_wrong_is_kept(tmp_path):
     model = patched()
     optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1))

@@ -11,6 +11,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 from places import RECIPES, SHARED
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
@@ -245,7 +246,9 @@ def test_a_test_without_pictures_is_said_to_be_left_out(visual, data, monkeypatc
     lacks = data.Test([], metric="f1", asked=6)
     monkeypatch.setattr(data, "load", lambda *args: (train, {"SQA": tests["SQA"], "POPE": lacks}))
     monkeypatch.setattr(visual, "pretrained", lambda run: visual.tiny(train))
-    trainer = argparse.Namespace(state=argparse.Namespace(log_history=[]))
+    trainer = argparse.Namespace(
+        state=argparse.Namespace(log_history=[]), model=torch.nn.Identity()
+    )
     monkeypatch.setattr(visual.recipe, "fit", lambda *args, **options: trainer)
     report = argparse.Namespace(sparsity=0.5, to_dict=dict)
     rec = argparse.Namespace(
