@@ -27,6 +27,15 @@ SHAPES = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    # Its language model, which is Vicuna's.
+    "llava-1.5-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+    },
 }
 
 # What PyTorch calls CPUs on which products of bfloat16 are emulated.

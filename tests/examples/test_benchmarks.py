@@ -128,6 +128,36 @@ def test_four_axes(run):
         assert all(map(math.isfinite, slopes.values()))
 
 
+def test_on_gpu_goes_on_where_it_was(script, monkeypatch, tmp_path, capsys):
+    on_gpu = script("on_gpu")
+    parts = ["llama3-8b-rank32-lora", "llava-1.5-7b-rank32-dora"]
+    asked = [
+        *("on_gpu.py", *TINY, "--device", "cpu", "--dtypes", "float32", "--tokens", "32"),
+        *("--new", "2", "--out", str(tmp_path), "--parts", *parts),
+    ]
+    monkeypatch.setattr(sys, "argv", [*asked, "--work"])
+    on_gpu.write(on_gpu.options_of(asked[1:]), parts[1], {"failed": "the device broke"})
+    with pytest.raises(SystemExit) as ended:
+        on_gpu.main()
+    assert ended.value.code == 0
+    found = json.loads((tmp_path / f"{parts[0]}.json").read_text())
+    assert found["found"].keys() == {"step", "token", "peak"}
+    for variants in found["found"].values():
+        assert set(variants) == ALL - {"PEFT, same dtype"}
+        assert all(0 < number < math.inf for numbers in variants.values() for number in numbers)
+    monkeypatch.setattr(on_gpu.subprocess, "run", None)  # nothing is left to do
+    monkeypatch.setattr(sys, "argv", asked)
+    on_gpu.main()
+    text = (tmp_path / "results.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"| {parts[0]} | step: tokengate, gated / PEFT |" in text
+    assert f"- {parts[1]} failed: the device broke" in text
+    assert all((tmp_path / f"{name}.png").exists() for name in ("step", "token", "peak"))
+    monkeypatch.setattr(sys, "argv", [*asked[:-2], "nonsense"])
+    with pytest.raises(SystemExit, match="no part is called nonsense"):
+        on_gpu.main()
+
+
 @pytest.fixture(params=METHODS)
 def setting(request, script, monkeypatch):
     """A tiny one of each method."""

@@ -63,6 +63,10 @@ class Positions:
         """||m_i|| and ||w_i|| as n p, p powers of two: no size overflows; as constants."""
         return self._change.norms()
 
+    def decided(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+        """S of eq. 4, `(...)`, as a constant: booleans, or numbers in `dtype`."""
+        return self._change.decided(tau, dtype)
+
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""

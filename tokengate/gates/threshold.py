@@ -18,8 +18,10 @@ from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
-from tokengate.kernels.eager import applied, has_tangent, is_exported
-from tokengate.kernels.norms import Norms, accumulation_dtype, times
+from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
+from tokengate.kernels.fused import kernels_for
+from tokengate.kernels.norms import accumulation_dtype
+from tokengate.kernels.norms import opened as opened
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.sharding import number_here
 
@@ -71,17 +73,9 @@ def token_gate(
             "element, e.g. of shape (1,)."
         )
     change = Change(w, None, m)
-    is_open = opened(*change.norms(), tau)
+    is_open = change.decided(tau, change.dtype)
     a = applied(_Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
     return change.add(a)
-
-
-def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
-    """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
-    (m_norm, m_power), (w_norm, w_power) = of_m, of_w
-    tau = tau.reshape(()).to(w_norm.dtype)
-    # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
-    return ~(times(m_norm, m_power / w_power) < tau * w_norm)
 
 
 @register_gate("threshold")
@@ -139,14 +133,15 @@ class TokenGate(PenalisedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
-        is_open = opened(*positions.norms, self.tau)
         learns = torch.is_grad_enabled() and self.tau.requires_grad and not is_exported()
         if not learns and not has_tangent(self.tau):
-            return is_open  # nobody asks for mu
+            return positions.decided(self.tau, torch.bool)  # nobody asks for mu
+        is_open = positions.decided(self.tau, positions.dtype)
         a: Tensor = applied(
             _Threshold, self.tau, is_open, self.pull(), positions.mask, positions.dtype
         )
-        positions.selects(a, is_open)
+        if is_open.dtype == torch.bool:
+            positions.selects(a, is_open)
         return a
 
     def extra_repr(self) -> str:
@@ -194,9 +189,15 @@ class _Threshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
         a, mask, penalty = ctx.saved_tensors
+        shape, dtype = ctx.tau_shape, ctx.tau_dtype
+        kernels = kernels_for(mu, a) if is_eager(mu, a) else None
+        if kernels is not None and not torch.is_grad_enabled():
+            flat = (mu.reshape(-1), a.reshape(-1), None if mask is None else mask.reshape(-1))
+            grad = kernels.direct(*flat, penalty, float(ctx.penalty or 0), dtype)
+            return grad.view(shape), None, None, None, None
         penalty = ctx.penalty if penalty is None else penalty
         g = threshold_direction(mu.detach(), a, penalty, mask)
-        return -g.to(ctx.tau_dtype).reshape(ctx.tau_shape), None, None, None, None
+        return -g.to(dtype).reshape(shape), None, None, None, None
 
 
 def threshold_direction(

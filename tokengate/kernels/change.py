@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported, is_watched
 from tokengate.kernels.factors import Factors, Learn
+from tokengate.kernels.fused import kernels_for
+from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
 from tokengate.kernels.gated_sum import (
     GatedSum,
     gated_sum,
@@ -16,7 +18,7 @@ from tokengate.kernels.gated_sum import (
     product_with_gain,
     without_bias,
 )
-from tokengate.kernels.norms import Norms, accumulation_dtype, norms, times
+from tokengate.kernels.norms import Norms, accumulation_dtype, norms, opened, times
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum
 
@@ -45,6 +47,10 @@ class Change:
             plain = out.is_contiguous() and out._base is None and not is_watched()
             in_place = in_place and m.gain is None and plain
         self._in_place = in_place
+        parts = (m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
+        eager = self._quick if isinstance(m, Factors) else is_eager(out, m)
+        self._fused = eager and kernels_for(out, *parts) is not None
+        self._at_once: Sizes | None = None
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
@@ -63,6 +69,12 @@ class Change:
         if self._norms is None:
             self._norms = self._measured()
         return self._norms
+
+    def decided(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+        """S of eq. 4, `(...)`: booleans, or numbers in `dtype` where that takes no more work."""
+        if self._fused and is_eager(tau) and tau.device == self.out.device:
+            return self._measured_at_once().opened(tau.detach(), dtype)
+        return opened(*self.norms(), tau)
 
     def sizes(self) -> tuple[Tensor, Tensor]:
         """The same as plain numbers in `dtype`, with gradients to M(x) and w.
@@ -85,7 +97,15 @@ class Change:
                 of_m = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
             return of_m, torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
 
+    def _measured_at_once(self) -> Sizes:
+        if self._at_once is None:
+            with torch.no_grad():
+                self._at_once = Sizes(self.out, self.bias, self.m)
+        return self._at_once
+
     def _measured(self) -> tuple[Norms, Norms]:
+        if self._fused:
+            return self._measured_at_once().norms()
         if not (isinstance(self.m, Factors) and self._quick):
             m = self._product = self._whole() if isinstance(self.m, Factors) else self.m
             with without_autocast(self.out.device):
@@ -143,9 +163,12 @@ class Change:
         if self._quick:
             with without_autocast(out.device):
                 if not torch.is_grad_enabled():
+                    if self._fused:
+                        return fused_sum(out, bias, *factors, a, self._in_place)
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
                 ways = (self._in_place, self._selection(a), self.learn)
-                return applied(GatedSum, out, bias, *factors, a, product, *ways)
+                function = FusedSum if self._fused else GatedSum
+                return applied(function, out, bias, *factors, a, product, *ways)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokengate.kernels.eager import applied, is_eager, is_watched
+from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 
 # Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
@@ -53,9 +54,9 @@ def branched_linear(
     """x for another layer to read, and `dropped_linear` of it in its dtype; eager only.
 
     Backward adds the gradient that comes through `weight` in place to that of the other layer.
-    Autograd would make a second tensor of x's size for it, which only dropout by a mask still
-    needs, and often a third for the sum. Who keeps the gradients between the graph's own nodes sees
-    the sum instead of the other layer's.
+    Autograd would make a second tensor of x's size for it, which only dropout by a mask or a seed
+    still needs, and often a third for the sum. Who keeps the gradients between the graph's own
+    nodes sees the sum instead of the other layer's.
     """
     dropped = _drop(x, dropout, eager=True) if training and dropout > 0 else None
     branches: tuple[Tensor, Tensor] = _Branched.apply(x, weight, dropped, 1 / (1 - dropout))
@@ -63,7 +64,10 @@ def branched_linear(
 
 
 def _drop(x: Tensor, dropout: float, eager: bool) -> Tensor:
-    """Which elements are dropped: a list of positions in the flattened `x`, or a mask like `x`."""
+    """Which elements are dropped: a list of positions in the flattened `x`, or a mask like `x`; or
+    for kernels the seed, `()`, from which they know."""
+    if eager and kernels_for(x) is not None:
+        return torch.randint(2**62, (), device=x.device)  # by the device, as a CUDA graph wants it
     if dropout <= _LISTED and x.device.type == "cpu" and eager:
         return _draw(x.numel(), dropout)
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
@@ -97,8 +101,8 @@ class _DroppedLinear(torch.autograd.Function):
         x: Tensor, weight: Tensor, dropped: Tensor | None, scale: float, dtype: torch.dtype
     ) -> Tensor:
         with without_autocast(x.device):
-            z = F.linear(_thinned(x.to(dtype), dropped), weight.to(dtype))
-        return z if dropped is None else z * scale
+            z = F.linear(_thinned(x.to(dtype), dropped, scale), weight.to(dtype))
+        return z if _is_scaled(dropped) else z * scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,12 +128,12 @@ class _DroppedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropped = ctx.saved_tensors
         grad_x = grad_weight = None
-        if dropped is not None:
+        if not _is_scaled(dropped):
             grad = grad * ctx.scale
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_of_x(grad, weight, dropped).to(ctx.dtype)
+            grad_x = _grad_of_x(grad, weight, dropped, ctx.scale).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_of_weight(grad, x, dropped).to(weight.dtype)
+            grad_weight = _grad_of_weight(grad, x, dropped, ctx.scale).to(weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -161,16 +165,16 @@ class _Branched(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropped = ctx.saved_tensors
         grad_weight = None
-        if dropped is not None:
+        if not _is_scaled(dropped):
             grad = grad * ctx.scale
         if not _may_write() or not grad_x.is_contiguous():
-            grad_x = grad_x + _grad_of_x(grad, weight, dropped)
+            grad_x = grad_x + _grad_of_x(grad, weight, dropped, ctx.scale)
         # Pipelines keep what a node was given, and give it once more for the weights alone.
         elif ctx.summed is None or ctx.summed() is not grad_x:
-            _add_grad_of_x(grad_x, grad, weight, dropped)
+            _add_grad_of_x(grad_x, grad, weight, dropped, ctx.scale)
             ctx.summed = weakref.ref(grad_x)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_of_weight(grad, x, dropped).to(weight.dtype)
+            grad_weight = _grad_of_weight(grad, x, dropped, ctx.scale).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
@@ -179,13 +183,28 @@ def _may_write() -> bool:
     return not (torch.is_grad_enabled() or is_watched())
 
 
-def _grad_of_x(grad: Tensor, weight: Tensor, dropped: Tensor | None) -> Tensor:
-    return _thinned(grad @ weight.to(grad.dtype), dropped, in_place=_may_write())
+def _is_scaled(dropped: Tensor | None) -> bool:
+    """Whether what is kept needs no scale, or kernels, which know what is dropped, give it one."""
+    return dropped is None or _is_seed(dropped)
 
 
-def _add_grad_of_x(grad_x: Tensor, grad: Tensor, weight: Tensor, dropped: Tensor | None) -> None:
+def _is_seed(dropped: Tensor) -> bool:
+    return dropped.dtype == torch.int64 and dropped.dim() == 0
+
+
+def _grad_of_x(grad: Tensor, weight: Tensor, dropped: Tensor | None, scale: float) -> Tensor:
+    return _thinned(grad @ weight.to(grad.dtype), dropped, scale, in_place=_may_write())
+
+
+def _add_grad_of_x(
+    grad_x: Tensor, grad: Tensor, weight: Tensor, dropped: Tensor | None, scale: float
+) -> None:
+    if dropped is not None and _is_seed(dropped):
+        kernels = kernels_for(grad_x)
+        kernels.add_thinned_(grad_x, grad @ weight.to(grad.dtype), dropped, 1 - 1 / scale)
+        return
     if dropped is not None and dropped.dtype == torch.bool:
-        grad_x += _grad_of_x(grad, weight, dropped)
+        grad_x += _grad_of_x(grad, weight, dropped, scale)
         return
     flat = grad_x.view(-1)
     kept = None if dropped is None else flat.index_select(0, dropped)
@@ -195,15 +214,27 @@ def _add_grad_of_x(grad_x: Tensor, grad: Tensor, weight: Tensor, dropped: Tensor
         flat.index_copy_(0, dropped, kept)
 
 
-def _grad_of_weight(grad: Tensor, x: Tensor, dropped: Tensor | None) -> Tensor:
-    thinned = _thinned(x.to(grad.dtype), dropped).reshape(-1, x.shape[-1])
+def _grad_of_weight(grad: Tensor, x: Tensor, dropped: Tensor | None, scale: float) -> Tensor:
+    thinned = _thinned(x.to(grad.dtype), dropped, scale).reshape(-1, x.shape[-1])
     return grad.reshape(-1, grad.shape[-1]).T @ thinned
 
 
-def _thinned(x: Tensor, dropped: Tensor | None, in_place: bool = False) -> Tensor:
-    """`x` with 0 at `dropped`, a mask or a list of positions in the flattened `x`."""
+def _thinned(
+    x: Tensor, dropped: Tensor | None, scale: float = 1.0, in_place: bool = False
+) -> Tensor:
+    """`x` with 0 at `dropped`: a mask, a list of positions in the flattened `x`, or a seed.
+
+    By a seed what is kept is multiplied by `scale`, too.
+    """
     if dropped is None:
         return x
+    if _is_seed(dropped):
+        kernels = kernels_for(x)
+        if torch.is_grad_enabled() and x.requires_grad:  # of which it knows nothing
+            kept: Tensor = kernels.thin(torch.ones_like(x), dropped, 1 - 1 / scale)
+            return x * kept
+        thinned: Tensor = kernels.thin(x, dropped, 1 - 1 / scale)
+        return thinned
     if dropped.dtype == torch.bool:
         return x.masked_fill_(dropped, 0) if in_place else x.masked_fill(dropped, 0)
     flat = x.flatten()

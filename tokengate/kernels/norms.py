@@ -31,13 +31,11 @@ def norms(x: Tensor, dtype: torch.dtype) -> Norms:
     """
     if x.dtype == torch.float16 or x.numel() == 0:  # its squares fit float32
         return plain_norms(x, dtype)
-    if x.dtype != torch.float64 and is_eager(x):
-        if x.device.type == "cuda":  # in double, because looking at values would wait for them
-            return plain_norms(x, torch.float64)
-        if x.device.type == "cpu":
-            found = plain_norms(x, dtype)
-            if in_range(found):
-                return found
+    # Elsewhere to look at values would be to wait for them.
+    if x.dtype != torch.float64 and x.device.type == "cpu" and is_eager(x):
+        found = plain_norms(x, dtype)
+        if in_range(found):
+            return found
     size = x.abs().amax(-1).to(dtype)
     power = power_of_two(size, _WIDE if x.dtype == torch.float64 else _STEPS)
     scaled = x * (1 / power).to(x.dtype).unsqueeze(-1)
@@ -67,6 +65,14 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
     none = w_norm == 0
     found = times(m_norm, m_power / w_power) / torch.where(none, 1, w_norm)
     return torch.where(none | found.isnan(), torch.inf, found)
+
+
+def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
+    """S of eq. 4 as booleans, `(...)`, from the norms of m and of w."""
+    (m_norm, m_power), (w_norm, w_power) = of_m, of_w
+    tau = tau.reshape(()).to(w_norm.dtype)
+    # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
+    return ~(times(m_norm, m_power / w_power) < tau * w_norm)
 
 
 def times(norm: Tensor, power: Tensor | float) -> Tensor:

@@ -63,6 +63,12 @@ def product(layer: LinearLike, right: Tensor) -> Tensor:
     return weight @ right.to(weight.dtype)
 
 
+def in_memory(layer: LinearLike) -> Tensor | None:
+    """W0, `(out_features, in_features)`, of any strides; None where to have it takes making it."""
+    made = isinstance(layer, LinearSlice) and layer.slices.groups > 1
+    return None if made or is_quantised(whole(layer)) else _dense(layer)
+
+
 def holder(layer: LinearLike) -> Tensor:
     """The tensor that has the values of its weight, of which this may be a view."""
     weight = whole(layer).weight

@@ -7,6 +7,7 @@ from torch import nn
 
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
+from tokengate.kernels.up import scaled
 from tokengate.methods.base import Modification
 from tokengate.methods.maps import Maps
 from tokengate.methods.registry import register
@@ -73,8 +74,8 @@ class AdaLoRA(Modification):
         nn.init.normal_(self.Q, std=0.02)
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
-        up = self.scale * (self.P * self.E)
-        return Maps(self.Q, up.to(dtype), dropout=self.dropout)
+        up = scaled(self.P, self.scale, dtype, self.E)
+        return Maps(self.Q, up, dropout=self.dropout)
 
     def extra_repr(self) -> str:
         return (

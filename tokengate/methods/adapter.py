@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokengate.arguments import choice, count, positive, share
+from tokengate.kernels.up import scaled
 from tokengate.methods.base import Modification
 from tokengate.methods.maps import Maps
 from tokengate.methods.registry import register
@@ -67,7 +68,7 @@ class Adapter(Modification):
         nn.init.zeros_(self.U)
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
-        up = (self.scale * self.U).to(dtype)
+        up = scaled(self.U, self.scale, dtype)
         return Maps(self.D, up, None, self.dropout, _ACTIVATIONS[self.activation])
 
     def extra_repr(self) -> str:

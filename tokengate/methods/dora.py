@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tokengate.errors import DifferentBaseWarning, TokenGateError
 from tokengate.kernels.eager import is_captured, is_eager, is_exported
+from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
-from tokengate.linears.linear_like import whole
+from tokengate.kernels.up import scaled_rows
+from tokengate.linears.linear_like import in_memory, whole
 from tokengate.linears.quantised import unreadable
 from tokengate.methods.lora import LoRA
 from tokengate.methods.maps import Maps
@@ -46,7 +48,7 @@ class DoRA(LoRA):
     with other row norms, draws a warning.
 
     All norms are computed in each forward, of what W0, A and B are then: W0 is read once for its
-    rows' lengths and once for its product with A.
+    rows' lengths and once for its product with A; on a GPU, where kernels do it, once for both.
 
     Args:
         linear: the layer to modify.
@@ -84,6 +86,9 @@ class DoRA(LoRA):
                 "DoRA was called without its base layer, whose weight it reads: call the patched "
                 "layer, or factors(x, w, layer).product(w)."
             )
+        quick = self._scaled_at_once(linear, dtype)
+        if quick is not None:
+            return Maps(self.A, *quick, self.dropout)
         norm = self.row_norms(linear)
         magnitude = self._followed(linear)
         # A row of zeros has no direction: it contributes 0 whatever c is, and 0 / 0 must not.
@@ -96,6 +101,24 @@ class DoRA(LoRA):
         gain = torch.where(directed, change, 0.0)
         up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
         return Maps(self.A, up.to(dtype), gain.to(dtype), self.dropout)
+
+    def _scaled_at_once(
+        self, linear: nn.Linear, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """up and gain by kernels, which follow W0 without asking what is trained."""
+        if not is_eager(self.magnitude) or kernels_for(self.magnitude) is None:
+            return None
+        weight = in_memory(linear)
+        if weight is None or not is_eager(weight) or kernels_for(weight) is None:
+            return None
+        if self._base_was_loaded and self._began is not None:
+            self._followed(linear)  # says, once, what is to be said of it
+        began = None if self._is_trained else self._began
+        if began is not None and began.device != weight.device:
+            began = self._began = began.to(weight.device)
+        magnitude = self.magnitude
+        own = isinstance(magnitude, nn.Parameter)  # and not what `functional_call` was given
+        return scaled_rows(weight, self.A, self.B, magnitude, began, self.scale, dtype, own)
 
     @torch.no_grad()
     def row_norms(self, linear: nn.Linear) -> Tensor:

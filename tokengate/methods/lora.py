@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tokengate.arguments import count, share
+from tokengate.kernels.up import scaled
 from tokengate.methods.base import Modification
 from tokengate.methods.maps import Maps
 from tokengate.methods.registry import register
@@ -60,7 +61,7 @@ class LoRA(Modification):
         nn.init.zeros_(self.B)
 
     def maps(self, linear: nn.Linear | None, dtype: torch.dtype) -> Maps:
-        return Maps(self.A, (self.scale * self.B).to(dtype), dropout=self.dropout)
+        return Maps(self.A, scaled(self.B, self.scale, dtype), dropout=self.dropout)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,46 @@
+"""Whether Triton's kernels compute a call, which then takes few launches and waits for nothing.
+
+They give what PyTorch's own operations give, and those do it where there is no such GPU, no Triton
+(Windows, macOS), or another dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_for(*tensors: Tensor | None) -> Any:
+    """`tokengate.kernels.triton`, if that takes these tensors, which are eager ones; or None."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device
+    kernels = _on(device)
+    if kernels is None:
+        return None
+    for tensor in present:
+        if tensor.device != device or tensor.dtype not in _DTYPES or not tensor.numel():
+            return None
+        if tensor.layout != torch.strided or tensor.is_nested:
+            return None
+    return kernels
+
+
+def _on(device: torch.device) -> Any:
+    return _of_gpu(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _of_gpu(device: torch.device) -> Any:
+    # Of AMD's there was none to try them on.
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("tokengate.kernels.triton")
