@@ -6,12 +6,14 @@ import logging
 
 import pytest
 import torch
+from models import Net
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.export import Dim
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.layers import calls
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
 # Of torch itself, and of the exporters' own libraries.
@@ -127,7 +129,8 @@ def test_onnx_of_any_batch(dtype, tolerance):
 
 
 @SIDE
-@pytest.mark.parametrize("strict", [False, True])
+# An older compiler traces no context variable.
+@pytest.mark.parametrize("strict", [False, True], ids=["in steps", "whole_graph"])
 def test_torch_export(strict):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12))
@@ -305,3 +308,11 @@ def test_what_is_in_force_is_exported(words, context, way):
         with enter(words):
             other = words(ids(3, shape))
         torch.testing.assert_close(run(ids(3, shape)), other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_that_fails_leaves_nothing_running():
+    model = tokengate.patch(Net(), "all-linear", rank=2)
+    model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(Exception, match="division by zero"):
+        torch.export.export(model, (torch.randn(2, 5, 8),), strict=False)
+    assert not calls.running()

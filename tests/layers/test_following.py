@@ -324,3 +324,34 @@ def test_a_lost_layer_is_named_whoever_calls():
     model.head = nn.Linear(8, 4)
     with pytest.warns(UnreachedLayerWarning, match=r"'head' of this Model was patched, and"):
         model.forward(IDS, MASK)
+
+
+class Interrupted(nn.Module):
+    """Fails between two graphs."""
+
+    fails = True
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, attention_mask=None):
+        y = self.fc(x)
+        torch._dynamo.graph_break()
+        if self.fails:
+            raise KeyboardInterrupt
+        return y
+
+
+def test_what_an_interruption_left_of_compiled_code_is_forgotten():
+    torch.compiler.reset()
+    model = tokengate.patch(Interrupted(), "all-linear", rank=2)
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    with pytest.raises(KeyboardInterrupt):
+        torch.compile(model, backend="eager")(x, attention_mask=mask)
+    assert calls.running()
+    model.fails = False
+    with tokengate.record(model) as rec:
+        model(x)
+    assert rec.report().modules["fc"].positions == 6  # and not 3, as that mask says
+    assert not calls.running()

@@ -8,6 +8,7 @@ so, as `encode_image`, is seen alike; hooks would see the first of these alone.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,14 @@ def _told(
     followed: _Followed | None = module.__dict__.get(_FOLLOWED)
     if followed is None:  # made of the class of one that is
         return forward(*args, **kwargs)
+    if not torch.compiler.is_compiling() and _was_interrupted(module):
+        while running():
+            end(running()[-1])
     outermost = not running()
     if outermost:
         report_lost_of(module)
     call = what_is_said(module, followed.inside, followed.signature, args, kwargs)
-    if torch.compiler.is_compiling():  # which can break its graph in no `try`
+    if torch.compiler.is_dynamo_compiling():  # which can break its graph in no `try`
         begin(call)
         output = forward(*args, **kwargs)
         end(call)
@@ -95,6 +99,21 @@ def _told(
     if followed.partial and not any(around.tells for around in running()):
         _leave_behind(call, output)
     return output
+
+
+def _was_interrupted(module: nn.Module) -> bool:
+    """Whether an exception has left calls behind, which compiled code ends in no `finally`.
+
+    A forward of the outermost module begins, then, that runs nowhere around.
+    """
+    if not running() or running()[0].module is not module:
+        return False
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_name == _told.__name__ and frame.f_locals.get("module") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count < 2
 
 
 def _leave_behind(call: Running, output: Any) -> None:
