@@ -312,7 +312,6 @@ def test_what_is_in_force_is_exported(words, context, way):
 
 def test_an_export_that_fails_leaves_nothing_running():
     model = tokengate.patch(Net(), "all-linear", rank=2)
-    model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(Exception, match="division by zero"):
+    with pytest.raises(TokenGateError, match="in training mode"):
         torch.export.export(model, (torch.randn(2, 5, 8),), strict=False)
     assert not calls.running()
