@@ -11,6 +11,7 @@ import tokengate
 from tokengate import TokenGate, TokenGateError
 from tokengate.integrations.live_logging import tau_scalars
 from tokengate.sharding import divided_as, gathered, is_sharded, numbers_here
+from tokengate.training.following import followed
 
 # A key of the optimiser's own `state`, beside its parameters: torch saves and loads such keys as
 # they are, so that what stands there is in each checkpoint's optimizer.pt and nowhere else.
@@ -114,6 +115,18 @@ class TauSteps:
     def _holder(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """The optimiser's group that the taus are in, or the first of these."""
         own = {id(tau) for tau in self.taus.values()}
+        for hook in getattr(self._optimizer, "_optimizer_step_pre_hooks", {}).values():
+            if isinstance(getattr(hook, "__self__", None), TauSteps):
+                raise TokenGateError(
+                    "the Trainer has two TokenGateCallbacks, which would both move the taus: pass "
+                    "one."
+                )
+        if not own.isdisjoint(followed(self._optimizer)):
+            raise TokenGateError(
+                "the Trainer was given an optimizer that tokengate.follow was called for, and "
+                "TokenGateCallback moves the taus itself: leave follow out, and give the optimizer "
+                "all that is trained."
+            )
         groups = [{id(p) for p in group["params"]} for group in self._optimizer.param_groups]
         held = set().union(*groups)
         for name, tau in self.taus.items():
@@ -131,12 +144,6 @@ class TauSteps:
                     f"rate {float(group['lr']):g}, and TokenGateCallback(s={numbers['s']:g}) moves "
                     "the taus itself: make it from the model's parameters, or leave it to the "
                     "Trainer."
-                )
-        for hook in getattr(self._optimizer, "_optimizer_step_pre_hooks", {}).values():
-            if isinstance(getattr(hook, "__self__", None), TauSteps):
-                raise TokenGateError(
-                    "the Trainer has two TokenGateCallbacks, which would both move the taus: pass "
-                    "one."
                 )
         pairs = zip(self._optimizer.param_groups, groups, strict=True)
         return next((group for group, ids in pairs if ids & own), {})

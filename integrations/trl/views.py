@@ -56,6 +56,31 @@ class Reference(nn.Module):
             raise AttributeError(name)
         return self._as_mine(getattr(self._seen, name))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Module, nn.Parameter)):
+            raise TokenGateError(
+                f"{name!r} of a reference was to be a {type(value).__name__}, and a view has none "
+                "of its own: change the model, or make the trainer another reference."
+            )
+        super().__setattr__(name, value)
+
+    # Python looks these up past __getattr__.
+    def __getitem__(self, key: Any) -> Any:
+        return self._as_mine(self._seen[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._as_mine, self._seen)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        model, seen = (memo.get(id(each), each) for each in (self._model, self._seen))
+        return Reference(model, self._adapter, seen)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's, and the adapter's name: by its hash TRL knows whose answers it kept."""
         name = "" if self._adapter is None else self._adapter

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Net, away_from_initialisation
+from models import Net, away_from_initialisation, one_sentence
 from torch import nn
 
 import tokengate
@@ -128,3 +128,11 @@ def test_slices_are_merged_for_good():
     assert traces(model) == []
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_of_several_adapters_none_is_merged(tmp_path):
+    model = trained(gate=False)
+    tokengate.save(model, tmp_path)
+    tokengate.load(model, tmp_path, name="other")
+    with one_sentence("merge_and_unload was asked of a model with several adapters"):
+        tokengate.merge_and_unload(model)

@@ -370,6 +370,12 @@ def test_whatever_is_called_by_way_of_a_view_runs_as_the_reference(folder, tmp_p
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(view.generate(ids, **options), other.generate(ids, **options))
+        assert len(view.model.layers) == len(model.model.layers)
+        inner = [view.model.layers[0], *view.model.layers]
+        assert all(type(each) is type(view) for each in inner)
+        assert copy.deepcopy(view)._model is model
+        with pytest.raises(TokenGateError, match="a view has none of its own"):
+            view.lm_head = torch.nn.Linear(2, 2)
         view.requires_grad_(False).to(torch.float64).train()
         assert equal(own(model), state)
         assert modes == [module.training for module in model.modules()]

@@ -266,3 +266,17 @@ def test_a_module_of_that_name_is_meant_as_ever():
     assert model["head"].weight.requires_grad
     with pytest.raises(TokenGateError, match="by name or by place"):
         tokengate.patch(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ["0"], train="head")
+
+
+@marked
+@pytest.mark.filterwarnings("error::tokengate.errors.FrozenHeadWarning")
+def test_what_is_quantised_after_it_was_loaded_is_not_new(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    tokengate.patch(model, ["q_proj"])

@@ -1,5 +1,6 @@
 """tau by its own rule beside any optimiser, scheduler, scaler and clipping, in any order."""
 
+import contextlib
 import copy
 import math
 
@@ -99,6 +100,24 @@ def test_without_it_tau_goes_elsewhere_which_is_said_once(kind):
     assert len(said) == 1
     assert said[0].filename == __file__
     assert not near(model, wanted)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"betas": (0.9, 0.98), "weight_decay": 0.1}, "its weight decay"),
+        ({"weight_decay": 0.0}, "a group of its own numbers"),
+        ({"betas": (0.9, 0.98), "weight_decay": 0.0}, None),  # the paper's
+    ],
+)
+def test_a_group_of_taus_made_by_hand(numbers, said):
+    model = made()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    taus = {"params": [p for n, p in trained.items() if n.endswith("tau")], **numbers}
+    others = {"params": [p for n, p in trained.items() if not n.endswith("tau")]}
+    warned = pytest.warns(OtherRuleWarning, match=said) if said else contextlib.nullcontext()
+    with warned:
+        train(model, torch.optim.AdamW([others, taus], lr=S))
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "AdEMAMix"])

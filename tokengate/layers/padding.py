@@ -189,8 +189,18 @@ def _others(
             if mask is bound.get(_MASK) and first is not None and states.shape[1] == _length(first):
                 mask = None
             is_theirs = is_theirs or mask is not None
+            if mask is None and first is not None:
+                mask = _first_part(states, bound.get(_MASK), _length(first))
         found.append((states, _of_outer(states) if mask is None else mask))
     return found, is_theirs
+
+
+def _first_part(states: Tensor, mask: Any, length: int | None) -> Tensor | None:
+    """That of `states` in a mask of them and of `length` positions after them, `(B, L + T)`."""
+    if length is None or not isinstance(mask, Tensor) or states.dim() < 2:
+        return None
+    joined = (len(states), states.shape[1] + length)
+    return mask[:, : states.shape[1]] if mask.shape == joined else None
 
 
 def _of_outer(states: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokengate.errors import FrozenHeadWarning, listed
@@ -120,6 +121,8 @@ def _unmarked(
         kind = "silent"
     for key, parameter in module._parameters.items():
         if parameter is None or kind == "silent" or _is_loaded(parameter):
+            continue
+        if type(parameter.data) is not torch.Tensor:  # quantised or divided since it was loaded
             continue
         if not (ignored and re.search(ignored, joined(name, key))):
             yield parameter

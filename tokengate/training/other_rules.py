@@ -31,6 +31,8 @@ from tokengate.training.wrapped_optimizers import other_numbers
 _TOLD: WeakSet[Optimizer] = WeakSet()
 # Adam as it is called by who makes it faster or smaller: AdamW, FusedAdam, PagedAdamW8bit.
 _ADAM = re.compile(r"(Paged|Fused|FP|DeepSpeedCPU)?AdamW?(8bit|32bit)?")
+# Adam's decay rates for tau under eq. 18-22.
+_BETAS = (0.9, 0.98)
 _REMEDY = (
     "give it its own rule with tokengate.follow(model, optimizer, s=...), which works with every "
     "optimizer and scheduler"
@@ -80,9 +82,12 @@ def _other_rule(optimizer: Optimizer, group: dict[str, Any], own: list[Gate]) ->
     if not any(_ADAM.fullmatch(kind.__name__) for kind in type(optimizer).__mro__):
         return f"{name} moves {len(own)} taus by its own rule, under which s bounds no step"
     rule = own[0]._rule
-    if rule is None or isinstance(lr, Tensor):
-        return None
-    if lr is not None and lr > rule["lr"] * (1 + 1e-6):
+    if group.get("weight_decay"):
+        return f"{name} moves {len(own)} taus{at} and draws them to 0 by its weight decay"
+    if rule is None:
+        ours = tuple(group.get("betas", ())) == _BETAS
+        return None if ours else f"{name} moves {len(own)} taus{at} in a group of its own numbers"
+    if lr is not None and not isinstance(lr, Tensor) and lr > rule["lr"] * (1 + 1e-6):
         return (
             f"{name} moves {len(own)} taus{at}, where {rule['lr']:g} was asked, as a scheduler "
             "does that sets all groups to one number"

@@ -119,6 +119,19 @@ def lumina2():
     }  # fmt: skip
 
 
+def chroma():
+    model = diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=64, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 16, 4), "timestep": TIME, "encoder_hidden_states": text(),
+        "txt_ids": torch.zeros(LENGTH, 3), "img_ids": torch.zeros(16, 3),
+        "attention_mask": torch.cat([MASK.bool(), torch.ones(2, 16, dtype=torch.bool)], 1),
+    }  # fmt: skip
+
+
 def unet():
     model = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
@@ -148,6 +161,10 @@ EXPECTED = {
         "ff_context": REAL, "0.ff.net.2": 32, "single_transformer_blocks.0.attn": 32 + REAL,
         "single_transformer_blocks.0.proj": 32 + REAL,
     },
+    chroma: {
+        "attn.add_k_proj": REAL, "0.attn.to_add_out": REAL, "transformer_blocks.0.attn.to_k": 32,
+        "single_transformer_blocks.0.attn": 32 + REAL,
+    },
     lumina: {"attn2.to_k": REAL, "attn2.to_v": REAL, **IMAGE},
     lumina2: {
         "caption_embedder": REAL, "context_refiner.0.attn": REAL, "noise_refiner.0.attn": 32,
@@ -156,9 +173,11 @@ EXPECTED = {
     unet: {"attn2.to_k": REAL, "attn2.to_v": REAL, "attn1.to_q": 128},
 }  # fmt: skip
 # Of token refiners' and noise refiners' blocks the last parts are those of others, too.
-NOT = {hunyuan_video: ("refiner", "single"), lumina2: ("refiner",)}
+NOT = {chroma: ("single",), hunyuan_video: ("refiner", "single"), lumina2: ("refiner",)}
 
 
+# Chroma's own.
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 @pytest.mark.parametrize("make", list(EXPECTED), ids=lambda make: make.__name__)
 def test_padding_of_the_text_counts_in_nothing(make):
     torch.manual_seed(0)

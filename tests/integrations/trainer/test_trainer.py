@@ -685,6 +685,11 @@ def test_refused(tmp_path):
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-3))
     refuses("a group of taus alone", model=model, optimizers=(optimizer, None))
     refuses("two TokenGateCallbacks", more=[TokenGateCallback()])
+    for groups in (lambda own: own, lambda own: own[:1]):
+        model = language_model()
+        optimizer = torch.optim.AdamW(groups(tokengate.param_groups(model, lr=1e-3, s=1e-3)))
+        tokengate.follow(model, optimizer, s=1e-3)
+        refuses("tokengate.follow was called for", model=model, optimizers=(optimizer, None))
     made, _ = trainer(tmp_path, callback=False, kind=TokenGateTrainer)
     with pytest.raises(TokenGateError, match="no TokenGateCallback"):
         made.train()
