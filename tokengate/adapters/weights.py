@@ -35,8 +35,8 @@ DTYPES = {
 # In bytes. safetensors writes no longer header; values are read in blocks of the second.
 _LONGEST_HEADER, _BLOCK = 100_000_000, 1 << 20
 _LONGEST_NAME = 2000
-#: How many values an adapter's JSON holds at most: those of 28,000 layers, read in two seconds.
-MOST_VALUES = 1_600_000
+#: How many values an adapter's JSON holds at most: those of 21,000 layers, read in two seconds.
+MOST_VALUES = 1_200_000
 
 
 @dataclass(frozen=True)
