@@ -28,6 +28,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
 from tokengate.training.following import Following
+from tokengate.training.param_groups import tau_rule
 
 # Where a tau is no parameter of its own, or its gradient no average over processes.
 _REFUSED = {"DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "XLAFSDPStrategy"}
@@ -92,8 +93,8 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         target_warmup: int = 0,
     ) -> None:
         super().__init__()
-        # Made for its checks alone: numbers are wrong here and not after an hour.
-        tokengate.TauAdam([torch.zeros(1)], s or 0.0, alpha, betas, eps)
+        # For its checks alone: numbers are wrong here and not after an hour.
+        tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})

@@ -44,7 +44,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
-from tokengate.training.param_groups import slope_for
+from tokengate.training.param_groups import slope_for, tau_rule
 
 _log = logging.getLogger(__name__)
 
@@ -122,9 +122,8 @@ class TokenGateCallback(TrainerCallback):
         details: bool = False,
         history: History | None = None,
     ) -> None:
-        # Made for its checks alone: tau's numbers are wrong here and not after an hour.
-        known = 0.0 if s is None else non_negative("s", s)
-        tokengate.TauAdam([torch.zeros(1)], known, alpha, betas, eps)
+        # For its checks alone: tau's numbers are wrong here and not after an hour.
+        tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._schedule = switch("schedule", schedule)
         self._gradients = Gradients(non_negative("orthogonality", orthogonality))

@@ -280,3 +280,4 @@ def test_what_is_quantised_after_it_was_loaded_is_not_new(tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tokengate.patch(model, ["q_proj"])
+    assert len(tokengate.layers(model)) == 1

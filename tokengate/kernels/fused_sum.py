@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.fused import kernels_for
-from tokengate.kernels.gated_sum import GatedSum
+from tokengate.kernels.gated_sum import GatedSum, gradient_of_up
 from tokengate.kernels.norms import Norms
 
 
@@ -94,16 +94,11 @@ class FusedSum(GatedSum):
             mu, weighted, grad_z = kernels.weigh(
                 flat_z, down, flat, mu_of_w if needs_a else None, needs_a, needs_up, needs_z
             )
-        grad_up = None
-        if needs_up:
-            # 16-bit products are quicker this way round, wider ones the other.
-            narrow = grad.element_size() < 4
-            grad_up = (weighted.T @ rows).T if narrow else rows.T @ weighted
         return (
             grad_out,
             grad_bias,
             grad_z.view(z.shape) if needs_z else None,
-            grad_up,
+            gradient_of_up(weighted, rows) if needs_up else None,
             grad_gain,
             mu.view(a.shape) if needs_a else None,
             *[None] * 4,

@@ -70,10 +70,7 @@ class GatedSum(torch.autograd.Function):
             ctx.learn(z, down)
         weighted_z, grad_z = _weighted(a, z if needs_up else None, down if needs_z else None)
         if weighted_z is not None:
-            weighted_z = weighted_z.reshape(-1, z.shape[-1])
-            # 16-bit products are quicker this way round, wider ones the other.
-            narrow = grad.element_size() < 4
-            grad_up = (weighted_z.T @ rows).T if narrow else rows.T @ weighted_z
+            grad_up = gradient_of_up(weighted_z.reshape(-1, z.shape[-1]), rows)
         if needs_a:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
@@ -118,6 +115,12 @@ def gated_sum(
     h = torch.empty(out.shape, dtype=out.dtype, device=out.device) if product is None else product
     _add_with_gain(h.view(-1, width), out.reshape(-1, width), z, bias, up, gain, a, product is None)
     return h
+
+
+def gradient_of_up(weighted_z: Tensor, rows: Tensor) -> Tensor:
+    """dL/dup from a z and dL/dh: `(N, rank), (N, C) -> (C, rank)`."""
+    # 16-bit products are quicker this way round, wider ones the other.
+    return (weighted_z.T @ rows).T if rows.element_size() < 4 else rows.T @ weighted_z
 
 
 def without_bias(out: Tensor, bias: Tensor | None) -> Tensor:

@@ -162,11 +162,7 @@ def fold(
     switch("dequantise", dequantise)
     if folded(model):
         raise TokenGateError("fold was asked of a model that is folded already: undo() that first.")
-    if len(adapter_names(model)) > 1:
-        raise TokenGateError(
-            "fold was asked of a model with several adapters, which could not be exchanged any "
-            "more: fold a model that has loaded one."
-        )
+    check_one_adapter(model, "fold")
     if force is not None and positive("force", force) > 1:
         raise TokenGateError(f"force={brief(force)} is above 1: pass a share, e.g. force=0.95.")
     for name, layer in patched.items():
@@ -207,6 +203,15 @@ def fold(
         if batches is not None:
             folding.error = _output_error(model, batches)
     return folding
+
+
+def check_one_adapter(model: nn.Module, asked: str) -> None:
+    """An error if there are several, which could not be exchanged any more."""
+    if len(adapter_names(model)) > 1:
+        raise TokenGateError(
+            f"{asked} was asked of a model with several adapters: save the one to merge with "
+            "tokengate.save(model, folder, name=...), and load it alone into a fresh base."
+        )
 
 
 def _settle(model: nn.Module) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from tokengate.adapters.folding.folding import Folding, fold
+from tokengate.adapters.folding.folding import Folding, check_one_adapter, fold
 from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.changing import exclusive
 from tokengate.layers.folded import let_go
-from tokengate.layers.named_adapters import adapter_names
 from tokengate.layers.patched import all_layers, require_layers
 from tokengate.patching.patch import unpatch
 from tokengate.reports.module_sparsity import ModuleSparsity
@@ -52,11 +51,7 @@ def merge_and_unload(
         TokenGateError: as of `fold`; `seen` is None and a gate may close. The model is then as it
             was.
     """
-    if len(adapter_names(model)) > 1:
-        raise TokenGateError(
-            "merge_and_unload was asked of a model with several adapters: save the one to merge "
-            "with tokengate.save(model, folder, name=...), and load it alone into a fresh base."
-        )
+    check_one_adapter(model, "merge_and_unload")
     if seen is None:
         seen = _open_everywhere(model)
     folding = fold(model, seen, force=force, safe=safe, dequantise=dequantise)
