@@ -1,5 +1,6 @@
 """Every public name is in the table and in the API; every link leads somewhere; no page is lost."""
 
+import json
 import posixpath
 import re
 import sys
@@ -70,3 +71,14 @@ def test_the_site_has_every_page():
     }
     assert len(from_elsewhere) > 5
     assert listed == (files | from_elsewhere) - {"package_index.md"}
+
+
+def test_notebooks_are_kept_without_what_they_print():
+    """MkDocs executes them; what stands in git is what was written."""
+    notebooks = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+    assert len(notebooks) >= 2
+    for path in notebooks:
+        cells = json.loads(path.read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert len(code) > 5
+        assert all(c["outputs"] == [] and c["execution_count"] is None for c in code), path
