@@ -301,7 +301,7 @@ def test_plan_of_llama3_8b_takes_no_memory(transformers, tmp_path, large_parent)
         "Adam's states": 2 * trained,
     }
     assert found["bytes"]["frozen parameters"] > 4 * peak  # the test can fail
-    assert f"\n{plan_text(found)}\n```" in (ROOT / "README.md").read_text()
+    assert f"\n{plan_text(found)}\n```" in (ROOT / "docs" / "command_line.md").read_text()
 
 
 def test_plan_of_llava_7b_takes_no_memory(transformers, tmp_path, large_parent):

@@ -1,4 +1,7 @@
-"""The README's Python runs as printed, on a tiny model in place of the large one."""
+"""The README's and the integrations' Python runs as printed, tiny models in place of large ones.
+
+The pages of docs/ are run by tests/documents/.
+"""
 
 import importlib
 import re
@@ -6,133 +9,65 @@ import socket
 
 import pytest
 import torch
-from models import away_from_initialisation, snapshot
+from code_blocks import python_of
+from models import snapshot
 from places import ROOT
+from small_llama import small_llama
 
 import tokengate
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 README = (ROOT / "README.md").read_text()
+CODE = python_of(README)
 
 
-CODE = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+def test_it_is_a_page():
+    """What is more goes into docs/."""
+    assert len(README.splitlines()) <= 160
 
 
-class Tokenizer:
-    def __call__(self, text, return_tensors):
-        return {"input_ids": torch.arange(3, 3 + len(text.split()))[None]}
-
-
-def small_llama():
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def test_the_language_model_example(monkeypatch, capsys):
-    code = CODE[0]
-    assert len([line for line in code.splitlines() if line]) <= 15
-
-    def model(name, dtype):
-        return small_llama().to(dtype)
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
-    scope = {}
-    exec(code, scope)
-    assert len(tokengate.layers(scope["model"])) == 4
-    assert "sparsity (%)" in capsys.readouterr().out
-
-
-def test_the_adalora_example(capsys):
-    assert len(CODE) == 7
-    scope = {}
-    exec(CODE[1], scope)
-    assert sum(scope["allocator"].ranks.values()) == 8
-    assert str(scope["allocator"].ranks) in capsys.readouterr().out
-
-
-def test_the_example_of_regions():
-    scope = {}
-    exec(CODE[2], scope)
-    model, x, suffix = scope["model"], scope["x"], scope["suffix"]
-    away_from_initialisation(model)
-    with tokengate.disabled(model):
-        base = model(x)
-    with tokengate.restrict(model, suffix):
-        found = model(x)
-    assert torch.equal(found[~suffix], base[~suffix])
-    assert not torch.equal(found[suffix], base[suffix])
-
-
-def test_the_example_that_keeps_an_adapter(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loop_runs_offline_and_closes_some(one_thread, monkeypatch, tmp_path, capsys, seed):
+    loop, keep = CODE[:2]
+    assert len([line for line in loop.splitlines() if line]) <= 15
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "socket", None)
+    torch.manual_seed(seed)
     scope = {}
-    exec(CODE[3], scope)
+    exec(loop, scope)
+    (sparsity,) = re.findall(r"^sparsity ([\d.]+) %", capsys.readouterr().out, re.MULTILINE)
+    assert 1 < float(sparsity) < 99
+    exec(keep, scope)
     assert (tmp_path / "outputs" / "adapter" / "tokengate_config.json").exists()
-    assert "1 kept" in capsys.readouterr().out
-    assert list(tokengate.layers(scope["model"])) == ["0"]
+    with tokengate.disabled(scope["model"]):
+        base = scope["model"](scope["tokens"])
+    assert not torch.equal(scope["found"][scope["inside"]], base[scope["inside"]])
 
 
-def test_the_example_of_a_page(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    tokenizer = Tokenizer()
-    tokenizer.convert_ids_to_tokens = lambda ids: [f"token {number}" for number in ids.tolist()]
-    model = tokengate.patch(small_llama(), ["q_proj"])
-    scope = {"tokengate": tokengate, "model": model, "tokenizer": tokenizer}
-    exec(CODE[4], {**scope, "batch": tokenizer("a b c", return_tensors="pt")})
-    page = (tmp_path / "outputs" / "report.html").read_text()
-    assert '"tokens":["token 3","token 4","token 5"]' in page
+@pytest.mark.usefixtures("own_accelerate")
+def test_the_trainer_in_eight_lines(monkeypatch, tmp_path):
+    model, arguments = small_llama(), transformers.TrainingArguments
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
+    quiet["dataloader_pin_memory"] = False
+    scope = {"tokengate": tokengate, "texts": Texts()}
+    scope["TrainingArguments"] = lambda folder, **o: arguments(tmp_path, **o, **quiet)
+    code, imported = CODE[2], "Trainer, TrainingArguments\n"
+    assert len([line for line in code.splitlines() if line]) <= 8
+    assert imported in code
+    exec(code.replace(imported, "Trainer\n"), scope)
+    assert len(tokengate.layers(model)) == 4
+    for layer in tokengate.layers(model).values():
+        assert layer.modification.B.abs().sum() > 0
 
 
-def test_the_example_that_is_seen(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib", reason="the viz extra is not installed")
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(CODE[5], scope)
-    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.png", "trajectories.png"}
-    assert scope["history"].steps == list(range(0, 100, 10))
-    assert scope["history"].sparsity[-1] > 0
-
-
-def test_the_example_of_several_processes(monkeypatch):
-    """On one process, which sees whether it runs; tests/training/test_distributed.py has two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    joining = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in joining.items():
-        monkeypatch.setenv(name, value)
-    ids = torch.arange(3, 9)[None]
-    scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
-    try:
-        exec(CODE[6], scope)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert {m.positions for m in scope["report"].modules.values()} == {6}
-    for layer in tokengate.layers(scope["model"]).values():
-        assert layer.gate.tau.full_tensor().item() == pytest.approx(4e-5, rel=1e-3)
-
-
-def test_the_table_of_methods():
-    from tokengate.gates.registry import options_of
-    from tokengate.methods import registry
-
-    text = README.split("## The methods")[1].split("\n## ")[0]
-    rows = [line.split("|") for line in text.splitlines() if line.startswith('| `"')]
-    options = {row[1].strip(' `"'): row[3] for row in rows}
-    assert options["dora"].strip() == 'as `"lora"`'
-    assert set(options) == {"lora", "dora", "adalora", "adapter"}
-    for method in ("lora", "adalora", "adapter"):
-        named = re.findall(r"`(\w+)`", options[method])
-        assert named == list(options_of(registry.METHODS.find(method)))
+def test_that_is_all_of_its_python():
+    assert len(CODE) == 3
 
 
 def test_the_api_table_names_what_there_is():
-    table = README.split("## The API")[1].split("##")[0]
+    table = (ROOT / "docs" / "names.md").read_text()
     called = "patch unpatch disabled restrict after register_gate layers "
     called += "param_groups follow clip_grad_norm_ TauAdam record RankAllocator orthogonality"
     for name in (

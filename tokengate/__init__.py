@@ -41,4 +41,4 @@ from tokengate.training.scale_penalty import scale_penalty as scale_penalty
 from tokengate.training.sparsity_controller import SparsityController as SparsityController
 from tokengate.training.tau_adam import TauAdam as TauAdam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -62,9 +62,9 @@ def rounded(kept):
     return str(int(kept + 0.5))
 
 
-def table_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines()]
+def table_of_the_page():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     return {row[0]: row[1:] for row in rows if row and re.match("(tokengate, gated|PEFT)", row[0])}
 
 
@@ -77,15 +77,15 @@ def test_kept_for_backward(method, gate, bias):
     assert kept_for_backward(patched(method, gate, bias)) <= kept - 195
 
 
-def test_what_the_readme_says_is_kept():
+def test_what_the_page_of_methods_says_is_kept():
     wanted = [rounded(kept_for_backward(patched(m, dropout=0.05))) for m in LIMITS]
-    assert table_of_the_readme()["tokengate, gated"] == wanted
+    assert table_of_the_page()["tokengate, gated"] == wanted
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("float32_adapters", [True, False], ids=["fp32", "bf16"])
 def test_what_the_readme_says_of_peft(float32_adapters):
-    row = table_of_the_readme()["PEFT" if float32_adapters else "PEFT, bfloat16 adapters"]
+    row = table_of_the_page()["PEFT" if float32_adapters else "PEFT, bfloat16 adapters"]
     for method, cell in zip(["lora", "dora", "adalora"], row, strict=False):
         kept = kept_for_backward(wrapped_by_peft(method, float32_adapters))
         assert kept > 3 * LIMITS[method] or not float32_adapters

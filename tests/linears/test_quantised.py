@@ -433,7 +433,7 @@ def test_a_model_that_transformers_quantised(folder, name, method):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=configuration(name), dtype=torch.bfloat16
     )
-    for module in model.modules():  # see the README about CPUs with AVX512-BF16
+    for module in model.modules():  # see docs/architectures.md about CPUs with AVX512-BF16
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     ids = torch.randint(3, 64, (2, 7))

@@ -323,7 +323,7 @@ def flattened(folder, rank, port):
 
 
 def with_accelerate(folder, rank, port):
-    """The README's loop, under data parallelism and under FSDP2."""
+    """The loop of docs/distributed.md, under data parallelism and under FSDP2."""
     join(rank, port)
     import accelerate
     from accelerate_state import reset
