@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import RankWarning, TokenGateError, brief, listed
+from tokengate.linears.linear_like import features_of
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
@@ -27,6 +29,22 @@ def options_by_layer(
         name: {**options, **{option: table[name] for option, table in tables.items()}}
         for name in names
     }
+
+
+def warn_of_rank(options: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Any]) -> None:
+    """Warn, once for all of them, of layers given a rank that no matrix of theirs can have."""
+    found = []
+    for name, layer in layers.items():
+        sizes, rank = features_of(layer), options[name].get("rank", 0)
+        if rank > max(sizes):
+            found.append(f"{name!r} ({sizes[0]} -> {sizes[1]}, rank {rank})")
+    if found:
+        warnings.warn(
+            f"the rank is above both features of {listed(found)}, where a lower one gives every "
+            'matrix there is: pass one, e.g. as a dict, rank={"*.small": 4, "*": 16}.',
+            RankWarning,
+            stacklevel=4,
+        )
 
 
 def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
-from tokengate.patching.options import options_by_layer
+from tokengate.patching.options import options_by_layer, warn_of_rank
 from tokengate.patching.other_words import check_no_config, check_words
 from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.save_pretrained import watch_saving
@@ -68,7 +68,8 @@ def patch(
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
     exactly what they did before. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
-    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`.
+    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
+    a rank above both features of a layer, a `RankWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -163,6 +164,8 @@ def patch(
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
     warn_of_frozen(model)
+    if kind.linear:
+        warn_of_rank(own_options, chosen)
     return model
 
 
