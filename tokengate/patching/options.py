@@ -55,6 +55,13 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
                 "compiled regular expressions."
             )
     patterns = as_patterns(option, table)
+    for pattern in patterns:
+        # "All others" may be none.
+        if not pattern == patterns[-1] == "*" and not any(matches(pattern, n) for n in names):
+            raise TokenGateError(
+                f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or "
+                f"take it out; {nearest(pattern, names)}."
+            )
     values: dict[str, Any] = {}
     used: set[Pattern] = set()
     for name in names:
@@ -67,15 +74,9 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
         values[name] = table[pattern]
         used.add(pattern)
     for pattern in patterns:
-        if pattern in used or pattern == patterns[-1] == "*":  # "all others" may be none
-            continue
-        if any(matches(pattern, name) for name in names):
+        if pattern not in used and any(matches(pattern, name) for name in names):
             raise TokenGateError(
                 f"{option}= never uses {show(pattern)}, because earlier patterns match the same "
                 "layers: put it before them."
             )
-        raise TokenGateError(
-            f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or take "
-            f"it out; {nearest(pattern, names)}."
-        )
     return values
