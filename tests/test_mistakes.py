@@ -1,4 +1,4 @@
-"""Each mistake in docs/mistakes.md does what stands there; `python tests/test_mistakes.py` writes it.
+"""Each mistake in docs/mistakes.md does what stands there; run as a program, this writes it.
 
 A row of its tables is one line of Python and what comes of it: "Right." where it does what was
 meant, or the error or the one warning, word for word.

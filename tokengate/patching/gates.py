@@ -69,7 +69,7 @@ def _kind(gate: Any) -> type[Gate] | None:
         return None
     if gate is None:
         raise TokenGateError(
-            "gate=None says neither: pass gate=False for the plain method, or leave it out for the "
+            "unknown gate None: pass gate=False for the plain method, or leave it out for the "
             "paper's threshold."
         )
     return GATES.find("threshold" if gate is True else gate)

@@ -65,16 +65,16 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
     values: dict[str, Any] = {}
     used: set[Pattern] = set()
     for name in names:
-        pattern = next((p for p in patterns if matches(p, name)), None)
-        if pattern is None:
+        first = next((p for p in patterns if matches(p, name)), None)
+        if first is None:
             raise TokenGateError(
                 f"{option}= has no pattern for the layer {name!r}: add one, or '*' at the end for "
                 "all others."
             )
-        values[name] = table[pattern]
-        used.add(pattern)
+        values[name] = table[first]
+        used.add(first)
     for pattern in patterns:
-        if pattern not in used and any(matches(pattern, name) for name in names):
+        if pattern not in used and not pattern == patterns[-1] == "*":
             raise TokenGateError(
                 f"{option}= never uses {show(pattern)}, because earlier patterns match the same "
                 "layers: put it before them."
