@@ -142,7 +142,7 @@ def _layers_and_heads(
 def _config(folder: Path) -> dict[str, Any]:
     if (folder / OURS).exists() and not (folder / CONFIG).exists():
         raise TokenGateError(
-            f"{folder / OURS!s} has no peft_type, which tokengate.load reads: pass a folder that "
+            f"{folder / OURS!s} is ours, which tokengate.load reads as it is: pass a folder that "
             "PEFT wrote."
         )
     for path in (folder, folder / CONFIG, folder / WEIGHTS):

@@ -90,10 +90,14 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
         TokenGateError: it is of another format or version; a field is missing, unknown or wrong.
     """
     if found.get("format") != "tokengate":
-        hint = ", which looks like one of Hugging Face PEFT: see integrations.hf_peft"
+        if "peft_type" in found:
+            raise TokenGateError(
+                f"{where} is of Hugging Face PEFT's format: read it with import_peft(model, "
+                "folder) of tokengate.integrations.hf_peft, or pass a folder that tokengate.save "
+                "wrote."
+            )
         raise TokenGateError(
-            f"{where} is not of tokengate's format{hint if 'peft_type' in found else ''}: pass a "
-            "folder that tokengate.save wrote."
+            f"{where} is not of tokengate's format: pass a folder that tokengate.save wrote."
         )
     version = found.get("format_version")
     if version != FORMAT:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+from tokengate.arguments import did_you_mean, spelled
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
 
@@ -60,14 +60,15 @@ class Registry(Generic[_Base]):
         """The class behind a name; a subclass stands for itself."""
         if isinstance(asked, type) and issubclass(asked, self._base):
             return asked
-        if not isinstance(asked, str) or asked not in self.kinds:
-            hint = _did_you_mean(str(asked), self.kinds)
+        name = spelled(asked, self.kinds)
+        if name is None:
+            hint = did_you_mean(asked, self.kinds)
             raise TokenGateError(
                 f"unknown {self._what} {brief(asked)}{hint}: choose one of "
                 f"{', '.join(sorted(self.kinds))}, or pass a subclass of "
                 f"tokengate.{self._base.__name__}."
             )
-        return self.kinds[asked]
+        return self.kinds[name]
 
     def name_of(self, kind: type[_Base]) -> str | None:
         """The name by which `find` finds just this class; None if there is none."""
@@ -94,12 +95,15 @@ def options_of(kind: type) -> dict[str, Any]:
     return names
 
 
-def check_options(kind: type, options: Iterable[str]) -> None:
-    """An error, which names the valid ones, if `kind` does not have one of the options."""
+def check_options(kind: type, options: Iterable[str], beside: Iterable[str] = ()) -> None:
+    """An error, which names the valid ones, if `kind` does not have one of the options.
+
+    What is `beside` them, as arguments of the caller's own, may have been meant.
+    """
     valid = options_of(kind)
     unknown = [name for name in options if name not in valid]
     if unknown:
-        hint = _did_you_mean(unknown[0], valid)
+        hint = did_you_mean(unknown[0], [*valid, *beside])
         raise TokenGateError(
             f"unknown option {unknown[0]!r} for {kind.__name__}{hint}: its options are "
             f"{', '.join(valid) or 'none'}."
@@ -113,11 +117,6 @@ def with_defaults(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
-
-
-def _did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 GATES: Registry[Gate] = Registry(Gate, "gate", "register_gate")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokengate.arguments import switch
+from tokengate.contexts import Waiting
 from tokengate.errors import TokenGateError
 from tokengate.layers.calls import RESTRICT, enter, leave
 from tokengate.layers.folded import folded
@@ -17,7 +18,7 @@ from tokengate.linears.experts import is_expert
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
-class restrict:
+class restrict(Waiting):
     """Within this context the modifications of `model` act at the given positions alone:
 
         with tokengate.restrict(model, mask): ...                       # (B, T), True is inside
@@ -72,8 +73,10 @@ class restrict:
         self._regions: Mapping[nn.Module, tuple[str, Region]] = {
             patched[name]: (name, each) for name, each in regions.items()
         }
+        self._called, self._waits = "restrict", True
 
     def __enter__(self) -> None:
+        self._waits = False
         # What a region has seen belongs to this context, also where others enter the same object.
         anew = {region: region.anew() for _, region in self._regions.values()}
         regions = {layer: (name, anew[each]) for layer, (name, each) in self._regions.items()}

@@ -67,4 +67,9 @@ def build_gate(planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Lin
 def _kind(gate: Any) -> type[Gate] | None:
     if gate is False:
         return None
+    if gate is None:
+        raise TokenGateError(
+            "unknown gate None: pass gate=False for the plain method, or leave it out for the "
+            "paper's threshold."
+        )
     return GATES.find("threshold" if gate is True else gate)

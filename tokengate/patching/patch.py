@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
@@ -28,10 +29,11 @@ from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
-from tokengate.patching.options import options_by_layer
+from tokengate.patching.options import options_by_layer, warn_of_rank
+from tokengate.patching.other_words import check_no_config, check_words
 from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.save_pretrained import watch_saving
-from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
+from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
 from tokengate.patterns import Pattern
@@ -47,7 +49,7 @@ _ASKED = "_tokengate_asked"
 @exclusive
 def patch(
     model: _Model,
-    targets: Targets,
+    targets: Targets | None = None,
     method: str | type[Modification] = "lora",
     *,
     tau: float | None = None,
@@ -66,7 +68,8 @@ def patch(
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
     exactly what they did before. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
-    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`.
+    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
+    a rank above both features of a layer, a `RankWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -112,13 +115,21 @@ def patch(
     Raises:
         TokenGateError: what is asked cannot be done, in one sentence.
     """
+    check_no_config(targets, method, *options.values())
+    check_can_patch(model, "patch")
+    kind = METHODS.find(method)
+    check_words(kind, options)
+    check_options(kind, options, beside=signature(patch).parameters)
+    if targets is None:
+        raise TokenGateError(
+            'patch was given no targets: pass names of layers, e.g. ["q_proj", "v_proj"], or '
+            f'"{ALL_LINEAR}".'
+        )
+    targets = all_linear_or(targets)
     if tau is not None:
         finite("tau", tau)
     if penalty is not None:
         non_negative("penalty", penalty)
-    check_can_patch(model, "patch")
-    kind = METHODS.find(method)
-    check_options(kind, options)
     adapter = current_name(model)
     trained = named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices)
@@ -153,6 +164,8 @@ def patch(
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
     warn_of_frozen(model)
+    if kind.linear:
+        warn_of_rank(own_options, chosen)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from tokengate.arguments import spelled
 from tokengate.errors import TokenGateError
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
@@ -91,6 +92,12 @@ def find_targets(
     warn_of_skipped(beside, names.first)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
+
+
+def all_linear_or(targets: Targets) -> Targets:
+    """`targets`, but "all-linear" for whatever it was spelled like, alone in a list, too."""
+    alone = targets[0] if isinstance(targets, list) and len(targets) == 1 else targets
+    return spelled(alone, [ALL_LINEAR]) or targets
 
 
 class _Names:

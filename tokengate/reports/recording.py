@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import count, switch
+from tokengate.contexts import context
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
@@ -262,7 +263,7 @@ def _keep(
     details.setdefault(name, PositionCounts()).add(~is_open, real)
 
 
-@contextlib.contextmanager
+@context
 def record(
     model: nn.Module,
     positions: bool = False,

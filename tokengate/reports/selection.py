@@ -60,7 +60,7 @@ def select(
     Raises:
         TokenGateError: an argument is wrong, or a module was never called and has no sparsity.
     """
-    choice("keep", keep, ("lowest", "highest"))
+    keep = choice("keep", keep, ("lowest", "highest"))
     if not 0 < finite("fraction", fraction) <= 1:
         raise TokenGateError(
             f"fraction={brief(fraction)} is not in (0, 1]: pass a share of the modules, e.g. 0.5."

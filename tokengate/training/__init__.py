@@ -5,3 +5,4 @@ and `following.py`.
 """
 
 from tokengate.training import other_rules as other_rules  # which watches optimisers
+from tokengate.training.checks import left_out as left_out  # likewise

@@ -53,8 +53,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
 
     Raises:
         TokenGateError: no layer of the model has a gate with a threshold; `use` was given rows;
-            there are no batches, or a layer was called in none of them; M(x) or W0 x is not finite
-            somewhere; an argument is wrong. The taus are then as they were.
+            there are no batches, or a layer was called in none of them; M(x) is 0
+            everywhere, or it or W0 x is not finite somewhere; an argument is wrong. The taus are
+            then as they were.
     """
     share("sparsity", sparsity)
     gated = {
@@ -76,6 +77,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches)
+        if not any(seen.moved() for seen in counted.values()):
+            raise TokenGateError(
+                f"calibrate found M(x) = 0 at every position of this {type(model).__name__}, as it "
+                "is before training, where no tau closes a share: train the modifications first, "
+                "or load trained ones."
+            )
         taus = {
             name: torch.full_like(taus[name], seen.threshold(sparsity)[0])
             for name, seen in counted.items()
@@ -120,6 +127,10 @@ class _Ratios:
         index = place.nan_to_num(math.inf).clamp(0, len(self._bins) - 1).long()
         self._heaviest = max(self._heaviest, weights.max().item())
         self._bins += torch.bincount(index.flatten(), weights.flatten(), len(self._bins))
+
+    def moved(self) -> bool:
+        """Whether r was above 0 anywhere."""
+        return bool(self._bins[1:].any())
 
     def threshold(self, share: float) -> tuple[float, float]:
         """A tau, and the share that it closes, as near to `share` as these positions allow.

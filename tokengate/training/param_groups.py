@@ -11,6 +11,7 @@ from tokengate.arguments import count, non_negative, positive
 from tokengate.errors import TokenGateError
 from tokengate.gates.living import tau_of
 from tokengate.layers.patched import require_layers
+from tokengate.training.checks.thawed import refuse_thawed
 
 # The paper's s, and how far tau is to be able to go in a training of fewer steps than the paper's.
 _PAPER, _TRAVEL = 4e-5, 0.4
@@ -51,13 +52,14 @@ def param_groups(
         weight_decay: of the first group; None leaves it to the optimiser's default.
 
     Raises:
-        TokenGateError: a number is out of its range, both `s` and `total_steps` are given, or the
-            model has nothing to train.
+        TokenGateError: a number is out of its range, both `s` and `total_steps` are given, the
+            weight of a patched layer is trainable, or the model has nothing to train.
     """
     non_negative("lr", lr)
     s = slope(s, total_steps)
     rule = tau_rule(s, alpha, betas, eps)
     gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
+    refuse_thawed(model, "param_groups")
     taus = [tau for gate in gates if gate is not None and (tau := tau_of(gate)) is not None]
     is_tau = {id(tau) for tau in taus}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_tau]
