@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import tokengate
 from tokengate import TokenGateError
 from tokengate.reports.report import SparsityReport, check_report
-from tokengate.reports.sparsity_table import SparsityTable, name_grid
+from tokengate.reports.tables.sparsity_table import SparsityTable, name_grid
 
 # Okabe and Ito's colours, which colour-blind people tell apart, without their yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

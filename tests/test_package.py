@@ -74,6 +74,7 @@ def test_public_names():
         "after",
         "calibrate",
         "clip_grad_norm_",
+        "compare",
         "count",
         "disabled",
         "fold",
@@ -157,7 +158,9 @@ def test_the_house_is_in_order():
             assert len({*folder.glob("*.py")} - {folder / "__init__.py"}) <= 15, folder
 
 
-@pytest.mark.parametrize("wing", [*WINGS, "reports/page"])
+@pytest.mark.parametrize(
+    "wing", [*WINGS, *(f"reports/{each}" for each in ("effects", "page", "tables"))]
+)
 def test_a_wing_says_what_it_is_may_import_and_begins_with(wing):
     text = ast.get_docstring(ast.parse((ROOT / "tokengate" / wing / "__init__.py").read_text()))
     assert "import" in text.lower()
@@ -267,7 +270,8 @@ def test_packages_on_disk_are_the_packages_listed():
     data = setuptools["package-data"]
     for file in (ROOT / "tokengate").rglob("*"):
         if file.is_file() and file.suffix not in (".py", ".pyc"):
-            package = ".".join(file.parent.relative_to(ROOT).parts)
+            folder = next(each for each in file.parents if (each / "__init__.py").exists())
+            package = ".".join(folder.relative_to(ROOT).parts)
             assert any(map(file.match, data[package])), file
     assert f'version = "{tokengate.__version__}"' in text
 
