@@ -77,6 +77,7 @@ def test_public_names():
         "compare",
         "count",
         "disabled",
+        "export_changes",
         "fold",
         "follow",
         "layers",
