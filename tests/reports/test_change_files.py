@@ -108,8 +108,8 @@ def test_refusals(tmp_path):
 
 
 def test_samples_come_first_also_where_the_model_has_them_second(tmp_path):
-    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False).eval()
-    model = away_from_initialisation(tokengate.patch(attention, ["linear1"], rank=2))
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False).eval()
+    model = away_from_initialisation(tokengate.patch(encoder, ["linear1"], rank=2))
     x = torch.randn(4, 4, 8)  # as many samples as places, which no shape tells apart
     found = load_file(tokengate.export_changes(model, [x], tmp_path)[0])["linear1"]
     (alone,) = tokengate.export_changes(model, [x[:, 1:2]], tmp_path / "alone")

@@ -145,8 +145,8 @@ class _Writer:
         m = self._pending.pop(name, None)
         if m is None:  # it has no modification here
             return
-        if m.shape != h.shape:  # samples come first in what is told
-            m = m.transpose(0, 1)
+        if self._layers[name]._sequence_first and m.dim() == 3:
+            m = m.transpose(0, 1)  # samples come first in what is told
         key, again = name or "model", 0
         while key in self._head:
             again += 1
