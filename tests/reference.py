@@ -44,6 +44,30 @@ def gate_backward(m, opened, grad, penalty, mask=None):
     return grad_w, grad_m, g
 
 
+def token_effects(base_logits, logits, ids, real, shift):
+    """log p(x_i) - log p_base(x_i), and KL(p || p_base) of what predicts x_i, of (T, V) and (T,).
+
+    NaN at padding, and where no real position predicts x_i.
+    """
+    changes, kls = [], []
+    for i in range(len(ids)):
+        by = i - 1 if shift else i
+        if by < 0 or not (real[i] and real[by] and 0 <= ids[i] < len(logits[by])):
+            changes.append(math.nan)
+            kls.append(math.nan)
+            continue
+        new, old = (_softmax(each[by]) for each in (logits, base_logits))
+        changes.append(math.log(new[ids[i]]) - math.log(old[ids[i]]))
+        terms = (p * (math.log(p) - math.log(q)) for p, q in zip(new, old, strict=True) if p > 0)
+        kls.append(sum(terms))
+    return changes, kls
+
+
+def _softmax(scores):
+    exponentials = [math.exp(float(score)) for score in scores]
+    return [each / sum(exponentials) for each in exponentials]
+
+
 def tau_adam(tau, gs, s, alpha=1.0, beta1=0.9, beta2=0.98, eps=1e-8):
     """Eq. 18-22: the trajectory of tau under the directions g_1, g_2, ..."""
     m = v = 0.0

@@ -76,8 +76,10 @@ def test_public_names():
         "after",
         "calibrate",
         "clip_grad_norm_",
+        "compare",
         "count",
         "disabled",
+        "export_changes",
         "fold",
         "follow",
         "layers",
@@ -166,7 +168,9 @@ def test_the_house_is_in_order():
             assert len({*folder.glob("*.py")} - {folder / "__init__.py"}) <= 15, folder
 
 
-@pytest.mark.parametrize("wing", [*WINGS, "reports/page"])
+@pytest.mark.parametrize(
+    "wing", [*WINGS, *(f"reports/{each}" for each in ("effects", "page", "tables"))]
+)
 def test_a_wing_says_what_it_is_may_import_and_begins_with(wing):
     text = ast.get_docstring(ast.parse((ROOT / "tokengate" / wing / "__init__.py").read_text()))
     assert "import" in text.lower()

@@ -24,6 +24,8 @@ from tokengate.methods.registry import register as register
 from tokengate.patching.disabled import disabled as disabled
 from tokengate.patching.patch import patch as patch
 from tokengate.patching.patch import unpatch as unpatch
+from tokengate.reports.effects.change_files import export_changes as export_changes
+from tokengate.reports.effects.comparison import compare as compare
 from tokengate.reports.history import History as History
 from tokengate.reports.modification_norms import modification_norms as modification_norms
 from tokengate.reports.page.sample_views import PatchView as PatchView

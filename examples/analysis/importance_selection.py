@@ -43,6 +43,13 @@ import matplotlib.pyplot as plt
 
 GATED, ALL = "gated, all modules", "all modules"  # the first runs, and the baseline of the others
 LOW = "S_low"
+# Table 4's names of its rows, in words.
+SPOKEN = {
+    "S_high": "highest sparsity first",
+    "norm_relative": "largest ||M(x)|| / ||W0 x|| first",
+    "norm_abs": "largest ||M(x)|| first",
+    "half_rank": "all of them, at half the rank",
+}
 
 
 @dataclass(frozen=True)
@@ -187,12 +194,14 @@ def draw(args: argparse.Namespace, scores: dict[Run, list[float]], path: Path) -
     found = [scores[Run(LOW, percent)] for percent in swept] + [scores[Run(ALL)]]
     bars(axes, [*swept, 100], found, "lowest sparsity first", fmt="o-")
     others = [run for run in scores if run.row not in (LOW, ALL, GATED, "random")]
-    shift = 0.8
+    shift = 1.6  # so that all bars are seen
     for place, run in enumerate(others, 1):
-        bars(axes, [run.percent + shift * place], [scores[run]], run.row, fmt="s")
+        bars(axes, [run.percent + shift * place], [scores[run]], SPOKEN[run.row], fmt="s")
     drawn = [score for run in scores if run.row == "random" for score in scores[run]]
     bars(axes, [args.percent - shift], [drawn], f"random, {args.draws} draws", fmt="d")
     axes.set(xlabel="modules adapted (%)", ylabel="accuracy, held out (%)", xlim=(0, 104))
+    axes.set_ylim(None, 100)
+    axes.set_title("Which modules to adapt: mean and deviation over the seeds", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -135,6 +135,10 @@ class Change:
             return None
         return self._selected[1]
 
+    def multiplied_out(self) -> Tensor:
+        """M(x) itself, `(..., out_features)`; to be asked for before `add`."""
+        return self._whole() if isinstance(self.m, Factors) else self.m
+
     def _whole(self) -> Tensor:
         """M(x) of factors, multiplied out; the gradients are those of its factors.
 

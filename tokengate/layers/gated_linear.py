@@ -59,11 +59,14 @@ class Observer:
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
         trained: whether only those calls are that a backward may come through.
+        change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
+            adapters of their own, of one adapter after the other.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
     trained: bool = False
+    change: Callable[[Tensor], None] | None = None
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -198,6 +201,9 @@ class Gated(Swapped):
         m = whole_of(modification, input, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
         norms = change.norms() if wants_norms else None
+        for observer in said_of(self, RECORD) if contexts() else []:
+            if observer.change is not None:
+                observer.change(change.multiplied_out())
         a = None if gate is None else gate(Positions(change, input, at_positions))
         if inside is not None:
             inside = self.in_own_order(inside, out)

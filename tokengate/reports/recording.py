@@ -37,6 +37,7 @@ from tokengate.reports.counting import (
 )
 from tokengate.reports.histogram import count_ratios
 from tokengate.reports.position_counts import PositionCounts
+from tokengate.reports.provenance import name_of_model, provenance
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
 from tokengate.sharding import number_here
@@ -68,7 +69,8 @@ class Recorder:
     ) -> None:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
-        self._gates = {name: layer.gate for name, layer in self._layers.items()}
+        self._parts = {n: (layer.modification, layer.gate) for n, layer in self._layers.items()}
+        self._model = name_of_model(model)
         # Threads may have been given its context.
         self._lock = threading.Lock()
         # On the modules' devices.
@@ -154,7 +156,7 @@ class Recorder:
             TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
                 recorded with the same `positions` and `ratios`.
         """
-        return made_report(self._collect(reduce), None)
+        return made_report(self._collect(reduce), None, self._about())
 
     def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
         """The same for each group of positions, with `record(groups=...)`.
@@ -169,14 +171,21 @@ class Recorder:
         Raises:
             TokenGateError: as in `report`.
         """
-        found = self._collect(reduce)
-        return {group: made_report(found, group) for group in found[0] if group is not None}
+        found, about = self._collect(reduce), self._about()
+        return {
+            group: made_report(found, group, about | {"positions": group})
+            for group in found[0]
+            if group is not None
+        }
+
+    def _about(self) -> dict[str, str]:
+        return provenance(self._model, self._parts)
 
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
         taus = {
             n: None if g is None or g.threshold is None else number_here(g.threshold)
-            for n, g in self._gates.items()
+            for n, (_, g) in self._parts.items()
         }
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
