@@ -1,0 +1,130 @@
+"""A configuration of transformers made small: the same architecture with few layers and channels.
+
+Widths are all divided by one number, so that what must fit still fits: a hidden size and its heads,
+a projection and what it projects to. Which fields are widths, layers or ids is told by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+#: By how much widths are divided, in the order of trying.
+FACTORS = (16, 8, 4, 1)
+VOCABULARY, LAYERS, EXPERTS, CHOSEN = 128, 2, 4, 2
+
+# Counts of layers, which become two, and lists with an entry for each stage.
+_LAYERS = re.compile(
+    r"(^|_)(num_)?(hidden_|encoder_|decoder_|attention_|base_|block_|fusion_|mixer_|vision_|text_)*"
+    r"(layers?|depth|blocks)$|^n_layers?$|^num_\w*_(layers|blocks)$|^num_layers_\w+$|_layers$|^L$"
+)
+_NO_LAYERS = re.compile(
+    r"max_window|first_k|every|freq|hidden_layers?_idx|skip|shared|sparse|mtp|per_"
+)
+_STAGES = re.compile(r"^(depths|layer_depths|num_blocks|layers|encoder_blocks|decoder_blocks)$")
+_BY_LAYER = re.compile(r"(layer_types|layers_block_type|block_types|attention_types|_layer_types)$")
+_EXPERTS = re.compile(
+    r"^(n|num|moe_num|num_local|n_routed|num_routed|router_num)_?(local_|routed_)?experts$"
+)
+_CHOSEN = re.compile(r"experts_per_tok|^(moe_)?top_?k$|^num_selected_experts$|^moe_k$|^topk$")
+_GROUPS = re.compile(r"^(n_group|topk_group|moe_num_groups|num_expert_group)$")
+# How many layers are dense before those with experts begin.
+_FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+_WIDTH = re.compile(
+    r"(_size|_sizes|_dims?|_channels|_rank|_width|_inner|_features|_embd|_units)$"
+    r"|^(d_\w+|dim|dims|width|embed_dims?|n_embd|channels|hidden|mrope_section|conv_dim|inner_dim)$"
+)
+_NO_WIDTH = re.compile(
+    r"image|patch|kernel|window|chunk|vocab|batch|grid|stride|pool|position|block_size|segment|"
+    r"sample|tile|crop|context|merge|temporal|mel|^num_|in_channels|input_channels|bucket|group|"
+    r"type_|label|class|spatial|cache|queue|codebook_size|resolution|lookback|num_feat|conv_width|"
+    r"input_size|n_channels|frame|conv_size|crop|step|max_|head_channels|feature_size|output_size|"
+    r"input_dim|cardinality|cond_dim$|action|state_dim|act_dim|vq_|down_|up_size|local_size|memory_size"
+)
+_IDS = re.compile(r"_(token_)?(ids?|index)$|_token$")
+
+
+def shrunken(config: Any, factor: int, special: dict[str, Any] | None = None) -> Any:
+    """A new configuration of the same class, of which `special` has fields that are not guessed."""
+    return type(config)(**_fields(config, factor) | _plain(special or {}))
+
+
+def _plain(special: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in special.items() if not k.startswith("_")}
+
+
+def _fields(config: Any, factor: int) -> dict[str, Any]:
+    parts = {name for name in type(config).sub_configs if getattr(config, name, None) is not None}
+    fields = config.to_dict()
+    for name in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
+        fields.pop(name, None)
+    # Which follow from others.
+    for name in ("id2label", "label2id", "out_features", "out_indices", "stage_names"):
+        fields.pop(name, None)
+    layers = _kept_layers(fields)
+    small: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in parts:
+            part = getattr(config, name)
+            own = part.model_type
+            small[name] = {**_fields(part, factor), **({"model_type": own} if own else {})}
+        else:
+            small[name] = _shrunk(name, value, factor, layers)
+    return small
+
+
+def _kept_layers(fields: dict[str, Any]) -> list[int]:
+    """The numbers of the layers that stay: the first of each kind, and two at least."""
+    for name, value in fields.items():
+        if _BY_LAYER.search(name) and isinstance(value, (list, tuple)) and value:
+            kinds = list(map(str, value))
+            first = sorted({kinds.index(kind) for kind in kinds})
+            return first if len(first) > 1 else [*range(min(LAYERS, len(value)))]
+    return [*range(LAYERS)]
+
+
+def _shrunk(name: str, value: Any, factor: int, layers: list[int]) -> Any:
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return _shrunk_list(name, list(value), factor, layers)
+    if not isinstance(value, int):
+        if isinstance(value, dict) and "mrope_section" in value:
+            section = _shrunk_list("mrope_section", value["mrope_section"], factor, layers)
+            return {**value, "mrope_section": section}
+        return value
+    if "vocab_size" in name or name.endswith("codebook_size"):
+        return min(value, VOCABULARY)
+    if _IDS.search(name):
+        return value if value < VOCABULARY - 28 else VOCABULARY - 28 + _place(name)
+    if _EXPERTS.search(name):
+        return min(value, EXPERTS)
+    if _CHOSEN.search(name):
+        return min(value, CHOSEN)
+    if _GROUPS.search(name):
+        return 1
+    if name in _FIRST_SPARSE:
+        return min(value, 1)
+    if _LAYERS.search(name) and not _NO_LAYERS.search(name):
+        return min(value, len(layers))
+    if _WIDTH.search(name) and not _NO_WIDTH.search(name):
+        return max(1, value // factor)
+    return value
+
+
+def _place(name: str) -> int:
+    """The same small number for a name each time, another one for most others."""
+    return sum(name.encode()) % 28
+
+
+def _shrunk_list(name: str, value: list[Any], factor: int, layers: list[int]) -> Any:
+    if _BY_LAYER.search(name):
+        return [value[i] for i in layers if i < len(value)]
+    numbers = bool(value) and all(type(each) is int for each in value)
+    if numbers and _STAGES.search(name):
+        return [min(each, 1) for each in value]
+    if numbers and _IDS.search(name):
+        return [_shrunk(name, each, factor, layers) for each in value]
+    if numbers and _WIDTH.search(name) and not _NO_WIDTH.search(name):
+        return [max(1, each // factor) for each in value]
+    return value
