@@ -34,6 +34,11 @@ def _made(config: Any, parameters: Any, wanted: list[str]) -> dict[str, Any]:
         make = _MAKERS.get(name)
         if make is not None and name in parameters:
             found.setdefault(name, make(config, generator))
+    if "grid_thw" in parameters and "hidden_states" in found:  # of packed patches
+        side = _said(config, "patch_size", default=14)
+        size = 3 * side * side * _said(config, "temporal_patch_size", default=1)
+        found["hidden_states"] = torch.randn(16, size, generator=generator)
+        found["grid_thw"] = torch.tensor([[1, 4, 4]])
     text = any(name in found for name in ("input_ids", "inputs_embeds"))
     if text and "attention_mask" in parameters:
         found["attention_mask"] = torch.ones(_BATCH, _LENGTH, dtype=torch.long)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-#: By how much widths are divided, in the order of trying.
-FACTORS = (16, 8, 4, 1)
+#: By how much widths are divided, and whether images are made small, in the order of trying.
+WAYS = ((16, True), (8, True), (16, False), (4, False), (1, True), (1, False))
 VOCABULARY, LAYERS, EXPERTS, CHOSEN = 128, 2, 4, 2
 
 # Counts of layers, which become two, and lists with an entry for each stage.
@@ -28,6 +28,7 @@ _EXPERTS = re.compile(
 )
 _CHOSEN = re.compile(r"experts_per_tok|^(moe_)?top_?k$|^num_selected_experts$|^moe_k$|^topk$")
 _GROUPS = re.compile(r"^(n_group|topk_group|moe_num_groups|num_expert_group)$")
+_IMAGES, _POSITIONS = ("image_size", "img_size", "input_size"), 100
 # How many layers are dense before those with experts begin.
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 _WIDTH = re.compile(
@@ -44,16 +45,12 @@ _NO_WIDTH = re.compile(
 _IDS = re.compile(r"_(token_)?(ids?|index)$|_token$")
 
 
-def shrunken(config: Any, factor: int, special: dict[str, Any] | None = None) -> Any:
+def shrunken(config: Any, factor: int, images: bool, special: dict[str, Any]) -> Any:
     """A new configuration of the same class, of which `special` has fields that are not guessed."""
-    return type(config)(**_fields(config, factor) | _plain(special or {}))
+    return type(config)(**_fields(config, factor, images) | special)
 
 
-def _plain(special: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in special.items() if not k.startswith("_")}
-
-
-def _fields(config: Any, factor: int) -> dict[str, Any]:
+def _fields(config: Any, factor: int, images: bool) -> dict[str, Any]:
     parts = {name for name in type(config).sub_configs if getattr(config, name, None) is not None}
     fields = config.to_dict()
     for name in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
@@ -67,7 +64,12 @@ def _fields(config: Any, factor: int) -> dict[str, Any]:
         if name in parts:
             part = getattr(config, name)
             own = part.model_type
-            small[name] = {**_fields(part, factor), **({"model_type": own} if own else {})}
+            inner = _fields(part, factor, images)
+            small[name] = {**inner, **({"model_type": own} if own else {})}
+        elif images and name in _IMAGES and value:
+            small[name] = _small_image(value, fields.get("patch_size"))
+        elif name == "per_layer_config" and value:
+            small[name] = {k: v for k, v in value.items() if int(k) < len(layers)}
         else:
             small[name] = _shrunk(name, value, factor, layers)
     return small
@@ -84,8 +86,12 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
 
 
 def _shrunk(name: str, value: Any, factor: int, layers: list[int]) -> Any:
+    if value is None and (_EXPERTS.search(name) or name == "num_experts_per_tok"):
+        return EXPERTS if _EXPERTS.search(name) else CHOSEN
     if isinstance(value, bool) or value is None:
         return value
+    if name in ("max_source_positions", "max_target_positions"):
+        return min(value, _POSITIONS)
     if isinstance(value, (list, tuple)):
         return _shrunk_list(name, list(value), factor, layers)
     if not isinstance(value, int):
@@ -110,6 +116,15 @@ def _shrunk(name: str, value: Any, factor: int, layers: list[int]) -> Any:
     if _WIDTH.search(name) and not _NO_WIDTH.search(name):
         return max(1, value // factor)
     return value
+
+
+def _small_image(size: Any, patch: Any) -> Any:
+    """Of four patches a side, or 64 pixels; less where it was less."""
+    patch = patch if isinstance(patch, int) else 16
+    small = 4 * patch if patch > 4 else 64
+    if isinstance(size, (list, tuple)):
+        return [min(each, small) for each in size]
+    return min(size, small) if isinstance(size, int) else size
 
 
 def _place(name: str) -> int:

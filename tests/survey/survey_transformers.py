@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from inputs import generic_inputs
-from shrinking import FACTORS, shrunken
+from shrinking import WAYS, shrunken
 from special_cases import SPECIAL, Special
 from torch import Tensor, nn
 
@@ -132,9 +132,9 @@ def _working(model_type: str, kind: str, special: Special) -> tuple[Any, dict[st
     import transformers
 
     default, error = transformers.CONFIG_MAPPING[model_type], None
-    for factor in FACTORS:
+    for way in WAYS:
         try:
-            config = shrunken(default(), factor, special.fields)
+            config = shrunken(default(), *way, special.fields)
 
             def build(config: Any = config) -> nn.Module:
                 torch.manual_seed(0)
@@ -169,6 +169,8 @@ def _outcome(build: Any, inputs: dict[str, Any], targets: Any) -> tuple[str, int
             return check(build(), inputs, targets)
     except tokengate.TokenGateError as error:
         return "refused", 0, 0, str(error)
+    except TimeoutError as error:
+        return "unbuilt", 0, 0, str(error)
     except Exception as error:
         return "failed", 0, 0, _brief(error)
 
@@ -318,6 +320,7 @@ def main() -> None:
     parser.add_argument("model_types", nargs="*", help="which; all that were not run yet")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again, as failed")
+    parser.add_argument("--part", default="0/1", help="of several processes: 0/2 and 1/2")
     parser.add_argument("--write", action="store_true", help="write docs/survey.md and end")
     asked = parser.parse_args()
     results = read(asked.results)
@@ -328,7 +331,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     asked.results.parent.mkdir(parents=True, exist_ok=True)
-    for model_type, kind in classes().items():
+    part, parts = map(int, asked.part.split("/"))
+    for model_type, kind in list(classes().items())[part::parts]:
         done = results.get(model_type)
         again = done is None or done.outcome in asked.again or done.experts in asked.again
         if model_type in asked.model_types if asked.model_types else again:

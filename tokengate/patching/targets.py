@@ -21,7 +21,7 @@ from tokengate.linears.linear_like import (
     is_linear_like,
     whole,
 )
-from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.linears.owners import gives_other_shape, reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
 from tokengate.names import named_children
 from tokengate.patching.peft_adapters import parts_of_adapters
@@ -138,6 +138,11 @@ class _Names:
                     f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
                 )
+            elif is_linear_like(owner) and gives_other_shape(owner):
+                self.unreachable[owner] = (
+                    f"which is {_kind(owner)} and gives other outputs than (..., out_features), to "
+                    "which M(x) could be added: exclude it"
+                )
         self.offloaded = offloaded_whole(model)
         self.peft = parts_of_adapters(self.first)
         # A weight that is also an embedding's.
@@ -197,6 +202,8 @@ class _Names:
         head = output_head(self.model)
         linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
         linear = linear - {head} - self.unreachable.keys()
+        # As are such whose weight is an embedding's, whatever the model says of its head.
+        linear = {m for m in linear if id(m.weight) not in self.embedding}
         if not linear:
             raise TokenGateError(
                 f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
