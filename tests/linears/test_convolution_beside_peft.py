@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tokengate
+from tokengate.integrations import hf_peft
 
 pytest.importorskip("transformers", reason="the transformers extra is not installed")
 peft = pytest.importorskip("peft", reason="the test extra is not installed")
@@ -95,3 +96,36 @@ def test_outputs_and_gradients_are_pefts(shape, method, dtype, close):
     for found, wanted in zip(*results, strict=True):
         assert wanted.any()
         torch.testing.assert_close(found, wanted, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(("method", "shape"), [CASES[2], CASES[5], CASES[8], CASES[13]], ids=str)
+def test_adapters_go_in_and_out(method, shape, tmp_path):
+    kernel, stride, padding, groups = shape
+    base = nn.Sequential()
+    base.add_module("conv", nn.Conv2d(4, 8, kernel, stride, padding, groups=groups))
+    x = torch.randn(2, 4, 9, 8)
+    other = theirs(copy.deepcopy(base), method, 4)
+    with torch.no_grad():
+        for value in values(other.base_model.model.conv, method).values():
+            value += 0.3 * torch.rand_like(value)
+    wanted = other(x)
+    assert not torch.allclose(wanted, base(x), atol=1e-3)
+    other.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    hf_peft.import_peft(ours, tmp_path / "theirs", gate=False)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-5)
+    hf_peft.export_peft(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(again(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("lora", {"dilation": 2}), ("lora", {"padding_mode": "reflect"}), ("dora", {"groups": 2})],
+)
+def test_what_peft_computes_otherwise_is_not_exported(method, options, tmp_path):
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3, padding=1, **options)})
+    tokengate.patch(model, ["conv"], method, rank=2, gate=False)
+    with pytest.raises(tokengate.TokenGateError, match=r"'conv', which is a.* convolution"):
+        hf_peft.export_peft(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

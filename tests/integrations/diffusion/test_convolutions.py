@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def convnext(**options):
     model = timm.create_model(
-        "convnext_atto", depths=(1,) * 4, dims=(8,) * 4, num_classes=3, **options
+        "convnext_atto", depths=(1,) * 4, dims=(8,) * 4, num_classes=3, ls_init_value=1.0, **options
     )
     return model, (torch.randn(2, 3, 32, 32),)
 
