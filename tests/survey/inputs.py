@@ -34,11 +34,12 @@ def _made(config: Any, parameters: Any, wanted: list[str]) -> dict[str, Any]:
         make = _MAKERS.get(name)
         if make is not None and name in parameters:
             found.setdefault(name, make(config, generator))
-    if "grid_thw" in parameters and "hidden_states" in found:  # of packed patches
+    for grid in _GRIDS & parameters.keys():  # of packed patches
         side = _said(config, "patch_size", default=14)
         size = 3 * side * side * _said(config, "temporal_patch_size", default=1)
-        found["hidden_states"] = torch.randn(16, size, generator=generator)
-        found["grid_thw"] = torch.tensor([[1, 4, 4]])
+        if main := {"hidden_states", "pixel_values"} & found.keys():
+            found[min(main)] = torch.randn(16, size, generator=generator)
+            found[grid] = torch.tensor([[1, 4, 4]])
     text = any(name in found for name in ("input_ids", "inputs_embeds"))
     if text and "attention_mask" in parameters:
         found["attention_mask"] = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
@@ -97,13 +98,16 @@ def _features(config: Any, generator: torch.Generator) -> Tensor:
 
 
 def _values(config: Any, generator: torch.Generator) -> Tensor:
-    """A wave, or the spectrogram of a transformer of these."""
+    """A wave, or the spectrogram of a transformer of these; with channels where they are asked."""
+    if hasattr(config, "codebook_size") or hasattr(config, "audio_channels"):
+        return torch.randn(_BATCH, 1, 4000, generator=generator)
     bins, length = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
     if isinstance(bins, int) and isinstance(length, int) and hasattr(config, "patch_size"):
         return torch.randn(_BATCH, length, bins, generator=generator)
     return torch.randn(_BATCH, 4000, generator=generator)
 
 
+_GRIDS = {"grid_thw", "image_grid_thw"}
 # What takes the place of input_ids.
 _INSTEAD = ("hidden_states", "inputs_embeds")
 _MAKERS = {

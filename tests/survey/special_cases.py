@@ -18,4 +18,13 @@ class Special:
     unbuilt: str = ""
 
 
-SPECIAL: dict[str, Special] = {}
+SPECIAL = {
+    "bark": Special(unbuilt="the model has no forward, its parts have"),
+    "dinat": Special(unbuilt="needs natten, which is not installed"),
+    "dots1": Special({"n_shared_experts": 1}),
+    "esm": Special({"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1}),
+    "gpt_neo": Special({"attention_types": [[["global", "local"], 1]]}),
+    "autoformer": Special(unbuilt="takes series of several inputs"),
+    "edgetam_video": Special(unbuilt="takes a session of video inference"),
+    "sam2_video": Special(unbuilt="takes a session of video inference"),
+}

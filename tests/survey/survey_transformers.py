@@ -134,7 +134,7 @@ def _working(model_type: str, kind: str, special: Special) -> tuple[Any, dict[st
     default, error = transformers.CONFIG_MAPPING[model_type], None
     for way in WAYS:
         try:
-            config = shrunken(default(), *way, special.fields)
+            config = shrunken(default(), way, special.fields)
 
             def build(config: Any = config) -> nn.Module:
                 torch.manual_seed(0)
