@@ -15,7 +15,6 @@ import gc
 import json
 import logging
 import pathlib
-import re
 import signal
 import sys
 import traceback
@@ -33,9 +32,14 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate.errors import UnreachedLayerWarning
+from tokengate.linears.experts import is_expert
+from tokengate.linears.linear_like import is_linear
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS, TABLE = ROOT / "build" / "survey.jsonl", ROOT / "docs" / "survey.md"
+PAGE = ROOT / "docs" / "models.md"
+BEGIN = "<!-- the counts, from `python tests/survey/survey_transformers.py --write` -->\n"
+END = "<!-- end -->\n"
 # Larger ones would take a machine's memory, and minutes.
 _LARGEST = 120_000_000
 _SECONDS = 90
@@ -106,12 +110,21 @@ def survey(model_type: str, kind: str) -> Found:
     except Exception as error:
         found.reason = _brief(error)
         return found
-    found.outcome, found.layers, found.called, found.reason = _outcome(build, inputs, "all-linear")
+    targets = "all-linear" if _has_linear(build()) else _is_plain_convolution
+    found.outcome, found.layers, found.called, found.reason = _outcome(build, inputs, targets)
     if targets := stacked(build()):
         experts, _, _, reason = _outcome(build, inputs, targets)
         found.experts = experts
         found.reason = found.reason or reason
     return found
+
+
+def _has_linear(model: nn.Module) -> bool:
+    return any(is_linear(module) for module in model.modules())
+
+
+def _is_plain_convolution(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
 def stacked(model: nn.Module) -> list[str]:
@@ -191,13 +204,11 @@ def check(model: nn.Module, inputs: dict[str, Any], targets: Any) -> tuple[str, 
     assert not alike or same(first, base), "patched, it is not what it was"
     called = {name: layer for name, layer in layers.items() if layer._reached}
     missed = layers.keys() - called.keys()
-    routed = {name for name in missed if tokengate_expert(name)}
+    routed = {name for name in missed if is_expert(name)}
     assert not missed - routed or said, "layers were not called, and no warning said so"
     _away_from_initialisation(layers)
-    output = [each for each in floats(run(model, inputs, gradients=True)) if each.requires_grad]
-    assert output or not called, "no output depends on what is patched"
-    if output:
-        sum(each.float().square().sum() for each in output).backward()
+    if called:
+        _go_backward(model, inputs)
     trained = 0
     for name, layer in called.items():
         for own, parameter in layer.named_parameters():
@@ -212,9 +223,28 @@ def check(model: nn.Module, inputs: dict[str, Any], targets: Any) -> tuple[str, 
     return outcome, len(layers), len(called), said[0] if said else ""
 
 
-def tokengate_expert(name: str) -> bool:
-    """Whether a layer is one of many experts, which need not get a token."""
-    return any(part in ("expert", "experts") for part in name.split("."))
+def _go_backward(model: Any, inputs: dict[str, Any]) -> None:
+    """Give gradients to what is trained, in evaluation if the base can do it there.
+
+    RWKV writes over what it needs, but in training; Reformer's layers, too, pass gradients on in
+    training alone, and where their inputs ask for some.
+    """
+    error: Exception = AssertionError("no output depends on what is patched")
+    for prepare in (model.eval, model.train, getattr(model, "enable_input_require_grads", None)):
+        if prepare is not None:
+            prepare()
+        output = [each for each in floats(run(model, inputs, gradients=True)) if each.requires_grad]
+        try:
+            if output:
+                sum(each.float().square().sum() for each in output).backward()
+                break
+        except (AssertionError, RuntimeError) as found:
+            error = found
+    else:
+        raise error
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()
+    model.eval()
 
 
 def run(model: nn.Module, inputs: dict[str, Any], gradients: bool = False) -> Any:
@@ -279,40 +309,65 @@ def read(path: pathlib.Path) -> dict[str, Found]:
     return {found.model_type: found for found in each}
 
 
+def written() -> dict[str, Found]:
+    """What docs/survey.md has, by model type."""
+    found = {}
+    for line in TABLE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 7 and cells[2].isdecimal():
+            model_type, kind, layers, called, outcome, experts, reason = cells
+            own = (model_type, kind, outcome, int(layers), int(called), experts, reason)
+            found[model_type] = Found(*own)
+    return found
+
+
 def table(results: dict[str, Found]) -> str:
     """The counts, and a row for each architecture."""
-    import transformers
-
-    counts = Counter(found.outcome for found in results.values())
-    experts = Counter(found.experts for found in results.values() if found.experts)
-    ran = len(results) - counts["unbuilt"]
     lines = [
         "# Survey of transformers",
         "",
-        "Written by `python tests/survey/survey_transformers.py --write`, which says what is done.",
+        "Written by `python tests/survey/survey_transformers.py --write`.",
         "",
-        f"transformers {transformers.__version__}: {len(results)} model types, of which {ran} "
-        f'could be built small and run. With `"all-linear"`: {_counted(counts)}. '
-        f"Experts in 3-D parameters, in {sum(experts.values())} of them: {_counted(experts)}.",
+        counts(results),
         "",
         "| model type | class | layers | called | all-linear | experts | what was said |",
         "|---|---|--:|--:|---|---|---|",
     ]
     for found in sorted(results.values(), key=lambda each: each.model_type):
-        reason = re.sub(r"\s+", " ", found.reason).replace("|", "\\|")
+        reason = " ".join(found.reason.split()).replace("|", "/").replace("<", "&lt;")
         reason = reason if len(reason) < 160 else reason[:157] + "..."
-        cells = (found.model_type, found.kind, found.layers, found.called)
-        lines.append(
-            "| "
-            + " | ".join(map(str, cells))
-            + f" | {found.outcome} | {found.experts} | {reason} |"
-        )
+        cells = (found.model_type, found.kind, found.layers, found.called, found.outcome)
+        lines.append(f"| {' | '.join(map(str, cells))} | {found.experts} | {reason} |")
     return "\n".join(lines) + "\n"
 
 
-def _counted(counts: Counter[str]) -> str:
+def counts(results: dict[str, Found]) -> str:
+    """One paragraph."""
+    outcomes = Counter(found.outcome for found in results.values())
+    experts = Counter(found.experts for found in results.values() if found.experts)
+    unbuilt = outcomes.pop("unbuilt", 0)
+    layers = sum(found.called for found in results.values())
+    return (
+        f"Of {len(results)} model types {sum(outcomes.values())} could be built small and run; "
+        f"{unbuilt} could not, for reasons of their own (a library that is missing, inputs that "
+        "nothing tells, fields that do not fit when they are made small). "
+        f'`"all-linear"`: {_counted(outcomes)}; {layers} layers were called. '
+        f"Experts in 3-D parameters, in {sum(experts.values())} of them: {_counted(experts)}."
+    )
+
+
+def _counted(outcomes: Counter[str]) -> str:
     order = ("reached", "partly", "refused", "failed")
-    return ", ".join(f"{counts[each]} {each}" for each in order)
+    return ", ".join(f"{outcomes[each]} {each}" for each in order)
+
+
+def write(results: dict[str, Found]) -> None:
+    """docs/survey.md, and the counts in docs/models.md."""
+    TABLE.write_text(table(results))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    if not rest:
+        sys.exit(f"{PAGE} has no line {BEGIN.strip()!r}: put one where the counts belong.")
+    PAGE.write_text(f"{before}{BEGIN}\n{counts(results)}\n\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> None:
@@ -325,7 +380,7 @@ def main() -> None:
     asked = parser.parse_args()
     results = read(asked.results)
     if asked.write:
-        TABLE.write_text(table(results))
+        write(results)
         return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
