@@ -89,7 +89,7 @@ def test_it_is_the_loop_over_output_pixels(data):
     model = nn.ModuleDict({"conv": layer})
     tokengate.patch(model, ["conv"], method, rank=2, penalty=0.03, scale=0.7, **options)
     away_from_initialisation(model, 0.5)
-    x = torch.randn(2, 2 * groups, 4, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2 * groups, 5, 6, dtype=torch.float64, requires_grad=True)
     with torch.no_grad(), tokengate.record(model, positions=True, ratios=True) as rec:
         layer(x)
     # In the middle of two ratios, so that no rounding decides.

@@ -25,6 +25,7 @@ SPECIAL = {
     "esm": Special({"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1}),
     "gpt_neo": Special({"attention_types": [[["global", "local"], 1]]}),
     "autoformer": Special(unbuilt="takes series of several inputs"),
+    "reformer": Special({"axial_pos_shape": [3, 3]}),
     "edgetam_video": Special(unbuilt="takes a session of video inference"),
     "sam2_video": Special(unbuilt="takes a session of video inference"),
 }

@@ -13,7 +13,7 @@ import survey_transformers as survey  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "t5", "swin", "clip", "gpt2", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "swin", "clip"])
 def test_reached(model_type):
     found = survey.survey(model_type, survey.classes()[model_type])
     assert (found.outcome, found.reason) == ("reached", "")
