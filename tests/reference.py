@@ -227,3 +227,68 @@ def sigmoid_backward(x, a, mu, penalty, mask=None):
         grad_v += slope * np.array([float(p) for p in x[i]])
         grad_c += slope
     return grad_v, grad_c
+
+
+# A convolution, as a linear layer of the patch that each output pixel sees.
+
+
+def outside(i, size, mode):
+    """Which of `size` pixels stands at place i, which may be outside; None for a zero."""
+    if 0 <= i < size:
+        return i
+    if mode == "zeros":
+        return None
+    if mode == "circular":
+        return i % size
+    if mode == "replicate":
+        return min(max(i, 0), size - 1)
+    return -i if i < 0 else 2 * (size - 1) - i  # reflect, without the edge itself
+
+
+def patches(shape, kernel, stride, edges, dilation, mode):
+    """Of each output pixel (b, y, x), in this order: the elements of (B, C, H, W) that it sees.
+
+    As indices, or None for a zero; channels first, then rows and columns of the kernel. `edges` are
+    the pixels added on top and below, and left and right.
+    """
+    batch, channels, height, width = shape
+    (top, bottom), (left, right) = edges
+    found = []
+    for b in range(batch):
+        for y in range(0, height + top + bottom - dilation[0] * (kernel[0] - 1), stride[0]):
+            for x in range(0, width + left + right - dilation[1] * (kernel[1] - 1), stride[1]):
+                seen = []
+                for c in range(channels):
+                    for u in range(kernel[0]):
+                        for v in range(kernel[1]):
+                            row = outside(y + u * dilation[0] - top, height, mode)
+                            column = outside(x + v * dilation[1] - left, width, mode)
+                            zero = row is None or column is None
+                            seen.append(None if zero else (b, c, row, column))
+                found.append(seen)
+    return found
+
+
+def gathered(image, places):
+    """(N, C kh kw), the patches of an image; and the way back of their gradients."""
+    x = [[0.0 if p is None else float(image[p]) for p in seen] for seen in places]
+
+    def back(grad):
+        total = np.zeros(np.shape(image))
+        for i, seen in enumerate(places):
+            for k, p in enumerate(seen):
+                if p is not None:
+                    total[p] += grad[i][k]
+        return total
+
+    return np.array(x), back
+
+
+def ungrouped(weight, groups):
+    """(d, C kh kw) of a convolution's weight (d, C / groups, kh, kw), with zeros between groups."""
+    outs, ins = len(weight), int(np.prod(np.shape(weight)[1:]))
+    W = np.zeros((outs, ins * groups))
+    for j in range(outs):
+        start = j // (outs // groups) * ins
+        W[j][start : start + ins] = np.reshape(weight[j], -1)
+    return W

@@ -76,7 +76,7 @@ class MixedPositionsWarning(_OneLine, UserWarning):
 
 
 class SkippedModuleWarning(_OneLine, UserWarning):
-    """A target matched other modules beside linear layers, which stay as they are."""
+    """Targets matched other modules than layers: those that stand for one, and those that stay."""
 
 
 class DifferentBaseWarning(_OneLine, UserWarning):

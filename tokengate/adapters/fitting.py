@@ -17,7 +17,7 @@ from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
-from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
+from tokengate.linears.linear_like import LinearSlice, features_of, is_linear_like, stub_of, whole
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
@@ -178,8 +178,7 @@ class Fit:
         """The layer's modification without memory; None if the method needs a real layer for it."""
         config = self.saved.config.layers[name]
         dtype = trainable_dtype(whole(layer).weight)
-        sizes = config.in_features, config.out_features
-        stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
+        stub: Any = stub_of(layer, config.in_features, config.out_features, dtype)
         try:
             return METHODS.find(config.method)(stub, **config.options)
         except TokenGateError as error:
@@ -195,12 +194,11 @@ class Fit:
         own = name if config.slices is None else name.rpartition(".")[0]
         layer = modules.get(own)
         if layer is None:
-            linear = (n for n, m in modules.items() if is_linear(m))
+            linear = (n for n, m in modules.items() if is_linear_like(m))
             return f"is not in the model{self._near(own, linear)}"
-        if not is_linear(layer):
+        if not is_linear_like(layer):
             return f"is a {type(layer).__name__} in the model, which is no linear layer"
-        there = features_of(cast(LinearLike, layer))
-        outputs = config.out_features
+        there, outputs = features_of(cast(Any, layer)), config.out_features
         if (slices := _slices_of(config)) is not None:
             part = name.rpartition(".")[2]
             if slices.sizes.get(part, 0) * slices.groups != outputs:

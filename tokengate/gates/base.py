@@ -16,6 +16,7 @@ from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import is_learnt_from
+from tokengate.linears.linear_like import features_of
 
 
 class Gate(KeepsFloat32):
@@ -72,7 +73,7 @@ class Gate(KeepsFloat32):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._set_up(trainable_dtype(linear.weight), linear.weight.device)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features_of(linear)
 
     def _set_up(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.options = {}

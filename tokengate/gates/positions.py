@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,11 @@ class Positions:
 
     Args:
         change: M(x) beside the output of the layer.
-        x: the layer's input, `(..., in_features)`.
+        x: the layer's input, `(..., in_features)`; or what can be `made()` it.
         mask: `(...)`; 0 where a position is padding, or None.
     """
 
-    def __init__(self, change: Change, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def __init__(self, change: Change, x: Any = None, mask: Tensor | None = None) -> None:
         self._change, self._x, self.mask = change, x, mask
 
     @property
@@ -37,9 +39,11 @@ class Positions:
 
     @property
     def x(self) -> Tensor:
-        """The layer's input, `(..., in_features)`."""
-        assert self._x is not None  # a layer gives it
-        return self._x
+        """The layer's input, `(..., in_features)`; of a convolution its patches."""
+        if not isinstance(self._x, Tensor):
+            self._x = self._x.made()
+        x: Tensor = self._x
+        return x
 
     @property
     def z(self) -> Tensor | None:

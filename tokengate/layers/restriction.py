@@ -38,9 +38,10 @@ class restrict(Waiting):
 
     Args:
         model: a patched model.
-        where: a mask `(B, T)`, of booleans or of weights in [0, 1]; a dict from patterns over the
+        where: a mask `(B, T)`, of booleans or of weights in [0, 1], beside convolutions `(B, H, W)`
+            of the layer's own resolution; a dict from patterns over the
             layers' names to masks (a layer follows the first that matches, others are free); a
-            function of a layer's name and its positions' shape `(B, T)`, which returns a mask of
+            function of a layer's name and its positions' shape, which returns a mask of
             that shape, True or False; or `after(token_ids)`.
         new: whether positions beyond a mask's end, which are generated, are inside.
 

@@ -119,13 +119,14 @@ def modified_by_region(
         modification, gate = adapter
         if told.inside is not None:
             part = part * told.inside  # of truths, both
-        factors = modification.factors(input, w, layer)
-        m = whole_of(modification, input, w) if factors is None else factors.product(w)
+        x = layer.inputs(modification, input)
+        factors = modification.factors(x, w, layer)
+        m = whole_of(modification, x, w) if factors is None else factors.product(w)
         real = layer.in_own_order(cast(Tensor, counted(mask, part)), out)
         change = Change(out, layer.bias, m if factors is None else factors)
         weights = layer.in_own_order(part, out).to(change.dtype)
         if gate is not None:
-            a = gate(Positions(change, input, real))
+            a = gate(Positions(change, x, real))
             weights = torch.where(weights != 0, weights * a, 0)
         h = Change(h, layer.bias, m).add(weights)
         is_open = is_open | (weights.detach() != 0)

@@ -14,6 +14,7 @@ from tokengate.kernels.eager import is_captured, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.up import scaled_rows
+from tokengate.linears.convolution import block_diagonal
 from tokengate.linears.linear_like import in_memory, whole
 from tokengate.linears.quantised import unreadable
 from tokengate.methods.lora import LoRA
@@ -99,7 +100,7 @@ class DoRA(LoRA):
         noise = (self.B == 0).all(1) & (change.abs() <= 4 * torch.finfo(norm.dtype).eps)
         change = torch.where(noise, change - change.detach(), change)
         gain = torch.where(directed, change, 0.0)
-        up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
+        up = block_diagonal((self.scale * (1 + gain)).unsqueeze(1) * self.B, self.groups)
         return Maps(self.A, up.to(dtype), gain.to(dtype), self.dropout)
 
     def _scaled_at_once(
@@ -128,7 +129,7 @@ class DoRA(LoRA):
         """
         # Autocast would copy all of W0 to 16 bits.
         with without_autocast(linear.weight.device):
-            B = self.scale * self.B
+            B = block_diagonal(self.scale * self.B, self.groups)
             squares, cross = row_squares_and_products(linear, self.A.T)
             own = B @ (self.A @ self.A.T)
             squares = squares + ((2 * cross.to(B.dtype) + own) * B).sum(1)

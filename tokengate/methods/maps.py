@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tokengate.kernels.dropped_linear import branched_linear, dropped_linear
 from tokengate.kernels.factors import Factors
+from tokengate.kernels.precision import without_autocast
+from tokengate.linears.convolution import Patches
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class Maps:
     dropout: float = 0.0
     activation: Callable[[Tensor], Tensor] | None = None
 
-    def factors(self, x: Tensor, training: bool) -> Factors:
+    def factors(self, x: Tensor | Patches, training: bool) -> Factors:
         """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
+        if isinstance(x, Patches):
+            with without_autocast(x.x.device):
+                return self._factors(x.product(self.down, self.dropout, training, self.up.dtype))
         return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
 
     def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:

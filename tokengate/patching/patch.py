@@ -66,7 +66,8 @@ def patch(
     Everything is checked first: an error leaves the model untouched. Afterwards the modifications,
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
-    exactly what they did before. A model may be patched again, on other layers and with another
+    exactly what they did before. An `nn.Conv2d` is a linear layer of patches: its positions are the
+    pixels of its output. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
     what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
     a rank above both features of a layer, a `RankWarning`.
@@ -79,13 +80,14 @@ def patch(
             `"all-linear"`, which is every linear layer but a language model's output head, what
             `train` names, and what no patch could reach: a layer whose owner reads the weight
             instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
-            Of what a pattern matches, the linear layers are patched; there must be at least one,
-            and none that cannot be. Of other modules that it matches, a `SkippedModuleWarning` says
-            so: of what has a matrix of its own, as a convolution or an embedding; of all that have
-            parameters, where the pattern is a name. One projection of a fused layer is a target by
-            the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched,
-            bit for bit. What a forward still does not reach is reported after the
-            first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
+            Of what a pattern matches, the linear layers and `nn.Conv2d` are patched; there must be
+            at least one, and none that cannot be. A module all of whose parameters are those of one
+            layer, as a clamp around it, stands for that layer. One `SkippedModuleWarning` says of
+            what is patched so, and what else is matched and stays: what has a matrix of its own, as
+            an embedding; all that have parameters, where the pattern is a name. One projection of a
+            fused layer is a target by the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`;
+            the others stay untouched, bit for bit. What a forward still does not reach is reported
+            after the first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions, 1e-5 by default; the paper

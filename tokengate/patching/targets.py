@@ -13,13 +13,26 @@ from tokengate.errors import TokenGateError
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
+from tokengate.linears.convolution import computes_otherwise, is_convolution
 from tokengate.linears.experts import stacked_expert
-from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
-from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.linears.linear_like import (
+    LinearLike,
+    LinearSlice,
+    is_linear,
+    is_linear_like,
+    whole,
+)
+from tokengate.linears.owners import gives_other_shape, reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
-from tokengate.names import named_children, named_modules
+from tokengate.names import named_children
 from tokengate.patching.peft_adapters import parts_of_adapters
-from tokengate.patching.skipped_modules import skipped, warn_of_skipped
+from tokengate.patching.skipped_modules import (
+    is_target,
+    only_layer,
+    skipped,
+    warn_of_skipped,
+    why_not,
+)
 from tokengate.patching.slice_targets import (
     check_slices,
     matched,
@@ -71,10 +84,15 @@ def find_targets(
     chosen: set[nn.Module] = set()
     literal = {show(p) for p in targets if is_literal(p)} if isinstance(targets, list) else set()
     beside: dict[str, set[nn.Module]] = {}
+    entered: dict[nn.Module, nn.Module] = {}
     for label, found in names.matches("targets", targets).items():
         left = {
             m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
         }
+        # A module around one layer stands for that, unless the layer is meant anyway.
+        around = {m: layer for m in left if (layer := only_layer(m)) and layer not in found}
+        entered |= {m: layer for m, layer in around.items() if layer not in excluded}
+        left = (left - around.keys()) | {each for each in around.values() if each not in excluded}
         wanted = sorted(left, key=lambda module: names.first[module])
         if not wanted:
             raise TokenGateError(
@@ -89,7 +107,7 @@ def find_targets(
         chosen |= set(linear)
         beside[label] = skipped(left, label in literal)
     check_slices(chosen, excluded, names.first, slices)
-    warn_of_skipped(beside, names.first)
+    warn_of_skipped(entered, beside, names.first)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
 
@@ -116,16 +134,21 @@ class _Names:
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
             for attribute, module in named_children(owner):
-                if is_linear(module) and reads_weight(owner, attribute):
+                if is_linear_like(module) and reads_weight(owner, attribute):
                     self.unreachable[module] = (
                         f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
                         "instead of calling the layer, so that a patch would do nothing: exclude it"
                         f"{_other_remedy(owner)}"
                     )
-            if is_linear(owner) and returns_tuple(type(owner)):
+            if is_linear_like(owner) and returns_tuple(type(owner)):
                 self.unreachable[owner] = (
                     f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
+                )
+            elif is_linear_like(owner) and gives_other_shape(owner):
+                self.unreachable[owner] = (
+                    f"which is {_kind(owner)} and gives other outputs than (..., out_features), to "
+                    "which M(x) could be added: exclude it"
                 )
         self.offloaded = offloaded_whole(model)
         self.peft = parts_of_adapters(self.first)
@@ -186,6 +209,8 @@ class _Names:
         head = output_head(self.model)
         linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
         linear = linear - {head} - self.unreachable.keys()
+        # As are such whose weight is an embedding's, whatever the model says of its head.
+        linear = {m for m in linear if id(m.weight) not in self.embedding}
         if not linear:
             raise TokenGateError(
                 f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
@@ -209,10 +234,7 @@ class _Names:
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
         if not is_target(module):
-            inside = (name for name, m in named_modules(module) if is_linear(m))
-            example = next(inside, None)
-            remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
-            return f"which is a {kind}, not a linear layer: {remedy}"
+            return why_not(module)
         module = cast(LinearLike, module)
         if isinstance(module, Gated):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
@@ -220,6 +242,11 @@ class _Names:
             return "which is patched in part already: call tokengate.unpatch(model) first"
         if is_lazy(module.weight):
             return "which has no weight yet: run the model once, then patch, or exclude it"
+        if is_convolution(module) and computes_otherwise(module):
+            return (
+                f"a {kind}, whose class computes with other weights or edges than nn.Conv2d, so "
+                "that M(x) would see other pixels than it does: exclude it"
+            )
         if hides_class(module):
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
@@ -249,11 +276,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """A language model's last layer, which gives the logits; None where there is none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if callable(get_head) else None
-
-
-def is_target(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer or a slice of a fused one."""
-    return is_linear(module) or isinstance(module, LinearSlice)
 
 
 def _kind(module: nn.Module) -> str:
