@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokengate.kernels.dropped_linear import branched_linear, dropped_linear
+from tokengate.kernels.dropped_linear import branched_linear, dropped_linear, grouped_linear
 from tokengate.kernels.factors import Factors
+from tokengate.kernels.groups import Groups
 
 
 @dataclass(frozen=True)
 class Maps:
-    """M(x) = up act(down drop(x)) + gain * w.
+    """M(x) = up act(down drop(x)) + gain * w. Of several layers, with one dimension more in front.
 
     Attributes:
         down: `(rank, in_features)`, in the dtype it is trained in.
@@ -33,10 +34,17 @@ class Maps:
         """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
         return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
 
+    def grouped(self, x: Tensor, training: bool, groups: Groups) -> Factors:
+        """The same of several layers, each of which has its own rows: `(N, in_features)`."""
+        dtype = self.up.dtype
+        z = grouped_linear(x, self.down, self.dropout, training, dtype, groups)
+        return self._factors(z, groups)
+
     def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:
         """x for the base layer, and `factors`; see `branched_linear`."""
         x, z = branched_linear(x, self.down, self.dropout, training)
         return x, self._factors(z)
 
-    def _factors(self, z: Tensor) -> Factors:
-        return Factors(z if self.activation is None else self.activation(z), self.up, self.gain)
+    def _factors(self, z: Tensor, groups: Groups | None = None) -> Factors:
+        z = z if self.activation is None else self.activation(z)
+        return Factors(z, self.up, self.gain, groups)
