@@ -59,11 +59,17 @@ class Observer:
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
         trained: whether only those calls are that a backward may come through.
+        experts: of a layer that has several experts, who is told of each; None for this one.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
     trained: bool = False
+    experts: Callable[[int], Observer] | None = None
+
+    def of(self, expert: int) -> Observer:
+        """Who is told of one expert of a layer that has several."""
+        return self if self.experts is None else self.experts(expert)
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -190,26 +196,18 @@ class Gated(Swapped):
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
-        at_positions = None
-        if (real := counted(mask, inside)) is not None:
-            at_positions = self.in_own_order(real, out)
+        real = counted(mask, inside)
         if factors is None:
             factors = modification.factors(input, w, cast(LinearLike, self))
         m = whole_of(modification, input, w) if factors is None else factors
-        change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
-        norms = change.norms() if wants_norms else None
-        a = None if gate is None else gate(Positions(change, input, at_positions))
-        if inside is not None:
-            inside = self.in_own_order(inside, out)
-            if inside.dtype != torch.bool:  # weights
-                a = inside.to(change.dtype) * (1.0 if a is None else a)
-        h = change.add(a)
-        is_open = None if a is None else change.opened(a)
-        if inside is not None:
-            # A selection: outside it is the base, whatever M(x) and its gate are there.
-            h = torch.where(inside.unsqueeze(-1) != 0, h, out)
-            is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
-        return h, is_open, norms
+        return changed(
+            Change(out, self.bias, m, self._keeps_nothing() and inside is None),
+            input,
+            None if real is None else self.in_own_order(real, out),
+            None if inside is None else self.in_own_order(inside, out),
+            gate,
+            wants_norms,
+        )
 
     def _told_of(self, input: Tensor) -> Told:
         """What is said of a call with this input; computed again, what was said at first."""
@@ -264,6 +262,28 @@ class Gated(Swapped):
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
+def changed(
+    change: Change,
+    input: Tensor,
+    real: Tensor | None,
+    inside: Tensor | None,
+    gate: Gate | None,
+    wants_norms: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
+    """What `Gated.modified` gives, of positions `(...)` that are `real` and `inside`."""
+    norms = change.norms() if wants_norms else None
+    a = None if gate is None else gate(Positions(change, input, real))
+    if inside is not None and inside.dtype != torch.bool:  # weights
+        a = inside.to(change.dtype) * (1.0 if a is None else a)
+    h = change.add(a)
+    is_open = None if a is None else change.opened(a)
+    if inside is not None:
+        # A selection: outside it is the base, whatever M(x) and its gate are there.
+        h = torch.where(inside.unsqueeze(-1) != 0, h, change.out)
+        is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
+    return h, is_open, norms
+
+
 class GatedLinear(Gated, nn.Linear):
     """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
 
@@ -281,9 +301,14 @@ def first_parameter(kind: type[nn.Module]) -> str:
     return list(inspect.signature(kind.forward).parameters)[1]
 
 
-def attach(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
-    """Turn `layer` itself into a gated one."""
-    swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
+def attach(
+    layer: LinearLike,
+    modification: Modification,
+    gate: Gate | None,
+    kind: type[Gated] | None = None,
+) -> None:
+    """Turn `layer` itself into a gated one, of a `kind` that is written for it or a common one."""
+    swap(layer, kind or (GatedLinear if isinstance(layer, nn.Linear) else Gated))
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {"_reached": False, "_memory": MaskMemory()}

@@ -37,7 +37,7 @@ class LoRA(Modification):
         TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
     """
 
-    linear = True
+    linear = stacks = True
 
     def __init__(
         self,

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tokengate.errors import TokenGateError
+from tokengate.layers.experts.owner import patched_projections
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
-from tokengate.linears.experts import stacked_expert
+from tokengate.linears.experts import StackedLinear, stacked_expert, unpatchable
 from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
 from tokengate.linears.owners import reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
@@ -42,7 +43,7 @@ ALL_LINEAR = "all-linear"
 
 
 def find_targets(
-    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None
+    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None, experts: Any = None
 ) -> dict[str, LinearLike]:
     """The layers that `targets` means, without those that `exclude` means, by name.
 
@@ -53,12 +54,13 @@ def find_targets(
         targets: as in `patch`.
         exclude: as in `patch`.
         slices: the user's own `Slices` of fused layers, by pattern.
+        experts: the axes of the user's own stacked parameters, by pattern.
 
     Raises:
         TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
             patched already.
     """
-    names = _Names(model, slices)
+    names = _Names(model, slices, experts)
     if not callable(targets) and targets != ALL_LINEAR:
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
@@ -71,9 +73,7 @@ def find_targets(
     literal = {show(p) for p in targets if is_literal(p)} if isinstance(targets, list) else set()
     beside: dict[str, set[nn.Module]] = {}
     for label, found in names.matches("targets", targets).items():
-        left = {
-            m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
-        }
+        left = {m for m in found if excluded.isdisjoint(_and_around(m))}
         wanted = sorted(left, key=lambda module: names.first[module])
         if not wanted:
             raise TokenGateError(
@@ -96,10 +96,11 @@ def find_targets(
 class _Names:
     """The modules of a model by name, and what is known of each as a target."""
 
-    def __init__(self, model: nn.Module, slices: Any) -> None:
+    def __init__(self, model: nn.Module, slices: Any, experts: Any) -> None:
         self.model = model
         # All names of a shared module count for matching; the first one is its name.
-        self.named = with_slices(model, slices)
+        self.named = with_slices(model, slices, experts)
+        self.stacks = [(n, m) for n, m in self.named if isinstance(m, StackedLinear)]
         self.first: dict[nn.Module, str] = {}
         self.by_name: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, module in self.named:
@@ -135,12 +136,15 @@ class _Names:
             if not is_one_word(pattern):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
-            if held is not None:
-                raise TokenGateError(
-                    f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
-                    f"together in its 3-D parameter {held[1]!r} and not in linear layers: leave "
-                    "them out with exclude=['experts'], or name other layers in full."
-                )
+            if held is None or matched(pattern, self.stacks):
+                continue
+            own = [name for name, _ in self.stacks if name.startswith(f"{held[0]}.")]
+            named = f"name these, too, e.g. {own[-1]!r}" if own else "say how, with experts="
+            raise TokenGateError(
+                f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
+                f"together in its 3-D parameter {held[1]!r} and not in linear layers: {named}, or "
+                "leave them out with exclude=['experts']."
+            )
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
@@ -201,6 +205,8 @@ class _Names:
                     "tokengate.unpatch(model) first, or exclude it"
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
+        if isinstance(module, StackedLinear) and not isinstance(module, Gated):
+            return self._refusal_of_stack(module)
         if not is_target(module):
             inside = (name for name, m in named_modules(module) if is_linear(m))
             example = next(inside, None)
@@ -238,15 +244,36 @@ class _Names:
         return self.unreachable.get(module)
 
 
+    def _refusal_of_stack(self, module: StackedLinear) -> str | None:
+        for layer in patched_projections(module.owner):
+            overlap = module.part is None or layer.part is None
+            if layer.parameter == module.parameter and overlap:
+                how = "in part" if module.part is None else "as a whole"
+                return f"which is patched {how} already: call tokengate.unpatch(model) first"
+        if hides_class(module.owner):
+            return (
+                f"held by a {type(module.owner).__name__} whose forward was replaced on the "
+                "instance, so that a patch would never run: patch first, or exclude it"
+            )
+        return unpatchable(module.owner, module.held)
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """A language model's last layer, which gives the logits; None where there is none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if callable(get_head) else None
 
 
+def _and_around(module: nn.Module) -> list[nn.Module]:
+    """A module, and what it is a part of, which may be excluded as a whole."""
+    if isinstance(module, StackedLinear):
+        return [module, module.owner, *([] if module.fused is None else [module.fused])]
+    return [module, whole(cast(LinearLike, module))]
+
+
 def is_target(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer or a slice of a fused one."""
-    return is_linear(module) or isinstance(module, LinearSlice)
+    """Whether `module` is a linear layer, a slice of a fused one, or all experts' projection."""
+    return is_linear(module) or isinstance(module, (LinearSlice, StackedLinear))
 
 
 def _kind(module: nn.Module) -> str:
