@@ -27,14 +27,13 @@ class Stacked(Swapped):
 
     def each(self) -> list[Any]:
         """The modules of its layers, as views through which gradients flow."""
-        return _views(self, lambda p: p.unbind(0) if p.dim() > 1 else p.split(1))
+        return _views(self, _parts)
 
     def reset_parameters(self) -> None:
         """Give each layer's part its initial values."""
 
         def alone(p: Tensor) -> Sequence[Tensor]:
-            parts = p.detach().unbind(0) if p.dim() > 1 else p.detach().split(1)
-            return [nn.Parameter(part) for part in parts]
+            return [nn.Parameter(part) for part in _parts(p.detach())]
 
         for view in _views(self, alone):
             view.reset_parameters()
@@ -85,4 +84,4 @@ def _views(module: Any, apart: Callable[[Tensor], Sequence[Tensor]]) -> list[Any
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind(0) if tensor.dim() > 1 else tensor.split(1)
+    return tensor.unbind(0) if tensor.dim() > 1 else torch.split(tensor, 1)

@@ -75,7 +75,9 @@ def token_gate(
         )
     change = Change(w, None, m)
     is_open = change.decided(tau, change.dtype)
-    a = applied(_Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype, None)
+    a = applied(
+        _Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype, None
+    )
     return change.add(a)
 
 

@@ -140,6 +140,7 @@ class FactoredSum(torch.autograd.Function):
                 grad_gain = _summed(passed.to(dtype) * w, groups).to(gain.dtype)
             gain = at_rows(gain, groups)
             if needs_a:
+                assert grad_a is not None
                 grad_a = grad_a + (grad.to(dtype) * gain.to(dtype) * w).sum(-1)
             through_w = passed * gain
             grad_out = grad + through_w

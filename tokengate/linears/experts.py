@@ -186,5 +186,3 @@ def stacked_expert(
 def _parts(name: str) -> set[str]:
     """gate_up_proj -> gate, up."""
     return set(name.removesuffix("_proj").split("_"))
-
-

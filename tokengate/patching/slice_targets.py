@@ -9,15 +9,14 @@ from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.gated_linear import Gated
-from tokengate.linears.experts import StackedLinear
 from tokengate.layers.sliced_linear import Sliced, slices_of
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.fused import known_slices
 from tokengate.linears.linear_like import LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
 from tokengate.names import joined, named_children, named_modules
 from tokengate.patching.stack_targets import stacked_projections
 from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
-
 
 # What is a part of something that can be a target as a whole.
 PARTS = (LinearSlice, StackedLinear)
@@ -146,7 +145,7 @@ def check_slices(
     """An error where a layer and a slice of it are asked for, or what is `given` is not used."""
     for module, name in first.items():
         if isinstance(module, PARTS) and module.fused in chosen:
-            whole = first[module.fused]
+            whole = first[module.fused]  # type: ignore[index]
             if module in chosen:
                 raise TokenGateError(
                     f"targets names {whole!r} and its slice {name!r}: name the layer, or slices "

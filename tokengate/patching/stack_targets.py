@@ -1,4 +1,4 @@
-"""The projections of experts in 3-D parameters among a model's modules, so that patterns mean them."""
+"""What experts hold in 3-D parameters among a model's modules, so that patterns can mean it."""
 
 from __future__ import annotations
 
@@ -98,5 +98,3 @@ def _given(model: nn.Module, axes: Any) -> list[tuple[nn.Module, str, str]]:
 def stack_examples(named: list[tuple[str, nn.Module]], owner: str) -> list[str]:
     """The names by which what a module holds can be targets."""
     return [n for n, m in named if isinstance(m, StackedLinear) and n.startswith(f"{owner}.")]
-
-

@@ -243,7 +243,6 @@ class _Names:
             )
         return self.unreachable.get(module)
 
-
     def _refusal_of_stack(self, module: StackedLinear) -> str | None:
         for layer in patched_projections(module.owner):
             overlap = module.part is None or layer.part is None

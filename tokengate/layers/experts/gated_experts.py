@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,12 @@ class GatedExperts(Gated, StackedLinear):
     """
 
     _own_class = StackedLinear
+
+    def names_of_experts(self, name: str) -> list[str]:
+        """Of this projection, `mlp.experts.up_proj`, that of each: `mlp.experts.3.up_proj`."""
+        own = self.parameter if self.part is None else f"{self.parameter}.{self.part}"
+        owner = name.removesuffix(own)
+        return [f"{owner}{expert}.{own}" for expert in range(self.num_experts)]
 
     def forward(  # type: ignore[override]
         self, input: Tensor, out: Tensor, bias: Tensor | None, whose: Whose, routing: Routing
@@ -200,12 +207,12 @@ class _Call:
             return
         told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
         for expert in experts:
-            own = rows if groups is None else rows.at(groups.of_row == expert)
-            opened, sizes = is_open, norms
+            own, opened, sizes = rows, is_open, norms
             if groups is not None:
-                which = groups.of_row == expert
-                opened = None if is_open is None else is_open[which]
-                sizes = norms and cast(Any, tuple(reshaped(n, lambda t: t[which]) for n in norms))
+                of_expert = (groups.of_row == expert).nonzero().flatten()
+                pick = partial(torch.index_select, dim=0, index=of_expert)
+                own, opened = rows.at(of_expert), None if is_open is None else pick(is_open)
+                sizes = None if norms is None else _both(norms, pick)
             at, seen, real, sizes = self._at_positions(own, opened, sizes)
             for observer in told:
                 observer.of(expert).tell(at, seen, real, sizes)
@@ -227,9 +234,13 @@ class _Call:
             return values.new_zeros(count).index_copy(0, places, values).view(shape)
 
         real = torch.ones_like(places, dtype=torch.bool) if rows.real is None else rows.real
-        sizes = norms and cast(Any, tuple(reshaped(n, spread) for n in norms))
+        sizes = None if norms is None else _both(norms, spread)
         at = None if is_open is None else spread(is_open)
         return at, rows.out.new_empty((1,)).expand(*shape, 1), spread(real), sizes
+
+
+def _both(norms: tuple[Norms, Norms], of: Callable[[Tensor], Tensor]) -> tuple[Norms, Norms]:
+    return reshaped(norms[0], of), reshaped(norms[1], of)
 
 
 def _groups(whose: Whose, experts: int, rows: int) -> Groups:

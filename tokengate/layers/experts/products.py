@@ -37,9 +37,9 @@ class Whose:
 # to it, (out_features,) or None, to the changed product.
 Change = Callable[[Tensor, Tensor, Tensor | None, Whose], Tensor]
 
-_ASKED = "shape ndim layout is_cuda is_meta is_sparse requires_grad itemsize".split()
-_CALLED = "dim size stride numel data_ptr element_size is_contiguous is_floating_point".split()
-_CAST = "to float double half bfloat16 contiguous".split()
+_ASKED = ("shape", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad")
+_CALLED = ("dim", "size", "stride", "numel", "data_ptr", "element_size", "is_contiguous")
+_CAST = ("to", "float", "double", "half", "bfloat16", "contiguous")
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 _MATMUL = ("matmul", "__matmul__", "mm", "bmm")
 
@@ -116,9 +116,7 @@ class Held:
         return len(self.tensor)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _ASKED:
-            return getattr(self.tensor, name)
-        if name in _CALLED:
+        if name in _ASKED or name in _CALLED:
             return getattr(self.tensor, name)
         if name in _CAST:
             return lambda *args, **kwargs: self._like(
@@ -164,15 +162,16 @@ def _linear(held: Held, input: Tensor, weight: Any, bias: Tensor | None = None) 
 
 
 def _grouped(held: Held, func: Any, args: Any, kwargs: Any) -> Tensor:
-    x, weight, ends, *_ = (*args, kwargs.get("offs"))
+    x, weight = args[:2]
+    ends = args[2] if len(args) > 2 else kwargs.get("offs")
     if held.axes != "eio" or held is not weight or ends is None:
         raise held._unknown("'grouped_mm'")
-    out = func(x, held.tensor, *args[2:], **kwargs)
+    out: Tensor = func(x, held.tensor, *args[2:], **kwargs)
     return held._changed(x, out, None, Whose(ends=ends))
 
 
 def _matmul(held: Held, func: Any, left: Any, right: Any) -> Tensor:
-    out = func(*(each.tensor if each is held else each for each in (left, right)))
+    out: Tensor = func(*(each.tensor if each is held else each for each in (left, right)))
     if held is right:
         if held.axes == "io":
             return held._changed(left, out, None, Whose(expert=held.expert))

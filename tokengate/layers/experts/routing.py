@@ -45,7 +45,7 @@ class Routing:
         if index is None:
             return None
         if whose.expert is not None:
-            found = (index.T == whose.expert).nonzero()[:, 1]  # as transformers' own code picks
+            found = (whose.expert == index.T).nonzero()[:, 1]  # as transformers' own code picks
             return found if len(found) == rows else None
         if index.numel() != rows:
             return None
