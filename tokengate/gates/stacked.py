@@ -20,6 +20,8 @@ class Stacked(Swapped):
     """What a module of one layer becomes, once it has the values of several; see `stacked`."""
 
     layers: int
+    # Whether single numbers of its layers, `(1,)`, are one after another, `(E,)`, and not `(E, 1)`.
+    flat: bool
 
     @classmethod
     def _members_for(cls, own_class: type[nn.Module]) -> dict[str, Any]:
@@ -27,61 +29,63 @@ class Stacked(Swapped):
 
     def each(self) -> list[Any]:
         """The modules of its layers, as views through which gradients flow."""
-        return _views(self, _parts)
+        return _views(self, lambda parts: parts)
 
     def reset_parameters(self) -> None:
         """Give each layer's part its initial values."""
 
-        def alone(p: Tensor) -> Sequence[Tensor]:
-            return [nn.Parameter(part) for part in _parts(p.detach())]
+        def alone(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [nn.Parameter(part.detach()) for part in parts]
 
         for view in _views(self, alone):
             view.reset_parameters()
 
 
-def stacked(modules: Sequence[Any]) -> Any:
-    """The first of these, with the values of all, which must be of one kind and options."""
+def stacked(modules: Sequence[Any], flat: bool = False) -> Any:
+    """The first of these, with the values of all, which must be of one kind and options.
+
+    With `flat`, what is `(1,)` in each becomes `(E,)`.
+    """
     first = modules[0]
-    for name, parameter in list(first._parameters.items()):
-        each = [module._parameters[name] for module in modules]
-        together = _together([p.detach() for p in each])
-        first._parameters[name] = nn.Parameter(together, parameter.requires_grad)
-    for name in list(first._buffers):
-        first._buffers[name] = _together([module._buffers[name] for module in modules])
-    for name, value in list(first.__dict__.items()):
-        if isinstance(value, Tensor):
-            first.__dict__[name] = _together([module.__dict__[name] for module in modules])
     if first._modules:
         raise TokenGateError(
             f"{type(first).__name__} holds modules of its own, which cannot be stacked over "
             "experts: give it parameters by new_parameter, or patch other layers."
         )
+
+    def together(tensors: list[Tensor]) -> Tensor:
+        single = flat and tensors[0].shape == (1,)
+        return torch.cat(tensors) if single else torch.stack(tensors)
+
+    for name, parameter in list(first._parameters.items()):
+        values = together([module._parameters[name].detach() for module in modules])
+        first._parameters[name] = nn.Parameter(values, parameter.requires_grad)
+    for kind in ("_buffers", "__dict__"):
+        own = getattr(first, kind)
+        for name in [name for name, value in own.items() if isinstance(value, Tensor)]:
+            own[name] = together([getattr(module, kind)[name] for module in modules])
     swap(first, Stacked)
-    first.layers = len(modules)
+    first.layers, first.flat = len(modules), flat
     return first
 
 
-def _together(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts[0].shape == (1,) else torch.stack(parts)
-
-
-def _views(module: Any, apart: Callable[[Tensor], Sequence[Tensor]]) -> list[Any]:
+def _views(module: Any, each: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> list[Any]:
     """One for each layer, with parts of the tensors of all of them."""
-    own = module._own_class
-    parameters = {name: apart(p) for name, p in module._parameters.items()}
-    buffers = {name: _parts(b) for name, b in module._buffers.items()}
-    kept = {n: _parts(v) for n, v in module.__dict__.items() if isinstance(v, Tensor)}
-    kept.pop("_tally", None)  # which all of them add to
+
+    def parts(tensors: Any) -> dict[str, Sequence[Tensor]]:
+        return {
+            name: torch.split(t, 1) if module.flat and t.dim() == 1 else t.unbind(0)
+            for name, t in tensors.items()
+            if isinstance(t, Tensor) and name != "_tally"  # which all of them add to
+        }
+
+    parameters = {name: each(own) for name, own in parts(module._parameters).items()}
+    buffers, kept = parts(module._buffers), parts(module.__dict__)
     views = []
     for layer in range(module.layers):
-        view: Any = object.__new__(own)
-        view.__dict__ |= module.__dict__
-        view.__dict__ |= {name: parts[layer] for name, parts in kept.items()}
-        view.__dict__["_parameters"] = {name: p[layer] for name, p in parameters.items()}
-        view.__dict__["_buffers"] = {name: b[layer] for name, b in buffers.items()}
+        view: Any = object.__new__(module._own_class)
+        view.__dict__ |= module.__dict__ | {name: own[layer] for name, own in kept.items()}
+        view.__dict__["_parameters"] = {name: own[layer] for name, own in parameters.items()}
+        view.__dict__["_buffers"] = {name: own[layer] for name, own in buffers.items()}
         views.append(view)
     return views
-
-
-def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind(0) if tensor.dim() > 1 else torch.split(tensor, 1)

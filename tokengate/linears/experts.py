@@ -102,6 +102,11 @@ class StackedLinear(nn.Module):
         self.num_experts, self.out_features, self.in_features = self.weight.shape
 
     @property
+    def key(self) -> str:
+        """Its name in its owner."""
+        return self.parameter if self.part is None else f"{self.parameter}.{self.part}"
+
+    @property
     def weight(self) -> Tensor:
         """`(experts, out_features, in_features)`; a view, but of interleaved slices."""
         whole = self.held

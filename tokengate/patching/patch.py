@@ -171,7 +171,7 @@ def _built(
         return build(kind, layer, options), build_gate(gate, layer)
     each = [(build(kind, one, options), build_gate(gate, one)) for one in layer.each()]
     modifications, gates = zip(*each, strict=True)
-    return stacked(modifications), None if gate is None else stacked(gates)
+    return stacked(modifications), None if gate is None else stacked(gates, flat=True)
 
 
 def install(

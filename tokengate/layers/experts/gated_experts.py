@@ -37,9 +37,8 @@ class GatedExperts(Gated, StackedLinear):
 
     def names_of_experts(self, name: str) -> list[str]:
         """Of this projection, `mlp.experts.up_proj`, that of each: `mlp.experts.3.up_proj`."""
-        own = self.parameter if self.part is None else f"{self.parameter}.{self.part}"
-        owner = name.removesuffix(own)
-        return [f"{owner}{expert}.{own}" for expert in range(self.num_experts)]
+        owner = name.removesuffix(self.key)
+        return [f"{owner}{expert}.{self.key}" for expert in range(self.num_experts)]
 
     def forward(  # type: ignore[override]
         self, input: Tensor, out: Tensor, bias: Tensor | None, whose: Whose, routing: Routing
@@ -55,11 +54,10 @@ class GatedExperts(Gated, StackedLinear):
         """
         if not torch.compiler.is_compiling() and not self._reached:
             self._reached = True
-        key = f"{self.parameter}.{self.part}"
-        call: _Call | None = routing.calls.get(key)
+        call: _Call | None = routing.calls.get(self.key)
         if call is None:  # told once for all products of the owner's call
             states = routing.positions(whose, self.num_experts)
-            call = routing.calls[key] = _Call(self, self._told_of(states), states.shape[:-1])
+            call = routing.calls[self.key] = _Call(self, self._told_of(states), states.shape[:-1])
         if call.adapter is None:
             return out
         rows = _Rows(input, out, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -33,18 +34,29 @@ class Experts(Swapped):
             change = functools.partial(_changed, layers, routing)
             held[name] = Held(layers[0].held, layers[0].stack.axes, name, change)
         own: Any = super().forward
-        return own.__func__(_Reading(self, held), *args, **kwargs)
+        output = own.__func__(_Reading(self, held), *args, **kwargs)
+        for layer in patched_projections(self):
+            if layer.key not in routing.calls and not routing.is_empty():
+                raise held[layer.parameter].unknown("no product at all")
+        return output
 
 
 class _Reading:
-    """A module as its own code sees it while its products are changed."""
+    """A module as its own code, its methods too, sees it while its products are changed."""
 
     def __init__(self, module: nn.Module, held: dict[str, Held]) -> None:
         self.__dict__["_module"], self.__dict__["_held"] = module, held
 
     def __getattr__(self, name: str) -> Any:
         held = self._held.get(name)
-        return getattr(self._module, name) if held is None else held
+        if held is not None:
+            return held
+        found = getattr(self._module._own_class, name, None)
+        if isinstance(found, FunctionType):
+            return MethodType(found, self)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)

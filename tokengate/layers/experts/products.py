@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Held:
                 return self._like(part, self.axes[1:], expert=index)
             if isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point():
                 return self._like(part, "r" + self.axes[1:], ids=index)
-        raise self._unknown("an index that picks no experts")
+        raise self.unknown("an index that picks no experts")
 
     def transpose(self, first: int, second: int) -> Held:
         """As a tensor's."""
@@ -124,7 +124,7 @@ class Held:
             )
         if name.startswith("__"):
             raise AttributeError(name)
-        raise self._unknown(f"{name!r}")
+        raise self.unknown(f"{name!r}")
 
     @classmethod
     def __torch_function__(
@@ -139,13 +139,14 @@ class Held:
             return _grouped(held, func, args, kwargs or {})
         if name in _MATMUL and not kwargs and len(args) == 2:
             return _matmul(held, func, *args)
-        raise held._unknown(f"{name!r}")
+        raise held.unknown(f"{name!r}")
 
     def _changed(self, x: Tensor, out: Tensor, bias: Tensor | None, whose: Whose) -> Tensor:
         rows = self.change(x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1]), bias, whose)
         return rows.view(out.shape)
 
-    def _unknown(self, what: str) -> TokenGateError:
+    def unknown(self, what: str) -> TokenGateError:
+        """The error of a use that cannot be changed."""
         return TokenGateError(
             f"the experts' code uses {self.name!r} in {what} with axes {self.axes!r}, which is no "
             "product of rows with an expert's matrix that is known here: choose another "
@@ -154,25 +155,26 @@ class Held:
         )
 
 
-def _linear(held: Held, input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+def _linear(held: Held, input: Tensor, weight: object, bias: Tensor | None = None) -> Tensor:
     if held.axes != "oi" or held is not weight:
-        raise held._unknown("'linear'")
+        raise held.unknown("'linear'")
     out = torch.nn.functional.linear(input, held.tensor, bias)
     return held._changed(input, out, bias, Whose(expert=held.expert))
 
 
 def _grouped(held: Held, func: Any, args: Any, kwargs: Any) -> Tensor:
-    x, weight = args[:2]
+    x, weight = args[0], cast(object, args[1])
     ends = args[2] if len(args) > 2 else kwargs.get("offs")
     if held.axes != "eio" or held is not weight or ends is None:
-        raise held._unknown("'grouped_mm'")
+        raise held.unknown("'grouped_mm'")
     out: Tensor = func(x, held.tensor, *args[2:], **kwargs)
     return held._changed(x, out, None, Whose(ends=ends))
 
 
 def _matmul(held: Held, func: Any, left: Any, right: Any) -> Tensor:
-    out: Tensor = func(*(each.tensor if each is held else each for each in (left, right)))
-    if held is right:
+    is_right = isinstance(right, Held)
+    out: Tensor = func(left, held.tensor) if is_right else func(held.tensor, right)
+    if is_right:
         if held.axes == "io":
             return held._changed(left, out, None, Whose(expert=held.expert))
         if held.axes == "rio" and left.dim() == 3:
@@ -182,7 +184,7 @@ def _matmul(held: Held, func: Any, left: Any, right: Any) -> Tensor:
     elif held.axes == "roi" and right.dim() == 3:
         ids = _each(held, right.shape[2])
         return held._changed(right.mT, out.mT, None, Whose(ids=ids)).mT
-    raise held._unknown("a matrix product")
+    raise held.unknown("a matrix product")
 
 
 def _each(held: Held, count: int) -> Tensor:

@@ -29,6 +29,10 @@ class Routing:
         # What each patched projection makes of it, by its name.
         self.calls: dict[str, Any] = {}
 
+    def is_empty(self) -> bool:
+        """Whether nothing is routed to any expert."""
+        return not (self.states.numel() and (self.index is None or self.index.numel()))
+
     def positions(self, whose: Whose, experts: int) -> Tensor:
         """The states of its positions, `(..., C)`, each once."""
         if whose.rows is None:
