@@ -12,6 +12,7 @@ from torch import nn
 from tokengate.errors import TokenGateError, brief, listed
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.linears.experts import is_expert
 from tokengate.names import named_modules
 
 
@@ -26,6 +27,11 @@ def layers(model: nn.Module) -> dict[str, Gated]:
 def module_names(name: str, layer: Gated) -> list[str]:
     """What reports call a layer: by its name, or each of its experts by one of its own."""
     return layer.names_of_experts(name) if isinstance(layer, GatedExperts) else [name]
+
+
+def may_be_idle(name: str, layer: nn.Module) -> bool:
+    """Whether a forward may leave a layer out: an expert's own, which may be given no token."""
+    return is_expert(name) and not isinstance(layer, GatedExperts)
 
 
 def observers(

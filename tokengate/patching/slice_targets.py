@@ -114,6 +114,13 @@ def _check_fits(name: str, layer: Any, slices: Slices) -> None:
         )
 
 
+def slices_of_part(layer: Any) -> Slices | None:
+    """How what a layer is a slice of is divided; None of one that is no slice."""
+    if isinstance(layer, StackedLinear):
+        return None if layer.part is None else layer.stack.slices
+    return layer.slices if isinstance(layer, LinearSlice) else None
+
+
 def matched(pattern: Pattern, named: Iterable[tuple[str, nn.Module]]) -> set[nn.Module]:
     """What `pattern` means among the modules and slices that `with_slices` names.
 
