@@ -208,8 +208,9 @@ class _Names:
         if isinstance(module, StackedLinear) and not isinstance(module, Gated):
             return self._refusal_of_stack(module)
         if not is_target(module):
-            inside = (name for name, m in named_modules(module) if is_linear(m))
-            example = next(inside, None)
+            inside = [name for name, m in named_modules(module) if is_linear(m)]
+            inside += [m.key for _, m in self.stacks if m.owner is module]
+            example = next(iter(inside), None)
             remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
             return f"which is a {kind}, not a linear layer: {remedy}"
         module = cast(LinearLike, module)

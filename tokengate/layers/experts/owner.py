@@ -33,8 +33,8 @@ class Experts(Swapped):
         for name, layers in _by_parameter(self).items():
             change = functools.partial(_changed, layers, routing)
             held[name] = Held(layers[0].held, layers[0].stack.axes, name, change)
-        own: Any = super().forward
-        output = own.__func__(_Reading(self, held), *args, **kwargs)
+        reading: Any = _Reading(self, held)
+        output = self._own_class.forward(reading, *args, **kwargs)
         for layer in patched_projections(self):
             if layer.key not in routing.calls and not routing.is_empty():
                 raise held[layer.parameter].unknown("no product at all")
