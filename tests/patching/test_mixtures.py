@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers, from small configs: the points of the architectures' table."""
+"""Mixtures of experts of transformers, from small configs: what the architectures' table holds."""
 
 import pytest
 import torch
@@ -99,6 +99,17 @@ def test_family(family):
     assert list(model.state_dict()) == keys
 
 
+def kept(experts, seen):
+    """How they put gate and up together, of which what goes in is kept."""
+    own = experts._own_class._apply_gate
+
+    def apply(self, out):
+        seen.append(out)
+        return own(self, out)
+
+    return apply
+
+
 def test_gate_and_up_apart():
     """Of concatenated and of interleaved ones; the untouched slice stays as it was."""
     for family in ("qwen3_moe", "gpt_oss"):
@@ -113,14 +124,11 @@ def test_gate_and_up_apart():
             torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-5)
         inner = model.model.layers[0].mlp.experts
         seen = []
-        own = type(inner)._apply_gate
-        type(inner)._own_class._apply_gate = lambda self, out: seen.append(out) or own(self, out)
-        try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(inner._own_class, "_apply_gate", kept(inner, seen))
             run(model, "batched_mm")
             with tokengate.disabled(model):
                 run(model, "batched_mm")
-        finally:
-            type(inner)._own_class._apply_gate = own
         half = slice(0, None, 2) if family == "gpt_oss" else slice(0, seen[0].shape[-1] // 2)
         assert torch.equal(seen[0][..., half], seen[len(seen) // 2][..., half])
         assert not torch.equal(seen[0], seen[len(seen) // 2])

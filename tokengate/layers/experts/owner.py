@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class _Reading:
             return held
         found = getattr(self._module._own_class, name, None)
         if isinstance(found, FunctionType):
-            return MethodType(found, self)
+            return functools.partial(found, self)
         if isinstance(found, property) and found.fget is not None:
             return found.fget(self)
         return getattr(self._module, name)

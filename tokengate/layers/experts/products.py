@@ -40,8 +40,8 @@ Change = Callable[[Tensor, Tensor, Tensor | None, Whose], Tensor]
 _ASKED = ("shape", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad")
 _CALLED = ("dim", "size", "stride", "numel", "data_ptr", "element_size", "is_contiguous")
 _CAST = ("to", "float", "double", "half", "bfloat16", "contiguous")
-_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-_MATMUL = ("matmul", "__matmul__", "mm", "bmm")
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback", None)
+_MATMUL = ("matmul", "__matmul__", "mm", "bmm", None)
 
 
 class Held:
@@ -130,16 +130,19 @@ class Held:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Tensor:
-        name = str(getattr(func, "_qualified_op_name", getattr(func, "__name__", func)))
-        name = name.rpartition("::")[2]
-        held = next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Held))
-        if name == "linear":
-            return _linear(held, *args, **(kwargs or {}))
-        if name in _GROUPED:
-            return _grouped(held, func, args, kwargs or {})
-        if name in _MATMUL and not kwargs and len(args) == 2:
+        kwargs = kwargs or {}
+        held = args[0] if isinstance(args[0], Held) else args[1]
+        if not isinstance(held, Held):
+            raise TokenGateError("a stacked parameter of experts was used in no product.")
+        # A compiler knows no names of functions; what the axes allow is what they can be.
+        name = None if torch.compiler.is_compiling() else _name_of(func)
+        if held.axes == "oi" and name in ("linear", None):
+            return _linear(held, *args, **kwargs)
+        if held.axes == "eio" and (len(args) > 2 or "offs" in kwargs) and name in _GROUPED:
+            return _grouped(held, func, args, kwargs)
+        if name in _MATMUL and len(args) == 2 and not kwargs:
             return _matmul(held, func, *args)
-        raise held.unknown(f"{name!r}")
+        raise held.unknown(repr(name or func))
 
     def _changed(self, x: Tensor, out: Tensor, bias: Tensor | None, whose: Whose) -> Tensor:
         rows = self.change(x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1]), bias, whose)
@@ -153,6 +156,11 @@ class Held:
             'implementation (model.set_experts_implementation("grouped_mm")), correct experts=, '
             "or leave these experts out."
         )
+
+
+def _name_of(func: Any) -> str:
+    name = getattr(func, "_qualified_op_name", getattr(func, "__name__", repr(func)))
+    return str(name).rpartition("::")[2]
 
 
 def _linear(held: Held, input: Tensor, weight: object, bias: Tensor | None = None) -> Tensor:
