@@ -191,6 +191,39 @@ def layer(x, W, b, parameters, modify, tau, penalty, grad, mask=None):
     return {"h": h if b is None else h + b, "S": opened, "m": m, **grads}
 
 
+def experts(x, index, W, b, parameters, modify, taus, penalty, grad, mask=None):
+    """One projection of E experts: position i goes to those of index[i], (N, K).
+
+    x (N, k), W (E, d, k), b (E, d) or None, grad (N, K, d); of `parameters` each has one more
+    dimension in front; `modify(e, x_i, w_i)` is a modification with the parameters of expert e;
+    `mask` is of positions. Returns what `layer` does, h and S of (N, K), the gradient of x summed.
+    """
+    found = {"h": np.zeros(np.shape(grad)), "S": np.ones(np.shape(index), dtype=bool)}
+    found |= {name: np.zeros(np.shape(value)) for name, value in parameters.items()}
+    found |= {"x": np.zeros(np.shape(x)), "tau": np.zeros(len(W))}
+    for e in range(len(W)):
+        rows = [(i, j) for i in range(len(x)) for j in range(len(index[i])) if index[i][j] == e]
+        if not rows:
+            continue
+        own = layer(
+            [x[i] for i, _ in rows],
+            W[e],
+            None if b is None else b[e],
+            {name: value[e] for name, value in parameters.items()},
+            lambda x_i, w_i, e=e: modify(e, x_i, w_i),
+            None if taus is None else taus[e],
+            penalty,
+            np.array([grad[i][j] for i, j in rows]),
+            None if mask is None else [mask[i] for i, _ in rows],
+        )
+        for n, (i, j) in enumerate(rows):
+            found["h"][i][j], found["S"][i][j] = own["h"][n], own["S"][n]
+            found["x"][i] += own["x"][n]
+        for name in (*parameters, "tau"):
+            found[name][e] = own[name]
+    return found
+
+
 def sparsity(samples):
     """Eq. 23 averaged over samples: each one is the list of its positions' S."""
     return sum(1 - sum(s) / len(s) for s in samples) / len(samples)

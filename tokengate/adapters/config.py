@@ -8,6 +8,7 @@ from typing import Any
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
+from tokengate.linears.experts import AXES
 
 FORMAT = 1
 
@@ -29,6 +30,8 @@ class LayerConfig:
     """Of a slice: how its fused layer is divided."""
     groups: int = 1
     """How many times that repeats."""
+    axes: str | None = None
+    """Of experts in a 3-D parameter: what its dimensions are, as `patch(experts=...)` has it."""
     gate: str | None = None
     """The name of its gate; None without one."""
     gate_options: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +132,8 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
                     non_negative(part, value)
             except TokenGateError:
                 raise _wrong(where, f"the {part} of {name!r}", value) from None
+        if layer.axes not in (None, *AXES):
+            raise _wrong(where, f"the axes of {name!r}", layer.axes)
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
     if any(type(name) is not str for name in config.train):
@@ -149,8 +154,11 @@ _UNSAID: dict[str, Any] = {"base_id": "", "base_revision": "", "base_values": {}
 
 
 def _with_gate(entry: Any) -> Any:
-    """What was written before gates had names: every gate was the paper's."""
-    if not isinstance(entry, dict) or "gate" in entry:
+    """What was written before gates had names, all of them the paper's, and experts axes."""
+    if not isinstance(entry, dict):
+        return entry
+    entry = {"axes": None, **entry}
+    if "gate" in entry:
         return entry
     gate = None if entry.get("penalty") is None else "threshold"
     return {**entry, "gate": gate, "gate_options": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class Gate(KeepsFloat32):
 
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
+    stacks: ClassVar[bool] = False
+    """Whether `weights` takes positions of several layers at once (`positions.groups`), with
+    parameters that have one dimension more in front. If not, it is asked layer by layer."""
     # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
     s: float | None = None
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors, Learn
+from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import Norms, ratios
 
 
@@ -31,6 +32,11 @@ class Positions:
     def shape(self) -> torch.Size:
         """`(...)`."""
         return self._change.out.shape[:-1]
+
+    @property
+    def groups(self) -> Groups | None:
+        """Whose the positions are, `(N,)`, where they are of several layers, as experts."""
+        return self._change.groups
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from tokengate.arguments import did_you_mean, spelled
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
+from tokengate.gates.stacked import Stacked
 
 _Base = TypeVar("_Base")
 _Kind = TypeVar("_Kind", bound=type)
@@ -72,6 +73,7 @@ class Registry(Generic[_Base]):
 
     def name_of(self, kind: type[_Base]) -> str | None:
         """The name by which `find` finds just this class; None if there is none."""
+        kind = one_of(kind)
         return next((name for name, known in self.kinds.items() if known is kind), None)
 
 
@@ -110,8 +112,14 @@ def check_options(kind: type, options: Iterable[str], beside: Iterable[str] = ()
         )
 
 
+def one_of(kind: Any) -> Any:
+    """The class of one layer's, where `kind` is that of several stacked ones."""
+    return kind._own_class if issubclass(kind, Stacked) else kind
+
+
 def with_defaults(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the defaults of those that are not given."""
+    kind = one_of(kind)
     return {**options_of(kind), **options}
 
 

@@ -40,7 +40,8 @@ class Change:
         self, out: Tensor, bias: Tensor | None, m: Tensor | Factors, in_place: bool = False
     ) -> None:
         self.out, self.bias, self.m = out, bias, m
-        self._quick = isinstance(m, Factors) and is_eager(out, m.z, m.up)
+        self.groups = m.groups if isinstance(m, Factors) else None
+        self._quick = isinstance(m, Factors) and not m.groups and is_eager(out, m.z, m.up)
         if isinstance(m, Factors) and self._quick:
             m.check(out)
             # Through a view autograd would copy.
@@ -74,6 +75,8 @@ class Change:
         """S of eq. 4, `(...)`: booleans, or numbers in `dtype` where that takes no more work."""
         if self._fused and is_eager(tau) and tau.device == self.out.device:
             return self._measured_at_once().opened(tau.detach(), dtype)
+        if self.groups is not None:
+            tau = self.groups.spread(tau)
         return opened(*self.norms(), tau)
 
     def sizes(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +92,7 @@ class Change:
         self._in_place = False  # `out` is kept
         with without_autocast(out.device):
             w = without_bias(out, self.bias)
-            if isinstance(m, Factors) and m.gain is None:
+            if isinstance(m, Factors) and m.gain is None and m.groups is None:
                 m.check(out)
                 of_m = norm_from_gram(m.z, m.up).to(self.dtype)
             else:
@@ -177,4 +180,4 @@ class Change:
             return out + m.product(without_bias(out, bias))
         if product is None:
             product = self._whole()
-        return applied(FactoredSum, out, product, bias, *factors, a, self.learn)
+        return applied(FactoredSum, out, product, bias, *factors, a, self.learn, self.groups)

@@ -69,12 +69,18 @@ class Observer:
         trained: whether only those calls are that a backward may come through.
         change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
             adapters of their own, of one adapter after the other.
+        experts: of a layer that has several experts, who is told of each; None for this one.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
     trained: bool = False
     change: Callable[[Tensor], None] | None = None
+    experts: Callable[[int], Observer] | None = None
+
+    def of(self, expert: int) -> Observer:
+        """Who is told of one expert of a layer that has several."""
+        return self if self.experts is None else self.experts(expert)
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -206,29 +212,22 @@ class Gated(Swapped):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
         x = self.inputs(modification, input)
-        at_positions = None
-        if (real := counted(mask, inside)) is not None:
-            at_positions = self.in_own_order(real, out)
+        real = counted(mask, inside)
         if factors is None:
             factors = modification.factors(x, w, cast(LinearLike, self))
         m = whole_of(modification, x, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
-        norms = change.norms() if wants_norms else None
         for observer in said_of(self, RECORD) if contexts() else []:
             if observer.change is not None:
                 observer.change(change.multiplied_out())
-        a = None if gate is None else gate(Positions(change, x, at_positions))
-        if inside is not None:
-            inside = self.in_own_order(inside, out)
-            if inside.dtype != torch.bool:  # weights
-                a = inside.to(change.dtype) * (1.0 if a is None else a)
-        h = change.add(a)
-        is_open = None if a is None else change.opened(a)
-        if inside is not None:
-            # A selection: outside it is the base, whatever M(x) and its gate are there.
-            h = torch.where(inside.unsqueeze(-1) != 0, h, out)
-            is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
-        return h, is_open, norms
+        return changed(
+            change,
+            x,
+            None if real is None else self.in_own_order(real, out),
+            None if inside is None else self.in_own_order(inside, out),
+            gate,
+            wants_norms,
+        )
 
     def inputs(self, modification: Modification, input: Tensor) -> Any:
         """x as the modification reads it, `(..., in_features)`; or `Patches`, if its maps do."""
@@ -288,6 +287,28 @@ class Gated(Swapped):
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
+def changed(
+    change: Change,
+    input: Tensor,
+    real: Tensor | None,
+    inside: Tensor | None,
+    gate: Gate | None,
+    wants_norms: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
+    """What `Gated.modified` gives, of positions `(...)` that are `real` and `inside`."""
+    norms = change.norms() if wants_norms else None
+    a = None if gate is None else gate(Positions(change, input, real))
+    if inside is not None and inside.dtype != torch.bool:  # weights
+        a = inside.to(change.dtype) * (1.0 if a is None else a)
+    h = change.add(a)
+    is_open = None if a is None else change.opened(a)
+    if inside is not None:
+        # A selection: outside it is the base, whatever M(x) and its gate are there.
+        h = torch.where(inside.unsqueeze(-1) != 0, h, change.out)
+        is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
+    return h, is_open, norms
+
+
 class GatedLinear(Gated, nn.Linear):
     """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
 
@@ -305,9 +326,14 @@ def first_parameter(kind: type[nn.Module]) -> str:
     return list(inspect.signature(kind.forward).parameters)[1]
 
 
-def attach(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
-    """Turn `layer` itself into a gated one."""
-    swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
+def attach(
+    layer: LinearLike,
+    modification: Modification,
+    gate: Gate | None,
+    kind: type[Gated] | None = None,
+) -> None:
+    """Turn `layer` itself into a gated one, of a `kind` that is written for it or a common one."""
+    swap(layer, kind or (GatedLinear if isinstance(layer, nn.Linear) else Gated))
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {"_reached": False, "_memory": MaskMemory()}

@@ -12,9 +12,8 @@ from tokengate.contexts import Waiting
 from tokengate.errors import TokenGateError
 from tokengate.layers.calls import RESTRICT, enter, leave
 from tokengate.layers.folded import folded
-from tokengate.layers.patched import all_layers
+from tokengate.layers.patched import all_layers, may_be_idle
 from tokengate.layers.regions import Region, valid_where
-from tokengate.linears.experts import is_expert
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
@@ -65,7 +64,7 @@ class restrict(Waiting):
         switch("new", new)
         regions = _by_layer(where, list(patched), new)
         for name, region in regions.items():
-            if is_expert(name) and not callable(region.where):
+            if may_be_idle(name, patched[name]) and not callable(region.where):
                 raise TokenGateError(
                     f"restrict was given a mask of whole sequences for {name!r}, an expert, which "
                     "sees the positions that are routed there: restrict other layers, "

@@ -64,6 +64,9 @@ class Modification(KeepsFloat32):
     """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
+    stacks: ClassVar[bool] = False
+    """Whether `maps` takes parameters of several layers too, each with one dimension in front. If
+    not, it is asked layer by layer where a module has many, as experts."""
     reads_w: ClassVar[bool] = True
     """Whether the values of w are asked for, not its dtype alone."""
 
@@ -75,6 +78,8 @@ class Modification(KeepsFloat32):
             # Else the inherited factors would be asked, and what is new never run.
             cls.factors = Modification.factors if "maps" in own else _no_factors  # type: ignore
         cls.reads_w = cls.factors is not Modification.factors
+        if ways & vars(cls).keys() and "stacks" not in vars(cls):
+            cls.stacks = False
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

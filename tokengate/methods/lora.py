@@ -43,7 +43,7 @@ class LoRA(Modification):
             no multiple of a convolution's groups.
     """
 
-    linear = True
+    linear = stacks = True
 
     def __init__(
         self,

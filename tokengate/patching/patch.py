@@ -12,6 +12,7 @@ from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
+from tokengate.gates.stacked import stacked
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
@@ -20,6 +21,7 @@ from tokengate.layers.named_adapters import current_name, join
 from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearLike, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
@@ -59,6 +61,7 @@ def patch(
     exclude: Targets | None = None,
     train: Any = (),
     slices: Mapping[Pattern, Slices] | None = None,
+    experts: Mapping[Pattern, str] | None = None,
     **options: Any,
 ) -> _Model:
     """Give the targeted linear layers of `model` a gated modification, in place.
@@ -107,6 +110,9 @@ def patch(
             They keep their dtype, also in a 16-bit model.
         slices: how fused layers are divided, by pattern over their names, where the library does
             not know it: `slices={"qkv": tokengate.Slices(q=64, k=64, v=64)}`.
+        experts: how 3-D parameters of experts are laid out, by pattern over their names, where the
+            library does not know it: `experts={"moe.w1": "eoi"}` for `(experts, outputs, inputs)`,
+            `"eio"` for `(experts, inputs, outputs)`.
         **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
             each layer the value of the first pattern that matches its name:
             `rank={"*.q_proj": 16, "*": 8}`; every layer must find one, every pattern decide one.
@@ -134,7 +140,7 @@ def patch(
         non_negative("penalty", penalty)
     adapter = current_name(model)
     trained = named_by_train(model, train)
-    chosen = find_targets(model, targets, exclude, slices)
+    chosen = find_targets(model, targets, exclude, slices, experts)
     plain = {whole(each.layer): name for name, each in folded(model).items()}
     for name, layer in list(chosen.items()):
         if whole(layer) in plain:
@@ -159,9 +165,7 @@ def patch(
     planned = []
     for name, layer in chosen.items():
         with weights_present(whole(layer)):
-            planned.append(
-                (layer, build(kind, layer, own_options[name]), build_gate(gates[name], layer))
-            )
+            planned.append((layer, *_built(layer, kind, own_options[name], gates[name])))
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
@@ -169,6 +173,20 @@ def patch(
     if kind.linear:
         warn_of_rank(own_options, chosen)
     return model
+
+
+def _built(
+    layer: LinearLike,
+    kind: type[Modification],
+    options: dict[str, Any],
+    gate: tuple[type[Gate], dict[str, Any]] | None,
+) -> tuple[Modification, Gate | None]:
+    """The modification and the gate of a layer, or of all experts in one of each."""
+    if not isinstance(layer, StackedLinear):
+        return build(kind, layer, options), build_gate(gate, layer)
+    each = [(build(kind, one, options), build_gate(gate, one)) for one in layer.each()]
+    modifications, gates = zip(*each, strict=True)
+    return stacked(modifications), None if gate is None else stacked(gates, flat=True)
 
 
 def install(

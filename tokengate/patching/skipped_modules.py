@@ -7,13 +7,14 @@ patched in its place, so that what the module does around it stays. Of the rest 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import nn
 
 from tokengate.errors import SkippedModuleWarning, listed
 from tokengate.gates.base import Gate
 from tokengate.layers.gated_linear import Gated
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearSlice, is_linear_like
 from tokengate.methods.base import Modification
 from tokengate.names import named_modules
@@ -25,8 +26,8 @@ _CONVOLUTIONS = (
 
 
 def is_target(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer, a convolution, or a slice of a fused layer."""
-    return is_linear_like(module) or isinstance(module, LinearSlice)
+    """Whether it is a linear layer, a convolution, a slice of a fused layer, or experts'."""
+    return is_linear_like(module) or isinstance(module, (LinearSlice, StackedLinear))
 
 
 def only_layer(module: nn.Module) -> nn.Module | None:
@@ -40,8 +41,13 @@ def only_layer(module: nn.Module) -> nn.Module | None:
     return layer if all(id(parameter) in own for parameter in module.parameters()) else None
 
 
-def why_not(module: nn.Module) -> str:
-    """Why a module that is no layer cannot be patched, and what to do, as the end of a sentence."""
+def why_not(module: nn.Module, stacks: Sequence[str] = ()) -> str:
+    """Why a module that is no layer cannot be patched, and what to do, as the end of a sentence.
+
+    Args:
+        module: the module.
+        stacks: the names of its experts' projections.
+    """
     kind = type(module).__name__
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return (
@@ -53,7 +59,8 @@ def why_not(module: nn.Module) -> str:
             f"which is an nn.{kind}, and of convolutions nn.Conv2d alone can be patched: train it "
             "whole with train=, or drop it"
         )
-    inside = next((name for name, m in named_modules(module) if is_linear_like(m)), None)
+    layers = [name for name, m in named_modules(module) if is_linear_like(m)]
+    inside = next(iter([*layers, *stacks]), None)
     remedy = f"name those inside it, e.g. {inside!r}" if inside else "drop it"
     return f"which is a {kind}, not a linear layer: {remedy}"
 

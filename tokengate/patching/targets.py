@@ -10,11 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from tokengate.arguments import spelled
 from tokengate.errors import TokenGateError
+from tokengate.layers.experts.owner import patched_projections
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
 from tokengate.linears.convolution import computes_otherwise, is_convolution
-from tokengate.linears.experts import stacked_expert
+from tokengate.linears.experts import StackedLinear, stacked_expert, unpatchable
 from tokengate.linears.linear_like import (
     LinearLike,
     LinearSlice,
@@ -56,7 +57,7 @@ ALL_LINEAR = "all-linear"
 
 
 def find_targets(
-    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None
+    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None, experts: Any = None
 ) -> dict[str, LinearLike]:
     """The layers that `targets` means, without those that `exclude` means, by name.
 
@@ -67,12 +68,13 @@ def find_targets(
         targets: as in `patch`.
         exclude: as in `patch`.
         slices: the user's own `Slices` of fused layers, by pattern.
+        experts: the axes of the user's own stacked parameters, by pattern.
 
     Raises:
         TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
             patched already.
     """
-    names = _Names(model, slices)
+    names = _Names(model, slices, experts)
     if not callable(targets) and targets != ALL_LINEAR:
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
@@ -86,9 +88,7 @@ def find_targets(
     beside: dict[str, set[nn.Module]] = {}
     entered: dict[nn.Module, nn.Module] = {}
     for label, found in names.matches("targets", targets).items():
-        left = {
-            m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
-        }
+        left = {m for m in found if excluded.isdisjoint(_and_around(m))}
         # A module around one layer stands for that, unless the layer is meant anyway.
         around = {m: layer for m in left if (layer := only_layer(m)) and layer not in found}
         entered |= {m: layer for m, layer in around.items() if layer not in excluded}
@@ -121,10 +121,11 @@ def all_linear_or(targets: Targets) -> Targets:
 class _Names:
     """The modules of a model by name, and what is known of each as a target."""
 
-    def __init__(self, model: nn.Module, slices: Any) -> None:
+    def __init__(self, model: nn.Module, slices: Any, experts: Any) -> None:
         self.model = model
         # All names of a shared module count for matching; the first one is its name.
-        self.named = with_slices(model, slices)
+        self.named = with_slices(model, slices, experts)
+        self.stacks = [(n, m) for n, m in self.named if isinstance(m, StackedLinear)]
         self.first: dict[nn.Module, str] = {}
         self.by_name: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, module in self.named:
@@ -165,12 +166,15 @@ class _Names:
             if not is_one_word(pattern):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
-            if held is not None:
-                raise TokenGateError(
-                    f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
-                    f"together in its 3-D parameter {held[1]!r} and not in linear layers: leave "
-                    "them out with exclude=['experts'], or name other layers in full."
-                )
+            if held is None or matched(pattern, self.stacks):
+                continue
+            own = [name for name, _ in self.stacks if name.startswith(f"{held[0]}.")]
+            named = f"name these, too, e.g. {own[-1]!r}" if own else "say how, with experts="
+            raise TokenGateError(
+                f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
+                f"together in its 3-D parameter {held[1]!r} and not in linear layers: {named}, or "
+                "leave them out with exclude=['experts']."
+            )
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
@@ -233,8 +237,10 @@ class _Names:
                     "tokengate.unpatch(model) first, or exclude it"
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
+        if isinstance(module, StackedLinear) and not isinstance(module, Gated):
+            return self._refusal_of_stack(module)
         if not is_target(module):
-            return why_not(module)
+            return why_not(module, [m.key for _, m in self.stacks if m.owner is module])
         module = cast(LinearLike, module)
         if isinstance(module, Gated):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
@@ -271,11 +277,31 @@ class _Names:
             )
         return self.unreachable.get(module)
 
+    def _refusal_of_stack(self, module: StackedLinear) -> str | None:
+        for layer in patched_projections(module.owner):
+            overlap = module.part is None or layer.part is None
+            if layer.parameter == module.parameter and overlap:
+                how = "in part" if module.part is None else "as a whole"
+                return f"which is patched {how} already: call tokengate.unpatch(model) first"
+        if hides_class(module.owner):
+            return (
+                f"held by a {type(module.owner).__name__} whose forward was replaced on the "
+                "instance, so that a patch would never run: patch first, or exclude it"
+            )
+        return unpatchable(module.owner, module.held)
+
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """A language model's last layer, which gives the logits; None where there is none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if callable(get_head) else None
+
+
+def _and_around(module: nn.Module) -> list[nn.Module]:
+    """A module, and what it is a part of, which may be excluded as a whole."""
+    if isinstance(module, StackedLinear):
+        return [module, module.owner, *([] if module.fused is None else [module.fused])]
+    return [module, whole(cast(LinearLike, module))]
 
 
 def _kind(module: nn.Module) -> str:

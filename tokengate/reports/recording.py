@@ -23,13 +23,14 @@ from tokengate.kernels.recomputation import in_backward
 from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.coverage import report_lost
 from tokengate.layers.gated_linear import Observer
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, observers, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
     Counts,
     Details,
     Found,
     Groups,
+    Taus,
     add_counts,
     checked_groups,
     made_report,
@@ -40,7 +41,7 @@ from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.provenance import name_of_model, provenance
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
-from tokengate.sharding import number_here
+from tokengate.sharding import numbers_here
 
 #: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
 MEMORY = 2**28
@@ -70,6 +71,7 @@ class Recorder:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
         self._parts = {n: (layer.modification, layer.gate) for n, layer in self._layers.items()}
+        self._names = {n: module_names(n, layer) for n, layer in self._layers.items()}
         self._model = name_of_model(model)
         # Threads may have been given its context.
         self._lock = threading.Lock()
@@ -107,7 +109,8 @@ class Recorder:
                 "no positions were recorded: run the model inside `with tokengate.record(model, "
                 "positions=True):`."
             )
-        called = [name for name in self._layers if name in self.positions]
+        names = [each for names in self._names.values() for each in names]
+        called = [name for name in names if name in self.positions]
         return alike(self._calls, called, self._asked_ratios)
 
     @property
@@ -183,10 +186,12 @@ class Recorder:
 
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
-        taus = {
-            n: None if g is None or g.threshold is None else number_here(g.threshold)
-            for n, (_, g) in self._parts.items()
-        }
+        taus: Taus = {}
+        for n, (_, gate) in self._parts.items():
+            threshold = None if gate is None else gate.threshold
+            names = self._names[n]
+            numbers = [None] * len(names) if threshold is None else numbers_here([threshold])
+            taus |= dict(zip(names, numbers, strict=True))
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
@@ -319,9 +324,11 @@ def record(
     recorder = Recorder(model, positions, groups, ratios, memory, folder)
     switch("trained", trained)
     report_lost(model)
-    observers = {
-        layer: Observer(partial(recorder._observe, name), norms=ratios, trained=trained)
-        for name, layer in recorder._layers.items()
-    }
-    with in_context(RECORD, observers):
+    with in_context(
+        RECORD,
+        observers(
+            recorder._layers,
+            lambda name: Observer(partial(recorder._observe, name), ratios, trained),
+        ),
+    ):
         yield recorder
