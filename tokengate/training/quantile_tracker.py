@@ -9,16 +9,18 @@ from torch import Tensor
 
 from tokengate.gates.score_counts import BINS, PER_OCTAVE, log_quantile
 
-# Over what share of a training's steps is averaged, and the least and the largest weight of a step.
-_WINDOW, _LEAST, _MOST = 0.05, 0.02, 0.5
+# Over what share of a training's steps is averaged, and over how many at least and at most.
+_WINDOW, _LEAST, _MOST = 0.1, 3.0, 100.0
 
 
 class QuantileTracker:
     """Averages over steps of `counts` of scores (`score_counts`), from which quantiles are told.
 
     Scores grow with M(x), quickly at first. An average of their quantiles would lag behind, and
-    more so the fewer steps there are. So their size, the median of those above 0, is followed with
-    its growth (Holt's linear trend, in octaves), and their distribution relative to it is averaged.
+    more so the fewer steps there are. So their size, the median of those above 0, is followed by a
+    line in log size over log steps, to which later steps contribute more; at first M(x) is as large
+    as steps are many, and later grows more slowly. And their distribution relative to it is
+    averaged.
 
     Args:
         series: how many distributions are followed.
@@ -28,13 +30,11 @@ class QuantileTracker:
 
     def __init__(self, series: int, total_steps: int, device: torch.device) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        window = max(1.0, _WINDOW * total_steps)
-        self._weight = min(_MOST, max(_LEAST, 1 / window))
+        self._kept = 1 - 1 / min(_MOST, max(_LEAST, _WINDOW * total_steps))
         self._shape = torch.zeros(series, BINS, dtype=self.dtype, device=device)
-        # The size of the last step, smoothed, its growth in a step, and how many steps tell of it.
-        self._size = torch.zeros(series, dtype=self.dtype, device=device)
-        self._growth = torch.zeros_like(self._size)
-        self._told = torch.zeros_like(self._size)
+        # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
+        # step and of the size, the variance of the one and the covariance of both.
+        self._line = torch.zeros(6, series, dtype=self.dtype, device=device)
 
     def add(self, counts: Tensor) -> None:
         """Those of a step, `(series, BINS)`; a series without any learns nothing."""
@@ -42,25 +42,29 @@ class QuantileTracker:
         above[:, 0] = above[:, -1] = 0
         some = above.sum(-1) > 0
         size = torch.where(some, log_quantile(above, 0.5), 0)
-        first, second = self._told == 0, self._told == 1
-        # Steps so far tell as much as they are, as in Adam's averages after their correction.
-        weight = torch.clamp(1 / (self._told + 1), min=self._weight)
-        expected = self._size + self._growth
-        smoothed = torch.where(first, size, expected + weight * (size - expected))
-        growth = self._growth + weight * (smoothed - self._size - self._growth)
-        growth = torch.where(first, 0, torch.where(second, size - self._size, growth))
-        smoothed = torch.where(second, size, smoothed)
-        self._size = torch.where(some, smoothed, self._size)
-        self._growth = torch.where(some, growth, self._growth)
-        self._told += some
-        total = counts.sum(-1, keepdim=True)
-        here = _moved(counts / torch.where(total > 0, total, 1), -size)
+        told, total, x, y, xx, xy = self._line
+        told = told + 1
+        total = self._kept * total + 1
+        weight = 1 / total
+        dx, dy = told.log2() - x, size - y
+        rest = 1 - weight
+        line = [told, total, x + weight * dx, y + weight * dy]
+        line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
+        self._line = torch.where(some, torch.stack(line), self._line)
+        counted = counts.sum(-1, keepdim=True)
+        here = _moved(counts / torch.where(counted > 0, counted, 1), -size)
         mixed = self._shape + weight.unsqueeze(-1) * (here - self._shape)
-        self._shape = torch.where(total > 0, mixed, self._shape)
+        self._shape = torch.where(counted > 0, mixed, self._shape)
+
+    def _size(self) -> Tensor:
+        """log2 of the size at the next step."""
+        told, _, x, y, xx, xy = self._line
+        slope = xy / torch.where(xx > 0, xx, 1)
+        return y + slope * ((told + 1).log2() - x)
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)`."""
-        return log_quantile(self._shape, share) + self._size + self._growth
+        return log_quantile(self._shape, share) + self._size()
 
     def counts(self) -> Tensor:
         """Shares by bin, relative to the size, `(series, BINS)`."""
@@ -68,7 +72,7 @@ class QuantileTracker:
 
     def relative(self, log_scores: Tensor) -> Tensor:
         """`log_scores`, `(series,)`, in the bins of `counts`, at the next step."""
-        return log_scores - self._size - self._growth
+        return log_scores - self._size()
 
     def state_dict(self) -> dict[str, Any]:
         """All that it knows."""
@@ -80,12 +84,7 @@ class QuantileTracker:
             tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            "shape": self._shape,
-            "size": self._size,
-            "growth": self._growth,
-            "told": self._told,
-        }
+        return {"shape": self._shape, "line": self._line}
 
 
 def _moved(counts: Tensor, by: Tensor) -> Tensor:
