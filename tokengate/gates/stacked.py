@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from tokengate.errors import TokenGateError
 from tokengate.linears.class_swap import Swapped, swap
 
+# What all of them add to, or are told alike.
+_SHARED = ("_tally", "_seen", "_unit", "_controlled")
+
 
 class Stacked(Swapped):
     """What a module of one layer becomes, once it has the values of several; see `stacked`."""
@@ -76,7 +79,7 @@ def _views(module: Any, each: Callable[[Sequence[Tensor]], Sequence[Tensor]]) ->
         return {
             name: torch.split(t, 1) if module.flat and t.dim() == 1 else t.unbind(0)
             for name, t in tensors.items()
-            if isinstance(t, Tensor) and name != "_tally"  # which all of them add to
+            if isinstance(t, Tensor) and name not in _SHARED
         }
 
     parameters = {name: each(own) for name, own in parts(module._parameters).items()}

@@ -19,7 +19,8 @@ from tokengate.errors import TokenGateError
 from tokengate.kernels.groups import Groups, grouped_product
 from tokengate.kernels.precision import without_autocast
 
-# What is called in backward with z and its gradient, `(..., rank)` both.
+# What is called in backward with z and its gradient, `(..., rank)` both; of M(x) without factors
+# with that, `(..., out_features)`.
 Learn: TypeAlias = Callable[[Tensor, Tensor], None]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.gates.positions import Positions
+from tokengate.gates.deciding import Changed, changed
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
@@ -162,8 +162,8 @@ class Gated(Swapped):
             # M(x) in factors, where that can be begun before the base layer.
             x, factors = adapter[0].factors_before(input, cast(nn.Linear, self))
         output: Tensor = super().forward(x, *args, **kwargs)
-        out, norms = by_position(own, output), None
-        mask = self._fitting(told.mask, out)
+        out = by_position(own, output)
+        mask, norms, scores = self._fitting(told.mask, out), None, None
         observers: list[Observer] = said_of(self, RECORD) if contexts() else []
         if observers and is_exported():
             raise TokenGateError(
@@ -172,7 +172,7 @@ class Gated(Swapped):
             )
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
-            h, is_open, norms = self.modified(
+            h, is_open, norms, scores = self.modified(
                 input, out, mask, told.inside, *adapter, factors, wants_norms
             )
         elif isinstance(told.choice, Rows):
@@ -184,11 +184,12 @@ class Gated(Swapped):
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
+            scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
                 observer.tell(at, seen, mask, norms)
         if self.training and adapter is not None and adapter[1] is not None and at is not None:
-            adapter[1].count(at, mask)
+            adapter[1].count(at, scores, mask)
         return as_output(own, h, output)
 
     def _keeps_nothing(self) -> bool:
@@ -206,8 +207,8 @@ class Gated(Swapped):
         gate: Gate | None,
         factors: Factors | None = None,
         wants_norms: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
-        """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w."""
+    ) -> Changed:
+        """What its adapter makes of its output."""
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
@@ -285,28 +286,6 @@ class Gated(Swapped):
                 "in: call the model itself, or use DistributedDataParallel."
             )
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-
-
-def changed(
-    change: Change,
-    input: Tensor,
-    real: Tensor | None,
-    inside: Tensor | None,
-    gate: Gate | None,
-    wants_norms: bool,
-) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
-    """What `Gated.modified` gives, of positions `(...)` that are `real` and `inside`."""
-    norms = change.norms() if wants_norms else None
-    a = None if gate is None else gate(Positions(change, input, real))
-    if inside is not None and inside.dtype != torch.bool:  # weights
-        a = inside.to(change.dtype) * (1.0 if a is None else a)
-    h = change.add(a)
-    is_open = None if a is None else change.opened(a)
-    if inside is not None:
-        # A selection: outside it is the base, whatever M(x) and its gate are there.
-        h = torch.where(inside.unsqueeze(-1) != 0, h, change.out)
-        is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
-    return h, is_open, norms
 
 
 class GatedLinear(Gated, nn.Linear):

@@ -182,10 +182,14 @@ def _built(
     gate: tuple[type[Gate], dict[str, Any]] | None,
 ) -> tuple[Modification, Gate | None]:
     """The modification and the gate of a layer, or of all experts in one of each."""
+
+    def both(one: Any) -> tuple[Modification, Gate | None]:
+        modification = build(kind, one, options)
+        return modification, build_gate(gate, one, modification.factor_rank)
+
     if not isinstance(layer, StackedLinear):
-        return build(kind, layer, options), build_gate(gate, layer)
-    each = [(build(kind, one, options), build_gate(gate, one)) for one in layer.each()]
-    modifications, gates = zip(*each, strict=True)
+        return both(layer)
+    modifications, gates = zip(*map(both, layer.each()), strict=True)
     return stacked(modifications), None if gate is None else stacked(gates, flat=True)
 
 

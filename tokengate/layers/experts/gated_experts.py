@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
+from tokengate.gates.deciding import Changed, changed
 from tokengate.kernels.change import Change
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.groups import Groups
-from tokengate.kernels.norms import Norms, reshaped
+from tokengate.kernels.norms import reshaped
 from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, contexts, said_of
 from tokengate.layers.experts.products import Whose
 from tokengate.layers.experts.routing import Routing
-from tokengate.layers.gated_linear import Gated, Observer, changed
+from tokengate.layers.gated_linear import Gated, Observer
 from tokengate.layers.several import Told, counted, whole_of
 from tokengate.linears.experts import StackedLinear
 from tokengate.methods.base import Modification
@@ -133,7 +134,7 @@ class _Call:
         fits = told.mask is not None and told.mask.numel() == shape.numel()
         self.mask = told.mask if fits else None
         self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
-        counts = layer.training and self.gate is not None and self.gate._tally is not None
+        counts = layer.training and self.gate is not None and self.gate.counts
         self.needs_places = bool(
             counts or self.observers or self.mask is not None or told.inside is not None
         )
@@ -164,9 +165,9 @@ class _Call:
         m = whole_of(modification, rows.x, w) if factors is None else factors
         change = Change(rows.out, rows.bias, m)
         wants = any(observer.norms for observer in self.observers)
-        h, is_open, norms = changed(change, rows.x, rows.real, rows.inside, gate, wants)
-        self._tell([expert], None, rows, is_open, norms)
-        return h
+        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        self._tell([expert], None, rows, found)
+        return found.h
 
     def of_all(self, groups: Groups, rows: _Rows) -> Tensor:
         """The changed rows of several experts."""
@@ -178,9 +179,9 @@ class _Call:
         factors = maps.grouped(rows.x, modification.training, groups)
         change = Change(rows.out, rows.bias, factors)
         wants = any(observer.norms for observer in self.observers)
-        h, is_open, norms = changed(change, rows.x, rows.real, rows.inside, gate, wants)
-        self._tell(range(self.layer.num_experts), groups, rows, is_open, norms)
-        return h
+        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        self._tell(range(self.layer.num_experts), groups, rows, found)
+        return found.h
 
     def _one_by_one(self, groups: Groups, rows: _Rows) -> Tensor:
         parts, at = [], 0
@@ -191,39 +192,30 @@ class _Call:
         return torch.cat(parts)
 
     def _tell(
-        self,
-        experts: Any,
-        groups: Groups | None,
-        rows: _Rows,
-        is_open: Tensor | None,
-        norms: tuple[Norms, Norms] | None,
+        self, experts: Iterable[int], groups: Groups | None, rows: _Rows, found: Changed
     ) -> None:
-        """Tell observers, expert by expert, which of its positions were modified."""
+        """Tell observers and the gate, expert by expert, of its positions."""
         gate = self.gate
-        counts = self.layer.training and gate is not None and gate._tally is not None
+        counts = self.layer.training and gate is not None and gate.counts
         if not (self.observers or counts):
             return
         told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
         for expert in experts:
-            own, opened, sizes = rows, is_open, norms
+            own, of = rows, found
             if groups is not None:
                 of_expert = (groups.of_row == expert).nonzero().flatten()
                 pick = partial(torch.index_select, dim=0, index=of_expert)
-                own, opened = rows.at(of_expert), None if is_open is None else pick(is_open)
-                sizes = None if norms is None else _both(norms, pick)
-            at, seen, real, sizes = self._at_positions(own, opened, sizes)
+                own, of = rows.at(of_expert), _each(found, pick)
+            of, real = self._at_positions(own, of)
             for observer in told:
-                observer.of(expert).tell(at, seen, real, sizes)
-            if counts and at is not None:
-                cast(Gate, gate).count(at, real)
+                observer.of(expert).tell(of.is_open, of.h, real, of.norms)
+            if counts and of.is_open is not None:
+                cast(Gate, gate).count(of.is_open, of.scores, real)
 
-    def _at_positions(
-        self, rows: _Rows, is_open: Tensor | None, norms: tuple[Norms, Norms] | None
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None]:
-        """S, something in the shape of the output, what is real, and norms: by samples, (B, T)."""
+    def _at_positions(self, rows: _Rows, found: Changed) -> tuple[Changed, Tensor | None]:
+        """The same by samples, (B, T), with something in the shape of h; and what is real."""
         if rows.places is None:
-            real = None if rows.real is None else rows.real.unsqueeze(-1)
-            return is_open, rows.out, real, norms
+            return found, None if rows.real is None else rows.real.unsqueeze(-1)
         places, count = rows.places, self.shape.numel()
         shape = self.shape if self.mask is None else self.mask.shape
         shape = torch.Size((*shape, 1)) if len(shape) == 1 else shape
@@ -232,13 +224,19 @@ class _Call:
             return values.new_zeros(count).index_copy(0, places, values).view(shape)
 
         real = torch.ones_like(places, dtype=torch.bool) if rows.real is None else rows.real
-        sizes = None if norms is None else _both(norms, spread)
-        at = None if is_open is None else spread(is_open)
-        return at, rows.out.new_empty((1,)).expand(*shape, 1), spread(real), sizes
+        here = rows.out.new_empty((1,)).expand(*shape, 1)
+        return _each(found, spread)._replace(h=here), spread(real)
 
 
-def _both(norms: tuple[Norms, Norms], of: Callable[[Tensor], Tensor]) -> tuple[Norms, Norms]:
-    return reshaped(norms[0], of), reshaped(norms[1], of)
+def _each(found: Changed, of: Callable[[Tensor], Tensor]) -> Changed:
+    """Of numbers of positions, some or in another order; h stays."""
+    opened, norms, scores = found.is_open, found.norms, found.scores
+    return Changed(
+        found.h,
+        None if opened is None else of(opened),
+        None if norms is None else (reshaped(norms[0], of), reshaped(norms[1], of)),
+        None if scores is None else of(scores),
+    )
 
 
 def _groups(whose: Whose, experts: int, rows: int) -> Groups:
