@@ -203,3 +203,14 @@ def sigmoid_backward(x, a, mu, penalty, mask=None):
         grad_v += slope * np.array([float(p) for p in x[i]])
         grad_c += slope
     return grad_v, grad_c
+
+
+def fisher_scores(calls):
+    """The sum over positions of <G_i, a_i m_i>^2, from G, h and W0 x + b, `(N, C)` each, by call."""
+    total = 0.0
+    for grad, h, out in calls:
+        for i in range(len(h)):
+            total += (
+                sum(float(grad[i][j]) * float(h[i][j] - out[i][j]) for j in range(len(h[i]))) ** 2
+            )
+    return total
