@@ -206,11 +206,10 @@ def sigmoid_backward(x, a, mu, penalty, mask=None):
 
 
 def fisher_scores(calls):
-    """The sum over positions of <G_i, a_i m_i>^2, from G, h and W0 x + b, `(N, C)` each, by call."""
+    """The sum over positions of <G_i, a_i m_i>^2, from G, h and W0 x + b of calls, `(N, C)`."""
     total = 0.0
     for grad, h, out in calls:
         for i in range(len(h)):
-            total += (
-                sum(float(grad[i][j]) * float(h[i][j] - out[i][j]) for j in range(len(h[i]))) ** 2
-            )
+            modified = [float(h[i][j] - out[i][j]) for j in range(len(h[i]))]
+            total += sum(float(g) * m for g, m in zip(grad[i], modified, strict=True)) ** 2
     return total

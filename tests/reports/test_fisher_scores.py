@@ -164,7 +164,7 @@ def test_refusals():
         tokengate.fisher_scores(model, [(batches_of(1)[0][0],)])
     with pytest.raises(tokengate.TokenGateError, match="no batches"):
         tokengate.fisher_scores(model, [], of_net)
-    with pytest.raises(tokengate.TokenGateError, match="no patched|without a patched|no layer"):
+    with pytest.raises(tokengate.TokenGateError, match="without"):
         tokengate.fisher_scores(Net(), batches_of(1), of_net)
 
 
@@ -216,7 +216,7 @@ def test_suggest_says_what_cannot_be_asked():
     nothing = lambda model, batch: model(batch).detach().sum()  # noqa: E731
     with pytest.raises(tokengate.TokenGateError, match="hangs on no layer"):
         tokengate.suggest(model, [torch.randn(2, 3, 8)], loss=nothing)
-    with pytest.raises(tokengate.TokenGateError, match="paths.7"):
+    with pytest.raises(tokengate.TokenGateError, match=r"paths\.7"):
         tokengate.suggest(model, [torch.randn(2, 3, 8)], targets=["paths.7"], loss=of_paths)
     assert snapshot(model) == before
 

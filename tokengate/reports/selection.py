@@ -39,13 +39,14 @@ def select(
     | norm_abs | `select(norms.absolute, fraction, keep="highest")` |
     | random | `select(report, fraction, by="random", seed=...)` |
 
-    and beside them, with `scores = fisher_scores(model, batches)`, what the loss itself says:
+    and beside them, with `scores = fisher_scores(model, batches)`, what the loss itself says,
 
-    | fisher | `select(scores, fraction, by="fisher")` |
+    | row | call |
     |---|---|
+    | fisher | `select(scores, fraction, by="fisher")` |
 
-    (`suggest` does both in one call.) half_rank adapts all modules at half the rank. What a smaller fraction selects, a larger
-    one does too.
+    which `suggest` does in one call. half_rank adapts all modules at half the rank. What a smaller
+    fraction selects, a larger one does too.
 
     Args:
         report: of the run that was measured; or a number for each module by name, in the model's
@@ -91,8 +92,8 @@ def select(
         )
     if by == "fisher" and not any(numbers.values()):
         raise TokenGateError(
-            "all of fisher's scores are 0, as M(x) is before it was trained: train some steps first, "
-            "or call tokengate.suggest(model, batches), which takes one by itself."
+            "all of fisher's scores are 0, as M(x) is before it was trained: train some steps "
+            "first, or call tokengate.suggest(model, batches), which takes one by itself."
         )
     for name, number in numbers.items():
         if not isinstance(number, Real) or number != number:

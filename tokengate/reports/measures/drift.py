@@ -18,7 +18,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 from tokengate.patching.disabled import disabled
 
-# Positions at a time: of a language model's distributions there are a hundred thousand numbers each.
+# Positions at a time: each has a hundred thousand numbers in a large language model.
 _ROWS = 1024
 # Where features stand in outputs, the first that is there.
 _FEATURES = ("sentence_embedding", "last_hidden_state", "image_embeds", "pooler_output")
@@ -53,15 +53,16 @@ def drift(
 ) -> Drift:
     """How far `model` is from its base on `batches`, in evaluation mode, by `disabled`:
 
-        print(tokengate.drift(model, batches))             # kl to the base 0.0312 nats (512 positions)
+        print(tokengate.drift(model, batches))  # kl to the base 0.0312 nats (512 positions)
         print(tokengate.drift(model, batches, scale=0.8))  # with M(x) four fifths as large
 
     What a gate spares a model of forgetting, a smaller modification does, too: so compare a gated
-    model with an ungated one at a `scale` with the same score. A head that was trained along is part
-    of both models. Outputs with `logits` are distributions over their last axis, a position each;
-    those with one column a number; all others, and plain tensors, features, unless `measure` says
-    otherwise. Of positions only real ones count: by `attention_mask` (in encoder-decoders that of the
-    decoder), or, without one, where labels are not -100.
+    model with an ungated one at a `scale` with the same score. A head that was trained along is
+    part of both models. Outputs with `logits` are distributions over their last axis, one at each
+    position; those with one column are numbers, as are logits of several labels; all others, and
+    plain tensors, are features, unless `measure` says otherwise. Of positions only real ones count:
+    by `attention_mask` (in encoder-decoders the decoder's), or, without one, where labels are not
+    -100.
 
     Args:
         model: a patched model.
@@ -91,14 +92,16 @@ def drift(
             if not isinstance(base, Tensor) or base.dim() not in (2, 3):
                 found = f"a shape {tuple(base.shape)}" if isinstance(base, Tensor) else brief(base)
                 raise TokenGateError(
-                    f"drift found an output of {found}: pass output=, which returns a tensor (batch, "
-                    "numbers) or (batch, positions, numbers)."
+                    f"drift found an output of {found}: pass output=, which returns a tensor "
+                    "(batch, numbers) or (batch, positions, numbers)."
                 )
             real = _real(model, batch, base) if base.dim() == 3 else None
             base, adapted = (each if real is None else each[real] for each in (base, adapted))
             dtype = torch.float32 if base.device.type == "mps" else torch.float64
-            rows = zip(*(each.flatten(0, -2).split(_ROWS) for each in (base, adapted)), strict=True)
-            total += sum(float(_MEASURES[used](b.to(dtype), a.to(dtype)).sum()) for b, a in rows)
+            both = base.flatten(0, -2), adapted.flatten(0, -2)
+            for at in range(0, len(both[0]), _ROWS):
+                rows = (each[at : at + _ROWS].to(dtype) for each in both)
+                total += float(_MEASURES[used](*rows).sum())
             count += base.shape[:-1].numel()
     if not count:
         raise TokenGateError("drift found no real position in the batches: pass some with data.")

@@ -34,13 +34,13 @@ def suggest(
         names = tokengate.suggest(model, batches, fraction=0.4)
         tokengate.patch(fresh_model, names, method="lora", gate=False)
 
-    Of a model that was trained for some steps, gated or not, those with the highest `fisher_scores`.
-    Of one that is untrained, or not patched at all (then it has LoRA of rank 8, ungated, for as long
-    as this takes), M(x) is 0, and closing it would change nothing: so all that modifications train
-    takes one step first, of the size and sign that Adam's first step has, against the gradient over
-    `batches`, and is put back afterwards. That is what the loss wants of each layer at the start;
-    a short run, which is more work, tells more. Two backward passes for each batch, or one where the
-    model was trained; nothing is left behind, gradients and random numbers included.
+    Of a model that was trained for some steps, gated or not, those with the highest
+    `fisher_scores`. Of one that is untrained, or not patched at all (then it has LoRA of rank 8,
+    ungated, for as long as this takes), M(x) is 0, and closing it would change nothing: so all that
+    modifications train takes one step first, in the direction of Adam's first step, against the
+    gradient over `batches`, and is put back afterwards. That is what the loss wants of each layer
+    at the start; a short run, which is more work, tells more. Two backward passes for each batch,
+    or one where the model was trained; nothing is left behind, no gradient and no random number.
 
     Args:
         model: patched or not.
@@ -64,7 +64,7 @@ def suggest(
             with _one_step(model, batches, loss or loss_of):
                 scores = fisher_scores(model, batches, loss)
     else:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             patch(model, targets, "lora", rank=_RANK, gate=False)
@@ -92,8 +92,8 @@ def _one_step(model: nn.Module, batches: list[Any], loss: Loss) -> Iterator[None
             total = loss(model, batch)
             if not (trained and total.requires_grad):
                 raise TokenGateError(
-                    "suggest found a loss that hangs on no layer that could be modified: pass other "
-                    "targets, or a loss with gradients."
+                    "suggest found a loss that hangs on no layer that could be modified: pass "
+                    "other targets, or a loss with gradients."
                 )
             for found, gradient in zip(
                 sums, torch.autograd.grad(total.sum(), trained, allow_unused=True), strict=True
