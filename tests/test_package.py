@@ -67,6 +67,7 @@ def test_public_names():
         "Slices",
         "SparsityController",
         "SparsityReport",
+        "SparsitySchedule",
         "TauAdam",
         "TokenGate",
         "TokenGateError",

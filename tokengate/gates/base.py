@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
+from tokengate.gates.score_counts import count_scores
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.eager import is_exported
@@ -60,6 +62,10 @@ class Gate(KeepsFloat32):
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
+    # What a `SparsitySchedule` counts, see `score_counts`; no buffer, for the same reason.
+    _seen: Tensor | None = None
+    # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
+    _unit: Tensor | None = None
     skipped: int = 0
     """Optimiser steps in which a gradient of this gate was not finite, and moved nothing."""
 
@@ -102,11 +108,22 @@ class Gate(KeepsFloat32):
 
     @property
     def threshold(self) -> Tensor | None:
-        """One element on r below which positions are closed, where this gate has such a thing.
+        """One element: positions whose score is below it are closed, where there is such a thing.
 
-        It is reported, calibrated, and trained in the taus' group.
+        It is reported, calibrated, and led by a `SparsitySchedule`; a parameter is trained in the
+        taus' group.
         """
         return None
+
+    @property
+    def is_led(self) -> bool:
+        """Whether a `SparsitySchedule` sets its threshold at present."""
+        return self._seen is not None
+
+    def scores(self, positions: Positions) -> Tensor:
+        """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""
+        with torch.no_grad():
+            return positions.r
 
     def weights(self, positions: Positions) -> Tensor:
         """a for these positions, `(...)`."""
@@ -133,18 +150,33 @@ class Gate(KeepsFloat32):
             )
         return a if a.dtype == torch.bool else a.to(positions.dtype)
 
-    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
-        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
-        if self._tally is not None and is_learnt_from():
+    def count(self, is_open: Tensor, scores: Tensor | None, mask: Tensor | None) -> None:
+        """Tell who leads this gate of the positions of one call, samples first."""
+        if (self._tally is None and self._seen is None) or not is_learnt_from():
+            return
+        if self._tally is not None:
             with torch.no_grad():
                 self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
+        if self._seen is not None and scores is not None:
+            count_scores(self._seen, scores, mask)
+
+    def _kept(self) -> Iterable[Tensor]:
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
+
+class LedGate(Gate):
+    """A gate whose threshold has no gradient: a `SparsitySchedule` sets it, or `calibrate`."""
+
+    def new_threshold(self, name: str, start: float) -> None:
+        """A buffer of shape (1,), which stays float32, and is saved."""
+        value = torch.full((1,), start, dtype=self._dtype, device=self._device)
+        self.register_buffer(name, value)
 
 
 class PenalisedGate(Gate):
     """A gate whose gradient has a term of its own for each position, times its `penalty`."""
 
-    # What `scale_penalty` and a `SparsityController` set, see `pull`. No buffers, as above.
-    _unit: Tensor | None = None
+    # What a `SparsityController` sets, see `pull`. No buffer, as above.
     _controlled: Tensor | None = None
 
     @property

@@ -47,10 +47,11 @@ class Positions:
         return self._change.m.z if isinstance(self._change.m, Factors) else None
 
     def learn(self, call: Learn) -> None:
-        """In backward, `call(z, g)`: g_i = dL/dz_i as if a_i were 1, `(..., rank)`; of factors.
+        """In backward, `call(z, g)`: g_i = dL/dz_i as if a_i were 1, `(..., rank)`.
 
-        Once for each backward of this call, also where activations are computed again, and not in
-        code that is compiled.
+        Without factors `call(m, g)` with g_i = dL/dm_i, `(..., out_features)`. Once for each
+        backward of this call, also where activations are computed again. Compiled code takes it
+        into its graph: there it may write to tensors in place, and to nothing else.
         """
         self._change.learn = call
 
@@ -70,15 +71,14 @@ class Positions:
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
-        of_m, of_w = self._change.sizes()
-        return ratios((of_m, 1.0), (of_w, 1.0))
+        return ratios((self.m_norm, 1.0), (self.w_norm, 1.0))
 
     @property
     def m_norm(self) -> Tensor:
         """||m_i||, `(...)`."""
-        return self._change.sizes()[0]
+        return self._change.size_of_m()
 
     @property
     def w_norm(self) -> Tensor:
         """||w_i|| = ||W0 x_i||, `(...)`."""
-        return self._change.sizes()[1]
+        return self._change.size_of_w()

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from tokengate.errors import TokenGateError
 from tokengate.kernels.precision import without_autocast
 
-# What is called in backward with z and its gradient, `(..., rank)` both.
+# What is called in backward with z and its gradient, `(..., rank)` both; of M(x) without factors
+# with that, `(..., out_features)`.
 Learn: TypeAlias = Callable[[Tensor, Tensor], None]
 
 

@@ -25,19 +25,22 @@ class WholeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(out: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    def forward(out: Tensor, m: Tensor, a: Tensor, learn: Learn | None) -> Tensor:
         return _selected_sum(out, m, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, m, a = inputs
+        _, m, a, ctx.learn = inputs
         # mu needs m at closed positions too: that is how a closed gate reopens.
-        ctx.save_for_backward(m if ctx.needs_input_grad[2] else None, a)
+        asked = ctx.needs_input_grad[2] or ctx.learn is not None
+        ctx.save_for_backward(m if asked else None, a)
         ctx.save_for_forward(m, a)
         ctx.m_dtype = m.dtype
 
     @staticmethod
-    def tangent(ctx: Any, out: Tensor | None, m: Tensor | None, a: Tensor | None) -> Tensor:
+    def tangent(
+        ctx: Any, out: Tensor | None, m: Tensor | None, a: Tensor | None, learn: None = None
+    ) -> Tensor:
         at_m, at_a = ctx.saved_tensors
         return _tangent(at_m, at_a, out, m, a)
 
@@ -45,12 +48,14 @@ class WholeSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         m, a = ctx.saved_tensors
         grad_m = grad_a = None
+        if ctx.learn is not None:
+            ctx.learn(m, grad)
         if ctx.needs_input_grad[1]:
             grad_m = _passed_on(grad, a).to(ctx.m_dtype)
         if ctx.needs_input_grad[2]:
             dtype = accumulation_dtype(grad, m)
             grad_a = (grad.to(dtype) * m.to(dtype)).sum(-1)
-        return grad, grad_m, grad_a
+        return grad, grad_m, grad_a, None
 
 
 class FactoredSum(torch.autograd.Function):

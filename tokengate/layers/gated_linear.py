@@ -142,7 +142,7 @@ class Gated(Swapped):
             # M(x) in factors, where that can be begun before the base layer.
             x, factors = adapter[0].factors_before(input, cast(nn.Linear, self))
         out: Tensor = super().forward(x, *args, **kwargs)
-        mask, norms = self._fitting(told.mask, input), None
+        mask, norms, scores = self._fitting(told.mask, input), None, None
         observers: list[Observer] = said_of(self, RECORD) if contexts() else []
         if observers and is_exported():
             raise TokenGateError(
@@ -151,7 +151,7 @@ class Gated(Swapped):
             )
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
-            h, is_open, norms = self.modified(
+            h, is_open, norms, scores = self.modified(
                 input, out, mask, told.inside, *adapter, factors, wants_norms
             )
         elif isinstance(told.choice, Rows):
@@ -163,11 +163,12 @@ class Gated(Swapped):
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
+            scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
                 observer.tell(at, seen, mask, norms)
         if self.training and adapter is not None and adapter[1] is not None and at is not None:
-            adapter[1].count(at, mask)
+            adapter[1].count(at, scores, mask)
         return h
 
     def _keeps_nothing(self) -> bool:
@@ -185,8 +186,9 @@ class Gated(Swapped):
         gate: Gate | None,
         factors: Factors | None = None,
         wants_norms: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
-        """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None, Tensor | None]:
+        """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w; and
+        the gate's scores, `(...)`, where it is led."""
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
@@ -198,7 +200,11 @@ class Gated(Swapped):
         m = whole_of(modification, input, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
         norms = change.norms() if wants_norms else None
-        a = None if gate is None else gate(Positions(change, input, at_positions))
+        a = scores = None
+        if gate is not None:
+            positions = Positions(change, input, at_positions)
+            a = gate(positions)
+            scores = gate.scores(positions) if gate.is_led and self.training else None
         if inside is not None:
             inside = self.in_own_order(inside, out)
             if inside.dtype != torch.bool:  # weights
@@ -209,7 +215,7 @@ class Gated(Swapped):
             # A selection: outside it is the base, whatever M(x) and its gate are there.
             h = torch.where(inside.unsqueeze(-1) != 0, h, out)
             is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
-        return h, is_open, norms
+        return h, is_open, norms, scores
 
     def _told_of(self, input: Tensor) -> Told:
         """What is said of a call with this input; computed again, what was said at first."""

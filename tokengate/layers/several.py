@@ -98,7 +98,7 @@ def modified_by_rows(
             own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
         own_inside = None if told.inside is None else told.inside[at]
         parts = (input.index_select(dim, at), out.index_select(dim, at), own_mask, own_inside)
-        part, opened, _ = layer.modified(*parts, *adapter)
+        part, opened, *_ = layer.modified(*parts, *adapter)
         h = h.index_copy(dim, at, part)
         if opened is None:
             opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)

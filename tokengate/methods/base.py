@@ -95,6 +95,12 @@ class Modification(KeepsFloat32):
             write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
         return self
 
+    @property
+    def factor_rank(self) -> int | None:
+        """The size of z, where M(x) has factors and the method an attribute `rank` of that size."""
+        rank = None if type(self).factors is _no_factors else getattr(self, "rank", None)
+        return rank if isinstance(rank, int) else None
+
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
         """M(x) as `Factors`, or None where the method has only a `forward`; by default of `maps`.
 

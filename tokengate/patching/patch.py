@@ -146,9 +146,9 @@ def patch(
     planned = []
     for name, layer in chosen.items():
         with weights_present(whole(layer)):
-            planned.append(
-                (layer, build(kind, layer, own_options[name]), build_gate(gates[name], layer))
-            )
+            modification = build(kind, layer, own_options[name])
+            layer_gate = build_gate(gates[name], layer, modification.factor_rank)
+            planned.append((layer, modification, layer_gate))
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
