@@ -211,6 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", nargs="+", default=[""], help="cells whose name has one of these words")
     add("--without", nargs="+", default=[], help="and none of these")
     add("--seeds", type=int, help="at most so many")
+    add("--untuned", action="store_true", help="at the default rate alone")
     add("--plan", action="store_true", help="print the cells")
     return parser.parse_args()
 
@@ -222,9 +223,10 @@ def main() -> None:
         cell for cell in planned()
         if any(word in cell.name for word in args.only)
         and not any(word in cell.name for word in args.without)
+        and not (args.untuned and cell.tuned)
     ]  # fmt: skip
     if args.plan:
-        print("\n".join(cell.name for cell in cells))
+        print("\n".join(f"{cell.name}{' tuned' * cell.tuned}" for cell in cells))
         return
     torch.set_num_threads(1)
     lab = Lab(args.data, args.output)
