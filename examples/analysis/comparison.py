@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,11 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_runs import VARIANTS, Settings, perform
-from comparison_tasks import TASKS, Task
 from tqdm import tqdm
 
 import tokengate
+
+# The data, the models and how results are kept are the recipes'.
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+
+import comparison_results
+from comparison_runs import VARIANTS, Settings, perform
+from comparison_task import Task
+from comparison_tasks import TASKS
 
 NEAR, SEARCHES, EXTENSIONS = 0.03, 6, 2
 
@@ -212,6 +219,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--without", nargs="+", default=[], help="and none of these")
     add("--seeds", type=int, help="at most so many")
     add("--untuned", action="store_true", help="at the default rate alone")
+    add("--tables", action="store_true", help="tables.md and curves.png of what is done")
+    add("--page", type=Path, help="with --tables: a page to put them into, between its marks")
     add("--plan", action="store_true", help="print the cells")
     return parser.parse_args()
 
@@ -227,6 +236,15 @@ def main() -> None:
     ]  # fmt: skip
     if args.plan:
         print("\n".join(f"{cell.name}{' tuned' * cell.tuned}" for cell in cells))
+        return
+    if args.tables:
+        found = list(Results(args.output / "results.jsonl").found.values())
+        tables = comparison_results.text(found)
+        (args.output / "tables.md").write_text(tables)
+        comparison_results.draw(found, args.output / "curves.png")
+        if args.page:
+            comparison_results.into(args.page, tables)
+        print(tables)
         return
     torch.set_num_threads(1)
     lab = Lab(args.data, args.output)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from comparison_tasks import PARTS, Task
+from comparison_task import PARTS, Task
 from torch import nn
 
 import tokengate

@@ -1,114 +1,28 @@
-"""What the comparison trains on: a base, three parts of data, a score, and data of the base's own.
-
-Every task is made from a folder of data (`--data`); what is made of it once, a base that is
-pretrained, texts that are sampled, lies in a cache. Settings are chosen on `validation` alone.
-"""
+"""The tasks of the comparison: a language model, a vision transformer and MiniLM, all small."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.resources
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-
 import convert_llama2c
 import glue_data
 import language_modelling
+import torch
 import vision_data
 import vision_finetune
-from recipe_results import keep
+from comparison_task import Batch, Task
+from torch import Tensor, nn
+from torch.nn import functional as F
 from vision_data import Pictures
 
 from tokengate.integrations import language, vision
-
-Batch = dict[str, Tensor]
-PARTS = ("validation", "test")
-
-
-class Task:
-    """One base and one data set.
-
-    Attributes:
-        measure: what the score is, for the tables.
-        sign: 1 where more is better, -1 where less is.
-        rank: of the modification, where it is not what is compared.
-        rates: learning rates to begin tuning with; the middle one is the default.
-        steps: of every run, however few rows there are.
-        head: what is trained beside the modifications.
-    """
-
-    measure: str
-    sign: int
-    rank: int
-    rates: tuple[float, ...]
-    steps: int
-    size: int
-    head: tuple[str, ...] = ()
-
-    def __init__(self, data: Path, cache: Path) -> None:
-        self.data, self.cache = data, cache
-
-    def lacks(self) -> str | None:
-        """Why it cannot be run here; None if it can."""
-        return next((f"there is no {path}" for path in self.needs() if not path.exists()), None)
-
-    def needs(self) -> list[Path]:
-        """The files that it reads."""
-        raise NotImplementedError
-
-    def model(self, seed: int) -> nn.Module:
-        """The base, with a head of this seed."""
-        raise NotImplementedError
-
-    def targets(self, model: nn.Module) -> list[str]:
-        """The layers that are modified."""
-        raise NotImplementedError
-
-    def batches(self, seed: int, rows: int | None) -> Iterator[Batch]:
-        """`steps` batches of the training part, or of so many rows of it, with labels."""
-        raise NotImplementedError
-
-    def score(self, model: nn.Module, part: str) -> float:
-        """On the validation or the test part."""
-        raise NotImplementedError
-
-    @cached_property
-    def own(self) -> list[Batch]:
-        """What the base knew before, on which drift is measured."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of one batch."""
-        loss: Tensor = model(**batch).loss
-        return loss
-
-    def order(self, count: int, seed: int) -> Iterator[list[int]]:
-        """Places of `steps` batches in `count` rows, epoch after epoch."""
-        draw = torch.Generator().manual_seed(seed)
-        left: list[int] = []
-        for _ in range(self.steps):
-            while len(left) < self.size:
-                left += torch.randperm(count, generator=draw).tolist()
-            yield left[: self.size]
-            left = left[self.size :]
-
-    def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, from the cache if it is there."""
-        file = self.cache / f"{name}.pt"
-        if not file.exists():
-            made = make()
-            keep(file, lambda new: torch.save(made, new))
-        return torch.load(file, weights_only=True)
 
 
 class Stories(Task):
@@ -225,7 +139,7 @@ class Clothes(Task):
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         self.backbone.reset_classifier(10)
-        return _copied(self.backbone)
+        return copy.deepcopy(self.backbone)
 
     def targets(self, model: nn.Module) -> list[str]:
         return vision.roles(model, *vision.ROLES)
@@ -347,9 +261,3 @@ def _stacked(data: Pictures, at: slice) -> Batch:
         "x": torch.stack([row["pixel_values"] for row in rows]),
         "y": torch.tensor([row["labels"] for row in rows]),
     }
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)

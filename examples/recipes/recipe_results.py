@@ -24,7 +24,7 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
     drifts = {name: cells(found, name) for name in found[0] if name.startswith("drift")}
-    text = table(scores, sparsities, drifts, max(one.get("decimals", 1) for one in found))
+    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found), drifts)
     keep_text(folder / "table.md", text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
@@ -61,7 +61,10 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
 
 
 def table(
-    scores: Cells, sparsities: dict[str, Cells], drifts: dict[str, Cells], decimals: int = 1
+    scores: Cells,
+    sparsities: dict[str, Cells],
+    decimals: int = 1,
+    drifts: dict[str, Cells] | None = None,
 ) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
@@ -78,7 +81,7 @@ def table(
 
     for (method, gate), rows in scores.items():
         add(label_of(method, gate), rows, f".{decimals}f")
-        for name, drift in drifts.items():
+        for name, drift in (drifts or {}).items():
             add(name, drift[method, gate], ".3f")
         if gate == "off":
             continue
