@@ -37,12 +37,12 @@ from tokengate.reports.selection import select as select
 from tokengate.training.calibration import calibrate as calibrate
 from tokengate.training.clipping import clip_grad_norm_ as clip_grad_norm_
 from tokengate.training.following import follow as follow
+from tokengate.training.leading.sparsity_schedule import SparsitySchedule as SparsitySchedule
 from tokengate.training.orthogonality import orthogonality as orthogonality
 from tokengate.training.param_groups import param_groups as param_groups
 from tokengate.training.rank_allocator import RankAllocator as RankAllocator
 from tokengate.training.scale_penalty import scale_penalty as scale_penalty
 from tokengate.training.sparsity_controller import SparsityController as SparsityController
-from tokengate.training.sparsity_schedule import SparsitySchedule as SparsitySchedule
 from tokengate.training.tau_adam import TauAdam as TauAdam
 
 __version__ = "0.1.0"

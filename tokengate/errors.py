@@ -105,3 +105,7 @@ class StillGatedWarning(_OneLine, UserWarning):
 
 class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""
+
+
+class UselessGateWarning(_OneLine, UserWarning):
+    """A gate in training closes every position, or none."""

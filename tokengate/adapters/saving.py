@@ -221,7 +221,7 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         in_features=layer.modification.in_features,
         out_features=layer.modification.out_features,
         penalty=gate.penalty if isinstance(gate, PenalisedGate) else None,
-        s=None if gate is None else gate.s,
+        s=None if gate is None or gate.relative else gate.s,
         slices=None if slices is None else dict(slices.sizes),
         groups=1 if slices is None else slices.groups,
         gate=None if gate is None else _gate_name(name, gate),

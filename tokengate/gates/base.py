@@ -12,7 +12,7 @@ from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
-from tokengate.gates.score_counts import count_scores
+from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.eager import is_exported
@@ -57,13 +57,17 @@ class Gate(KeepsFloat32):
     """Those that `patch` was given for this layer."""
     # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
     s: float | None = None
+    relative: bool = False
+    """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
-    # What a `SparsitySchedule` counts, see `score_counts`; no buffer, for the same reason.
+    # What its scores are counted in, see `score_counts`, and whether that is to lead its threshold.
+    # No buffer, for the same reason.
     _seen: Tensor | None = None
+    _led: bool = False
     # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
     _unit: Tensor | None = None
     skipped: int = 0
@@ -118,7 +122,18 @@ class Gate(KeepsFloat32):
     @property
     def is_led(self) -> bool:
         """Whether a `SparsitySchedule` sets its threshold at present."""
+        return self._led
+
+    @property
+    def counts_scores(self) -> bool:
+        """Whether the scores of the positions that it decides in training are counted."""
         return self._seen is not None
+
+    def set_pace(self, relative: bool) -> None:
+        """Whether steps of tau are in units of r's median from now on, see `training`'s `pace`."""
+        self.relative = relative
+        if self.threshold is not None and not self.is_led:
+            self._seen = no_counts(self.threshold.device) if relative else None
 
     def scores(self, positions: Positions) -> Tensor:
         """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""

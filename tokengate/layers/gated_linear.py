@@ -188,7 +188,7 @@ class Gated(Swapped):
         wants_norms: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None, Tensor | None]:
         """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w; and
-        the gate's scores, `(...)`, where it is led."""
+        the gate's scores, `(...)`, where they are counted."""
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
@@ -204,7 +204,7 @@ class Gated(Swapped):
         if gate is not None:
             positions = Positions(change, input, at_positions)
             a = gate(positions)
-            scores = gate.scores(positions) if gate.is_led and self.training else None
+            scores = gate.scores(positions) if gate.counts_scores and self.training else None
         if inside is not None:
             inside = self.in_own_order(inside, out)
             if inside.dtype != torch.bool:  # weights

@@ -16,7 +16,7 @@ from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_g
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.layers.patched import require_layers
 from tokengate.sharding import local_part
-from tokengate.training.quantile_tracker import QuantileTracker
+from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.wrapped_optimizers import hooked_in
 
 # The share of a training in which the wanted share of closed positions rises to the target.
@@ -105,7 +105,7 @@ class SparsitySchedule:
         self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
         self._log_thresholds = self._log_thresholds.to(self._device)
         for gate, device in zip(self._gates.values(), devices, strict=True):
-            gate._seen = no_counts(device)
+            gate._seen, gate._led = no_counts(device), True
             if isinstance(gate, FisherGate):
                 gate.start_feeding()
         self._write()
@@ -260,8 +260,9 @@ class SparsitySchedule:
                     own.copy_(value)
 
     def _release(self) -> None:
-        for gate in self._gates.values():
-            gate._seen = None
+        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
+            gate._led = False
+            gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
                 gate.stop_feeding()
 
