@@ -325,3 +325,13 @@ def ungrouped(weight, groups):
         start = j // (outs // groups) * ins
         W[j][start : start + ins] = np.reshape(weight[j], -1)
     return W
+
+
+def fisher_scores(calls):
+    """The sum over positions of <G_i, a_i m_i>^2, from G, h and W0 x + b of calls, `(N, C)`."""
+    total = 0.0
+    for grad, h, out in calls:
+        for i in range(len(h)):
+            modified = [float(h[i][j] - out[i][j]) for j in range(len(h[i]))]
+            total += sum(float(g) * m for g, m in zip(grad[i], modified, strict=True)) ** 2
+    return total

@@ -27,6 +27,9 @@ from tokengate.patching.patch import unpatch as unpatch
 from tokengate.reports.effects.change_files import export_changes as export_changes
 from tokengate.reports.effects.comparison import compare as compare
 from tokengate.reports.history import History as History
+from tokengate.reports.measures.drift import drift as drift
+from tokengate.reports.measures.fisher_scores import fisher_scores as fisher_scores
+from tokengate.reports.measures.suggestion import suggest as suggest
 from tokengate.reports.modification_norms import modification_norms as modification_norms
 from tokengate.reports.page.sample_views import PatchView as PatchView
 from tokengate.reports.page.sample_views import TokenView as TokenView

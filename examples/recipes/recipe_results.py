@@ -23,7 +23,8 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     """table.md and results.png of all runs; returns the table."""
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
-    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found))
+    drifts = {name: cells(found, name) for name in found[0] if name.startswith("drift")}
+    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found), drifts)
     keep_text(folder / "table.md", text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
@@ -48,7 +49,7 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     for one in found:
         settings = one["settings"]
         rows = values.setdefault((settings["method"], settings["gate"]), {})
-        for test, value in one[what].items():
+        for test, value in one.get(what, {}).items():
             rows.setdefault(test, {})[settings["seed"]] = value
     tests = {test for rows in values.values() for test in rows}
     for rows in values.values():
@@ -59,11 +60,17 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     return values
 
 
-def table(scores: Cells, sparsities: dict[str, Cells], decimals: int = 1) -> str:
+def table(
+    scores: Cells,
+    sparsities: dict[str, Cells],
+    decimals: int = 1,
+    drifts: dict[str, Cells] | None = None,
+) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
-    Each gated row is followed by its sparsity, overall and of parts, and by what it scores above
-    the ungated one of the same seed. Scores have so many `decimals`, and the sparsity has one.
+    Each row is followed by how far the model is from its base, and a gated one by its sparsity,
+    overall and of parts, and by what it scores above the ungated one of the same seed. Scores have
+    so many `decimals`, drifts three, and the sparsity one.
     """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
@@ -74,6 +81,8 @@ def table(scores: Cells, sparsities: dict[str, Cells], decimals: int = 1) -> str
 
     for (method, gate), rows in scores.items():
         add(label_of(method, gate), rows, f".{decimals}f")
+        for name, drift in (drifts or {}).items():
+            add(name, drift[method, gate], ".3f")
         if gate == "off":
             continue
         for name, sparsity in sparsities.items():

@@ -28,6 +28,7 @@ import recipe
 import timm
 import torch
 import vision_data
+from forgetting import drifts
 from matplotlib.figure import Figure
 from recipe_results import keep
 from timm.data import create_transform, resolve_data_config
@@ -170,6 +171,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     with tokengate.record(model) as rec:
         right = accuracy(trainer, held_out)
     report = rec.report(reduce=True)
+    shown = [held_out[i] for i in range(min(512, len(held_out)))]
     if recipe.FIRST and run.gate != "off":
         try:
             draw(model, held_out, vision_data.spoken(name, classes), run.folder / "patches.png")
@@ -178,6 +180,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     return {
         "scores": {name: right},
         "sparsity": {name: 100 * report.sparsity},
+        **drifts(name, model, [default_data_collator(shown)]),
         "pretrained": before,
         "report": report.to_dict(),
         "log": trainer.state.log_history,

@@ -260,6 +260,7 @@ def checked_mask(mask: Tensor) -> Tensor:
             raise TokenGateError(
                 "a region was given as a mask with values outside [0, 1]: pass booleans or weights."
             )
-        if ((mask == 0) | (mask == 1)).all():
+        # Those with gradients are asked for them: a_i mu_i.
+        if ((mask == 0) | (mask == 1)).all() and not mask.requires_grad:
             return mask != 0
     return mask
