@@ -12,6 +12,7 @@ def ranks(model):
     return {name: layer.modification.rank for name, layer in tokengate.layers(model).items()}
 
 
+@pytest.mark.filterwarnings("ignore:the rank is above both:tokengate.errors.RankWarning")
 def test_rank_and_scale_by_pattern():
     model = tokengate.patch(
         Net(),
@@ -46,6 +47,7 @@ def test_every_method_takes_patterns(method):
     }
 
 
+@pytest.mark.filterwarnings("ignore:the rank is above both:tokengate.errors.RankWarning")
 def test_all_others_may_be_none():
     model = tokengate.patch(Net(), ["q_proj"], rank={"*.q_proj": 16, "*": 8})
     assert set(ranks(model).values()) == {16}

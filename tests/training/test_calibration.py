@@ -142,8 +142,15 @@ def test_a_second_calibration_gives_the_same():
 
 
 def test_a_modification_that_does_nothing_stays_open():
-    model = tokengate.patch(Net(), ["q_proj"])
-    assert set(tokengate.calibrate(model, batches()).values()) == {0.0}
+    model = tokengate.patch(Net(), ["q_proj"], tau=0.3)
+    with pytest.raises(tokengate.TokenGateError, match=r"M\(x\) = 0 at every position"):
+        tokengate.calibrate(model, batches())
+    first, second = tokengate.layers(model).values()
+    assert first.gate.tau.item() == second.gate.tau.item() == pytest.approx(0.3)
+    torch.nn.init.normal_(first.modification.B)
+    found = tokengate.calibrate(model, batches())
+    assert found["blocks.0.q_proj"] > 0
+    assert found["blocks.1.q_proj"] == 0
 
 
 def test_memory_does_not_grow_with_the_data():

@@ -55,28 +55,30 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
                 "compiled regular expressions."
             )
     patterns = as_patterns(option, table)
-    for pattern in patterns:
-        # "All others" may be none.
-        if not pattern == patterns[-1] == "*" and not any(matches(pattern, n) for n in names):
-            raise TokenGateError(
-                f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or "
-                f"take it out; {nearest(pattern, names)}."
-            )
     values: dict[str, Any] = {}
     used: set[Pattern] = set()
     for name in names:
-        first = next((p for p in patterns if matches(p, name)), None)
-        if first is None:
+        pattern = next((p for p in patterns if matches(p, name)), None)
+        if pattern is None:
+            # What was meant for it may be one that matches nothing.
+            stray = [p for p in patterns if not any(matches(p, each) for each in names)]
+            instead = f", or correct {show(stray[0])}; {nearest(stray[0], names)}" if stray else ""
             raise TokenGateError(
                 f"{option}= has no pattern for the layer {name!r}: add one, or '*' at the end for "
-                "all others."
+                f"all others{instead}."
             )
-        values[name] = table[first]
-        used.add(first)
+        values[name] = table[pattern]
+        used.add(pattern)
     for pattern in patterns:
-        if pattern not in used and not pattern == patterns[-1] == "*":
+        if pattern in used or pattern == patterns[-1] == "*":  # "all others" may be none
+            continue
+        if any(matches(pattern, name) for name in names):
             raise TokenGateError(
                 f"{option}= never uses {show(pattern)}, because earlier patterns match the same "
                 "layers: put it before them."
             )
+        raise TokenGateError(
+            f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or take "
+            f"it out; {nearest(pattern, names)}."
+        )
     return values
