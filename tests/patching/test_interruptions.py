@@ -12,7 +12,8 @@ from torch import nn
 import tokengate
 from tokengate import Slices
 
-DATA = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+# One batch: fold unfolds and folds again for each, by the same lines.
+DATA = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))]
 
 
 class Small(nn.Module):
