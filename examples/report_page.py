@@ -72,17 +72,19 @@ def encoded(tokenizer, batch: list[str]):
 def report(model: nn.Module, tokenizer, held_out: list[tuple[str, int]], path: Path):
     """Sparsity on what was held out, with the texts that are shown, as a page."""
     right = 0
-    with tokengate.record(model) as rec:
+    with tokengate.record(model, positions=True, ratios=True) as rec:
         for start in range(0, len(held_out), 32):
             batch, labels = zip(*held_out[start : start + 32], strict=True)
             answers = model(**encoded(tokenizer, list(batch))).logits.argmax(-1)
             right += (answers == torch.tensor(labels)).sum().item()
     print(f"{100 * right / len(held_out):.1f} % right on {len(held_out)} texts held out")
     inputs = encoded(tokenizer, SHOWN)
-    with tokengate.record(model, positions=True) as shown:
+    with tokengate.record(model, positions=True, ratios=True) as shown:
         model(**inputs)
     views = [
-        tokengate.TokenView(tokenizer.convert_ids_to_tokens(ids), sample.is_open, sample.real)
+        tokengate.TokenView(
+            tokenizer.convert_ids_to_tokens(ids), sample.is_open, sample.real, ratios=sample.ratios
+        )
         for ids, sample in zip(inputs["input_ids"], shown.samples, strict=True)
     ]
     found = rec.report()
@@ -91,7 +93,7 @@ def report(model: nn.Module, tokenizer, held_out: list[tuple[str, int]], path: P
 
 
 def take_picture(page: Path, picture: Path) -> None:
-    """Of the page, with the pointer on a token, in light colours."""
+    """Of the page, with a token pinned, in light colours."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -100,7 +102,9 @@ def take_picture(page: Path, picture: Path) -> None:
         )
         tab = chromium.new_page(viewport={"width": 1180, "height": 900}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
-        tab.hover(".token >> nth=6")
+        tab.click(".token >> nth=6")
+        tab.mouse.move(0, 0)
+        tab.evaluate("scrollTo(0, 0)")
         tab.screenshot(path=picture, full_page=True)
         chromium.close()
 

@@ -24,15 +24,18 @@ function frame(width, height, label, ticksX, titleX, ticksY, ...children) {
   );
 }
 
-/** Where r lies on the axes of all charts of r: from the smallest to the largest that there is. */
+/** Where r lies on the axes of all charts of r: all of it, and tau unless it is far away. */
 function ratioAxis(width) {
   const found = reports.flatMap((r) => r.modules.filter((m) => m?.ratios).map((m) => m.ratios));
   const { first, octave } = reports[0].edges;
   const inner = (bins) => [Math.max(1, bins[0]), bins[0] + bins.length - 1];
-  const from = Math.min(...found.map((bins) => inner(bins)[0]));
-  const to = Math.max(from + 1, ...found.map((bins) => inner(bins)[1]));
-  const scale = (width - 8 - LEFT) / (to - from);
   const bin = (r) => 1 + octave * Math.log2(r / first);
+  const marks = taus.filter((tau) => tau > 0).map(bin);
+  const [low, high] = [found.map((bins) => inner(bins)[0]), found.map((bins) => inner(bins)[1])];
+  const far = 4 * octave;
+  const from = Math.min(...low, ...marks.filter((b) => b > Math.min(...low) - far).map(Math.floor));
+  const to = Math.max(from + 1, ...high, ...marks.filter((b) => b < Math.max(...high) + far).map(Math.ceil));
+  const scale = (width - 8 - LEFT) / (to - from);
   const x = (b) => LEFT + scale * (Math.min(Math.max(b, from), to) - from);
   const ticks = [];
   const digits = to - from > 8 * octave ? [1] : [1, 2, 5]; // more than two decades have room for these
