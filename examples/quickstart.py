@@ -131,24 +131,32 @@ def adapt(
     return model.eval()
 
 
-def draw_patches(images: Tensor, positions: dict[str, list[Tensor]], file: Path) -> None:
+def draw_patches(
+    images: Tensor, labels: Tensor, answers: Tensor, positions: dict[str, list[Tensor]], file: Path
+) -> None:
     """Above the images, below the share of modules that modified each of their patches."""
     modified = torch.stack([torch.cat(calls) for calls in positions.values()]).float().mean(0)
     patches = modified[:, -GRID * GRID :].reshape(-1, GRID, GRID)  # without the class token
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(
+        "Which patches of a digit did the adapted ViT modify? In the others it is its base, exactly"
+    )
     axes = figure.subplots(2, len(images))
     # Both rows in pixels, so that the digit's outline lies on the patches below it.
     extent = (0, CANVAS, CANVAS, 0)
     centres = torch.arange(CANVAS) + 0.5
-    lowest = patches.min().item()
     for column, (image, share) in enumerate(zip(images[:, 0], patches, strict=True)):
         above, below = axes[:, column]
         above.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent)
-        shown = below.imshow(share, cmap="viridis", vmin=lowest, vmax=1, extent=extent)
+        above.set_title(f"a {labels[column]}, read as {answers[column]}", fontsize=9)
+        shown = below.imshow(share, cmap="viridis", vmin=0, vmax=1, extent=extent)
         below.contour(centres, centres, image, levels=[0.45], colors="white", linewidths=1.2)
     for ax in axes.flat:
-        ax.set_axis_off()
-    figure.colorbar(shown, ax=axes[1, :], aspect=8, label="share of modules\nthat modified it")
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    axes[0, 0].set_ylabel("what it saw")
+    axes[1, 0].set_ylabel("its patches,\ndigit outlined")
+    bar = figure.colorbar(shown, ax=axes, aspect=14, label="share of modules that modified it")
+    bar.set_ticks([0, 0.5, 1], labels=["none", "half", "all"])
     figure.savefig(file, dpi=130)
 
 
@@ -203,11 +211,11 @@ def main() -> None:
     print(f"\n{report}")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    images = target_test[0][:8]
+    images, labels = (part[:8] for part in target_test)
     with tokengate.record(gated, positions=True) as rec, torch.no_grad():
-        gated(images)
+        answers = gated(images).argmax(-1)
     report.plot(arguments.output / "sparsity.png")
-    draw_patches(images, rec.positions, arguments.output / "patches.png")
+    draw_patches(images, labels, answers, rec.positions, arguments.output / "patches.png")
     results = {"accuracy": scores, **report.to_dict()}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2))
     print(f"\nsparsity.png, patches.png and results.json are in {arguments.output}")

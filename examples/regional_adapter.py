@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from custom_method import Block
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,7 +121,8 @@ def main() -> None:
                 rows[name] = model(shown)
         with tokengate.use(model, dict(zip(STYLES, (disc, band), strict=True))):
             rows["both, each at\nits own patches"] = model(shown)
-    figure = Figure(figsize=(6.4, 7.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 7.9), layout="constrained")
+    figure.suptitle("Two adapters in one forward, each in a region of its own")
     axes = figure.subplots(len(rows), 4)
     region = torch.stack([disc[0], band[0]]).float().reshape(2, GRID, GRID)
     centres = (PATCH * (torch.arange(GRID) + 0.5) - 0.5).numpy()
@@ -132,6 +134,9 @@ def main() -> None:
                 for each, colour in zip(region.numpy(), ("tab:orange", "tab:cyan"), strict=True):
                     ax.contour(centres, centres, each, levels=[0.5], colors=colour)
             ax.set(xticks=[], yticks=[])
+    outlines = [Line2D([], [], color=colour) for colour in ("tab:orange", "tab:cyan")]
+    names = [f"where {name!r} is in use" for name in STYLES]
+    figure.legend(outlines, names, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(arguments.output / "regions.png", dpi=110)
     print(f"{arguments.output / 'regions.png'}: two adapters, two regions, one forward")
 

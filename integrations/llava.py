@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.contexts import context
 from tokengate.errors import brief
 from tokengate.linears.linear_like import is_linear
 from tokengate.linears.owners import reads_weight, returns_tuple
@@ -138,7 +139,7 @@ def llava_targets(
     return [name for name in layers if name in chosen]
 
 
-@contextlib.contextmanager
+@context
 def record_modalities(model: nn.Module) -> Iterator[Recorder]:
     """`tokengate.record`, which also tells the positions of images from those of text:
 
@@ -167,7 +168,7 @@ def record_modalities(model: nn.Module) -> Iterator[Recorder]:
         yield recorder
 
 
-@contextlib.contextmanager
+@context
 def restrict_to(model: nn.Module, modality: str) -> Iterator[None]:
     """`tokengate.restrict` to the positions of images, or to those of text:
 

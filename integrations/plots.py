@@ -22,11 +22,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import tokengate
 from tokengate import TokenGateError
 from tokengate.reports.report import SparsityReport, check_report
-from tokengate.reports.sparsity_table import SparsityTable, name_grid
+from tokengate.reports.tables.sparsity_table import SparsityTable, name_grid
 
 # Okabe and Ito's colours, which colour-blind people tell apart, without their yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -99,8 +100,8 @@ def trajectories(
 ) -> Figure:
     """Loss, tau and sparsity over the steps of a training, the shape of the paper's Figure 9.
 
-    A line of tau for every gate, in the colour of its projection; of sparsity the average of
-    every projection, and in black that of all.
+    A line of tau for every gate, in the colour of its projection; of sparsity, from 0 to 100 %, the
+    average of every projection, and in bold black that of all.
 
     Args:
         histories: one, or several by the titles of their columns, on the same scales.
@@ -148,13 +149,20 @@ def trajectories(
                 )
         if "sparsity (%)" in panels:
             average = _average([history.sparsities.get(name, []) for name in shown])
-            panels["sparsity (%)"].plot(history.steps[: len(average)], average, "k", linewidth=1.8)
+            panels["sparsity (%)"].plot(
+                history.steps[: len(average)], average, "k", linewidth=1.8, label="mean of all"
+            )
+            panels["sparsity (%)"].set_ylim(-3, 103)  # always the same, with room for the lines
     for label, ax in zip(rows, grid[:, 0], strict=True):
         ax.set_ylabel(label)
     for ax in grid.flat:
         ax.grid(alpha=0.3)
-    lines, labels = grid[rows.index("tau"), 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside right upper", fontsize=8)
+    for title, row in (("projection", "tau"), ("sparsity", "sparsity (%)")):
+        if row in rows:
+            lines, labels = grid[rows.index(row), 0].get_legend_handles_labels()
+            place = "outside right upper" if row == "tau" else "outside right lower"
+            figure.legend(lines, labels, title=title, loc=place, fontsize=8)
+    figure.suptitle("tau of every gate, and what it leaves unmodified", fontsize=11)
     return figure
 
 
@@ -191,10 +199,15 @@ def ratios(report: SparsityReport) -> Figure:
             if tau is not None and tau > 0:
                 ax.plot([tau, tau], [y - 0.5, y + 0.5], color=COLOURS[1], linewidth=2.5)
         ax.set(xscale="log", xlabel="r")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(title, fontsize=10)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
     panels[0].set(ylabel="layer", ylim=(len(rows) - 0.4, -0.6))
-    figure.suptitle("r by layer, tau marked", fontsize=10)
+    figure.suptitle(
+        "r = ||M(x)|| / ||W0 x||; left of tau, in orange, nothing is modified", fontsize=10
+    )
     return figure
 
 
@@ -206,7 +219,8 @@ def performance(
 ) -> Figure:
     """Scores against the share of modules that were adapted, the shape of the paper's Figure 8.
 
-    Mean and standard deviation (of a sample) over the runs; one run has no error bar.
+    Mean and standard deviation (of a sample) over the runs; one run has no error bar. Curves lie a
+    little beside each other, so that all bars are seen.
 
     Args:
         curves: for each way to choose modules, by name, the scores of all runs by the share of
@@ -226,17 +240,20 @@ def performance(
                 )
     if ax is None:
         ax = Picture(5, 3.4).subplots()
-    for (label, curve), style, marker in zip(
-        curves.items(), _styles(), itertools.cycle(MARKERS), strict=False
+    step = min(1.0, 8 / len(curves)) if curves else 0.0
+    for i, ((label, curve), style, marker) in enumerate(
+        zip(curves.items(), _styles(), itertools.cycle(MARKERS), strict=False)
     ):
         points = sorted(curve.items())
+        beside = step * (i - (len(curves) - 1) / 2)
         ax.errorbar(
-            [100 * share for share, _ in points],
+            [100 * share + beside for share, _ in points],
             [statistics.fmean(scores) for _, scores in points],
             [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in points],
             marker=marker, markersize=5, capsize=3, label=label, **style,
         )  # fmt: skip
-    ax.set(xlabel="modules adapted (%)", ylabel=score)
+    ax.set(xlabel="modules adapted (%)", ylabel=score, xlim=(-6, 106))
+    ax.set_title(f"{score} by the share of modules that are adapted", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return _figure(ax)

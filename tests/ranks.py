@@ -1,5 +1,6 @@
 """One process of two, on a CPU."""
 
+import gc
 import os
 
 import torch
@@ -12,3 +13,4 @@ def become(rank, port):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # what it was forked with, which every training would search for garbage

@@ -44,6 +44,30 @@ def gate_backward(m, opened, grad, penalty, mask=None):
     return grad_w, grad_m, g
 
 
+def token_effects(base_logits, logits, ids, real, shift):
+    """log p(x_i) - log p_base(x_i), and KL(p || p_base) of what predicts x_i, of (T, V) and (T,).
+
+    NaN at padding, and where no real position predicts x_i.
+    """
+    changes, kls = [], []
+    for i in range(len(ids)):
+        by = i - 1 if shift else i
+        if by < 0 or not (real[i] and real[by] and 0 <= ids[i] < len(logits[by])):
+            changes.append(math.nan)
+            kls.append(math.nan)
+            continue
+        new, old = (_softmax(each[by]) for each in (logits, base_logits))
+        changes.append(math.log(new[ids[i]]) - math.log(old[ids[i]]))
+        terms = (p * (math.log(p) - math.log(q)) for p, q in zip(new, old, strict=True) if p > 0)
+        kls.append(sum(terms))
+    return changes, kls
+
+
+def _softmax(scores):
+    exponentials = [math.exp(float(score)) for score in scores]
+    return [each / sum(exponentials) for each in exponentials]
+
+
 def tau_adam(tau, gs, s, alpha=1.0, beta1=0.9, beta2=0.98, eps=1e-8):
     """Eq. 18-22: the trajectory of tau under the directions g_1, g_2, ..."""
     m = v = 0.0
@@ -167,6 +191,39 @@ def layer(x, W, b, parameters, modify, tau, penalty, grad, mask=None):
     return {"h": h if b is None else h + b, "S": opened, "m": m, **grads}
 
 
+def experts(x, index, W, b, parameters, modify, taus, penalty, grad, mask=None):
+    """One projection of E experts: position i goes to those of index[i], (N, K).
+
+    x (N, k), W (E, d, k), b (E, d) or None, grad (N, K, d); of `parameters` each has one more
+    dimension in front; `modify(e, x_i, w_i)` is a modification with the parameters of expert e;
+    `mask` is of positions. Returns what `layer` does, h and S of (N, K), the gradient of x summed.
+    """
+    found = {"h": np.zeros(np.shape(grad)), "S": np.ones(np.shape(index), dtype=bool)}
+    found |= {name: np.zeros(np.shape(value)) for name, value in parameters.items()}
+    found |= {"x": np.zeros(np.shape(x)), "tau": np.zeros(len(W))}
+    for e in range(len(W)):
+        rows = [(i, j) for i in range(len(x)) for j in range(len(index[i])) if index[i][j] == e]
+        if not rows:
+            continue
+        own = layer(
+            [x[i] for i, _ in rows],
+            W[e],
+            None if b is None else b[e],
+            {name: value[e] for name, value in parameters.items()},
+            lambda x_i, w_i, e=e: modify(e, x_i, w_i),
+            None if taus is None else taus[e],
+            penalty,
+            np.array([grad[i][j] for i, j in rows]),
+            None if mask is None else [mask[i] for i, _ in rows],
+        )
+        for n, (i, j) in enumerate(rows):
+            found["h"][i][j], found["S"][i][j] = own["h"][n], own["S"][n]
+            found["x"][i] += own["x"][n]
+        for name in (*parameters, "tau"):
+            found[name][e] = own[name]
+    return found
+
+
 def sparsity(samples):
     """Eq. 23 averaged over samples: each one is the list of its positions' S."""
     return sum(1 - sum(s) / len(s) for s in samples) / len(samples)
@@ -203,3 +260,78 @@ def sigmoid_backward(x, a, mu, penalty, mask=None):
         grad_v += slope * np.array([float(p) for p in x[i]])
         grad_c += slope
     return grad_v, grad_c
+
+
+# A convolution, as a linear layer of the patch that each output pixel sees.
+
+
+def outside(i, size, mode):
+    """Which of `size` pixels stands at place i, which may be outside; None for a zero."""
+    if 0 <= i < size:
+        return i
+    if mode == "zeros":
+        return None
+    if mode == "circular":
+        return i % size
+    if mode == "replicate":
+        return min(max(i, 0), size - 1)
+    return -i if i < 0 else 2 * (size - 1) - i  # reflect, without the edge itself
+
+
+def patches(shape, kernel, stride, edges, dilation, mode):
+    """Of each output pixel (b, y, x), in this order: the elements of (B, C, H, W) that it sees.
+
+    As indices, or None for a zero; channels first, then rows and columns of the kernel. `edges` are
+    the pixels added on top and below, and left and right.
+    """
+    batch, channels, height, width = shape
+    (top, bottom), (left, right) = edges
+    found = []
+    for b in range(batch):
+        for y in range(0, height + top + bottom - dilation[0] * (kernel[0] - 1), stride[0]):
+            for x in range(0, width + left + right - dilation[1] * (kernel[1] - 1), stride[1]):
+                seen = []
+                for c in range(channels):
+                    for u in range(kernel[0]):
+                        for v in range(kernel[1]):
+                            row = outside(y + u * dilation[0] - top, height, mode)
+                            column = outside(x + v * dilation[1] - left, width, mode)
+                            zero = row is None or column is None
+                            seen.append(None if zero else (b, c, row, column))
+                found.append(seen)
+    return found
+
+
+def gathered(image, places):
+    """(N, C kh kw), the patches of an image; and the way back of their gradients."""
+    x = [[0.0 if p is None else float(image[p]) for p in seen] for seen in places]
+
+    def back(grad):
+        total = np.zeros(np.shape(image))
+        for i, seen in enumerate(places):
+            for k, p in enumerate(seen):
+                if p is not None:
+                    total[p] += grad[i][k]
+        return total
+
+    return np.array(x), back
+
+
+def ungrouped(weight, groups):
+    """(d, C kh kw) of a convolution's weight (d, C / groups, kh, kw), with zeros between groups."""
+    outs, ins = len(weight), int(np.prod(np.shape(weight)[1:]))
+    W = np.zeros((outs, ins * groups))
+    for j in range(outs):
+        start = j // (outs // groups) * ins
+        W[j][start : start + ins] = np.reshape(weight[j], -1)
+    return W
+
+
+def fisher_scores(calls):
+    """The sum over positions of <G_i, a_i m_i>^2, from G, h and W0 x + b of calls, `(N, C)`."""
+    total = 0.0
+    for grad, h, out in calls:
+        for i in range(len(h)):
+            modified = [float(h[i][j] - out[i][j]) for j in range(len(h[i]))]
+            total += sum(float(g) * m for g, m in zip(grad[i], modified, strict=True)) ** 2
+    return total

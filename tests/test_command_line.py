@@ -353,7 +353,9 @@ def test_plan_refuses(transformers, tmp_path, capsys):
     assert "'qq'" in refused(capsys, "plan", tmp_path, "--roles", "qq")
     text = refused(capsys, "plan", tmp_path, "--targets", "q_proj", "--architecture", "Llama")
     assert "no model class 'Llama'" in text
-    assert "unknown method" in refused(capsys, "plan", tmp_path, "--targets", "a", "--method", "b")
+    assert "method='b' is unknown" in refused(
+        capsys, "plan", tmp_path, "--targets", "a", "--method", "b"
+    )
     for content in ('{"model_type": "nothing"}', "{}", "[", "3"):
         (tmp_path / "config.json").write_text(content)
         text = refused(capsys, "plan", tmp_path, "--targets", "q_proj")
@@ -372,7 +374,7 @@ def test_plan_of_a_model_of_timm(capsys):
     assert main(mixer) == 0
     assert "warning: " in capsys.readouterr().err
     assert main(["plan", name, "--targets", "proj"]) == 0  # of attention, and a convolution
-    assert "'patch_embed.proj' (Conv2d)" in capsys.readouterr().err
+    assert "patch_embed.proj" in capsys.readouterr().out
 
 
 def test_export_and_import(transformers, tmp_path, capsys):
@@ -411,7 +413,9 @@ def test_export_and_import(transformers, tmp_path, capsys):
     assert json.loads(run(capsys, "inspect", tmp_path / "again", "--json"))["tau"] is None
     text = refused(capsys, "import", tmp_path / "theirs", tmp_path / "theirs", *back[3:])
     assert "would be replaced" in text
-    assert "no peft_type" in refused(capsys, "import", tmp_path / "ours", tmp_path / "x", *back[3:])
+    assert "is ours, which tokengate.load" in refused(
+        capsys, "import", tmp_path / "ours", tmp_path / "x", *back[3:]
+    )
     text = refused(capsys, "export", tmp_path / "theirs", tmp_path / "x", *back[3:])
     assert "Hugging Face PEFT" in text
 
@@ -459,3 +463,131 @@ def test_a_terminal_without_a_character_shows_how_python_writes_it(tmp_path):
         check=True,
     )
     assert rb"\u5c64" in done.stdout
+
+
+# How it is called.
+
+
+def in_a_new_process(*arguments):
+    """Its exit code, what it said, and whether torch was imported."""
+    code = (
+        "import sys\nfrom tokengate.command_line import main\ncode = 1\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)\nsys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said, _, imported = done.stderr.rstrip("\n").rpartition("\n")
+    return done.returncode, done.stdout + said, imported == "True"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, f"tokengate {tokengate.__version__}"),
+        (["plan", "--help"], 0, "example:"),
+        ([], 2, "usage: tokengate"),
+        (["fold", "x"], 2, "invalid choice: 'fold'"),
+        (["plan", "x", "--targets", "a", "--rank", "eight"], 2, "invalid int value: 'eight'"),
+        (["plan", "x", "--targets", "a", "--rank", "0"], 2, "rank=0 is not a whole number"),
+        (["plan", "x", "--targets", "a", "--dropout", "1"], 2, "is not in [0, 1)"),
+        (["plan", "x", "--targets", "a", "--alpha", "nan"], 2, "alpha=nan is not a finite"),
+        (["plan", "x", "--targets", "a", "--method", "lorra"], 2, "did you mean 'lora'"),
+        (["plan", "x", "--targets", "a", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+        (["import", "x", "y", "--base", "z", "--penalty", "-1"], 2, "penalty=-1.0 is negative"),
+        (["inspect", "nowhere"], 2, "'nowhere' does not exist: pass a folder"),
+        (["report", "nowhere.json"], 2, "'nowhere.json' does not exist: pass a file"),
+    ],
+)
+def test_arguments_are_checked_before_torch_is_imported(arguments, code, said):
+    found, text, imported = in_a_new_process(*arguments)
+    assert found == code
+    assert said in text
+    assert not imported
+
+
+def test_the_test_of_imports_can_fail(tmp_path):
+    saved(tmp_path)
+    assert in_a_new_process("inspect", tmp_path)[::2] == (0, True)
+
+
+def test_it_is_run_as_a_module():
+    command = [sys.executable, "-m", "tokengate", "--version"]
+    assert subprocess.check_output(command, text=True) == f"tokengate {tokengate.__version__}\n"
+
+
+def test_its_methods_and_defaults_are_the_library_s():
+    from tokengate import command_line
+    from tokengate.gates.registry import options_of
+    from tokengate.methods.registry import METHODS
+
+    own = {name for name, kind in METHODS.kinds.items() if kind.__module__.startswith("tokengate.")}
+    assert own == {*command_line.METHODS}
+    ranks = {name: options_of(METHODS.kinds[name])["rank"] for name in own}
+    assert ranks == {"lora": 8, "dora": 8, "adalora": 12, "adapter": 32}
+    assert options_of(METHODS.kinds["adapter"])["activation"] == "relu"
+
+
+@pytest.mark.parametrize("name", ["inspect", "diff", "plan", "report", "export", "import"])
+def test_each_command_s_help_has_an_example_that_parses_and_defaults(name, capsys):
+    from tokengate.command_line import parser
+
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    (example,) = (line for line in text.splitlines() if line.startswith(f"  tokengate {name} "))
+    assert parser().parse_args(example.split()[1:]).command == name
+    if name == "import":
+        assert "lambda of every layer (default: 1e-05)" in text
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+
+
+def test_plan_says_the_dtype_it_assumed(transformers, tmp_path, capsys):
+    tiny(transformers, tmp_path)
+    arguments = ["plan", tmp_path, "--targets", "all_linear", "--method", "LoRA"]
+    text = run(capsys, *arguments)
+    assert "frozen parameters taken as float32" in text
+    smaller = run(capsys, *arguments, "--dtype", "bfloat16")
+    assert "frozen parameters taken as bfloat16" in smaller
+    sizes = [
+        json.loads(run(capsys, *arguments, "--json", *more))["bytes"]["frozen parameters"]
+        for more in ((), ("--dtype", "bfloat16"))
+    ]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_report(tmp_path, capsys):
+    model = tokengate.patch(Net(), ["q_proj"], tau=0.1)
+    with tokengate.record(model) as rec:
+        model(torch.randn(2, 3, 8))
+    path = tmp_path / "report.json"
+    rec.report().save(path)
+    assert run(capsys, "report", path) == f"{rec.report()}\n"
+    assert json.loads(run(capsys, "report", path, "--json"))["modules"].keys() == {
+        "blocks.0.q_proj", "blocks.1.q_proj",
+    }  # fmt: skip
+    assert "report.html: written" in run(capsys, "report", path, "--html")
+    assert "<table" in (tmp_path / "report.html").read_text()
+    run(capsys, "report", path, "--html", tmp_path / "other.html")
+    assert (tmp_path / "other.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+    path.write_text("{}")
+    assert "is no report" in refused(capsys, "report", path)
+
+
+def test_sentences_name_options_of_the_command(transformers, tmp_path, capsys):
+    """Where the library's name an argument."""
+    base = tiny(transformers, tmp_path / "base")
+    model = tokengate.patch(base, ["q_proj"], rank=2, tau=0.3)
+    away_from_initialisation(model)
+    tokengate.save(model, tmp_path / "ours")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    convert = ["export", tmp_path / "ours", tmp_path / "theirs", "--base", tmp_path / "base"]
+    text = refused(capsys, *convert)
+    assert "or pass --no-strict to skip what does not fit" in text
+    assert "strict=False" not in text
+    assert main([str(a) for a in [*convert, "--no-strict", "--ungated"]]) == 0
+    assert "left out: model.layers.1.self_attn.q_proj " in capsys.readouterr().out
+    assert "--ungated" in refused(capsys, *convert, "--no-strict")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import user_program
 from places import ROOT
 
 import tokengate
@@ -44,7 +45,7 @@ WITHOUT_HOST, WITH_HOST = (
 
 def test_importing_tokengate_imports_no_host():
     names = [f"tokengate.integrations.{name}" for name in WITHOUT_HOST]
-    assert loaded_by(f"import tokengate, {', '.join(names)}") == []
+    assert loaded_by(f"import {', '.join(names)}\nfrom tokengate import patch") == []
     files = [p.relative_to(ROOT / "integrations") for p in (ROOT / "integrations").rglob("*.py")]
     on_disk = {".".join(f.with_suffix("").parts) for f in files if f.stem != "__init__"}
     assert on_disk == {*WITHOUT_HOST, *WITH_HOST}
@@ -56,8 +57,9 @@ def test_the_import_test_can_fail():
 
 
 def test_public_names():
-    public = {name for name in vars(tokengate) if not name.startswith("_")}
-    modules = {name for name in public if isinstance(vars(tokengate)[name], type(sys))}
+    assert tokengate.layers is vars(tokengate)["layers"]  # and with it all others
+    public = {name for name in dir(tokengate) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(tokengate, name), type(sys))}
     assert public - modules == {
         "Gate",
         "History",
@@ -67,6 +69,7 @@ def test_public_names():
         "Slices",
         "SparsityController",
         "SparsityReport",
+        "SparsitySchedule",
         "TauAdam",
         "TokenGate",
         "TokenGateError",
@@ -74,8 +77,12 @@ def test_public_names():
         "after",
         "calibrate",
         "clip_grad_norm_",
+        "compare",
         "count",
         "disabled",
+        "drift",
+        "export_changes",
+        "fisher_scores",
         "fold",
         "follow",
         "layers",
@@ -92,6 +99,7 @@ def test_public_names():
         "save",
         "scale_penalty",
         "select",
+        "suggest",
         "token_gate",
         "unpatch",
         "use",
@@ -107,12 +115,15 @@ def test_public_names():
             [
                 "DifferentBaseWarning",
                 "FrozenHeadWarning",
+                "LeftOutWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",
                 "OtherRuleWarning",
+                "RankWarning",
                 "SavedWithBaseWarning",
                 "SkippedModuleWarning",
                 "StillGatedWarning",
+                "UnenteredContextWarning",
                 "UnreachedLayerWarning",
                 "UnreachedSparsityWarning",
             ],
@@ -147,9 +158,13 @@ def test_the_house_is_in_order():
         "patterns",
         "sharding",
         "command_line",
+        "commands",
+        "contexts",
+        "public",
+        "__main__",
     }
     folders = [p for p in (ROOT / "tokengate").iterdir() if p.is_dir() and p.name[0] != "_"]
-    assert sorted(folder.name for folder in folders) == WINGS
+    assert sorted(folder.name for folder in folders if not folder.is_symlink()) == WINGS
     for file in (ROOT / "tokengate").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 330, file
     for top in ("tokengate", "integrations", "examples", "tests"):
@@ -157,7 +172,9 @@ def test_the_house_is_in_order():
             assert len({*folder.glob("*.py")} - {folder / "__init__.py"}) <= 15, folder
 
 
-@pytest.mark.parametrize("wing", [*WINGS, "reports/page"])
+@pytest.mark.parametrize(
+    "wing", [*WINGS, *(f"reports/{each}" for each in ("effects", "page", "tables"))]
+)
 def test_a_wing_says_what_it_is_may_import_and_begins_with(wing):
     text = ast.get_docstring(ast.parse((ROOT / "tokengate" / wing / "__init__.py").read_text()))
     assert "import" in text.lower()
@@ -251,24 +268,29 @@ def test_no_file_is_unpickled():
     assert [call for file in files for call in unpickling(file.read_text())] == []
 
 
-def test_packages_on_disk_are_the_packages_listed():
-    text = (ROOT / "pyproject.toml").read_text()
-    tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
-    setuptools = tomllib.loads(text)["tool"]["setuptools"]
-    on_disk = {
-        ".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("tokengate/**/__init__.py")
-    }
-    for path in ROOT.glob("integrations/**/__init__.py"):
-        place = path.parent.relative_to(ROOT)
-        name = ".".join(("tokengate", *place.parts))
-        on_disk.add(name)
-        assert setuptools["package-dir"][name] == place.as_posix()
-    assert set(setuptools["packages"]) == on_disk
-    data = setuptools["package-data"]
-    for file in (ROOT / "tokengate").rglob("*"):
-        if file.is_file() and file.suffix not in (".py", ".pyc"):
-            package = ".".join(file.parent.relative_to(ROOT).parts)
-            assert any(map(file.match, data[package])), file
+def test_the_integrations_are_in_the_package_by_a_link():
+    """So that whoever puts the root on the path, as an editable install does, finds them."""
+    assert os.readlink(ROOT / "tokengate" / "integrations") == "../integrations"
+    for top in ("tokengate", "integrations"):
+        for file in (ROOT / top).rglob("*.py"):
+            assert (file.parent / "__init__.py").exists(), file
+
+
+def test_it_is_found_from_beside_a_folder_of_its_name(tmp_path):
+    """As in the folder where one has cloned it."""
+    (tmp_path / "tokengate").mkdir()
+    code = (
+        "from importlib.util import find_spec\nfrom pathlib import Path\n"
+        "spec = find_spec('tokengate')\n"
+        "print(spec.origin, (Path(spec.origin).parent / 'integrations' / 'roles.py').exists())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.split() == [tokengate.__file__, "True"], run.stderr
+
+
+def test_the_users_program():
+    """Its types are checked in .ci/run, where the package is installed as users install it."""
+    assert 0 < user_program.main() < 1
 
 
 @pytest.mark.parametrize(

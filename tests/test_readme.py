@@ -79,6 +79,7 @@ def test_the_api_table_names_what_there_is():
         "SparsityController",
         "History",
         *["save", "load", "use", "fold", "calibrate", "select", "modification_norms"],
+        *["compare", "export_changes"],
     ):
         assert f"`{name}(" in table
         assert hasattr(tokengate, name)

@@ -1,44 +1,37 @@
 """tokengate decides which tokens a fine-tuning method may touch.
 
-The public names. What they are made of lives in wings, one folder each: see ARCHITECTURE.md.
+The public names are in `public.py`, which is imported when the first of them is asked for: who has
+mistyped an argument of the command `tokengate` does not wait for torch. What they are made of lives
+in wings, one folder each: see ARCHITECTURE.md.
 """
 
-from tokengate.adapters.folding import fold as fold
-from tokengate.adapters.folding.unloading import merge_and_unload as merge_and_unload
-from tokengate.adapters.loading import load as load
-from tokengate.adapters.parameter_counts import count as count
-from tokengate.adapters.saving import save as save
-from tokengate.errors import TokenGateError as TokenGateError
-from tokengate.gates.base import Gate as Gate
-from tokengate.gates.registry import register_gate as register_gate
-from tokengate.gates.threshold import TokenGate as TokenGate
-from tokengate.gates.threshold import token_gate as token_gate
-from tokengate.layers.coverage import verify as verify
-from tokengate.layers.patched import layers as layers
-from tokengate.layers.regions import after as after
-from tokengate.layers.restriction import restrict as restrict
-from tokengate.layers.using import use as use
-from tokengate.linears.slices import Slices as Slices
-from tokengate.methods.base import Modification as Modification
-from tokengate.methods.registry import register as register
-from tokengate.patching.disabled import disabled as disabled
-from tokengate.patching.patch import patch as patch
-from tokengate.patching.patch import unpatch as unpatch
-from tokengate.reports.history import History as History
-from tokengate.reports.modification_norms import modification_norms as modification_norms
-from tokengate.reports.page.sample_views import PatchView as PatchView
-from tokengate.reports.page.sample_views import TokenView as TokenView
-from tokengate.reports.recording import record as record
-from tokengate.reports.report import SparsityReport as SparsityReport
-from tokengate.reports.selection import select as select
-from tokengate.training.calibration import calibrate as calibrate
-from tokengate.training.clipping import clip_grad_norm_ as clip_grad_norm_
-from tokengate.training.following import follow as follow
-from tokengate.training.orthogonality import orthogonality as orthogonality
-from tokengate.training.param_groups import param_groups as param_groups
-from tokengate.training.rank_allocator import RankAllocator as RankAllocator
-from tokengate.training.scale_penalty import scale_penalty as scale_penalty
-from tokengate.training.sparsity_controller import SparsityController as SparsityController
-from tokengate.training.tau_adam import TauAdam as TauAdam
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from tokengate.public import *  # noqa: F403
+else:
+
+    class _Package(ModuleType):
+        """`tokengate.layers` is the public function, not the wing that Python would put there."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name != "layers" or not isinstance(value, ModuleType):
+                super().__setattr__(name, value)
+
+        def __dir__(self) -> list[str]:
+            return sorted({"__version__", *vars(import_module("tokengate.public"))})
+
+    sys.modules[__name__].__class__ = _Package
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("_"):
+            found = vars(import_module("tokengate.public"))
+            globals().update({k: v for k, v in found.items() if not k.startswith("_")})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from tokengate.errors import TokenGateError, brief
 
@@ -64,11 +67,38 @@ def switch(name: str, value: bool) -> bool:
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """`value`, if it is one of `choices`."""
+    """The one of `choices` that `value` is, however it is spelled."""
     names = list(choices)
-    if value not in names:
-        raise TokenGateError(f"{name}={brief(value)} is unknown: choose one of {', '.join(names)}.")
-    return value
+    found = spelled(value, names)
+    if found is None:
+        raise TokenGateError(
+            f"{name}={brief(value)} is unknown{did_you_mean(value, names)}: choose one of "
+            f"{', '.join(names)}."
+        )
+    return found
+
+
+def spelled(word: Any, words: Iterable[str]) -> str | None:
+    """The one of `words` that is `word`, or is but for case, hyphens and spaces; None if none is.
+
+    So are "LoRA", "all_linear" and "Lowest" right.
+    """
+    known = list(words)
+    if not isinstance(word, str) or word in known:
+        return word if isinstance(word, str) else None
+    alike = [each for each in known if _bare(each) == _bare(word)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def did_you_mean(word: Any, words: Iterable[str]) -> str:
+    """The nearest of `words`, as a part of a sentence; empty where none is near."""
+    known = {each.casefold(): each for each in words}
+    near = difflib.get_close_matches(str(word).casefold(), known, n=1)
+    return f" (did you mean {known[near[0]]!r}?)" if near else ""
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"[\s_-]", "", word).casefold()
 
 
 def betas(value: tuple[float, float]) -> tuple[float, float]:

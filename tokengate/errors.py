@@ -76,7 +76,7 @@ class MixedPositionsWarning(_OneLine, UserWarning):
 
 
 class SkippedModuleWarning(_OneLine, UserWarning):
-    """A target matched other modules beside linear layers, which stay as they are."""
+    """Targets matched other modules than layers: those that stand for one, and those that stay."""
 
 
 class DifferentBaseWarning(_OneLine, UserWarning):
@@ -103,5 +103,21 @@ class StillGatedWarning(_OneLine, UserWarning):
     """Layers that `merge_and_unload` could not fold, and how often they are open."""
 
 
+class UnenteredContextWarning(_OneLine, UserWarning):
+    """A context such as `record(model)` was made, and never entered by `with`."""
+
+
+class LeftOutWarning(_OneLine, UserWarning):
+    """An optimiser leaves out what was patched in, or moves what it was patched into."""
+
+
+class RankWarning(_OneLine, UserWarning):
+    """A rank is above both features of a layer."""
+
+
 class UnreachedSparsityWarning(_OneLine, UserWarning):
     """No tau closes the share of positions that `calibrate` was asked for."""
+
+
+class UselessGateWarning(_OneLine, UserWarning):
+    """A gate in training closes every position, or none."""

@@ -30,6 +30,18 @@ _WRAPPERS = {
 }
 
 
+class Holder(nn.Module):
+    """A module that only holds others, and is none of the model's own.
+
+    Args:
+        named: whether its name is a part of theirs.
+    """
+
+    def __init__(self, named: bool = False) -> None:
+        super().__init__()
+        self.named = named
+
+
 def inside(module: nn.Module) -> nn.Module:
     """What wrappers were put around: `module` itself where it is none."""
     while (held := _held(module)) is not None:
@@ -55,9 +67,8 @@ def named_modules(
 
 def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Its children under all their names, each without what wraps it."""
-    for name, child in inside(module)._modules.items():
-        if child is not None:
-            yield name, inside(child)
+    for name, child in children(inside(module)):
+        yield name, inside(child)
 
 
 def named_parameters(
@@ -77,14 +88,28 @@ def named_parameters(
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule(name)` of an own name, without what wraps it."""
     module = inside(model)
-    for part in name.split(".") if name else ():
-        module = inside(module.get_submodule(part))
+    while name:
+        own = next((n for n, _ in children(module) if f"{name}.".startswith(f"{n}.")), None)
+        if own is None:  # an error in torch's own words
+            return module.get_submodule(name)
+        module = inside(dict(children(module))[own])
+        name = name[len(own) + 1 :]
     return module
 
 
 def joined(prefix: str, name: str) -> str:
     """The name of what is called `name` in the module `prefix`, "" being the model itself."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its children by name, and in place of a `Holder` those of that."""
+    for name, child in module._modules.items():
+        if isinstance(child, Holder):
+            for own, held in children(child):
+                yield joined(name, own) if child.named else own, held
+        elif child is not None:
+            yield name, child
 
 
 def _walk(
@@ -99,9 +124,8 @@ def _walk(
     if held is not None:
         yield from _walk(held, name, seen)
         return
-    for own, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, joined(name, own), seen)
+    for own, child in children(module):
+        yield from _walk(child, joined(name, own), seen)
 
 
 def _held(module: nn.Module) -> nn.Module | None:

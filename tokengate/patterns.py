@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias
 
 from tokengate.errors import TokenGateError, brief
@@ -79,7 +79,13 @@ def show(pattern: Pattern) -> str:
 
 
 def nearest(pattern: Pattern, names: Iterable[str]) -> str:
-    """The names that come closest to a pattern that matched nothing, as the end of a sentence."""
+    """The names that come closest to a pattern that matched nothing, as the end of a sentence.
+
+    Or what the pattern was meant for, where it is a string that names nothing as it is.
+    """
+    names = list(names)
+    if isinstance(pattern, str) and (meant := _meant(pattern, names)):
+        return meant
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     # Layers of a model repeat: compare with names and with their last components.
     candidates: dict[str, None] = {}
@@ -87,3 +93,25 @@ def nearest(pattern: Pattern, names: Iterable[str]) -> str:
         candidates.update({name.rpartition(".")[2]: None, name: None})
     near = difflib.get_close_matches(text, candidates, n=4, cutoff=0.5) or list(candidates)[:4]
     return f"the nearest names are {', '.join(near)}" if near else "it has none"
+
+
+def _meant(text: str, names: Collection[str]) -> str | None:
+    """How a string would match: as a list of names, or as a regular expression."""
+    parts = [part.strip("[]'\" ") for part in text.split(",")]
+    if len(parts) > 1 and all(any(matches(part, name) for name in names) for part in parts):
+        return f"names come as a list, {parts!r}"
+    try:
+        expression = re.compile(text)
+    except re.error:
+        return None
+    hits = [name for name in names if expression.fullmatch(name)]
+    if not hits:  # as PEFT's lists, and people, mean it
+        hits = [name for name in names if expression.fullmatch(name.rpartition(".")[2])]
+        text = rf"(.*\.)?({text})"
+    if not hits:
+        return None
+    quoted = f"r'{text}'" if "'" not in text else repr(text)
+    return (
+        f"strings are names and globs, and as a regular expression, re.compile({quoted}), it "
+        f"would match {len(hits)}, e.g. {hits[0]}"
+    )

@@ -107,10 +107,28 @@ def number_here(tensor: Tensor) -> float | None:
 
 
 def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
-    """`number_here` of each, with one transfer from the device they are on."""
-    local = [local_part(t.detach()) for t in tensors]
-    there = [t.reshape(1) for t in local if not t.is_meta and t.numel()]
-    if not there:
-        return [None] * len(local)
-    found = iter(torch.cat([t.to(there[0].device) for t in there]).tolist())
-    return [None if t.is_meta or not t.numel() else next(found) for t in local]
+    """The elements of each, all in turn, with one transfer from the device they are on."""
+    whole = [t.detach() for t in tensors]
+    local = [local_part(t) for t in whole]
+    there = [t.reshape(-1) for t in local if not t.is_meta and t.numel()]
+    found = iter(torch.cat([t.to(there[0].device) for t in there]).tolist() if there else ())
+    numbers: list[float | None] = []
+    for tensor, own in zip(whole, local, strict=True):
+        here: list[float | None] = [None] * tensor.numel()
+        if not own.is_meta and own.numel():
+            start = _start(tensor)
+            here[start : start + own.numel()] = [next(found) for _ in range(own.numel())]
+        numbers += here
+    return numbers
+
+
+def _start(tensor: Tensor) -> int:
+    """Where what this rank holds of a tensor of one dimension begins in it."""
+    if not is_sharded(tensor):
+        return 0
+    sharded: Any = tensor
+    for dim, placement in enumerate(sharded.placements):
+        if placement.is_shard():
+            each = -(-tensor.numel() // sharded.device_mesh.size(dim))
+            return int(each * sharded.device_mesh.get_local_rank(dim))
+    return 0

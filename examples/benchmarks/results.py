@@ -95,6 +95,8 @@ def bars(found: Found, unit: str) -> Figure:
         place = np.array(at) + (i - (len(variants) - 1) / 2) * 0.8 / len(variants)
         axes.bar(place, middle, 0.8 / len(variants), yerr=[middle - low, high - middle], label=name)
     axes.set_xticks(range(len(found)), [case.replace(", ", "\n") for case in found])
-    axes.set_ylabel(unit)
+    axes.set_ylabel(f"{unit}, median and quartiles")
+    axes.set_ylim(0, None)
+    axes.set_title("Less is better")
     axes.legend(fontsize="small")
     return figure

@@ -26,6 +26,12 @@ AXES = {
     "widths": [256, 512, 1024, 2048],
     "layers": [1, 2, 4, 8],
 }
+SPOKEN = {
+    "batches": "samples of a batch",
+    "ranks": "rank",
+    "widths": "width of the model",
+    "layers": "layers of the model",
+}
 
 
 def resized(setting: Setting, axis: str, size: int) -> Setting:
@@ -57,7 +63,7 @@ def draw(panel: Axes, axis: str, sizes: list[int], cases: list[Measurements]) ->
         times = [np.median(each[name]) / np.median(each[BASE]) for each in cases]
         slopes[name] = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
         panel.plot(sizes, times, "o-", label=f"{name}, slope {slopes[name]:.2f}")
-    panel.set(xscale="log", xlabel=axis, xticks=sizes, xticklabels=sizes)
+    panel.set(xscale="log", xlabel=SPOKEN[axis], xticks=sizes, xticklabels=sizes)
     panel.minorticks_off()
     panel.legend(fontsize="small")
     return slopes
@@ -84,6 +90,8 @@ def main() -> None:
             found[case], closed[case] = measure(resized(setting, axis, size), case, options)
         slopes[axis] = draw(panel, axis, sizes, [found[case] for case in cases])
     panels[0].set_ylabel("times the frozen base's step")
+    panels[0].set_ylim(0, None)
+    figure.suptitle("What a training step costs, by what grows")
     report(found, "ms", options, figure, sparsity=closed, slopes=slopes)
     for axis, each in slopes.items():
         print(f"{axis}: " + "; ".join(f"{name}, slope {slope:.2f}" for name, slope in each.items()))

@@ -33,6 +33,7 @@ import recipe
 import torch
 from accelerate.utils import gather_object
 from commonsense_model import MODEL, config_of, loaded
+from forgetting import drifts
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainerCallback
 
@@ -108,6 +109,15 @@ def evaluate(
     return sum(gather_object([found]), Counter()), rec.reports(reduce=True)["prompt"]
 
 
+def texts_of(rows: list[data.Row], tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """Prompts with the right responses, in batches of eight."""
+    texts = [data.prompt(row) + row["output"] for row in rows]
+    return [
+        dict(tokenizer(texts[at : at + 8], padding=True, return_tensors="pt"))
+        for at in range(0, len(texts), 8)
+    ]
+
+
 def perform(run: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate once."""
     if torch.cuda.is_available():
@@ -146,6 +156,8 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         kept["sparsity"][name] = 100 * report.sparsity
         kept["answers"][name] = found
         kept["reports"][name] = report.to_dict()
+        for what, drift in drifts(name, model, texts_of(rows[:32], tokenizer)).items():
+            kept.setdefault(what, {}).update(drift)
     return kept
 
 

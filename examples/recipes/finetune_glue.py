@@ -24,6 +24,7 @@ import glue_data
 import numpy as np
 import recipe
 import torch
+from forgetting import drifts
 from glue_data import TASKS, Row
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import (
@@ -103,6 +104,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     by_length = sorted(Encoded(held_out, tokenizer).rows, key=lambda row: len(row["input_ids"]))
     with tokengate.record(model) as rec:
         logits = recipe.predict(trainer, by_length, collate)
+    some = by_length[:: -(-len(by_length) // 256)]
     answers = logits.argmax(-1) if task.classes else logits.squeeze(-1)
     truth = np.array([row["labels"] for row in by_length])
     metrics = glue_data.score(run.task, truth, answers.numpy())
@@ -110,6 +112,9 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     return {
         "scores": {task.folder: 100 * metrics[task.metrics[0]]},
         "sparsity": {task.folder: 100 * report.sparsity},
+        **drifts(
+            task.folder, model, [collate(some[at : at + 64]) for at in range(0, len(some), 64)]
+        ),
         "metrics": metrics,
         "report": report.to_dict(),
         "log": trainer.state.log_history,

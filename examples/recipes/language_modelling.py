@@ -7,9 +7,10 @@ By default stories260K of llama2.c (260,032 parameters, trained on stories for c
 
 The first 80 % of the text are trained on, the last 10 % are the test, and those between are the
 validation part, on which `--validation` measures instead. What is measured is bits per byte of the
-text, so that it does not depend on the tokenizer: less is better. What `recipe.py` says of recipes
-holds here; in results.json are also the perplexity of a token, both before the training (`before`,
-`after`), and the sparsity of every module.
+text, so that it does not depend on the tokenizer: less is better. The drift is KL(base || adapted)
+on texts that the base writes; `--replay BETA` adds beta times that, on others of its texts, to the
+loss. What `recipe.py` says of recipes holds here; in results.json are also the perplexity of a
+token, both before the training (`before`, `after`), and the sparsity of every module.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import recipe
 import torch
+from forgetting import drifts, own_texts, replayed
 from made_up import WORDS
 from packed import read_bytes
 from tokenizers.implementations import ByteLevelBPETokenizer
@@ -37,10 +39,12 @@ from transformers import (
 import tokengate
 from tokengate import TokenGateError
 from tokengate.integrations.language import PAPER_TARGETS, roles
+from tokengate.integrations.trainer import TokenGateTrainer
 
 MODEL = "outputs/stories260K"
 LENGTH = 256
 NAME = "bits per byte (less is better)"
+WRITTEN, REPLAYED = 16, 48  # texts of the base's own: for the drift, and to be replayed
 
 
 def read(path: Path) -> str:
@@ -61,10 +65,15 @@ def parts(text: str, validation: bool) -> tuple[str, str]:
     return text[: at[0]], text[at[1] : at[2]]
 
 
+def start_of(tokenizer: Any) -> int:
+    """The token that a text begins with."""
+    found: int | None = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if found is None else found
+
+
 def blocks(text: str, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     """The text in pieces of 256 tokens, the last of what is left: its start, then 255 in a row."""
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = start_of(tokenizer)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     found = []
     for at in range(0, len(tokens), LENGTH - 1):
@@ -118,8 +127,14 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         raise TokenGateError(f"{run.data} has less than {LENGTH} tokens to train on: pass more.")
     random.Random(0).shuffle(samples)
     before = measure(model, test, held_out, run.batch_size)
+    # Written before it is patched; the same for all runs.
+    count = WRITTEN + (REPLAYED if run.replay else 0)
+    written, replay = own_texts(model, start_of(tokenizer), count, LENGTH, seed=0).split(
+        [WRITTEN, count - WRITTEN]
+    )
+    kind = replayed(run.replay, replay.cpu(), run.seed) if run.replay else TokenGateTrainer
     recipe.patch(model, roles(model, *PAPER_TARGETS["commonsense"]), run)
-    trainer = recipe.fit(model, run, samples[: run.rows], None)
+    trainer = recipe.fit(model, run, samples[: run.rows], None, kind=kind)
     with tokengate.record(model) as rec:
         after = measure(model, test, held_out, run.batch_size)
     report = rec.report()
@@ -127,6 +142,7 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         "scores": {NAME: after["bits per byte"]},
         "decimals": 3,
         "sparsity": {NAME: 100 * report.sparsity},
+        **drifts(NAME, model, [{"input_ids": ids} for ids in written.split(8)]),
         "before": before,
         "after": after,
         "report": report.to_dict(),
@@ -146,6 +162,7 @@ def main() -> None:
     add = options.add_argument
     add("--data", type=Path, help="the text, .txt or .txt.xz")
     add("--validation", action="store_true", help="hold out the validation part, not the test")
+    add("--replay", type=float, help="beta: times KL to the base on its own texts, in the loss")
     add("--model", default=MODEL, help="a folder or a name on the hub")
     runs = recipe.planned(options, preset)
     if not runs[0].data and not runs[0].smoke:

@@ -23,7 +23,8 @@ def write(found: list[dict[str, Any]], folder: Path) -> str:
     """table.md and results.png of all runs; returns the table."""
     scores = cells(found, "scores")
     sparsities = {name: cells(found, name) for name in found[0] if name.startswith("sparsity")}
-    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found))
+    drifts = {name: cells(found, name) for name in found[0] if name.startswith("drift")}
+    text = table(scores, sparsities, max(one.get("decimals", 1) for one in found), drifts)
     keep_text(folder / "table.md", text)
     draw(scores, sparsities["sparsity"], folder / "results.png")
     return text
@@ -48,7 +49,7 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     for one in found:
         settings = one["settings"]
         rows = values.setdefault((settings["method"], settings["gate"]), {})
-        for test, value in one[what].items():
+        for test, value in one.get(what, {}).items():
             rows.setdefault(test, {})[settings["seed"]] = value
     tests = {test for rows in values.values() for test in rows}
     for rows in values.values():
@@ -59,11 +60,17 @@ def cells(found: list[dict[str, Any]], what: str) -> Cells:
     return values
 
 
-def table(scores: Cells, sparsities: dict[str, Cells], decimals: int = 1) -> str:
+def table(
+    scores: Cells,
+    sparsities: dict[str, Cells],
+    decimals: int = 1,
+    drifts: dict[str, Cells] | None = None,
+) -> str:
     """Mean (standard deviation) over the seeds, as Markdown.
 
-    Each gated row is followed by its sparsity, overall and of parts, and by what it scores above
-    the ungated one of the same seed. Scores have so many `decimals`, and the sparsity has one.
+    Each row is followed by how far the model is from its base, and a gated one by its sparsity,
+    overall and of parts, and by what it scores above the ungated one of the same seed. Scores have
+    so many `decimals`, drifts three, and the sparsity one.
     """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     lines = ["| | " + " | ".join(tests) + " |", "|:--|" + "--:|" * len(tests)]
@@ -74,6 +81,8 @@ def table(scores: Cells, sparsities: dict[str, Cells], decimals: int = 1) -> str
 
     for (method, gate), rows in scores.items():
         add(label_of(method, gate), rows, f".{decimals}f")
+        for name, drift in (drifts or {}).items():
+            add(name, drift[method, gate], ".3f")
         if gate == "off":
             continue
         for name, sparsity in sparsities.items():
@@ -104,14 +113,20 @@ def spread(values: list[float], form: str) -> str:
 
 
 def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
-    """Score over sparsity, a panel for each test; bars are standard deviations over the seeds."""
+    """Score over sparsity, a panel for each test; bars are standard deviations over the seeds.
+
+    All panels are as many points of score high, so that a slope means the same in each.
+    """
     tests = list(dict.fromkeys(test for rows in scores.values() for test in rows))
     methods = list(dict.fromkeys(method for method, _ in scores))
     across = min(4, len(tests))
     down = -(-len(tests) // across)
     size = (0.6 + 2.6 * across, 0.6 + 2.3 * down)
     figure, grid = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    middles: list[tuple[Any, float]] = []
+    height = 1.0
     for axes, test in zip(grid.flat, tests, strict=False):
+        ends: list[float] = []
         for colour, method in enumerate(methods):
             points = sorted(
                 (*middle(sparsity[key][test].values()), *middle(rows[test].values()))
@@ -120,17 +135,25 @@ def draw(scores: Cells, sparsity: Cells, path: Path) -> None:
             )
             if points:
                 x, dx, y, dy = zip(*points, strict=True)
+                ends += [end for at, by in zip(y, dy, strict=True) for end in (at - by, at + by)]
+                beside = 0.8 * (colour - (len(methods) - 1) / 2)  # so that all bars are seen
                 axes.errorbar(
-                    x, y, dy, dx, fmt="o-", capsize=2, ms=4, lw=1, color=f"C{colour}",
-                    label=NAMES[method],
+                    [at + beside for at in x], y, dy, dx, fmt="o-", capsize=2, ms=4, lw=1,
+                    color=f"C{colour}", label=NAMES[method],
                 )  # fmt: skip
-        axes.set_title(test, fontsize=9)
+        axes.set_title("average" if test == AVERAGE else test, fontsize=9)
+        axes.set_xlim(-5, 105)
         axes.grid(alpha=0.3)
+        middles.append((axes, (min(ends) + max(ends)) / 2))
+        height = max(height, 1.1 * (max(ends) - min(ends)))
+    for axes, at in middles:
+        axes.set_ylim(at - height / 2, at + height / 2)
     for empty in grid.flat[len(tests) :]:
         empty.remove()
     grid.flat[0].legend(fontsize=7)
     figure.supxlabel("sparsity: positions left unmodified (%)", fontsize=9)
-    figure.supylabel("score", fontsize=9)
+    figure.supylabel(f"score; every panel is {height:.3g} high", fontsize=9)
+    figure.suptitle("Score by sparsity, mean and standard deviation over the seeds", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

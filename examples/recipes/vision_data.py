@@ -42,6 +42,31 @@ class Pictures(torch.utils.data.Dataset):
         return {"pixel_values": self.transform(image.convert("RGB")), "labels": label}
 
 
+# Of data sets that number their classes: in words.
+SPOKEN = {
+    "fashion-mnist": [
+        "T-shirt",
+        "trousers",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "boot",
+    ],
+    "mnist": [f"digit {number}" for number in range(10)],
+    "digits": [f"digit {number}" for number in range(10)],
+}
+
+
+def spoken(name: str, classes: list[str]) -> list[str]:
+    """The classes of a data set as they are to be read."""
+    words = dict(zip(map(str, range(10)), SPOKEN.get(name, ()), strict=False))
+    return [words.get(label, label.replace("_", " ")) for label in classes]
+
+
 @functools.cache  # every run of a recipe asks for the same
 def load(
     name: str, folder: Path | None = None, validation: bool = False, count: int | None = None

@@ -28,6 +28,7 @@ import recipe
 import timm
 import torch
 import vision_data
+from forgetting import drifts
 from matplotlib.figure import Figure
 from recipe_results import keep
 from timm.data import create_transform, resolve_data_config
@@ -129,7 +130,10 @@ def draw(model: Classifier, data: Pictures, classes: list[str], path: Path) -> N
     # In pixels, because the stages of a Swin have grids of different sizes.
     layers = [F.interpolate(grid.unsqueeze(1).float(), size).squeeze(1) for grid in grids]
     shares = torch.stack(layers).mean(0).cpu().numpy()
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
+    figure.suptitle(
+        "Pictures, and which of their patches were modified; in the others it is the base"
+    )
     axes = figure.subplots(2, len(shown), squeeze=False)
     for (above, below), row, share in zip(axes.T, shown, shares, strict=True):
         picture = row["pixel_values"].movedim(0, -1).numpy()
@@ -137,10 +141,13 @@ def draw(model: Classifier, data: Pictures, classes: list[str], path: Path) -> N
         above.imshow(picture)
         above.set_title(classes[row["labels"]], fontsize=9)
         below.imshow(picture.mean(-1), cmap="gray")
-        patches = below.imshow(share, cmap="viridis", vmin=shares.min(), vmax=1, alpha=0.7)
+        patches = below.imshow(share, cmap="viridis", vmin=0, vmax=1, alpha=0.7)
     for ax in axes.flat:
-        ax.set_axis_off()
-    figure.colorbar(patches, ax=axes[1], aspect=8, label="share of layers\nthat modified it")
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    axes[0, 0].set_ylabel("what it saw")
+    axes[1, 0].set_ylabel("its patches")
+    bar = figure.colorbar(patches, ax=axes, aspect=14, label="share of layers that modified it")
+    bar.set_ticks([0, 0.5, 1], labels=["none", "half", "all"])
     figure.savefig(path, dpi=130)
 
 
@@ -164,14 +171,16 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     with tokengate.record(model) as rec:
         right = accuracy(trainer, held_out)
     report = rec.report(reduce=True)
+    shown = [held_out[i] for i in range(min(512, len(held_out)))]
     if recipe.FIRST and run.gate != "off":
         try:
-            draw(model, held_out, classes, run.folder / "patches.png")
+            draw(model, held_out, vision_data.spoken(name, classes), run.folder / "patches.png")
         except tokengate.TokenGateError as why:
             print(f"no patches.png: {why}")
     return {
         "scores": {name: right},
         "sparsity": {name: 100 * report.sparsity},
+        **drifts(name, model, [default_data_collator(shown)]),
         "pretrained": before,
         "report": report.to_dict(),
         "log": trainer.state.log_history,

@@ -24,6 +24,7 @@ from typing import Any
 import recipe
 import torch
 import visual_data
+from forgetting import drifts
 from tokenizers import SentencePieceBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
@@ -192,6 +193,10 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
         kept["metrics"][name] = metrics | {"questions": len(test.rows), "of": asked}
         kept["reports"][name] = {group: each.to_dict() for group, each in reports.items()}
         kept["answers"][name] = answers
+        some = [test.rows[at : at + 4] for at in range(0, min(32, len(test.rows)), 4)]
+        shown = [dict(collate(processor, rows)) for rows in some]
+        for what, drift in drifts(name, trainer.model, shown).items():
+            kept.setdefault(what, {}).update(drift)
         for group in ("image", "text"):
             part = kept.setdefault(f"sparsity of {group}", {})
             part[name] = 100 * reports[group].sparsity

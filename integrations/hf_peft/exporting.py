@@ -12,7 +12,14 @@ from tokengate.adapters.saving import trained_beside, values_of, what_modifies
 from tokengate.arguments import switch
 from tokengate.errors import brief
 from tokengate.integrations.hf_peft import writing
-from tokengate.integrations.hf_peft.format import KEYS, PREFIX, held_twice
+from tokengate.integrations.hf_peft.format import (
+    KEYS,
+    PREFIX,
+    held_twice,
+    in_their_layout,
+    unlike_ours,
+)
+from tokengate.layers.folded import base_layer
 from tokengate.sharding import is_sharded
 
 
@@ -62,9 +69,13 @@ def export_peft(
     heads = writing.whole_modules(model, trained)
     writing.check_names(model, list(patched), heads, task_type)
     tensors = {PREFIX + name: values[name] for name in trained}
-    for name in patched:
+    for name, layer in patched.items():
+        base = base_layer(layer)
+        if (reason := unlike_ours(base, method)) is not None:
+            raise TokenGateError(f"export_peft found {name!r}, which {reason}: use tokengate.save.")
         for part, suffix in KEYS[method].items():
-            tensors[f"{PREFIX}{name}.{suffix}"] = values[f"{name}.modification.{part}"]
+            value = values[f"{name}.modification.{part}"]
+            tensors[f"{PREFIX}{name}.{suffix}"] = in_their_layout(part, value, base)
     config = {
         "peft_type": "ADALORA" if method == "adalora" else "LORA",
         "task_type": task_type,

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.errors import brief
+from tokengate.linears.convolution import is_convolution
 from tokengate.names import named_children, named_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -35,6 +36,33 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def unlike_ours(layer: nn.Module, method: str) -> str | None:
+    """How PEFT computes otherwise beside a convolution, as the end of a sentence; None if alike."""
+    if not is_convolution(layer):
+        return None
+    if layer.padding_mode != "zeros" or any(each != 1 for each in layer.dilation):
+        return "is a convolution with dilation or other edges than zeros, which PEFT's A has not"
+    if layer.groups > 1 and method != "lora":
+        return f"is a grouped convolution, for which PEFT's {method} has other rows"
+    return None
+
+
+def in_their_layout(part: str, value: Tensor, layer: nn.Module) -> Tensor:
+    """A parameter beside a convolution as PEFT has it: as a convolution's weight; else itself."""
+    if not is_convolution(layer) or part in ("P", "E", "Q"):
+        return value
+    if part == "A":
+        return value.view(len(value), layer.in_channels, *layer.kernel_size)
+    return value.view(1, -1, 1, 1) if part == "magnitude" else value[..., None, None]
+
+
+def in_our_layout(part: str, value: Tensor) -> Tensor:
+    """The way back: `(rank, in_features)`, `(out_features, rank)`, `(out_features,)`."""
+    if value.dim() != 4:
+        return value
+    return value.flatten() if part == "magnitude" else value.flatten(1)
 
 
 def adalora_scale(alpha: float, initial_rank: int) -> float:

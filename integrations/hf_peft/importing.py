@@ -16,11 +16,11 @@ from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
 from tokengate.adapters.weights import DTYPES
 from tokengate.arguments import finite, non_negative, switch
-from tokengate.integrations.hf_peft.format import held_twice
+from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.layers.changing import exclusive
-from tokengate.linears.linear_like import is_linear
+from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
 
@@ -138,8 +138,12 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
     names = Names(adapter.config)
     for name, module in named_modules(model):
-        if is_linear(module) and name not in adapter.parameters and names.is_target(name):
+        if not is_linear_like(module) or not names.is_target(name):
+            continue
+        if name not in adapter.parameters:
             found[name] = "is one of its target_modules, and the adapter has no values for it"
+        elif (reason := unlike_ours(module, adapter.method)) is not None:
+            found[name] = reason
     for owner, module in named_modules(model, remove_duplicate=False):
         for key in module.state_dict() if names.is_saved_whole([owner]) else ():
             if f"{owner}.{key}" not in adapter.heads and f"{owner}.{key}" not in adapter.unread:

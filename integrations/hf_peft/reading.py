@@ -26,6 +26,7 @@ from tokengate.integrations.hf_peft.format import (
     WEIGHTS,
     adalora_scale,
     check_known,
+    in_our_layout,
 )
 from tokengate.integrations.hf_peft.names import Names
 
@@ -90,7 +91,8 @@ def _read(weights: Weights, config: dict[str, Any], method: str, where: str) -> 
     tensors, _ = weights.values(leave_out=unread)
     parameters = {}
     for layer in found:
-        own = {p: tensors.pop(f"{PREFIX}{layer}.{suffix}") for p, suffix in KEYS[method].items()}
+        keys = {part: f"{PREFIX}{layer}.{suffix}" for part, suffix in KEYS[method].items()}
+        own = {part: in_our_layout(part, tensors.pop(key)) for part, key in keys.items()}
         parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
     return PeftAdapter(
         config,
@@ -142,7 +144,7 @@ def _layers_and_heads(
 def _config(folder: Path) -> dict[str, Any]:
     if (folder / OURS).exists() and not (folder / CONFIG).exists():
         raise TokenGateError(
-            f"{folder / OURS!s} has no peft_type, which tokengate.load reads: pass a folder that "
+            f"{folder / OURS!s} is ours, which tokengate.load reads as it is: pass a folder that "
             "PEFT wrote."
         )
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
@@ -261,6 +263,10 @@ def _check_shapes(
     # The layer's own sizes, in which the others have to agree.
     ins, outs = (present[keys[down]].shape or [0])[-1], (present[keys[up]].shape or [0])[0]
     wanted = {down: [rank, ins], up: [outs, rank], "E": [rank, 1], "magnitude": [outs]}
+    of_down, of_up = present[keys[down]].shape, present[keys[up]].shape
+    if down == "A" and len(of_down) == len(of_up) == 4:  # beside a convolution, in groups
+        part = of_up[1] if of_up[1] and rank % of_up[1] == 0 else rank
+        wanted = {down: [rank, *of_down[1:]], up: [outs, part, 1, 1], "magnitude": [1, outs, 1, 1]}
     for part, key in keys.items():
         if present[key].shape != wanted[part]:
             raise TokenGateError(

@@ -44,7 +44,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
-from tokengate.training.param_groups import slope_for, tau_rule
+from tokengate.training.param_groups import tau_rule
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class TokenGateCallback(TrainerCallback):
         self._engine, base = engine, engine.optimizer
         numbers = dict(self._numbers)
         if numbers["s"] is None:
-            numbers["s"] = slope_for(state.max_steps)
+            numbers["total_steps"] = state.max_steps
         if not state.global_step:
             engine.restore(self._before)
         self._before = {}

@@ -141,9 +141,8 @@ class TauSteps:
             if ids and ids <= own and len(held) > len(own):
                 raise TokenGateError(
                     f"the Trainer was given an optimizer with a group of taus alone, at learning "
-                    f"rate {float(group['lr']):g}, and TokenGateCallback(s={numbers['s']:g}) moves "
-                    "the taus itself: make it from the model's parameters, or leave it to the "
-                    "Trainer."
+                    f"rate {float(group['lr']):g}, and TokenGateCallback moves the taus itself: make "
+                    "it from the model's parameters, or leave it to the Trainer."
                 )
         pairs = zip(self._optimizer.param_groups, groups, strict=True)
         return next((group for group, ids in pairs if ids & own), {})

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from models import Net, away_from_initialisation, one_sentence, snapshot
-from test_saving import refused, same, values
+from saved_adapters import refused, same, values
 from torch import nn
 
 import tokengate

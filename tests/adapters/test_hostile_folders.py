@@ -97,7 +97,7 @@ def test_rows_that_were_pruned_come_back_where_they_are_few(tmp_path, kept):
 )
 def test_values_of_other_dtypes_are_refused_and_not_cast(tmp_path, dtype, code):
     """Also where the configuration knows of them: a tau that is True, a matrix of integers."""
-    from test_saving import forge
+    from saved_adapters import forge
 
     for key in ("blocks.0.fc1.gate.tau", "head.bias"):
         own(tmp_path, train=["head"])
@@ -126,7 +126,7 @@ def test_integers_beside_the_layers_are_refused_or_skipped(tmp_path):
 
 
 def test_options_of_which_nothing_can_be_made_are_one_sentence(tmp_path):
-    from test_saving import forge
+    from saved_adapters import forge
 
     own(tmp_path / "own")
     tokengate.load(Net(), tmp_path / "own")

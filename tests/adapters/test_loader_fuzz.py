@@ -13,7 +13,7 @@ import pytest
 import torch
 from hostile_folders import PEFT_CONFIG, peft
 from models import Net
-from test_saving import fresh, same, trained, values
+from saved_adapters import fresh, same, trained, values
 
 import tokengate
 from tokengate import TokenGateError

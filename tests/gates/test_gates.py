@@ -218,6 +218,8 @@ def test_the_sigmoid_gate_equals_a_loop(data):
         np.testing.assert_allclose(layer.gate.c.grad.item(), grad_c, atol=1e-12)
 
 
+# The gates alone are trained.
+@pytest.mark.filterwarnings("ignore:SGD leaves out:tokengate.errors.LeftOutWarning")
 def test_the_entropy_penalty_leads_to_0_or_1():
     layer, x = layer_of(gate="sigmoid", penalty=1.0), torch.randn(40, 6, dtype=torch.float64)
     with torch.no_grad():

@@ -185,8 +185,14 @@ def test_trajectories_are_the_history_s():
     assert all(line.get_xdata().tolist() == [0, 10, 20] for line in tau.lines)
     colours = [line.get_color() for line in tau.lines]
     assert colours[0] == colours[1] == sparsity.lines[0].get_color() != colours[2] == colours[3]
-    (legend,) = figure.legends
+    legend, bold = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
+    assert [text.get_text() for text in bold.get_texts()] == ["mean of all"]
+    (labelled,) = [line for line in sparsity.lines if line.get_label() == "mean of all"]
+    assert labelled.get_linewidth() > max(x.get_linewidth() for x in sparsity.lines[:-1])
+    # The scale of shares is always the same.
+    assert sparsity.get_ylim() == (-3, 103)
+    assert figure.get_suptitle()
     assert sparsity.get_xlabel() == "step"
 
 
@@ -283,11 +289,13 @@ def test_performance_has_means_and_deviations():
     figure = drawn(plots.performance(curves, score="accuracy (%)"))
     (ax,) = figure.axes
     low, random = ax.containers
-    assert low.lines[0].get_xydata().tolist() == [[25, 70], [50, 82]]
+    # Side by side, a percent apart.
+    assert low.lines[0].get_xydata().tolist() == [[24.5, 70], [49.5, 82]]
     bars = [segment[:, 1].tolist() for segment in low.lines[2][0].get_segments()]
     deviation = 8**0.5  # of a sample
     assert bars == [[70, 70], pytest.approx([82 - deviation, 82 + deviation])]
-    assert random.lines[0].get_xydata().tolist() == [[50, 60]]
+    assert random.lines[0].get_xydata().tolist() == [[50.5, 60]]
+    assert ax.get_title() == "accuracy (%) by the share of modules that are adapted"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["S_low", "random"]
     assert ax.get_ylabel() == "accuracy (%)"
     assert low.lines[0].get_color() != random.lines[0].get_color()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from drawing import many
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -89,7 +90,7 @@ def in_threads(count, work):
 
 
 def test_threads_get_their_own_answers_and_counts(quick_switches, one_thread, tmp_path):
-    """Eight threads, in each 500 requests of kinds drawn at random."""
+    """Eight threads, in each 200 requests of kinds drawn at random."""
     model = several()
     expected, before = answers(model), snapshot(model)
     all_differ(expected)
@@ -104,7 +105,7 @@ def test_threads_get_their_own_answers_and_counts(quick_switches, one_thread, tm
     def serve(seed):
         generator, wrong = torch.Generator().manual_seed(seed), 0
         kinds = list(expected)
-        for request in range(500):
+        for request in range(many(200)):
             name = kinds[int(torch.randint(len(kinds), (), generator=generator))]
             plain = name not in ("rows", "regions")
             if request % 5 == 0 and counts[name] is not None:

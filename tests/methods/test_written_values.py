@@ -241,6 +241,8 @@ def test_what_another_rank_broadcasts(tmp_path):
             check(layer(x), layer, x)
 
 
+# tau is moved by hand, too.
+@pytest.mark.filterwarnings("ignore:SGD leaves out:tokengate.errors.LeftOutWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_training_by_hand_through_data(method):
     """p.data -= lr p.grad for 20 steps, as against an optimiser, which tells PyTorch of its own."""

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 
 import numpy as np
+import pytest
 import reference
 import torch
 from drawing import many
@@ -156,6 +157,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(sparsity=st.floats(0.1, 0.9))
     def calibrate(self, sparsity):
         if all(layer.gate is None for layer in tokengate.layers(self.model).values()):
+            return
+        first = {"lora": "B", "dora": "B", "adalora": "E", "adapter": "U"}
+        parts = parts_of(self.model).values()
+        if not any(part["parameters"][first[part["method"]]].any() for part in parts):
+            with pytest.raises(tokengate.TokenGateError, match="before training"):
+                tokengate.calibrate(self.model, [DATA], sparsity)
             return
         tokengate.calibrate(self.model, [DATA], sparsity)
         self.adapters[self.in_use] = {**self.adapter, **parts_of(self.model)}

@@ -56,11 +56,11 @@ def test_a_regular_expression_must_match_in_full():
 def test_of_mixed_matches_the_linear_layers_are_patched():
     model = nn.ModuleDict(
         {
-            "a": nn.ModuleDict({"proj": nn.Conv2d(1, 1, 1)}),
+            "a": nn.ModuleDict({"proj": nn.Conv1d(1, 1, 1)}),
             "b": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
         }
     )
-    with pytest.warns(SkippedModuleWarning, match=r"'proj' matches .*'a\.proj' \(Conv2d\)"):
+    with pytest.warns(SkippedModuleWarning, match=r"'proj' matches .*'a\.proj' \(Conv1d\)"):
         tokengate.patch(model, ["proj"])
     assert list(tokengate.layers(model)) == ["b.proj"]
 
@@ -70,7 +70,7 @@ class Vision(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2), "norm": nn.LayerNorm(4)})
+        self.embed = nn.ModuleDict({"proj": nn.Conv1d(3, 4, 2), "norm": nn.LayerNorm(4)})
         self.tokens = nn.ModuleDict({"embed": nn.Embedding(5, 4), "drop": nn.Dropout()})
         self.block = nn.ModuleDict({"proj": nn.Linear(4, 4), "embed": nn.Linear(4, 4)})
         self.block["norm"], self.block["drop"] = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -90,7 +90,7 @@ CONV, TABLE, RNN = "embed.proj", "tokens.embed", "rnn"
         (["embed"], ["embed", TABLE]),  # a container whose layers are not meant
         (["norm"], ["embed.norm"]),
         (["drop"], []),  # nothing to train in the other
-        (["fc"], ["fc"]),  # a container of a layer that is not called so
+        (["fc"], ["fc"]),  # which stands for the layer in it
         (["same"], []),  # a container of just the layer that is meant
         (["*.proj"], [CONV]),
         (["*"], [CONV, TABLE, RNN]),  # neither containers nor norms

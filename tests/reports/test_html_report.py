@@ -4,18 +4,20 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 import re
 
 import html_pages
 import pytest
 import torch
-from html_pages import IS_OPEN, Q0, V1
+from html_pages import IS_OPEN, NEW, Q0, Q1, V0, V1
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Net, away_from_initialisation, one_sentence
 
 import tokengate
 from tokengate.reports.page.html_table import html_table
+from tokengate.reports.page.words import words_of
 from tokengate.reports.report import ModuleSparsity, SparsityReport
 
 HOSTILE = "</script><script>alert(1)</script><!--&lt;"
@@ -39,14 +41,15 @@ def booleans(packed, rows, length):
 
 def test_the_page_has_the_reports_numbers():
     found = data(html_pages.report().to_html())
+    (report,) = found["reports"]
     assert (found["rows"], found["columns"]) == (["0", "1"], ["q_proj", "v_proj"])
-    assert found["row_averages"] == [0.375, 0.75]
-    assert found["column_averages"] == [0.625, 0.25]
-    assert found["sparsity"] == 0.5
+    assert report["row_averages"] == [0.375, 0.75]
+    assert report["column_averages"] == [0.625, 0.25]
+    assert report["sparsity"] == 0.5
     assert [(m["row"], m["column"]) for m in found["modules"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [m["sparsity"] for m in found["modules"]] == [0.5, 0.25, 0.75, None]
-    assert [m["tau"] for m in found["modules"]] == ["0.03125", None, "nan", "0.5"]
-    assert found["modules"][0]["modified"] == 600
+    assert [m["sparsity"] for m in report["modules"]] == [0.5, 0.25, 0.75, None]
+    assert [m["tau"] for m in report["modules"]] == ["0.03125", None, "nan", "0.5"]
+    assert report["modules"][0]["modified"] == 600
     assert found["views"] == []
 
 
@@ -103,13 +106,16 @@ def test_what_is_said_cannot_end_the_script():
     modules = {f"{HOSTILE}.0.{HOSTILE}": ModuleSparsity(0.5, 1, 2, 1, 0.0)}
     (name,) = modules
     view = tokengate.TokenView([HOSTILE], {name: torch.tensor([True])}, title=HOSTILE)
-    page = SparsityReport(modules).to_html(texts=[view], title=HOSTILE)
+    hostile = SparsityReport(modules, {HOSTILE: HOSTILE})
+    page = hostile.to_html(texts=[view], title=HOSTILE, beside=hostile, names=(HOSTILE, HOSTILE))
     harmless = html_pages.report().to_html(texts=[html_pages.text(tokens=["a"] * 5)])
     for tag in ("<script", "</script", "<!--"):
         assert page.count(tag) == harmless.count(tag), tag
     found = data(page)
     assert found["modules"][0]["name"] == name
     assert found["views"][0]["tokens"] == [found["views"][0]["title"]] == [HOSTILE]
+    assert found["reports"][1]["name"] == HOSTILE
+    assert found["reports"][1]["about"] == {HOSTILE: HOSTILE}
     assert "<title>&lt;/script&gt;" in page
 
 
@@ -155,13 +161,82 @@ def test_large_reports_stay_small():
     assert size < 300_000
 
 
-def test_what_is_known_of_every_sample_is_not_in_the_page():
+def test_of_many_samples_the_page_has_the_sums():
     plain = ModuleSparsity(0.5, 10**5, 10**6, 5 * 10**5, 0.03125)
     details = dataclasses.replace(
-        plain, ratios=(1,) * 162, by_sample=(0.5,) * 10**5, by_position=((10**5, 1),) * 10
+        plain,
+        ratios=(0, 7, 0, 2) + (0,) * 158,
+        by_sample=(0.5,) * 10**5,
+        by_position=((10**5, 1),) * 200,
     )
     pages = [SparsityReport({Q0: module}).to_html() for module in (plain, details)]
-    assert pages[0] == pages[1]
+    assert len(pages[0]) < len(pages[1]) < len(pages[0]) + 2000
+    (report,) = data(pages[1])["reports"]
+    assert report["modules"][0]["ratios"] == [1, 7, 0, 2]
+    # Three places share a point of the curve, so that there are no more than 96.
+    assert report["places"] == {"width": 3, "positions": [[3 * 10**5] * 66 + [2 * 10**5]]}
+    assert report["modules"][0]["places"] == [0, *[3] * 66, 2]
+
+
+def test_two_reports_side_by_side():
+    one, other = html_pages.report(), html_pages.other()
+    found = data(one.to_html(beside=other, names=("a", "b")))
+    assert [r["name"] for r in found["reports"]] == ["a", "b"]
+    assert [m["name"] for m in found["modules"]] == [Q0, V0, Q1, V1, NEW]
+    wanted = [[0.5, 0.25, 0.75, None, "-"], [0.75, "-", 0.25, "-", 1.0]]
+    for report, shares in zip(found["reports"], wanted, strict=True):
+        assert [m["sparsity"] if m else "-" for m in report["modules"]] == shares
+    assert found["reports"][0]["row_averages"] == [0.375, 0.75, None]
+    assert found["reports"][1]["row_averages"] == [0.75, 0.25, 1.0]
+    texts = [html_pages.text(is_open={NEW: IS_OPEN[Q0]})]
+    assert data(one.to_html(beside=other, texts=texts))["views"][0]["modules"] == [4]
+    with one_sentence(NEW, "no module of this report"):
+        one.to_html(texts=texts)
+    with one_sentence("to_html", "{}", "SparsityReport"):
+        one.to_html(beside={})
+
+
+def test_it_says_where_it_comes_from():
+    page = html_pages.report().to_html()
+    assert [f"{what} <b>" in page for what in html_pages.ABOUT] == [True] * len(html_pages.ABOUT)
+    assert "lambda <b>1e-05</b>" in page
+    assert 'class="about"' not in SparsityReport(html_pages.report().modules).to_html()
+
+
+def test_effects_and_ratios_by_hand():
+    nan, inf = math.nan, math.inf
+    # A byte for r is 1 + 8 (log2 r + 22): of 1 it is 177, of 2^-22 and less 1, above 2^9 254.
+    levels = torch.tensor([1.0, 0.0, 2.0**-30, inf, nan])
+    view = html_pages.text(
+        ratios={Q0: levels, V0: levels.half()},
+        log_prob=torch.tensor([nan, 0.123456, -2.0, inf, 0.0]),
+        kl=torch.tensor([nan, 1e-9, 0.5, inf, 0.0]),
+        words=[None, 3, 3, None, None],
+    )
+    (found,) = data(html_pages.report().to_html(texts=[view]))["views"]
+    assert [*base64.b64decode(found["ratios"])] == [177, 1, 1, 254, 0] * 2 + [0] * 5
+    assert found["log_prob"] == [None, 0.1235, -2.0, None, 0.0]
+    assert found["kl"] == [None, 1e-9, 0.5, None, 0.0]
+    assert found["words"] == [0, 1, 1, 2, 3]
+    (plain,) = data(html_pages.report().to_html(texts=[html_pages.text()]))["views"]
+    assert [plain[key] for key in ("ratios", "log_prob", "kl")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("[CLS] token ##gate . q _ pro ##j [SEP] [PAD]", [0, 1, 1, 2, 3, 4, 5, 5, 6, 7]),
+        ("<s> ▁The ▁to ken . ▁ ab c", [0, 1, 2, 2, 3, 4, 4, 4]),
+        ("ĠThe Ġto ken 's Ċ x", [0, 1, 1, 1, 2, 3]),
+        ("a b", [0, 1]),
+    ],
+)
+def test_words_of_sub_words(tokens, words):
+    assert words_of(tokens.split(" ")) == words
+
+
+def test_words_of_decoded_tokens():
+    assert words_of(["the", " cat", "s", "\n", "  ", "x"]) == [0, 1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +252,11 @@ def test_what_is_known_of_every_sample_is_not_in_the_page():
         (lambda: html_pages.text(is_open={Q0: torch.ones(5)}), [Q0, "boolean"]),
         (lambda: html_pages.text(is_open={Q0: [True] * 5}), [Q0, "boolean"]),
         (lambda: html_pages.text(real=torch.ones(4).bool()), ["real", "(4,)", "(5,)"]),
+        (lambda: html_pages.text(kl=torch.ones(4)), ["kl", "(4,)", "(5,)"]),
+        (lambda: html_pages.text(kl=[0.0] * 5), ["kl", "no floating-point tensor"]),
+        (lambda: html_pages.text(log_prob=torch.ones(5).long()), ["log_prob", "floating-point"]),
+        (lambda: html_pages.text(ratios={Q0: torch.ones(2)}), [Q0, "(2,)", "(5,)"]),
+        (lambda: html_pages.text(words=[0, 1]), ["words", "2 numbers for 5 tokens"]),
         (lambda: html_pages.image(image=b"GIF89a"), ["GIF89a", "neither a PNG nor a JPEG"]),
         (lambda: html_pages.image(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.image(is_open=IS_OPEN), [Q0, "(5,)", "(rows, columns)"]),

@@ -1,78 +1,13 @@
 """SparsityReport.to_html in a real Chromium: what is seen, and what it does when it is used."""
 
-import shutil
-
 import html_pages
 import pytest
 import torch
-from html_pages import Q0, V0
+from html_pages import Q0, V0, cell, details, shares, whole
 from test_html_report import luminance
 
 import tokengate
 from tokengate.reports.report import ModuleSparsity, SparsityReport
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("there is no chromium on PATH", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as driver:
-        # Chromium's sandbox refuses root, who runs the tests in a container.
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium, tmp_path):
-    """Opens a page from disk, without a network; fails if the page complained of anything."""
-    complaints, contexts = [], []
-
-    def open_page(html, scheme="light", **options):
-        file = tmp_path / "report.html"
-        file.write_text(html, encoding="utf-8")
-        context = chromium.new_context(color_scheme=scheme, offline=True, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith(("file:", "data:")) or complaints.append(request.url)
-            ),
-        )
-        page.goto(file.as_uri())
-        return page
-
-    open_page.complaints = complaints
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def whole():
-    return html_pages.report().to_html(texts=[html_pages.text()], images=[html_pages.image()])
-
-
-def cell(page, name):
-    return page.locator(f'td button[aria-label^="{name}:"]')
-
-
-def details(page):
-    return page.locator("#details").inner_text().split("\n")
-
-
-def shares(page, kind=".token"):
-    """The share that each token or patch is shaded by; None for padding."""
-    read = "all => all.map((e) => e.style.getPropertyValue('--value'))"
-    values = page.locator(kind).evaluate_all(read)
-    return [pytest.approx(float(value)) if value else None for value in values]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -263,6 +198,12 @@ def test_patches_lie_on_the_picture(opened):
 
 def test_the_keyboard_reaches_everything(opened):
     page = opened(whole())
+    for button in ("modules as CSV", "tokens as CSV", "all as JSON", "Sparsity"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == button
+    page.keyboard.press("ArrowRight")
+    assert page.locator('[role="tab"][aria-selected="true"]').inner_text() == "tau"
+    page.keyboard.press("ArrowLeft")
     page.keyboard.press("Tab")  # one stop for the heatmap, on its first projection
     assert page.evaluate("document.activeElement.ariaLabel") == "projection q_proj"
     page.keyboard.press("ArrowDown")
@@ -274,7 +215,8 @@ def test_the_keyboard_reaches_everything(opened):
     page.keyboard.press("Enter")
     assert page.locator("#chosen").inner_text() == f"1 of 4 modules chosen: {V0}"
     assert shares(page) == [1, 0, 0, 1, None]
-    page.keyboard.press("Tab")
+    for _ in ("relative to the largest share", "the first token"):
+        page.keyboard.press("Tab")
     assert details(page)[0] == "“the”"
     page.keyboard.press("ArrowRight")
     assert details(page)[0] == "“ cat”"

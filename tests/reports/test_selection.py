@@ -172,7 +172,7 @@ def test_a_selection_is_kept_in_a_saved_adapter(tmp_path):
         (FOUR, {"fraction": 0}, "fraction=0 is not in (0, 1]"),
         (FOUR, {"fraction": 50}, "fraction=50 is not in (0, 1]"),
         (FOUR, {"fraction": math.nan}, "fraction=nan is not a finite number"),
-        (FOUR, {"by": "size"}, "choose one of sparsity, random"),
+        (FOUR, {"by": "size"}, "choose one of sparsity, fisher, random"),
         (FOUR, {"by": "norm_relative"}, "modification_norms(model, batches).relative"),
         (FOUR, {"by": "norm_abs"}, "modification_norms(model, batches).absolute"),
         (FOUR, {"keep": "low"}, "choose one of lowest, highest"),
@@ -370,4 +370,4 @@ def test_what_cannot_be_measured_is_one_sentence():
 
 def test_the_docstring_has_a_call_for_every_row_of_table_4():
     rows = re.findall(r"\| (\w+) \| `select", tokengate.select.__doc__)
-    assert rows == ["S_low", "S_high", "norm_relative", "norm_abs", "random"]
+    assert rows == ["S_low", "S_high", "norm_relative", "norm_abs", "random", "fisher"]

@@ -270,8 +270,9 @@ def test_zero(processes, tmp_path):
     assert set(first) == {(stage, method) for stage in runs.ZERO for method in runs.ZERO[stage]}
     ones = {method: runs.training(method, "", budget=False)["taus"] for method in runs.METHODS}
     for (_, method), taus in first.items():
-        assert distance(ones[method][-1], ones[method][0]) > 0.01
-        assert distance(taus, ones[method][-1]) < 1e-6
+        expected = ones[method][runs.ZERO_STEPS - 1]
+        assert distance(expected, ones[method][0]) > 0.01
+        assert distance(taus, expected) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)

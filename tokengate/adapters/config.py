@@ -8,6 +8,7 @@ from typing import Any
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
+from tokengate.linears.experts import AXES
 
 FORMAT = 1
 
@@ -29,6 +30,8 @@ class LayerConfig:
     """Of a slice: how its fused layer is divided."""
     groups: int = 1
     """How many times that repeats."""
+    axes: str | None = None
+    """Of experts in a 3-D parameter: what its dimensions are, as `patch(experts=...)` has it."""
     gate: str | None = None
     """The name of its gate; None without one."""
     gate_options: dict[str, Any] = field(default_factory=dict)
@@ -90,10 +93,14 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
         TokenGateError: it is of another format or version; a field is missing, unknown or wrong.
     """
     if found.get("format") != "tokengate":
-        hint = ", which looks like one of Hugging Face PEFT: see integrations.hf_peft"
+        if "peft_type" in found:
+            raise TokenGateError(
+                f"{where} is of Hugging Face PEFT's format: read it with import_peft(model, "
+                "folder) of tokengate.integrations.hf_peft, or pass a folder that tokengate.save "
+                "wrote."
+            )
         raise TokenGateError(
-            f"{where} is not of tokengate's format{hint if 'peft_type' in found else ''}: pass a "
-            "folder that tokengate.save wrote."
+            f"{where} is not of tokengate's format: pass a folder that tokengate.save wrote."
         )
     version = found.get("format_version")
     if version != FORMAT:
@@ -125,6 +132,8 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
                     non_negative(part, value)
             except TokenGateError:
                 raise _wrong(where, f"the {part} of {name!r}", value) from None
+        if layer.axes not in (None, *AXES):
+            raise _wrong(where, f"the axes of {name!r}", layer.axes)
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
     if any(type(name) is not str for name in config.train):
@@ -145,8 +154,11 @@ _UNSAID: dict[str, Any] = {"base_id": "", "base_revision": "", "base_values": {}
 
 
 def _with_gate(entry: Any) -> Any:
-    """What was written before gates had names: every gate was the paper's."""
-    if not isinstance(entry, dict) or "gate" in entry:
+    """What was written before gates had names, all of them the paper's, and experts axes."""
+    if not isinstance(entry, dict):
+        return entry
+    entry = {"axes": None, **entry}
+    if "gate" in entry:
         return entry
     gate = None if entry.get("penalty") is None else "threshold"
     return {**entry, "gate": gate, "gate_options": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,15 +13,19 @@ from tokengate.adapters.folder import SavedAdapter
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES, check_options, with_defaults
+from tokengate.gates.stacked import stacked
 from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
-from tokengate.linears.linear_like import LinearLike, LinearSlice, features_of, is_linear, whole
+from tokengate.linears.experts import StackedLinear
+from tokengate.linears.linear_like import features_of, is_linear_like, stub_of, whole
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
-from tokengate.names import named_modules, named_parameters, submodule
+from tokengate.names import joined, named_modules, named_parameters, submodule
+from tokengate.patching.slice_targets import slices_of_part
+from tokengate.patching.stack_targets import stacked_projections
 from tokengate.patching.targets import find_targets
 from tokengate.patterns import FullName, nearest
 from tokengate.sharding import divided_as, gathered
@@ -97,6 +101,7 @@ class Fit:
         """
         wanted = {}
         modules = dict(named_modules(model, remove_duplicate=False))
+        modules |= self._stacks(model)
         for name, config in self.saved.config.layers.items():
             reason = self._unfit(name, config, modules)
             if reason:
@@ -114,7 +119,10 @@ class Fit:
         if new := [FullName(name) for name in wanted if name not in others]:
             owners = {name.rpartition(".")[0] for name in new}
             given = {FullName(name): each for name, each in slices.items() if name in owners}
-            chosen |= find_targets(model, new, None, given or None)
+            axes = {
+                FullName(n): each for n, each in _axes(wanted).items() if n in owners | set(new)
+            }
+            chosen |= find_targets(model, new, None, given or None, axes or None)
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
             config = wanted[name]
@@ -127,6 +135,22 @@ class Fit:
             if self._holds(name, modification, gate):
                 found[name] = (layer, modification, gate)
         return found
+
+    def _stacks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """What the model holds of experts that are layers of the adapter, by name."""
+        configs = self.saved.config.layers
+        parameters = dict(named_parameters(model, remove_duplicate=False))
+        axes = {
+            FullName(name): each
+            for name, each in _axes(configs).items()
+            if name in parameters and parameters[name].dim() == 3
+        }
+        found: dict[str, nn.Module] = {}
+        owners = dict(named_modules(model))
+        for holder, own in stacked_projections(model, axes or None, _divided(configs)).items():
+            prefix = next(name for name, owner in owners.items() if owner is holder)
+            found |= {joined(prefix, name): each for name, each in own.items()}
+        return {name: each for name, each in found.items() if name in configs}
 
     def extras(
         self, model: nn.Module, trained: dict[str, nn.Parameter] | None
@@ -178,10 +202,11 @@ class Fit:
         """The layer's modification without memory; None if the method needs a real layer for it."""
         config = self.saved.config.layers[name]
         dtype = trainable_dtype(whole(layer).weight)
-        sizes = config.in_features, config.out_features
-        stub = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype)
+        stub: Any = stub_of(layer, config.in_features, config.out_features, dtype)
         try:
-            return METHODS.find(config.method)(stub, **config.options)
+            made = METHODS.find(config.method)(stub, **config.options)
+            count = layer.num_experts if isinstance(layer, StackedLinear) else None
+            return made if count is None else stacked([made] * count)
         except TokenGateError as error:
             raise TokenGateError(
                 f"the adapter in {str(self.saved.folder)!r} has options for {name!r} that "
@@ -192,15 +217,19 @@ class Fit:
 
     def _unfit(self, name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str | None:
         """Why the model has no layer of this name and shape."""
-        own = name if config.slices is None else name.rpartition(".")[0]
+        own = name if config.slices is None or config.axes else name.rpartition(".")[0]
         layer = modules.get(own)
         if layer is None:
-            linear = (n for n, m in modules.items() if is_linear(m))
+            linear = (n for n, m in modules.items() if is_linear_like(m))
             return f"is not in the model{self._near(own, linear)}"
-        if not is_linear(layer):
+        if isinstance(layer, StackedLinear) and config.axes is not None:
+            there = layer.in_features, layer.out_features
+            if (config.in_features, config.out_features) != there:
+                return "has other features in the adapter than in the model"
+            return None
+        if not is_linear_like(layer):
             return f"is a {type(layer).__name__} in the model, which is no linear layer"
-        there = features_of(cast(LinearLike, layer))
-        outputs = config.out_features
+        there, outputs = features_of(cast(Any, layer)), config.out_features
         if (slices := _slices_of(config)) is not None:
             part = name.rpartition(".")[2]
             if slices.sizes.get(part, 0) * slices.groups != outputs:
@@ -220,14 +249,11 @@ class Fit:
         config = self.saved.config.layers[name]
         try:
             with weights_present(whole(layer)):
-                modification = METHODS.find(config.method)(layer, **config.options)
-                modification.options = dict(config.options)
-                gate = None
-                if config.gate is not None:
-                    kind = GATES.find(config.gate)
-                    check_options(kind, config.gate_options)
-                    gate = kind.beside(layer, **config.gate_options)
-            return modification, gate
+                if not isinstance(layer, StackedLinear):
+                    return _made_of(config, layer)
+                made = zip(*[_made_of(config, one) for one in layer.each()], strict=True)
+                modifications, gates = made
+                return stacked(modifications), gates[0] and stacked(gates, flat=True)
         except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             raise TokenGateError(
                 f"the adapter in {str(self.saved.folder)!r} has options for {name!r} of which no "
@@ -248,6 +274,31 @@ class Fit:
         self.misfits[name] = reason
 
 
+def _made_of(config: LayerConfig, linear: Any) -> tuple[Modification, Gate | None]:
+    modification = METHODS.find(config.method)(linear, **config.options)
+    modification.options = dict(config.options)
+    if config.gate is None:
+        return modification, None
+    kind = GATES.find(config.gate)
+    check_options(kind, config.gate_options)
+    return modification, kind.beside(linear, **config.gate_options)
+
+
+def _axes(configs: Mapping[str, LayerConfig]) -> dict[str, str]:
+    """Those of the parameters that hold experts, by the names of the parameters."""
+    return {
+        name if config.slices is None else name.rpartition(".")[0]: config.axes
+        for name, config in configs.items()
+        if config.axes is not None
+    }
+
+
+def _divided(configs: Mapping[str, LayerConfig]) -> dict[FullName, Slices]:
+    """How what is patched in part is divided, by the names of the whole."""
+    found = {name.rpartition(".")[0]: _slices_of(config) for name, config in configs.items()}
+    return {FullName(name): slices for name, slices in found.items() if slices is not None}
+
+
 def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
     return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
 
@@ -258,7 +309,7 @@ def _slices_of(config: LayerConfig) -> Slices | None:
 
 def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
     """How a patched layer differs from how the saved one was patched."""
-    saved, own = _slices_of(config), layer.slices if isinstance(layer, LinearSlice) else None
+    saved, own = _slices_of(config), slices_of_part(layer)
     if saved != own:
         return _otherwise_divided(saved, own)
     kind = type(layer.modification)

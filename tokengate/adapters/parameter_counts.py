@@ -34,10 +34,11 @@ class ParameterCounts:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
+        # What PEFT's print_trainable_parameters says, and what these parameters are.
         return (
-            f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.4g} %): "
-            f"{self.modifications:,} of modifications, {self.gates:,} of gates, "
-            f"{self.others:,} others"
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {share:.4f} || modifications: {self.modifications:,}, "
+            f"gates: {self.gates:,}, others: {self.others:,}"
         )
 
 

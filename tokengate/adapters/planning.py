@@ -41,6 +41,9 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
     trained = [p for p in parameters if p.requires_grad]
     total, trainable = (sum(p.numel() for p in each) for each in (parameters, trained))
     size_of_trained = sum(p.nbytes for p in trained)
+    dtypes = sorted(
+        {str(p.dtype).removeprefix("torch.") for p in parameters if not p.requires_grad}
+    )
     return {
         "model": class_name(model),
         "parameters": total,
@@ -49,6 +52,7 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
         "modifications": sum(layer["parameters"] for layer in layers.values()),
         "taus": sum(isinstance(layer.gate, TokenGate) for layer in patched.values()),
         "trained_beside": {name: list(p.shape) for name, p in beside.items()},
+        "frozen_dtypes": dtypes,
         "bytes": {
             "frozen parameters": sum(p.nbytes for p in parameters) - size_of_trained,
             "trained parameters": size_of_trained,
@@ -69,6 +73,8 @@ def plan_text(plan: dict[str, Any]) -> str:
     ]
     said += [f"trained beside: {name} {shape}" for name, shape in plan["trained_beside"].items()]
     said += option_lines(plan["layers"])
+    dtypes = ", ".join(plan["frozen_dtypes"])
+    said.append(f"frozen parameters taken as {dtypes} (--dtype takes another)")
     memory = {**plan["bytes"], "together, without activations": sum(plan["bytes"].values())}
     table = text_table(["memory", ""], [[name, size(n)] for name, n in memory.items()])
     return f"{lines(said)}\n\n{layer_table(plan['layers'])}\n\n{table}"

@@ -40,11 +40,11 @@ from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
-from tokengate.linears.linear_like import LinearSlice
-from tokengate.linears.slices import Slices
+from tokengate.linears.experts import StackedLinear
 from tokengate.methods.registry import METHODS
 from tokengate.names import named_parameters
 from tokengate.patching.patch import asked_of
+from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patching.wrappers import check_gathered
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import gathered, is_divided, present
@@ -214,16 +214,17 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         )
     gate = layer.gate
     linear = base_layer(layer)
-    slices: Slices | None = linear.slices if isinstance(linear, LinearSlice) else None
+    slices = slices_of_part(linear)
     return LayerConfig(
         method=method,
         options=dict(layer.modification.options),
         in_features=layer.modification.in_features,
         out_features=layer.modification.out_features,
         penalty=gate.penalty if isinstance(gate, PenalisedGate) else None,
-        s=None if gate is None else gate.s,
+        s=None if gate is None or gate.relative else gate.s,
         slices=None if slices is None else dict(slices.sizes),
         groups=1 if slices is None else slices.groups,
+        axes=linear.stack.axes if isinstance(linear, StackedLinear) else None,
         gate=None if gate is None else _gate_name(name, gate),
         gate_options={} if gate is None else dict(gate.options),
     )

@@ -6,6 +6,8 @@ paper's equations 4, 14, 15 and 17 stand there; then `base.py` for a gate of you
 
 from tokengate.gates import skipped_gradients as skipped_gradients  # which watches optimisers
 from tokengate.gates.base import Gate as Gate
+from tokengate.gates.firm import FirmGate as FirmGate
+from tokengate.gates.fisher import FisherGate as FisherGate
 from tokengate.gates.positions import Positions as Positions
 from tokengate.gates.random import RandomGate as RandomGate
 from tokengate.gates.registry import register_gate as register_gate

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
+from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import is_learnt_from
+from tokengate.linears.linear_like import features_of
 
 
 class Gate(KeepsFloat32):
@@ -53,13 +56,24 @@ class Gate(KeepsFloat32):
 
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
+    stacks: ClassVar[bool] = False
+    """Whether `weights` takes positions of several layers at once (`positions.groups`), with
+    parameters that have one dimension more in front. If not, it is asked layer by layer."""
     # The slope of eq. 11 that `param_groups` was last asked for, kept for a saved adapter.
     s: float | None = None
+    relative: bool = False
+    """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
     # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
     # to all others in every forward.
     _tally: Tensor | None = None
+    # What its scores are counted in, see `score_counts`, and whether that is to lead its threshold.
+    # No buffer, for the same reason.
+    _seen: Tensor | None = None
+    _led: bool = False
+    # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
+    _unit: Tensor | None = None
     skipped: int = 0
     """Optimiser steps in which a gradient of this gate was not finite, and moved nothing."""
 
@@ -72,7 +86,7 @@ class Gate(KeepsFloat32):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._set_up(trainable_dtype(linear.weight), linear.weight.device)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features_of(linear)
 
     def _set_up(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.options = {}
@@ -102,11 +116,38 @@ class Gate(KeepsFloat32):
 
     @property
     def threshold(self) -> Tensor | None:
-        """One element on r below which positions are closed, where this gate has such a thing.
+        """One element: positions whose score is below it are closed, where there is such a thing.
 
-        It is reported, calibrated, and trained in the taus' group.
+        It is reported, calibrated, and led by a `SparsitySchedule`; a parameter is trained in the
+        taus' group.
         """
         return None
+
+    @property
+    def is_led(self) -> bool:
+        """Whether a `SparsitySchedule` sets its threshold at present."""
+        return self._led
+
+    @property
+    def counts(self) -> bool:
+        """Whether somebody is told of the positions that it decides in training."""
+        return self._tally is not None or self._seen is not None
+
+    @property
+    def counts_scores(self) -> bool:
+        """Whether the scores of the positions that it decides in training are counted."""
+        return self._seen is not None
+
+    def set_pace(self, relative: bool) -> None:
+        """Whether steps of tau are in units of r's median from now on, see `training`'s `pace`."""
+        self.relative = relative
+        if self.threshold is not None and not self.is_led:
+            self._seen = no_counts(self.threshold.device) if relative else None
+
+    def scores(self, positions: Positions) -> Tensor:
+        """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""
+        with torch.no_grad():
+            return positions.r
 
     def weights(self, positions: Positions) -> Tensor:
         """a for these positions, `(...)`."""
@@ -133,18 +174,33 @@ class Gate(KeepsFloat32):
             )
         return a if a.dtype == torch.bool else a.to(positions.dtype)
 
-    def count(self, is_open: Tensor, mask: Tensor | None) -> None:
-        """Add S and its padding mask to the tally of a `SparsityController`, where there is one."""
-        if self._tally is not None and is_learnt_from():
+    def count(self, is_open: Tensor, scores: Tensor | None, mask: Tensor | None) -> None:
+        """Tell who leads this gate of the positions of one call, samples first."""
+        if not (self.counts and is_learnt_from()):
+            return
+        if self._tally is not None:
             with torch.no_grad():
                 self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
+        if self._seen is not None and scores is not None:
+            count_scores(self._seen, scores, mask)
+
+    def _kept(self) -> Iterable[Tensor]:
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
+
+class LedGate(Gate):
+    """A gate whose threshold has no gradient: a `SparsitySchedule` sets it, or `calibrate`."""
+
+    def new_threshold(self, name: str, start: float) -> None:
+        """A buffer of shape (1,), which stays float32, and is saved."""
+        value = torch.full((1,), start, dtype=self._dtype, device=self._device)
+        self.register_buffer(name, value)
 
 
 class PenalisedGate(Gate):
     """A gate whose gradient has a term of its own for each position, times its `penalty`."""
 
-    # What `scale_penalty` and a `SparsityController` set, see `pull`. No buffers, as above.
-    _unit: Tensor | None = None
+    # What a `SparsityController` sets, see `pull`. No buffer, as above.
     _controlled: Tensor | None = None
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors, Learn
+from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import Norms, ratios
 
 
@@ -18,11 +21,11 @@ class Positions:
 
     Args:
         change: M(x) beside the output of the layer.
-        x: the layer's input, `(..., in_features)`.
+        x: the layer's input, `(..., in_features)`; or what can be `made()` it.
         mask: `(...)`; 0 where a position is padding, or None.
     """
 
-    def __init__(self, change: Change, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def __init__(self, change: Change, x: Any = None, mask: Tensor | None = None) -> None:
         self._change, self._x, self.mask = change, x, mask
 
     @property
@@ -31,15 +34,22 @@ class Positions:
         return self._change.out.shape[:-1]
 
     @property
+    def groups(self) -> Groups | None:
+        """Whose the positions are, `(N,)`, where they are of several layers, as experts."""
+        return self._change.groups
+
+    @property
     def dtype(self) -> torch.dtype:
         """What a is to be in, and the sizes are."""
         return self._change.dtype
 
     @property
     def x(self) -> Tensor:
-        """The layer's input, `(..., in_features)`."""
-        assert self._x is not None  # a layer gives it
-        return self._x
+        """The layer's input, `(..., in_features)`; of a convolution its patches."""
+        if not isinstance(self._x, Tensor):
+            self._x = self._x.made()
+        x: Tensor = self._x
+        return x
 
     @property
     def z(self) -> Tensor | None:
@@ -47,10 +57,11 @@ class Positions:
         return self._change.m.z if isinstance(self._change.m, Factors) else None
 
     def learn(self, call: Learn) -> None:
-        """In backward, `call(z, g)`: g_i = dL/dz_i as if a_i were 1, `(..., rank)`; of factors.
+        """In backward, `call(z, g)`: g_i = dL/dz_i as if a_i were 1, `(..., rank)`.
 
-        Once for each backward of this call, also where activations are computed again, and not in
-        code that is compiled.
+        Without factors `call(m, g)` with g_i = dL/dm_i, `(..., out_features)`. Once for each
+        backward of this call, also where activations are computed again. Compiled code takes it
+        into its graph: there it may write to tensors in place, and to nothing else.
         """
         self._change.learn = call
 
@@ -70,15 +81,14 @@ class Positions:
     @property
     def r(self) -> Tensor:
         """r_i = ||m_i|| / ||w_i|| of eq. 4, `(...)`; infinite where w_i = 0 or m_i has a NaN."""
-        of_m, of_w = self._change.sizes()
-        return ratios((of_m, 1.0), (of_w, 1.0))
+        return ratios((self.m_norm, 1.0), (self.w_norm, 1.0))
 
     @property
     def m_norm(self) -> Tensor:
         """||m_i||, `(...)`."""
-        return self._change.sizes()[0]
+        return self._change.size_of_m()
 
     @property
     def w_norm(self) -> Tensor:
         """||w_i|| = ||W0 x_i||, `(...)`."""
-        return self._change.sizes()[1]
+        return self._change.size_of_w()

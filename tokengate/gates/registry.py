@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+from tokengate.arguments import did_you_mean, spelled
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
+from tokengate.gates.stacked import Stacked
 
 _Base = TypeVar("_Base")
 _Kind = TypeVar("_Kind", bound=type)
@@ -60,17 +61,19 @@ class Registry(Generic[_Base]):
         """The class behind a name; a subclass stands for itself."""
         if isinstance(asked, type) and issubclass(asked, self._base):
             return asked
-        if not isinstance(asked, str) or asked not in self.kinds:
-            hint = _did_you_mean(str(asked), self.kinds)
+        name = spelled(asked, self.kinds)
+        if name is None:
+            hint = did_you_mean(asked, self.kinds)
             raise TokenGateError(
                 f"unknown {self._what} {brief(asked)}{hint}: choose one of "
                 f"{', '.join(sorted(self.kinds))}, or pass a subclass of "
                 f"tokengate.{self._base.__name__}."
             )
-        return self.kinds[asked]
+        return self.kinds[name]
 
     def name_of(self, kind: type[_Base]) -> str | None:
         """The name by which `find` finds just this class; None if there is none."""
+        kind = one_of(kind)
         return next((name for name, known in self.kinds.items() if known is kind), None)
 
 
@@ -94,30 +97,34 @@ def options_of(kind: type) -> dict[str, Any]:
     return names
 
 
-def check_options(kind: type, options: Iterable[str]) -> None:
-    """An error, which names the valid ones, if `kind` does not have one of the options."""
+def check_options(kind: type, options: Iterable[str], beside: Iterable[str] = ()) -> None:
+    """An error, which names the valid ones, if `kind` does not have one of the options.
+
+    What is `beside` them, as arguments of the caller's own, may have been meant.
+    """
     valid = options_of(kind)
     unknown = [name for name in options if name not in valid]
     if unknown:
-        hint = _did_you_mean(unknown[0], valid)
+        hint = did_you_mean(unknown[0], [*valid, *beside])
         raise TokenGateError(
             f"unknown option {unknown[0]!r} for {kind.__name__}{hint}: its options are "
             f"{', '.join(valid) or 'none'}."
         )
 
 
+def one_of(kind: Any) -> Any:
+    """The class of one layer's, where `kind` is that of several stacked ones."""
+    return kind._own_class if issubclass(kind, Stacked) else kind
+
+
 def with_defaults(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the defaults of those that are not given."""
+    kind = one_of(kind)
     return {**options_of(kind), **options}
 
 
 def _place(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
-
-
-def _did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 GATES: Registry[Gate] = Registry(Gate, "gate", "register_gate")

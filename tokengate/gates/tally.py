@@ -21,6 +21,16 @@ def by_sample(is_open: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return closed, torch.ones_like(closed)
 
 
+def weights_of(real: Tensor) -> Tensor:
+    """What each position weighs, so that those of a sample weigh 1: `(B, T) -> (B, T)`.
+
+    Padding weighs 0. In whole grains, so that their sums are exact.
+    """
+    dtype = torch.float32 if real.device.type == "mps" else torch.float64
+    own = real.to(dtype)
+    return (own / own.sum(1, keepdim=True).clamp(min=1) / _GRAIN).round() * _GRAIN
+
+
 def tally(closed: Tensor, real: Tensor) -> Tensor:
     """Samples, the sum of their sparsities, positions, closed positions: `(B, T), (B, T) -> (4,)`.
 

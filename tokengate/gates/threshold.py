@@ -20,10 +20,11 @@ from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
+from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import accumulation_dtype
 from tokengate.kernels.norms import opened as opened
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
-from tokengate.sharding import number_here
+from tokengate.sharding import local_part
 
 
 def token_gate(
@@ -74,7 +75,9 @@ def token_gate(
         )
     change = Change(w, None, m)
     is_open = change.decided(tau, change.dtype)
-    a = applied(_Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype)
+    a = applied(
+        _Threshold, tau, is_open, non_negative("penalty", penalty), mask, change.dtype, None
+    )
     return change.add(a)
 
 
@@ -94,6 +97,7 @@ class TokenGate(PenalisedGate):
         TokenGateError: `tau` is not finite, or `penalty` not finite or negative.
     """
 
+    stacks = True
     tau: nn.Parameter
     # 1e-5 is where the paper's search of lambda begins to close gates.
     option_defaults: ClassVar[dict[str, float]] = {"tau": 0.0, "penalty": 1e-5}
@@ -138,7 +142,13 @@ class TokenGate(PenalisedGate):
             return positions.decided(self.tau, torch.bool)  # nobody asks for mu
         is_open = positions.decided(self.tau, positions.dtype)
         a: Tensor = applied(
-            _Threshold, self.tau, is_open, self.pull(), positions.mask, positions.dtype
+            _Threshold,
+            self.tau,
+            is_open,
+            self.pull(),
+            positions.mask,
+            positions.dtype,
+            positions.groups,
         )
         if is_open.dtype == torch.bool:
             positions.selects(a, is_open)
@@ -146,8 +156,10 @@ class TokenGate(PenalisedGate):
 
     def extra_repr(self) -> str:
         # tau may live on the meta device, where it has no value, or on another rank.
-        tau = number_here(self.tau)
-        value = "" if tau is None else f"tau={tau:.4g}, "
+        tau = local_part(self.tau.detach())
+        value = ""
+        if tau.numel() and not tau.is_meta:  # of several layers, from the least to the largest
+            value = "tau=" + "..".join(dict.fromkeys(f"{t:.4g}" for t in tau.aminmax())) + ", "
         return f"{value}penalty={self.penalty:g}"
 
 
@@ -163,12 +175,13 @@ class _Threshold(torch.autograd.Function):
         penalty: Tensor | float,
         mask: Tensor | None,
         dtype: torch.dtype,
+        groups: Groups | None,
     ) -> Tensor:
         return is_open.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        tau, _, penalty, mask, _ = inputs
+        tau, _, penalty, mask, _, ctx.groups = inputs
         tensor = penalty if isinstance(penalty, Tensor) else None
         ctx.save_for_backward(output, mask, tensor)  # a, which the sum keeps, too
         ctx.save_for_forward(output)
@@ -190,25 +203,35 @@ class _Threshold(torch.autograd.Function):
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
         a, mask, penalty = ctx.saved_tensors
         shape, dtype = ctx.tau_shape, ctx.tau_dtype
-        kernels = kernels_for(mu, a) if is_eager(mu, a) else None
+        kernels = kernels_for(mu, a) if is_eager(mu, a) and ctx.groups is None else None
         if kernels is not None and not torch.is_grad_enabled():
             flat = (mu.reshape(-1), a.reshape(-1), None if mask is None else mask.reshape(-1))
             grad = kernels.direct(*flat, penalty, float(ctx.penalty or 0), dtype)
-            return grad.view(shape), None, None, None, None
+            return grad.view(shape), *[None] * 5
         penalty = ctx.penalty if penalty is None else penalty
-        g = threshold_direction(mu.detach(), a, penalty, mask)
-        return -g.to(dtype).reshape(shape), None, None, None, None
+        g = threshold_direction(mu.detach(), a, penalty, mask, ctx.groups)
+        return -g.to(dtype).reshape(shape), *[None] * 5
 
 
 def threshold_direction(
-    mu: Tensor, is_open: Tensor, penalty: Tensor | float, mask: Tensor | None
+    mu: Tensor,
+    is_open: Tensor,
+    penalty: Tensor | float,
+    mask: Tensor | None,
+    groups: Groups | None = None,
 ) -> Tensor:
-    """g of eq. 17, `(...), (...) -> ()`; S as booleans, or as numbers 0 and 1."""
+    """g of eq. 17, `(...), (...) -> ()`, or with groups of each layer, `(N,), (N,) -> (E,)`.
+
+    S as booleans, or as numbers 0 and 1.
+    """
     stays = (mu >= 0) != is_open
     if mask is not None:
         padding = mask == 0
         stays, is_open = stays | padding, is_open.masked_fill(padding, 0)
-    return mu.masked_fill(stays, 0).sum() + penalty * is_open.sum(dtype=mu.dtype)
+    mu = mu.masked_fill(stays, 0)
+    if groups is None:
+        return mu.sum() + penalty * is_open.sum(dtype=mu.dtype)
+    return groups.sums(mu) + penalty * groups.sums(is_open.to(mu.dtype))
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
 from tokengate.kernels.gated_sum import (
     GatedSum,
+    SizeOfProduct,
     gated_sum,
     norm_from_gram,
     norms_of_product,
@@ -40,7 +41,8 @@ class Change:
         self, out: Tensor, bias: Tensor | None, m: Tensor | Factors, in_place: bool = False
     ) -> None:
         self.out, self.bias, self.m = out, bias, m
-        self._quick = isinstance(m, Factors) and is_eager(out, m.z, m.up)
+        self.groups = m.groups if isinstance(m, Factors) else None
+        self._quick = isinstance(m, Factors) and not m.groups and is_eager(out, m.z, m.up)
         if isinstance(m, Factors) and self._quick:
             m.check(out)
             # Through a view autograd would copy.
@@ -55,7 +57,8 @@ class Change:
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
         self._selected: tuple[Tensor, Tensor] | None = None
-        #: Of factors: is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`.
+        #: Is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`; of M(x) without
+        #: factors with m and dL/dm_i.
         self.learn: Learn | None = None
 
     @property
@@ -74,28 +77,41 @@ class Change:
         """S of eq. 4, `(...)`: booleans, or numbers in `dtype` where that takes no more work."""
         if self._fused and is_eager(tau) and tau.device == self.out.device:
             return self._measured_at_once().opened(tau.detach(), dtype)
+        if self.groups is not None:
+            tau = self.groups.spread(tau)
         return opened(*self.norms(), tau)
 
-    def sizes(self) -> tuple[Tensor, Tensor]:
-        """The same as plain numbers in `dtype`, with gradients to M(x) and w.
+    def size_of_m(self) -> Tensor:
+        """||m_i|| as a plain number in `dtype`, `(...)`, with gradients to M(x).
 
         Of factors without a gain from the r x r products of up's columns; else M(x) is kept.
         """
         out, m = self.out, self.m
-        parts = (out, m.z, m.up) if isinstance(m, Factors) else (out, m)
-        derived = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        if not (derived or any(has_tangent(part) for part in parts)):
-            return times(*self.norms()[0]), times(*self.norms()[1])
-        self._in_place = False  # `out` is kept
+        parts = (out, m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
+        if not _derived(*parts):
+            return times(*self.norms()[0])
         with without_autocast(out.device):
-            w = without_bias(out, self.bias)
-            if isinstance(m, Factors) and m.gain is None:
+            if isinstance(m, Factors) and m.gain is None and m.groups is None:
+                if self._quick:
+                    found: Tensor = applied(SizeOfProduct, m.z, m.up, times(*self.norms()[0]))
+                    return found
                 m.check(out)
-                of_m = norm_from_gram(m.z, m.up).to(self.dtype)
-            else:
-                m = m.product(w) if isinstance(m, Factors) else m
-                of_m = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
-            return of_m, torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
+                return norm_from_gram(m.z, m.up).to(self.dtype)
+            if isinstance(m, Factors):
+                self._in_place = False  # `out` is kept
+                m = m.product(without_bias(out, self.bias))
+            of_m: Tensor = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
+            return of_m
+
+    def size_of_w(self) -> Tensor:
+        """||w_i|| as a plain number in `dtype`, `(...)`, with gradients to w, which is kept."""
+        if not _derived(self.out):
+            return times(*self.norms()[1])
+        self._in_place = False
+        with without_autocast(self.out.device):
+            w = without_bias(self.out, self.bias)
+            of_w: Tensor = torch.linalg.vector_norm(w, dim=-1, dtype=self.dtype)
+            return of_w
 
     def _measured_at_once(self) -> Sizes:
         if self._at_once is None:
@@ -135,6 +151,10 @@ class Change:
             return None
         return self._selected[1]
 
+    def multiplied_out(self) -> Tensor:
+        """M(x) itself, `(..., out_features)`; to be asked for before `add`."""
+        return self._whole() if isinstance(self.m, Factors) else self.m
+
     def _whole(self) -> Tensor:
         """M(x) of factors, multiplied out; the gradients are those of its factors.
 
@@ -158,7 +178,7 @@ class Change:
         out, bias, m, product = self.out, self.bias, self.m, self._product
         self._product = None
         if not isinstance(m, Factors):
-            return out + m.to(out.dtype) if a is None else applied(WholeSum, out, m, a)
+            return out + m.to(out.dtype) if a is None else applied(WholeSum, out, m, a, self.learn)
         factors = (m.z, m.up, m.gain)
         if self._quick:
             with without_autocast(out.device):
@@ -173,4 +193,11 @@ class Change:
             return out + m.product(without_bias(out, bias))
         if product is None:
             product = self._whole()
-        return applied(FactoredSum, out, product, bias, *factors, a, self.learn)
+        return applied(FactoredSum, out, product, bias, *factors, a, self.learn, self.groups)
+
+
+def _derived(*parts: Tensor | None) -> bool:
+    """Whether a derivative is to be taken of something that is made of these."""
+    present = [part for part in parts if part is not None]
+    backwards = torch.is_grad_enabled() and any(part.requires_grad for part in present)
+    return backwards or any(has_tangent(part) for part in present)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tokengate.kernels.eager import applied, is_eager, is_watched
 from tokengate.kernels.fused import kernels_for
+from tokengate.kernels.groups import Groups, grouped_product
 from tokengate.kernels.precision import without_autocast
 
 # Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
@@ -61,6 +62,18 @@ def branched_linear(
     dropped = _drop(x, dropout, eager=True) if training and dropout > 0 else None
     branches: tuple[Tensor, Tensor] = _Branched.apply(x, weight, dropped, 1 / (1 - dropout))
     return branches
+
+
+def grouped_linear(
+    x: Tensor, stack: Tensor, dropout: float, training: bool, dtype: torch.dtype, groups: Groups
+) -> Tensor:
+    """The same where rows are of several layers: `(N, in_features), (E, rank, ...) -> (N, rank)`.
+
+    Kept for backward are the dropped x and the stack, in `dtype`.
+    """
+    with without_autocast(x.device):
+        dropped = F.dropout(x.to(dtype), dropout, training)
+        return grouped_product(dropped, stack.to(dtype).mT, groups)
 
 
 def _drop(x: Tensor, dropout: float, eager: bool) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError
+from tokengate.kernels.groups import Groups, grouped_product
 from tokengate.kernels.precision import without_autocast
 
-# What is called in backward with z and its gradient, `(..., rank)` both.
+# What is called in backward with z and its gradient, `(..., rank)` both; of M(x) without factors
+# with that, `(..., out_features)`.
 Learn: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
@@ -28,13 +30,15 @@ class Factors:
 
     Attributes:
         z: the inputs in the low-rank space, `(..., rank)`.
-        up: `(out_features, rank)`.
-        gain: `(out_features,)`, or None for 0.
+        up: `(out_features, rank)`; with groups those of each layer, `(E, out_features, rank)`.
+        gain: `(out_features,)`, or None for 0; with groups `(E, out_features)`.
+        groups: whose the positions are, `(N,)`, where they are of several layers.
     """
 
     z: Tensor
     up: Tensor
     gain: Tensor | None = None
+    groups: Groups | None = None
 
     def product(self, w: Tensor) -> Tensor:
         """M(x), multiplied out: `(..., out_features) -> (..., out_features)`.
@@ -44,14 +48,19 @@ class Factors:
         """
         self.check(w)
         with without_autocast(w.device):
-            m = F.linear(self.z, self.up)
-        return m if self.gain is None else torch.addcmul(m, w, self.gain)
+            if self.groups is None:
+                m = F.linear(self.z, self.up)
+            else:
+                m = grouped_product(self.z, self.up.mT, self.groups)
+        return m if self.gain is None else torch.addcmul(m, w, at_rows(self.gain, self.groups))
 
     def check(self, w: Tensor) -> None:
         """An error if they do not fit `w`."""
         # Addition would broadcast what is too small, to all positions or channels alike.
         rank, channels = self.z.shape[-1], w.shape[-1]
-        wanted = (("z", (*w.shape[:-1], rank)), ("up", (channels, rank)), ("gain", (channels,)))
+        each = () if self.groups is None else self.groups.ends.shape
+        up, gain = (*each, channels, rank), (*each, channels)
+        wanted = (("z", (*w.shape[:-1], rank)), ("up", up), ("gain", gain))
         for name, shape in wanted:
             part = getattr(self, name)
             if part is not None and (part.shape != shape or part.dtype != w.dtype):
@@ -59,3 +68,8 @@ class Factors:
                     f"{name} of the factors has shape {tuple(part.shape)} and dtype {part.dtype}: "
                     f"return {shape} in {w.dtype}, as w has it."
                 )
+
+
+def at_rows(values: Tensor, groups: Groups | None) -> Tensor:
+    """What each position is given: the same, `(C,)`, or with groups its layer's, `(N, C)`."""
+    return values if groups is None else groups.spread(values)

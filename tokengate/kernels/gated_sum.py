@@ -247,6 +247,35 @@ def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
     return torch.where(some, square, 1).sqrt().where(some, 0)
 
 
+class SizeOfProduct(torch.autograd.Function):
+    """||up z_i||, `(..., rank), (C, rank), (...) -> (...)`, which is given: its gradients.
+
+    With c_i = dL/d||m_i|| / ||m_i||, 0 where m_i is: dL/dz_i = c_i up' up z_i and dL/dup = up
+    sum_i c_i z_i z_i', r x r products, for which nothing is kept that the sum does not keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, up: Tensor, size: Tensor) -> Tensor:
+        ctx.save_for_backward(z, up, size)
+        return size.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, up, size = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that has gradients
+            size = norm_from_gram(z, up).to(size.dtype)
+        some = size > 0
+        c = torch.where(some, grad / torch.where(some, size, 1), 0).reshape(-1, 1)
+        rows, wide = z.reshape(-1, z.shape[-1]).to(c.dtype), up.to(c.dtype)
+        gram = wide.T @ wide
+        grad_z = grad_up = None
+        if ctx.needs_input_grad[0]:
+            grad_z = (c * (rows @ gram)).to(z.dtype).view(z.shape)
+        if ctx.needs_input_grad[1]:
+            grad_up = (wide @ ((c * rows).T @ rows)).to(up.dtype)
+        return grad_z, grad_up, None
+
+
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """||up z_i||^2, and the largest that it can be: ||up||^2 ||z_i||^2, `(...), (...)`."""
     z, up = z.to(dtype), up.to(dtype)

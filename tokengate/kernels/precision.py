@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class KeepsFloat32(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters().")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
-        kept = {id(p) for p in self.parameters(recurse=False)}
-        kept |= {id(p.grad) for p in self.parameters(recurse=False) if p.grad is not None}
+        own = list(self._kept())
+        kept = {id(t) for t in own} | {id(t.grad) for t in own if t.grad is not None}
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -55,6 +55,10 @@ class KeepsFloat32(nn.Module):
         if was_meta and not self._is_meta():
             self.reset_parameters()
         return self
+
+    def _kept(self) -> Iterable[Tensor]:
+        """What stays float32."""
+        return self.parameters(recurse=False)
 
     def _is_meta(self) -> bool:
         own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]

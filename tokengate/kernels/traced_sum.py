@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengate.kernels.factors import Learn
+from tokengate.kernels.factors import Learn, at_rows
 from tokengate.kernels.gated_sum import without_bias
+from tokengate.kernels.groups import Groups, grouped_outer, grouped_product
 from tokengate.kernels.norms import accumulation_dtype
 
 
@@ -25,19 +26,22 @@ class WholeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(out: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    def forward(out: Tensor, m: Tensor, a: Tensor, learn: Learn | None) -> Tensor:
         return _selected_sum(out, m, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, m, a = inputs
+        _, m, a, ctx.learn = inputs
         # mu needs m at closed positions too: that is how a closed gate reopens.
-        ctx.save_for_backward(m if ctx.needs_input_grad[2] else None, a)
+        asked = ctx.needs_input_grad[2] or ctx.learn is not None
+        ctx.save_for_backward(m if asked else None, a)
         ctx.save_for_forward(m, a)
         ctx.m_dtype = m.dtype
 
     @staticmethod
-    def tangent(ctx: Any, out: Tensor | None, m: Tensor | None, a: Tensor | None) -> Tensor:
+    def tangent(
+        ctx: Any, out: Tensor | None, m: Tensor | None, a: Tensor | None, learn: None = None
+    ) -> Tensor:
         at_m, at_a = ctx.saved_tensors
         return _tangent(at_m, at_a, out, m, a)
 
@@ -45,18 +49,21 @@ class WholeSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         m, a = ctx.saved_tensors
         grad_m = grad_a = None
+        if ctx.learn is not None:
+            ctx.learn(m, grad)
         if ctx.needs_input_grad[1]:
             grad_m = _passed_on(grad, a).to(ctx.m_dtype)
         if ctx.needs_input_grad[2]:
             dtype = accumulation_dtype(grad, m)
             grad_a = (grad.to(dtype) * m.to(dtype)).sum(-1)
-        return grad, grad_m, grad_a
+        return grad, grad_m, grad_a, None
 
 
 class FactoredSum(torch.autograd.Function):
     """h = out + a (up z + gain w), w = out - bias: `WholeSum` without m among what is kept.
 
-    `m` is M(x) multiplied out, which gets no gradient: its factors do.
+    `m` is M(x) multiplied out, which gets no gradient: its factors do. With groups, `up` and `gain`
+    are those of several layers, `(E, C, rank)` and `(E, C)`.
     """
 
     generate_vmap_rule = True
@@ -71,12 +78,13 @@ class FactoredSum(torch.autograd.Function):
         gain: Tensor | None,
         a: Tensor,
         learn: Learn | None,
+        groups: Groups | None,
     ) -> Tensor:
         return _selected_sum(out, m, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        out, _, bias, z, up, gain, a, ctx.learn = inputs
+        out, _, bias, z, up, gain, a, ctx.learn, ctx.groups = inputs
         if gain is None:
             out = bias = None
         # Inputs only, so that a second derivative sees what the first one depends on.
@@ -93,19 +101,20 @@ class FactoredSum(torch.autograd.Function):
         up: Tensor | None,
         gain: Tensor | None,
         a: Tensor | None,
-        learn: None = None,
+        *_: None,
     ) -> Tensor:
         at_out, at_bias, at_z, at_up, at_gain, at_a = ctx.saved_tensors
-        at_m, m = at_z @ at_up.T, None
+        groups = ctx.groups
+        at_m, m = _times(at_z, at_up.mT, groups), None
         if z is not None:
-            m = _plus(m, z @ at_up.T)
+            m = _plus(m, _times(z, at_up.mT, groups))
         if up is not None:
-            m = _plus(m, at_z @ up.T)
+            m = _plus(m, _times(at_z, up.mT, groups))
         if at_gain is not None:
-            w = without_bias(at_out, at_bias)
+            w, at_gain = without_bias(at_out, at_bias), at_rows(at_gain, groups)
             at_m = at_m + at_gain * w
             if gain is not None:
-                m = _plus(m, gain * w)
+                m = _plus(m, at_rows(gain, groups) * w)
             if out is not None:
                 m = _plus(m, at_gain * out)
             if bias is not None:
@@ -115,13 +124,14 @@ class FactoredSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
-        _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a, _ = ctx.needs_input_grad
+        _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a, *_ = ctx.needs_input_grad
+        groups: Groups | None = ctx.groups
         grad_out, grad_bias, grad_z, grad_up, grad_gain, grad_a = grad, *[None] * 5
         passed = _passed_on(grad, a)
         dtype = accumulation_dtype(grad, z)
         if needs_up:
-            grad_up = passed.reshape(-1, up.shape[0]).T @ z.reshape(-1, up.shape[1])
-        down = grad @ up
+            grad_up = _outer(passed, z, groups)
+        down = _times(grad, up, groups)
         if ctx.learn is not None:
             ctx.learn(z, down)
         if needs_z:
@@ -132,15 +142,31 @@ class FactoredSum(torch.autograd.Function):
         if gain is not None:
             w = without_bias(out, bias).to(dtype)
             if needs_gain:
-                products = (passed.to(dtype) * w).reshape(-1, up.shape[0])
-                grad_gain = products.sum(0).to(gain.dtype)
+                grad_gain = _summed(passed.to(dtype) * w, groups).to(gain.dtype)
+            gain = at_rows(gain, groups)
             if needs_a:
+                assert grad_a is not None
                 grad_a = grad_a + (grad.to(dtype) * gain.to(dtype) * w).sum(-1)
             through_w = passed * gain
             grad_out = grad + through_w
             if needs_bias:
-                grad_bias = -through_w.reshape(-1, up.shape[0]).sum(0).to(bias.dtype)
-        return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_a, None
+                grad_bias = -_summed(through_w, None).to(bias.dtype)
+        return grad_out, None, grad_bias, grad_z, grad_up, grad_gain, grad_a, None, None
+
+
+def _times(rows: Tensor, right: Tensor, groups: Groups | None) -> Tensor:
+    return rows @ right if groups is None else grouped_product(rows, right, groups)
+
+
+def _outer(left: Tensor, right: Tensor, groups: Groups | None) -> Tensor:
+    if groups is not None:
+        return grouped_outer(left, right, groups)
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
+
+
+def _summed(rows: Tensor, groups: Groups | None) -> Tensor:
+    """`(..., C) -> (C,)`, or with groups `(N, C) -> (E, C)`."""
+    return rows.reshape(-1, rows.shape[-1]).sum(0) if groups is None else groups.sums(rows)
 
 
 def _selected_sum(out: Tensor, m: Tensor, a: Tensor) -> Tensor:

@@ -14,12 +14,15 @@ from tokengate.kernels.fused import kernels_for
 def scaled(
     factor: Tensor, scale: float, dtype: torch.dtype, columns: Tensor | None = None
 ) -> Tensor:
-    """scale `factor` diag(`columns`), `(C, rank), (rank,) -> (C, rank)`, in `dtype`."""
+    """scale `factor` diag(`columns`), `(C, rank), (rank,) -> (C, rank)`, in `dtype`.
+
+    Of several layers, each of them has one dimension more in front.
+    """
     casts = columns is not None or factor.dtype != dtype
-    if casts and _by_kernels(dtype, factor, columns):
+    if casts and factor.dim() == 2 and _by_kernels(dtype, factor, columns):
         up: Tensor = _Scaled.apply(factor, columns, scale, dtype)
         return up
-    return (scale * (factor if columns is None else factor * columns)).to(dtype)
+    return (scale * (factor if columns is None else factor * columns.unsqueeze(-2))).to(dtype)
 
 
 def scaled_rows(

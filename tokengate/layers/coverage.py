@@ -25,6 +25,7 @@ from tokengate.layers.patched import (
     is_root,
     layers,
     lost,
+    may_be_idle,
     own_parameters,
     remember,
     require_layers,
@@ -33,7 +34,6 @@ from tokengate.layers.patched import (
 )
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
-from tokengate.linears.experts import is_expert
 from tokengate.names import joined, submodule
 
 # On each module that is followed: whether its first forward was looked at.
@@ -76,7 +76,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             offloaded.
     """
     check_present(model, "verify")
-    patched = {n: m for n, m in require_layers(model, "verify").items() if not is_expert(n)}
+    patched = {n: m for n, m in require_layers(model, "verify").items() if not may_be_idle(n, m)}
     check_trainable(model)
     with _as_it_was(model):
         for training, gradients in ((False, False), (False, True), (True, True)):
@@ -108,7 +108,7 @@ def report_unreached(module: nn.Module) -> None:
     module.__dict__[SEEN] = True
     compiled = [inside for inside in module.modules() if _is_compiled(inside)]
     unseen = {layer for inside in compiled for layer in inside.modules()}
-    seen = {n: m for n, m in layers(module).items() if m not in unseen and not is_expert(n)}
+    seen = {n: m for n, m in layers(module).items() if m not in unseen and not may_be_idle(n, m)}
     missed = [name for name, layer in seen.items() if not layer._reached]
     if missed:
         warnings.warn(
@@ -199,7 +199,7 @@ def _models_of(optimizer: Any, held: Collection[int]) -> list[tuple[Any, dict[in
                     p: name
                     for name, layer in all_layers(root).items()
                     for p in own_parameters([layer])
-                    if not is_expert(name)
+                    if not may_be_idle(name, layer)
                 }
             own = {p: _OWN[root][p] for p in held if p in _OWN[root]}
             if own:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokengate.layers.calls import LEFT, Left, Running, begin, end, running
 from tokengate.layers.coverage import SEEN, report_lost_of, report_unreached
+from tokengate.layers.experts.owner import Experts
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.padding import Signature, signature_of, what_is_said
 from tokengate.layers.sliced_linear import Sliced
@@ -152,7 +153,9 @@ def unfollow(model: nn.Module) -> None:
     """Take back what `follow` did, from modules that hold no patched layer any more."""
     holders = set(_holders(model))
     for module in model.modules():
-        if isinstance(module, Followed) and module not in holders:
+        # What is patched itself after it was followed has the class of that on top.
+        above = isinstance(module, Experts)
+        if isinstance(module, Followed) and module not in holders and not above:
             for key in (_FOLLOWED, SEEN):
                 module.__dict__.pop(key, None)
             swap_back(module)
@@ -163,7 +166,7 @@ def _holders(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if not isinstance(module, (Gated, Sliced))
+        if not isinstance(module, (Gated, Sliced, Experts))
         and ("forward" in module.__dict__ or type(module).forward is not nn.Module.forward)
         and next(_patched(module), None) is not None
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.gates.positions import Positions
+from tokengate.gates.deciding import Changed, changed
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
@@ -41,7 +41,15 @@ from tokengate.layers.several import (
 )
 from tokengate.linears.accelerate_hooks import check_resident
 from tokengate.linears.class_swap import Swapped, swap, swap_back
-from tokengate.linears.linear_like import LinearLike
+from tokengate.linears.convolution import Patches
+from tokengate.linears.linear_like import (
+    LinearLike,
+    as_output,
+    by_position,
+    inputs_of,
+    is_unbatched,
+    positions_of,
+)
 from tokengate.methods.base import Modification
 
 #: The name of what `patch` adds, and `load` where it is not told another.
@@ -59,11 +67,20 @@ class Observer:
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
         trained: whether only those calls are that a backward may come through.
+        change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
+            adapters of their own, of one adapter after the other.
+        experts: of a layer that has several experts, who is told of each; None for this one.
     """
 
     tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
     norms: bool = False
     trained: bool = False
+    change: Callable[[Tensor], None] | None = None
+    experts: Callable[[int], Observer] | None = None
+
+    def of(self, expert: int) -> Observer:
+        """Who is told of one expert of a layer that has several."""
+        return self if self.experts is None else self.experts(expert)
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -130,6 +147,9 @@ class Gated(Swapped):
             input = kwargs.pop(first_parameter(self._own_class), None)  # type: ignore[arg-type]
             if input is None:
                 return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        own = cast(LinearLike, self)
+        if is_unbatched(own, input):
+            return self.forward(input.unsqueeze(0), *args, **kwargs).squeeze(0)
         if not torch.compiler.is_compiling() and not self._reached:
             self._reached = True
         told = self._told_of(input)
@@ -141,8 +161,9 @@ class Gated(Swapped):
         if adapter is not None and self._keeps_nothing() and not _moved(adapter[0]):
             # M(x) in factors, where that can be begun before the base layer.
             x, factors = adapter[0].factors_before(input, cast(nn.Linear, self))
-        out: Tensor = super().forward(x, *args, **kwargs)
-        mask, norms = self._fitting(told.mask, input), None
+        output: Tensor = super().forward(x, *args, **kwargs)
+        out = by_position(own, output)
+        mask, norms, scores = self._fitting(told.mask, out), None, None
         observers: list[Observer] = said_of(self, RECORD) if contexts() else []
         if observers and is_exported():
             raise TokenGateError(
@@ -151,7 +172,7 @@ class Gated(Swapped):
             )
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
-            h, is_open, norms = self.modified(
+            h, is_open, norms, scores = self.modified(
                 input, out, mask, told.inside, *adapter, factors, wants_norms
             )
         elif isinstance(told.choice, Rows):
@@ -163,12 +184,13 @@ class Gated(Swapped):
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
+            scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
                 observer.tell(at, seen, mask, norms)
         if self.training and adapter is not None and adapter[1] is not None and at is not None:
-            adapter[1].count(at, mask)
-        return h
+            adapter[1].count(at, scores, mask)
+        return as_output(own, h, output)
 
     def _keeps_nothing(self) -> bool:
         """Whether its output, and the gradient that it gives its input, may be written over."""
@@ -185,31 +207,33 @@ class Gated(Swapped):
         gate: Gate | None,
         factors: Factors | None = None,
         wants_norms: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None]:
-        """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w."""
+    ) -> Changed:
+        """What its adapter makes of its output."""
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
-        at_positions = None
-        if (real := counted(mask, inside)) is not None:
-            at_positions = self.in_own_order(real, out)
+        x = self.inputs(modification, input)
+        real = counted(mask, inside)
         if factors is None:
-            factors = modification.factors(input, w, cast(LinearLike, self))
-        m = whole_of(modification, input, w) if factors is None else factors
+            factors = modification.factors(x, w, cast(LinearLike, self))
+        m = whole_of(modification, x, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
-        norms = change.norms() if wants_norms else None
-        a = None if gate is None else gate(Positions(change, input, at_positions))
-        if inside is not None:
-            inside = self.in_own_order(inside, out)
-            if inside.dtype != torch.bool:  # weights
-                a = inside.to(change.dtype) * (1.0 if a is None else a)
-        h = change.add(a)
-        is_open = None if a is None else change.opened(a)
-        if inside is not None:
-            # A selection: outside it is the base, whatever M(x) and its gate are there.
-            h = torch.where(inside.unsqueeze(-1) != 0, h, out)
-            is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
-        return h, is_open, norms
+        for observer in said_of(self, RECORD) if contexts() else []:
+            if observer.change is not None:
+                observer.change(change.multiplied_out())
+        return changed(
+            change,
+            x,
+            None if real is None else self.in_own_order(real, out),
+            None if inside is None else self.in_own_order(inside, out),
+            gate,
+            wants_norms,
+        )
+
+    def inputs(self, modification: Modification, input: Tensor) -> Any:
+        """x as the modification reads it, `(..., in_features)`; or `Patches`, if its maps do."""
+        x = inputs_of(cast(LinearLike, self), input)
+        return x.made() if isinstance(x, Patches) and modification.reads_w else x
 
     def _told_of(self, input: Tensor) -> Told:
         """What is said of a call with this input; computed again, what was said at first."""
@@ -224,12 +248,12 @@ class Gated(Swapped):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 awaits_backward(self)
             if told.choice is not None and not again:
-                first = input
-                if self._sequence_first and input.dim() == 3:
-                    first = input.transpose(0, 1)
-                told.inside = allowed(self, first.shape[:-1], input, elsewhere)
+                shape = positions_of(cast(LinearLike, self), input)
+                if self._sequence_first and len(shape) == 2:
+                    shape = torch.Size(shape[::-1])
+                told.inside = allowed(self, shape, input, elsewhere)
                 if isinstance(told.choice, Regional):
-                    told.parts = told.choice.of(self, first.shape[:-1], input, elsewhere)
+                    told.parts = told.choice.of(self, shape, input, elsewhere)
         return self._memory.settle(input, told) if self._may_recur() else told
 
     def _may_recur(self) -> bool:
@@ -241,14 +265,14 @@ class Gated(Swapped):
         swapped = self._sequence_first and mask.dim() == 2
         return (mask.T if swapped else mask).reshape(out.shape[:-1])
 
-    def _fitting(self, mask: Tensor | None, input: Tensor) -> Tensor | None:
+    def _fitting(self, mask: Tensor | None, out: Tensor) -> Tensor | None:
         if mask is None:
             return None
-        mask = mask.to(input.device)  # of a model over several devices
+        mask = mask.to(out.device)  # of a model over several devices
         if self._sequence_first:
-            return mask if input.shape[:-1] == mask.T.shape else None
-        flattened = input.dim() == 2 and len(input) == mask.numel()
-        return mask if flattened or input.shape[:-1] == mask.shape else None
+            return mask if out.shape[:-1] == mask.T.shape else None
+        flattened = out.dim() == 2 and len(out) == mask.numel()
+        return mask if flattened or out.shape[:-1] == mask.shape else None
 
     def _kept_by_copies(self, state: Any) -> dict[str, Any]:
         return {**self.__dict__, "_reached": False}
@@ -281,9 +305,14 @@ def first_parameter(kind: type[nn.Module]) -> str:
     return list(inspect.signature(kind.forward).parameters)[1]
 
 
-def attach(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
-    """Turn `layer` itself into a gated one."""
-    swap(layer, GatedLinear if isinstance(layer, nn.Linear) else Gated)
+def attach(
+    layer: LinearLike,
+    modification: Modification,
+    gate: Gate | None,
+    kind: type[Gated] | None = None,
+) -> None:
+    """Turn `layer` itself into a gated one, of a `kind` that is written for it or a common one."""
+    swap(layer, kind or (GatedLinear if isinstance(layer, nn.Linear) else Gated))
     layer.register_module("modification", modification.train(layer.training))
     layer.register_module("gate", None if gate is None else gate.train(layer.training))
     layer.__dict__ |= {"_reached": False, "_memory": MaskMemory()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief, listed
-from tokengate.layers.gated_linear import Gated
+from tokengate.layers.experts.gated_experts import GatedExperts
+from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.linears.experts import is_expert
 from tokengate.names import named_modules
 
 
@@ -20,6 +22,28 @@ def layers(model: nn.Module) -> dict[str, Gated]:
     Names are the model's own, whatever wraps it or a part of it.
     """
     return {n: m for n, m in all_layers(model).items() if m.modification is not None}
+
+
+def module_names(name: str, layer: Gated) -> list[str]:
+    """What reports call a layer: by its name, or each of its experts by one of its own."""
+    return layer.names_of_experts(name) if isinstance(layer, GatedExperts) else [name]
+
+
+def may_be_idle(name: str, layer: nn.Module) -> bool:
+    """Whether a forward may leave a layer out: an expert's own, which may be given no token."""
+    return is_expert(name) and not isinstance(layer, GatedExperts)
+
+
+def observers(
+    patched: Mapping[str, Gated], make: Callable[[str], Observer]
+) -> dict[nn.Module, Observer]:
+    """For `in_context(RECORD, ...)`: who is told of each layer, and of each of its experts."""
+    found: dict[nn.Module, Observer] = {}
+    for name, layer in patched.items():
+        each = [make(own) for own in module_names(name, layer)]
+        several = isinstance(layer, GatedExperts)
+        found[layer] = replace(each[0], experts=each.__getitem__) if several else each[0]
+    return found
 
 
 def own_parameters(patched: Iterable[Any]) -> set[int]:

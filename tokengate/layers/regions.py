@@ -178,10 +178,12 @@ class Region:
         return part.repeat_interleave(beams, 0).reshape(shape)
 
     def _unfit(self, name: str, shape: torch.Size, what: str) -> TokenGateError:
+        remedy = "pass a mask (B, T) of whole sequences, or one for each kind of layer"
+        if len(shape) == 3:  # pixels, of which layers have more or fewer
+            remedy = "pass a function (name, shape) -> mask that resizes it, or one for each size"
         return TokenGateError(
             f"a region was given as {what}, which does not fit {name!r}, called with positions of "
-            f"shape {tuple(shape)}: pass a mask (B, T) of whole sequences, or one for each kind of "
-            "layer, {'pattern': mask}."
+            f"shape {tuple(shape)}: {remedy}, {{'pattern': mask}}."
         )
 
 
@@ -258,6 +260,7 @@ def checked_mask(mask: Tensor) -> Tensor:
             raise TokenGateError(
                 "a region was given as a mask with values outside [0, 1]: pass booleans or weights."
             )
-        if ((mask == 0) | (mask == 1)).all():
+        # Those with gradients are asked for them: a_i mu_i.
+        if ((mask == 0) | (mask == 1)).all() and not mask.requires_grad:
             return mask != 0
     return mask

@@ -8,16 +8,16 @@ from typing import Any
 from torch import nn
 
 from tokengate.arguments import switch
+from tokengate.contexts import Waiting
 from tokengate.errors import TokenGateError
 from tokengate.layers.calls import RESTRICT, enter, leave
 from tokengate.layers.folded import folded
-from tokengate.layers.patched import all_layers
+from tokengate.layers.patched import all_layers, may_be_idle
 from tokengate.layers.regions import Region, valid_where
-from tokengate.linears.experts import is_expert
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
-class restrict:
+class restrict(Waiting):
     """Within this context the modifications of `model` act at the given positions alone:
 
         with tokengate.restrict(model, mask): ...                       # (B, T), True is inside
@@ -37,9 +37,10 @@ class restrict:
 
     Args:
         model: a patched model.
-        where: a mask `(B, T)`, of booleans or of weights in [0, 1]; a dict from patterns over the
+        where: a mask `(B, T)`, of booleans or of weights in [0, 1], beside convolutions `(B, H, W)`
+            of the layer's own resolution; a dict from patterns over the
             layers' names to masks (a layer follows the first that matches, others are free); a
-            function of a layer's name and its positions' shape `(B, T)`, which returns a mask of
+            function of a layer's name and its positions' shape, which returns a mask of
             that shape, True or False; or `after(token_ids)`.
         new: whether positions beyond a mask's end, which are generated, are inside.
 
@@ -63,7 +64,7 @@ class restrict:
         switch("new", new)
         regions = _by_layer(where, list(patched), new)
         for name, region in regions.items():
-            if is_expert(name) and not callable(region.where):
+            if may_be_idle(name, patched[name]) and not callable(region.where):
                 raise TokenGateError(
                     f"restrict was given a mask of whole sequences for {name!r}, an expert, which "
                     "sees the positions that are routed there: restrict other layers, "
@@ -72,8 +73,10 @@ class restrict:
         self._regions: Mapping[nn.Module, tuple[str, Region]] = {
             patched[name]: (name, each) for name, each in regions.items()
         }
+        self._called, self._waits = "restrict", True
 
     def __enter__(self) -> None:
+        self._waits = False
         # What a region has seen belongs to this context, also where others enter the same object.
         anew = {region: region.anew() for _, region in self._regions.values()}
         regions = {layer: (name, anew[each]) for layer, (name, each) in self._regions.items()}

@@ -98,7 +98,7 @@ def modified_by_rows(
             own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
         own_inside = None if told.inside is None else told.inside[at]
         parts = (input.index_select(dim, at), out.index_select(dim, at), own_mask, own_inside)
-        part, opened, _ = layer.modified(*parts, *adapter)
+        part, opened, *_ = layer.modified(*parts, *adapter)
         h = h.index_copy(dim, at, part)
         if opened is None:
             opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)
@@ -119,13 +119,14 @@ def modified_by_region(
         modification, gate = adapter
         if told.inside is not None:
             part = part * told.inside  # of truths, both
-        factors = modification.factors(input, w, layer)
-        m = whole_of(modification, input, w) if factors is None else factors.product(w)
+        x = layer.inputs(modification, input)
+        factors = modification.factors(x, w, layer)
+        m = whole_of(modification, x, w) if factors is None else factors.product(w)
         real = layer.in_own_order(cast(Tensor, counted(mask, part)), out)
         change = Change(out, layer.bias, m if factors is None else factors)
         weights = layer.in_own_order(part, out).to(change.dtype)
         if gate is not None:
-            a = gate(Positions(change, input, real))
+            a = gate(Positions(change, x, real))
             weights = torch.where(weights != 0, weights * a, 0)
         h = Change(h, layer.bias, m).add(weights)
         is_open = is_open | (weights.detach() != 0)

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from tokengate.gates.base import Gate
 from tokengate.layers.calls import DISABLED, said_of
+from tokengate.layers.experts.gated_experts import GatedExperts
+from tokengate.layers.experts.owner import hold, let_go
 from tokengate.layers.gated_linear import Gated, attach, detach
 from tokengate.linears.class_swap import Swapped, swap, swap_back
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearLike, LinearSlice
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
@@ -41,6 +44,10 @@ class SlicedLinear(Sliced, nn.Linear):
 
 def put_on(layer: LinearLike, modification: Modification, gate: Gate | None) -> None:
     """Turn `layer` into a gated one; of a slice also its fused layer into one that holds it."""
+    if isinstance(layer, StackedLinear):
+        attach(layer, modification, gate, GatedExperts)
+        hold(layer)
+        return
     attach(layer, modification, gate)
     if not isinstance(layer, LinearSlice):
         return
@@ -56,6 +63,9 @@ def put_on(layer: LinearLike, modification: Modification, gate: Gate | None) -> 
 def take_off(layer: Gated) -> None:
     """Turn `layer` back into what it was; a fused layer after the last of its slices."""
     detach(layer)
+    if isinstance(layer, StackedLinear):
+        let_go(layer)
+        return
     if not isinstance(layer, LinearSlice):
         return
     fused = layer.fused

@@ -10,7 +10,11 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tokengate.linears.class_swap import Swapped
 
 # Where both happen in one class, what decides. By the classes' names, because importing their
 # libraries would cost what most users do not use; found by running them.
@@ -23,6 +27,8 @@ _DEPENDS = {
     "transformers.models.bloom.modeling_bloom.BloomAttention": "dense",
     "transformers.models.bloom.modeling_bloom.BloomMLP": "dense_4h_to_h",
 }
+
+_LIBRARIES = ("torch.", "torchao.", "bitsandbytes.", "deepspeed.", "peft.")
 
 
 def reads_weight(owner: nn.Module, attribute: str) -> bool:
@@ -60,6 +66,29 @@ def _returns_tuple(forward: Callable[..., Any]) -> bool:
         return False
     returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
     return any(isinstance(value, ast.Tuple) for value in returned)
+
+
+def gives_other_shape(layer: Any) -> bool:
+    """Whether a linear class of another's gives no `(..., out_features)`: it is called to see.
+
+    As DeepSeek-V4's, which multiplies groups of heads apart. Those of libraries that quantise or
+    divide weights are left alone, and what wants more than x cannot be asked.
+    """
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward or kind.__module__.startswith(_LIBRARIES):
+        return False
+    if not isinstance(layer, nn.Linear) or isinstance(layer, Swapped) or is_lazy(layer.weight):
+        return False
+    shape = (2, 8)
+    x = layer.weight.new_zeros(*shape, layer.in_features)
+    try:
+        with torch.no_grad():
+            out = kind.forward(layer, x)
+    except TypeError:
+        return False
+    except RuntimeError:
+        return True
+    return not isinstance(out, torch.Tensor) or out.shape != (*shape, layer.out_features)
 
 
 def _decided(owner: Any) -> bool:

@@ -40,7 +40,7 @@ class AdaLoRA(Modification):
         TokenGateError: an option is out of range, or both `scale` and `alpha` are given.
     """
 
-    linear = True
+    linear = stacks = True
 
     def __init__(
         self,

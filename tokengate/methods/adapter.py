@@ -46,6 +46,8 @@ class Adapter(Modification):
         TokenGateError: an option is out of range.
     """
 
+    stacks = True
+
     def __init__(
         self,
         linear: nn.Linear,

@@ -64,6 +64,9 @@ class Modification(KeepsFloat32):
     """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
     options: dict[str, Any]
     """Those that `patch` was given for this layer."""
+    stacks: ClassVar[bool] = False
+    """Whether `maps` takes parameters of several layers too, each with one dimension in front. If
+    not, it is asked layer by layer where a module has many, as experts."""
     reads_w: ClassVar[bool] = True
     """Whether the values of w are asked for, not its dtype alone."""
 
@@ -75,6 +78,8 @@ class Modification(KeepsFloat32):
             # Else the inherited factors would be asked, and what is new never run.
             cls.factors = Modification.factors if "maps" in own else _no_factors  # type: ignore
         cls.reads_w = cls.factors is not Modification.factors
+        if ways & vars(cls).keys() and "stacks" not in vars(cls):
+            cls.stacks = False
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -94,6 +99,12 @@ class Modification(KeepsFloat32):
             fresh = type(self)(linear, **self.options)
             write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
         return self
+
+    @property
+    def factor_rank(self) -> int | None:
+        """The size of z, where M(x) has factors and the method an attribute `rank` of that size."""
+        rank = None if type(self).factors is _no_factors else getattr(self, "rank", None)
+        return rank if isinstance(rank, int) else None
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:
         """M(x) as `Factors`, or None where the method has only a `forward`; by default of `maps`.

@@ -14,6 +14,7 @@ from tokengate.kernels.eager import is_captured, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.up import scaled_rows
+from tokengate.linears.convolution import block_diagonal
 from tokengate.linears.linear_like import in_memory, whole
 from tokengate.linears.quantised import unreadable
 from tokengate.methods.lora import LoRA
@@ -59,6 +60,8 @@ class DoRA(LoRA):
             in a form from which its rows cannot be read.
     """
 
+    stacks = True
+
     def __init__(self, linear: nn.Linear, **options: Any) -> None:
         super().__init__(linear, **options)
         reason = unreadable(whole(linear))
@@ -96,17 +99,18 @@ class DoRA(LoRA):
         change = (magnitude - norm) / torch.where(directed, norm, 1.0)
         # Another device or compiler sums the same row to another last digit. Where B is still 0,
         # that is all there can be: no change, but its gradient.
-        noise = (self.B == 0).all(1) & (change.abs() <= 4 * torch.finfo(norm.dtype).eps)
+        noise = (self.B == 0).all(-1) & (change.abs() <= 4 * torch.finfo(norm.dtype).eps)
         change = torch.where(noise, change - change.detach(), change)
         gain = torch.where(directed, change, 0.0)
-        up = (self.scale * (1 + gain)).unsqueeze(1) * self.B
+        up = block_diagonal((self.scale * (1 + gain)).unsqueeze(-1) * self.B, self.groups)
         return Maps(self.A, up.to(dtype), gain.to(dtype), self.dropout)
 
     def _scaled_at_once(
         self, linear: nn.Linear, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """up and gain by kernels, which follow W0 without asking what is trained."""
-        if not is_eager(self.magnitude) or kernels_for(self.magnitude) is None:
+        stacked = self.magnitude.dim() > 1
+        if stacked or not is_eager(self.magnitude) or kernels_for(self.magnitude) is None:
             return None
         weight = in_memory(linear)
         if weight is None or not is_eager(weight) or kernels_for(weight) is None:
@@ -122,16 +126,16 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def row_norms(self, linear: nn.Linear) -> Tensor:
-        """Norms of the rows of W0 + scale B A: `(out_features,)`.
+        """Norms of the rows of W0 + scale B A: `(out_features,)`, or of each of several layers.
 
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
         # Autocast would copy all of W0 to 16 bits.
         with without_autocast(linear.weight.device):
-            B = self.scale * self.B
-            squares, cross = row_squares_and_products(linear, self.A.T)
-            own = B @ (self.A @ self.A.T)
-            squares = squares + ((2 * cross.to(B.dtype) + own) * B).sum(1)
+            B = block_diagonal(self.scale * self.B, self.groups)
+            squares, cross = row_squares_and_products(linear, self.A.mT)
+            own = B @ (self.A @ self.A.mT)
+            squares = squares + ((2 * cross.to(B.dtype) + own) * B).sum(-1)
         return squares.clamp(min=0).sqrt().detach()
 
     @torch.no_grad()
@@ -151,12 +155,12 @@ class DoRA(LoRA):
         norms = row_squares(linear).sqrt().to(magnitude).detach()
         began = norms if began.is_meta else began.to(norms)
         same = (magnitude == began) | (magnitude.isnan() & began.isnan())
-        untrained = same.all() & ~self.B.any()
+        untrained = same.all(-1) & ~self.B.flatten(-2).any(-1)
         is_own = isinstance(magnitude, nn.Parameter)  # and not what `functional_call` was given
         if not (is_own and is_eager(magnitude, norms)) or is_captured():
             return self._followed_unseen(norms, untrained, is_own)
         if not self._is_trained:
-            self._is_trained = not untrained.item()
+            self._is_trained = not untrained.all().item()
         if not torch.equal(norms, began):
             self._base_was_written(norms, began)
         self._base_was_loaded = False
@@ -187,14 +191,14 @@ class DoRA(LoRA):
         """The same where no code may depend on values, or write them."""
         magnitude = self.magnitude
         kept = (magnitude - magnitude.detach()).nan_to_num()  # 0, and its gradient
-        followed = torch.where(untrained, norms + kept, magnitude)
+        followed = torch.where(untrained.unsqueeze(-1), norms + kept, magnitude)
         writes = is_own and torch.compiler.is_compiling() and torch.is_grad_enabled()
         if writes and not is_exported() and self._began is not None:
             # What trains must be the parameter itself.
             with torch.no_grad():
                 magnitude.copy_(followed)
                 # Another tensor: one from within inference mode could not be written to.
-                self._began = torch.where(untrained, norms, self._began)
+                self._began = torch.where(untrained.unsqueeze(-1), norms, self._began)
             return magnitude
         return followed
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokengate.kernels.dropped_linear import branched_linear, dropped_linear
+from tokengate.kernels.dropped_linear import branched_linear, dropped_linear, grouped_linear
 from tokengate.kernels.factors import Factors
+from tokengate.kernels.groups import Groups
+from tokengate.kernels.precision import without_autocast
+from tokengate.linears.convolution import Patches
 
 
 @dataclass(frozen=True)
 class Maps:
-    """M(x) = up act(down drop(x)) + gain * w.
+    """M(x) = up act(down drop(x)) + gain * w. Of several layers, with one dimension more in front.
 
     Attributes:
         down: `(rank, in_features)`, in the dtype it is trained in.
@@ -29,14 +32,24 @@ class Maps:
     dropout: float = 0.0
     activation: Callable[[Tensor], Tensor] | None = None
 
-    def factors(self, x: Tensor, training: bool) -> Factors:
+    def factors(self, x: Tensor | Patches, training: bool) -> Factors:
         """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
+        if isinstance(x, Patches):
+            with without_autocast(x.x.device):
+                return self._factors(x.product(self.down, self.dropout, training, self.up.dtype))
         return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
+
+    def grouped(self, x: Tensor, training: bool, groups: Groups) -> Factors:
+        """The same of several layers, each of which has its own rows: `(N, in_features)`."""
+        dtype = self.up.dtype
+        z = grouped_linear(x, self.down, self.dropout, training, dtype, groups)
+        return self._factors(z, groups)
 
     def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:
         """x for the base layer, and `factors`; see `branched_linear`."""
         x, z = branched_linear(x, self.down, self.dropout, training)
         return x, self._factors(z)
 
-    def _factors(self, z: Tensor) -> Factors:
-        return Factors(z if self.activation is None else self.activation(z), self.up, self.gain)
+    def _factors(self, z: Tensor, groups: Groups | None = None) -> Factors:
+        z = z if self.activation is None else self.activation(z)
+        return Factors(z, self.up, self.gain, groups)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 from torch import nn
 
+from tokengate.contexts import context
 from tokengate.layers.calls import DISABLED, in_context
 from tokengate.layers.changing import changing
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers, require_layers
 
 
-@contextlib.contextmanager
+@context
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is the base model, exactly. May be nested.
 

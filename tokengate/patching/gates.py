@@ -59,12 +59,24 @@ def gates_by_layer(
     return found
 
 
-def build_gate(planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Linear) -> Gate | None:
-    """The planned gate of a layer."""
-    return None if planned is None else planned[0].beside(linear, **planned[1])
+def build_gate(
+    planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Linear, rank: int | None
+) -> Gate | None:
+    """The planned gate of a layer, whose method has factors of this rank, or None."""
+    if planned is None:
+        return None
+    kind, options = planned
+    if rank is not None and "rank" in options_of(kind):
+        options = {"rank": rank, **options}
+    return kind.beside(linear, **options)
 
 
 def _kind(gate: Any) -> type[Gate] | None:
     if gate is False:
         return None
+    if gate is None:
+        raise TokenGateError(
+            "unknown gate None: pass gate=False for the plain method, or leave it out for the "
+            "paper's threshold."
+        )
     return GATES.find("threshold" if gate is True else gate)

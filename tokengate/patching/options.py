@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import RankWarning, TokenGateError, brief, listed
+from tokengate.linears.linear_like import features_of
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
@@ -29,6 +31,22 @@ def options_by_layer(
     }
 
 
+def warn_of_rank(options: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Any]) -> None:
+    """Warn, once for all of them, of layers given a rank that no matrix of theirs can have."""
+    found = []
+    for name, layer in layers.items():
+        sizes, rank = features_of(layer), options[name].get("rank", 0)
+        if rank > max(sizes):
+            found.append(f"{name!r} ({sizes[0]} -> {sizes[1]}, rank {rank})")
+    if found:
+        warnings.warn(
+            f"the rank is above both features of {listed(found)}, where a lower one gives every "
+            'matrix there is: pass one, e.g. as a dict, rank={"*.small": 4, "*": 16}.',
+            RankWarning,
+            stacklevel=4,
+        )
+
+
 def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
     for key in table:
         if not isinstance(key, (str, re.Pattern)):
@@ -37,27 +55,28 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
                 "compiled regular expressions."
             )
     patterns = as_patterns(option, table)
+    for pattern in patterns:
+        # "All others" may be none.
+        if not pattern == patterns[-1] == "*" and not any(matches(pattern, n) for n in names):
+            raise TokenGateError(
+                f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or "
+                f"take it out; {nearest(pattern, names)}."
+            )
     values: dict[str, Any] = {}
     used: set[Pattern] = set()
     for name in names:
-        pattern = next((p for p in patterns if matches(p, name)), None)
-        if pattern is None:
+        first = next((p for p in patterns if matches(p, name)), None)
+        if first is None:
             raise TokenGateError(
                 f"{option}= has no pattern for the layer {name!r}: add one, or '*' at the end for "
                 "all others."
             )
-        values[name] = table[pattern]
-        used.add(pattern)
+        values[name] = table[first]
+        used.add(first)
     for pattern in patterns:
-        if pattern in used or pattern == patterns[-1] == "*":  # "all others" may be none
-            continue
-        if any(matches(pattern, name) for name in names):
+        if pattern not in used and not pattern == patterns[-1] == "*":
             raise TokenGateError(
                 f"{option}= never uses {show(pattern)}, because earlier patterns match the same "
                 "layers: put it before them."
             )
-        raise TokenGateError(
-            f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or take "
-            f"it out; {nearest(pattern, names)}."
-        )
     return values

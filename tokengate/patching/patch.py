@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
+from tokengate.gates.stacked import stacked
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
@@ -19,6 +21,7 @@ from tokengate.layers.named_adapters import current_name, join
 from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearLike, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
@@ -28,10 +31,11 @@ from tokengate.names import named_parameters
 from tokengate.patching.fast_path import settle_fast_paths
 from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
-from tokengate.patching.options import options_by_layer
+from tokengate.patching.options import options_by_layer, warn_of_rank
+from tokengate.patching.other_words import check_no_config, check_words
 from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.save_pretrained import watch_saving
-from tokengate.patching.targets import ALL_LINEAR, Targets, find_targets
+from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
 from tokengate.patterns import Pattern
@@ -47,7 +51,7 @@ _ASKED = "_tokengate_asked"
 @exclusive
 def patch(
     model: _Model,
-    targets: Targets,
+    targets: Targets | None = None,
     method: str | type[Modification] = "lora",
     *,
     tau: float | None = None,
@@ -57,6 +61,7 @@ def patch(
     exclude: Targets | None = None,
     train: Any = (),
     slices: Mapping[Pattern, Slices] | None = None,
+    experts: Mapping[Pattern, str] | None = None,
     **options: Any,
 ) -> _Model:
     """Give the targeted linear layers of `model` a gated modification, in place.
@@ -64,9 +69,11 @@ def patch(
     Everything is checked first: an error leaves the model untouched. Afterwards the modifications,
     the taus and what `train` names are trainable, everything else is frozen. Patched layers
     compute `(..., in_features) -> (..., out_features)` as before, and at first, for finite inputs,
-    exactly what they did before. A model may be patched again, on other layers and with another
+    exactly what they did before. An `nn.Conv2d` is a linear layer of patches: its positions are the
+    pixels of its output. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
-    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`.
+    what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
+    a rank above both features of a layer, a `RankWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -76,13 +83,14 @@ def patch(
             `"all-linear"`, which is every linear layer but a language model's output head, what
             `train` names, and what no patch could reach: a layer whose owner reads the weight
             instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
-            Of what a pattern matches, the linear layers are patched; there must be at least one,
-            and none that cannot be. Of other modules that it matches, a `SkippedModuleWarning` says
-            so: of what has a matrix of its own, as a convolution or an embedding; of all that have
-            parameters, where the pattern is a name. One projection of a fused layer is a target by
-            the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched,
-            bit for bit. What a forward still does not reach is reported after the
-            first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
+            Of what a pattern matches, the linear layers and `nn.Conv2d` are patched; there must be
+            at least one, and none that cannot be. A module all of whose parameters are those of one
+            layer, as a clamp around it, stands for that layer. One `SkippedModuleWarning` says of
+            what is patched so, and what else is matched and stays: what has a matrix of its own, as
+            an embedding; all that have parameters, where the pattern is a name. One projection of a
+            fused layer is a target by the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`;
+            the others stay untouched, bit for bit. What a forward still does not reach is reported
+            after the first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions, 1e-5 by default; the paper
@@ -102,6 +110,9 @@ def patch(
             They keep their dtype, also in a 16-bit model.
         slices: how fused layers are divided, by pattern over their names, where the library does
             not know it: `slices={"qkv": tokengate.Slices(q=64, k=64, v=64)}`.
+        experts: how 3-D parameters of experts are laid out, by pattern over their names, where the
+            library does not know it: `experts={"moe.w1": "eoi"}` for `(experts, outputs, inputs)`,
+            `"eio"` for `(experts, inputs, outputs)`.
         **options: the method's own, e.g. `rank`, `scale` and `dropout` for `"lora"`. A dict gives
             each layer the value of the first pattern that matches its name:
             `rank={"*.q_proj": 16, "*": 8}`; every layer must find one, every pattern decide one.
@@ -112,16 +123,24 @@ def patch(
     Raises:
         TokenGateError: what is asked cannot be done, in one sentence.
     """
+    check_no_config(targets, method, *options.values())
+    check_can_patch(model, "patch")
+    kind = METHODS.find(method)
+    check_words(kind, options)
+    check_options(kind, options, beside=signature(patch).parameters)
+    if targets is None:
+        raise TokenGateError(
+            'patch was given no targets: pass names of layers, e.g. ["q_proj", "v_proj"], or '
+            f'"{ALL_LINEAR}".'
+        )
+    targets = all_linear_or(targets)
     if tau is not None:
         finite("tau", tau)
     if penalty is not None:
         non_negative("penalty", penalty)
-    check_can_patch(model, "patch")
-    kind = METHODS.find(method)
-    check_options(kind, options)
     adapter = current_name(model)
     trained = named_by_train(model, train)
-    chosen = find_targets(model, targets, exclude, slices)
+    chosen = find_targets(model, targets, exclude, slices, experts)
     plain = {whole(each.layer): name for name, each in folded(model).items()}
     for name, layer in list(chosen.items()):
         if whole(layer) in plain:
@@ -146,14 +165,32 @@ def patch(
     planned = []
     for name, layer in chosen.items():
         with weights_present(whole(layer)):
-            planned.append(
-                (layer, build(kind, layer, own_options[name]), build_gate(gates[name], layer))
-            )
+            planned.append((layer, *_built(layer, kind, own_options[name], gates[name])))
     asked = {"targets": targets, "exclude": exclude, "train": train}
     install(model, planned, trained, [asked], adapter)
     warn_of_mixing(model, {layer for layer, *_ in planned})
     warn_of_frozen(model)
+    if kind.linear:
+        warn_of_rank(own_options, chosen)
     return model
+
+
+def _built(
+    layer: LinearLike,
+    kind: type[Modification],
+    options: dict[str, Any],
+    gate: tuple[type[Gate], dict[str, Any]] | None,
+) -> tuple[Modification, Gate | None]:
+    """The modification and the gate of a layer, or of all experts in one of each."""
+
+    def both(one: Any) -> tuple[Modification, Gate | None]:
+        modification = build(kind, one, options)
+        return modification, build_gate(gate, one, modification.factor_rank)
+
+    if not isinstance(layer, StackedLinear):
+        return both(layer)
+    modifications, gates = zip(*map(both, layer.each()), strict=True)
+    return stacked(modifications), None if gate is None else stacked(gates, flat=True)
 
 
 def install(

@@ -10,19 +10,29 @@ from torch import nn
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.fused import known_slices
 from tokengate.linears.linear_like import LinearSlice, features_of, is_linear
 from tokengate.linears.slices import Slices
 from tokengate.names import joined, named_children, named_modules
+from tokengate.patching.stack_targets import stacked_projections
 from tokengate.patterns import Pattern, as_patterns, is_one_word, matches, nearest, show
 
+# What is a part of something that can be a target as a whole.
+PARTS = (LinearSlice, StackedLinear)
 
-def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:
+
+def with_slices(
+    model: nn.Module, given: Any, given_stacks: Any = None
+) -> list[tuple[str, nn.Module]]:
     """`named_modules` under all names, each fused layer followed by its slices.
+
+    And each module of experts by the projections that it holds in 3-D parameters.
 
     Args:
         model: the model.
         given: the user's own `Slices` by pattern, which come before the known ones; or None.
+        given_stacks: the axes of the user's own stacked parameters, by pattern; or None.
 
     Raises:
         TokenGateError: what is given is no `Slices`, or fits no layer.
@@ -36,12 +46,13 @@ def with_slices(model: nn.Module, given: Any) -> list[tuple[str, nn.Module]]:
     } | _given_slices(model, given)
     # What is patched in part stays divided as it is, whatever is known.
     divided |= {layer: slices_of(layer) for _, layer in named if isinstance(layer, Sliced)}
-    parts: dict[nn.Module, dict[str, LinearSlice]] = {}
+    parts: dict[nn.Module, dict[str, nn.Module]] = {}
     for layer, slices in divided.items():
         # Those that are patched are children of the layer already.
         patched = dict(layer.named_children()) if isinstance(layer, Sliced) else {}
         new = {n: LinearSlice(layer, slices, n) for n in slices.sizes if n not in patched}  # type: ignore[arg-type]
-        parts[layer] = new
+        parts[layer] = new  # type: ignore[assignment]
+    parts |= stacked_projections(model, given_stacks, given)
     return [
         entry
         for name, module in named
@@ -62,6 +73,7 @@ def _given_slices(model: nn.Module, given: Any) -> dict[nn.Module, Slices]:
         )
     found: dict[nn.Module, Slices] = {}
     linear = [(n, m) for n, m in named_modules(model, remove_duplicate=False) if is_linear(m)]
+    stacks = [joined(n, own) for n, m in named_modules(model) for own in m._parameters]
     for pattern in as_patterns("slices", given):
         slices = given[pattern]
         if not isinstance(slices, Slices):
@@ -69,6 +81,8 @@ def _given_slices(model: nn.Module, given: Any) -> dict[nn.Module, Slices]:
                 f"slices= has {brief(slices)} for {show(pattern)}: pass tokengate.Slices(...)."
             )
         hits = [(name, module) for name, module in linear if matches(pattern, name)]
+        if not hits and any(matches(pattern, name) for name in stacks):
+            continue  # which `stacked_projections` looks at
         if not hits:
             raise TokenGateError(
                 f"slices= names {show(pattern)}, which matches no linear layer of this "
@@ -100,6 +114,13 @@ def _check_fits(name: str, layer: Any, slices: Slices) -> None:
         )
 
 
+def slices_of_part(layer: Any) -> Slices | None:
+    """How what a layer is a slice of is divided; None of one that is no slice."""
+    if isinstance(layer, StackedLinear):
+        return None if layer.part is None else layer.stack.slices
+    return layer.slices if isinstance(layer, LinearSlice) else None
+
+
 def matched(pattern: Pattern, named: Iterable[tuple[str, nn.Module]]) -> set[nn.Module]:
     """What `pattern` means among the modules and slices that `with_slices` names.
 
@@ -113,12 +134,13 @@ def matched(pattern: Pattern, named: Iterable[tuple[str, nn.Module]]) -> set[nn.
 
 def _is_new_slice(module: nn.Module) -> bool:
     """Whether `module` is a slice that is not patched."""
-    return isinstance(module, LinearSlice) and not isinstance(module, Gated)
+    is_part = isinstance(module, StackedLinear) and module.part is not None
+    return (is_part or isinstance(module, LinearSlice)) and not isinstance(module, Gated)
 
 
 def without_parts_of_wholes(hits: set[nn.Module]) -> set[nn.Module]:
     """What one pattern matches; a slice only where it does not match the whole layer, too."""
-    return {m for m in hits if not (isinstance(m, LinearSlice) and m.fused in hits)}
+    return {m for m in hits if not (isinstance(m, PARTS) and m.fused in hits)}
 
 
 def check_slices(
@@ -129,8 +151,8 @@ def check_slices(
 ) -> None:
     """An error where a layer and a slice of it are asked for, or what is `given` is not used."""
     for module, name in first.items():
-        if isinstance(module, LinearSlice) and module.fused in chosen:
-            whole = first[module.fused]
+        if isinstance(module, PARTS) and module.fused in chosen:
+            whole = first[module.fused]  # type: ignore[index]
             if module in chosen:
                 raise TokenGateError(
                     f"targets names {whole!r} and its slice {name!r}: name the layer, or slices "
@@ -142,9 +164,13 @@ def check_slices(
                     ": name the slices that are to be patched as targets, or let exclude= match "
                     f"all of {whole!r} or nothing of it."
                 )
-    divided = {module.fused for module in chosen if isinstance(module, LinearSlice)}
+    divided = {module.fused for module in chosen if isinstance(module, PARTS)}
     for pattern in as_patterns("slices", given or ()):
-        layers = [m for m, name in first.items() if is_linear(m) and matches(pattern, name)]
+        layers = [
+            m
+            for m, name in first.items()
+            if matches(pattern, name) and (is_linear(m) or isinstance(m, StackedLinear))
+        ]
         if divided.isdisjoint(layers):
             example = f"{first[layers[0]]}.{next(iter(given[pattern].sizes))}".removeprefix(".")
             raise TokenGateError(

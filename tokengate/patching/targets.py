@@ -8,17 +8,32 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from tokengate.arguments import spelled
 from tokengate.errors import TokenGateError
+from tokengate.layers.experts.owner import patched_projections
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
-from tokengate.linears.experts import stacked_expert
-from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, whole
-from tokengate.linears.owners import reads_weight, returns_tuple
+from tokengate.linears.convolution import computes_otherwise, is_convolution
+from tokengate.linears.experts import StackedLinear, stacked_expert, unpatchable
+from tokengate.linears.linear_like import (
+    LinearLike,
+    LinearSlice,
+    is_linear,
+    is_linear_like,
+    whole,
+)
+from tokengate.linears.owners import gives_other_shape, reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
-from tokengate.names import named_children, named_modules
+from tokengate.names import named_children
 from tokengate.patching.peft_adapters import parts_of_adapters
-from tokengate.patching.skipped_modules import skipped, warn_of_skipped
+from tokengate.patching.skipped_modules import (
+    is_target,
+    only_layer,
+    skipped,
+    warn_of_skipped,
+    why_not,
+)
 from tokengate.patching.slice_targets import (
     check_slices,
     matched,
@@ -42,7 +57,7 @@ ALL_LINEAR = "all-linear"
 
 
 def find_targets(
-    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None
+    model: nn.Module, targets: Any, exclude: Any = None, slices: Any = None, experts: Any = None
 ) -> dict[str, LinearLike]:
     """The layers that `targets` means, without those that `exclude` means, by name.
 
@@ -53,12 +68,13 @@ def find_targets(
         targets: as in `patch`.
         exclude: as in `patch`.
         slices: the user's own `Slices` of fused layers, by pattern.
+        experts: the axes of the user's own stacked parameters, by pattern.
 
     Raises:
         TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
             patched already.
     """
-    names = _Names(model, slices)
+    names = _Names(model, slices, experts)
     if not callable(targets) and targets != ALL_LINEAR:
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
@@ -70,10 +86,13 @@ def find_targets(
     chosen: set[nn.Module] = set()
     literal = {show(p) for p in targets if is_literal(p)} if isinstance(targets, list) else set()
     beside: dict[str, set[nn.Module]] = {}
+    entered: dict[nn.Module, nn.Module] = {}
     for label, found in names.matches("targets", targets).items():
-        left = {
-            m for m in found if m not in excluded and whole(cast(LinearLike, m)) not in excluded
-        }
+        left = {m for m in found if excluded.isdisjoint(_and_around(m))}
+        # A module around one layer stands for that, unless the layer is meant anyway.
+        around = {m: layer for m in left if (layer := only_layer(m)) and layer not in found}
+        entered |= {m: layer for m, layer in around.items() if layer not in excluded}
+        left = (left - around.keys()) | {each for each in around.values() if each not in excluded}
         wanted = sorted(left, key=lambda module: names.first[module])
         if not wanted:
             raise TokenGateError(
@@ -88,18 +107,25 @@ def find_targets(
         chosen |= set(linear)
         beside[label] = skipped(left, label in literal)
     check_slices(chosen, excluded, names.first, slices)
-    warn_of_skipped(beside, names.first)
+    warn_of_skipped(entered, beside, names.first)
     # In the model's order, so that a seed gives the same initial values however one asks.
     return {n: cast(LinearLike, m) for m, n in names.first.items() if m in chosen}
+
+
+def all_linear_or(targets: Targets) -> Targets:
+    """`targets`, but "all-linear" for whatever it was spelled like, alone in a list, too."""
+    alone = targets[0] if isinstance(targets, list) and len(targets) == 1 else targets
+    return spelled(alone, [ALL_LINEAR]) or targets
 
 
 class _Names:
     """The modules of a model by name, and what is known of each as a target."""
 
-    def __init__(self, model: nn.Module, slices: Any) -> None:
+    def __init__(self, model: nn.Module, slices: Any, experts: Any) -> None:
         self.model = model
         # All names of a shared module count for matching; the first one is its name.
-        self.named = with_slices(model, slices)
+        self.named = with_slices(model, slices, experts)
+        self.stacks = [(n, m) for n, m in self.named if isinstance(m, StackedLinear)]
         self.first: dict[nn.Module, str] = {}
         self.by_name: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, module in self.named:
@@ -109,16 +135,21 @@ class _Names:
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
             for attribute, module in named_children(owner):
-                if is_linear(module) and reads_weight(owner, attribute):
+                if is_linear_like(module) and reads_weight(owner, attribute):
                     self.unreachable[module] = (
                         f"whose owner {name!r} is {_kind(owner)}, which reads the weight itself "
                         "instead of calling the layer, so that a patch would do nothing: exclude it"
                         f"{_other_remedy(owner)}"
                     )
-            if is_linear(owner) and returns_tuple(type(owner)):
+            if is_linear_like(owner) and returns_tuple(type(owner)):
                 self.unreachable[owner] = (
                     f"which is {_kind(owner)} and returns a tuple, not the tensor that a "
                     "modification is added to: exclude it"
+                )
+            elif is_linear_like(owner) and gives_other_shape(owner):
+                self.unreachable[owner] = (
+                    f"which is {_kind(owner)} and gives other outputs than (..., out_features), to "
+                    "which M(x) could be added: exclude it"
                 )
         self.offloaded = offloaded_whole(model)
         self.peft = parts_of_adapters(self.first)
@@ -135,12 +166,15 @@ class _Names:
             if not is_one_word(pattern):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
-            if held is not None:
-                raise TokenGateError(
-                    f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
-                    f"together in its 3-D parameter {held[1]!r} and not in linear layers: leave "
-                    "them out with exclude=['experts'], or name other layers in full."
-                )
+            if held is None or matched(pattern, self.stacks):
+                continue
+            own = [name for name, _ in self.stacks if name.startswith(f"{held[0]}.")]
+            named = f"name these, too, e.g. {own[-1]!r}" if own else "say how, with experts="
+            raise TokenGateError(
+                f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
+                f"together in its 3-D parameter {held[1]!r} and not in linear layers: {named}, or "
+                "leave them out with exclude=['experts']."
+            )
 
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
@@ -179,6 +213,8 @@ class _Names:
         head = output_head(self.model)
         linear: set[nn.Module] = {m for m in self.first if is_linear(m)}
         linear = linear - {head} - self.unreachable.keys()
+        # As are such whose weight is an embedding's, whatever the model says of its head.
+        linear = {m for m in linear if id(m.weight) not in self.embedding}
         if not linear:
             raise TokenGateError(
                 f'targets="{ALL_LINEAR}" was asked of a {type(self.model).__name__}, '
@@ -201,11 +237,10 @@ class _Names:
                     "tokengate.unpatch(model) first, or exclude it"
                 )
             return None if isinstance(module.fused, Sliced) else self.refusal(module.fused)
+        if isinstance(module, StackedLinear) and not isinstance(module, Gated):
+            return self._refusal_of_stack(module)
         if not is_target(module):
-            inside = (name for name, m in named_modules(module) if is_linear(m))
-            example = next(inside, None)
-            remedy = f"name those inside it, e.g. {example!r}" if example else "drop it"
-            return f"which is a {kind}, not a linear layer: {remedy}"
+            return why_not(module, [m.key for _, m in self.stacks if m.owner is module])
         module = cast(LinearLike, module)
         if isinstance(module, Gated):
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
@@ -213,6 +248,11 @@ class _Names:
             return "which is patched in part already: call tokengate.unpatch(model) first"
         if is_lazy(module.weight):
             return "which has no weight yet: run the model once, then patch, or exclude it"
+        if is_convolution(module) and computes_otherwise(module):
+            return (
+                f"a {kind}, whose class computes with other weights or edges than nn.Conv2d, so "
+                "that M(x) would see other pixels than it does: exclude it"
+            )
         if hides_class(module):
             return (
                 f"a {kind} whose forward was replaced on the instance, so that a patch would never "
@@ -237,6 +277,19 @@ class _Names:
             )
         return self.unreachable.get(module)
 
+    def _refusal_of_stack(self, module: StackedLinear) -> str | None:
+        for layer in patched_projections(module.owner):
+            overlap = module.part is None or layer.part is None
+            if layer.parameter == module.parameter and overlap:
+                how = "in part" if module.part is None else "as a whole"
+                return f"which is patched {how} already: call tokengate.unpatch(model) first"
+        if hides_class(module.owner):
+            return (
+                f"held by a {type(module.owner).__name__} whose forward was replaced on the "
+                "instance, so that a patch would never run: patch first, or exclude it"
+            )
+        return unpatchable(module.owner, module.held)
+
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """A language model's last layer, which gives the logits; None where there is none."""
@@ -244,9 +297,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if callable(get_head) else None
 
 
-def is_target(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer or a slice of a fused one."""
-    return is_linear(module) or isinstance(module, LinearSlice)
+def _and_around(module: nn.Module) -> list[nn.Module]:
+    """A module, and what it is a part of, which may be excluded as a whole."""
+    if isinstance(module, StackedLinear):
+        return [module, module.owner, *([] if module.fused is None else [module.fused])]
+    return [module, whole(cast(LinearLike, module))]
 
 
 def _kind(module: nn.Module) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tokengate.errors import TokenGateError
@@ -24,6 +26,11 @@ _WRAPPERS = {
     "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
+# Those that go on without what is new in the model that they hold.
+_AROUND = (
+    ("torch", "DistributedDataParallel", "DistributedDataParallel"),
+    ("deepspeed", "DeepSpeedEngine", "DeepSpeed"),
+)
 # Those that gather parameters, or reduce their gradients, as they found them.
 _HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
 
@@ -39,7 +46,7 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
             f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
-    for name, wrapper in wrapped(model):
+    for name, wrapper in (*wrapped(model), *_wrapped_around(model)):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
             "first, then wrap."
@@ -106,6 +113,28 @@ def wrapped(model: nn.Module) -> Iterator[tuple[str, str]]:
         for kind, shown in _WRAPPERS.items():
             if _is_torch(module, kind):
                 yield name or "the model", shown
+
+
+def _wrapped_around(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What wraps `model`, or what it is a part of, as `ddp` does of `ddp.module`, likewise.
+
+    A module does not know what holds it. Whoever waits for gradients of others needs a process
+    group, so that without one nothing is looked through.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if any(_holders(model)):
+        gc.collect()  # one that is gone stays until then
+    for shown in _holders(model):
+        yield "the model", shown
+
+
+def _holders(model: nn.Module) -> Iterator[str]:
+    for thing in gc.get_objects():
+        if issubclass(type(thing), nn.Module):  # which asks nothing of what stands for another
+            for library, kind, shown in _AROUND:
+                if is_from(thing, library, kind) and any(m is model for m in thing.modules()):
+                    yield shown
 
 
 def _sharded(patched: dict[str, Gated]) -> Iterator[tuple[str, str]]:

@@ -60,16 +60,16 @@ class CallStore:
         call = [_NONE] * _FIELDS
         call[_SHAPE] = self._number(tuple(is_open.shape))
         call[_BY_SAMPLE] = self._number(tuple(real.shape))
-        call[_OPEN] = self._write(_content(_packed(both[0])))
+        call[_OPEN] = self._write(content_of(_packed(both[0])))
         if not both[1].all():
-            bits = _content(_packed(both[1]))
+            bits = content_of(_packed(both[1]))
             digest = hashlib.blake2b(bits, digest_size=16).digest()
             if digest not in self._masks:
                 self._masks[digest] = self._write(bits)
             call[_REAL] = self._masks[digest]
         if ratios is not None:
             self._measured.add(name)
-            call[_RATIOS] = self._write(_content(ratios.to("cpu", torch.float16)))
+            call[_RATIOS] = self._write(content_of(ratios.to("cpu", torch.float16)))
         self._calls.setdefault(name, array("q")).extend(call)
         opened, kept = both.reshape(2, *real.shape)
         return opened, kept
@@ -179,7 +179,8 @@ def _packed(flags: Tensor) -> Tensor:
     return (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def _content(tensor: Tensor) -> bytes:
+def content_of(tensor: Tensor) -> bytes:
+    """The bytes of a tensor on the CPU, as they lie in memory."""
     tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 

@@ -12,7 +12,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.report import SparsityReport
-from tokengate.reports.sparsity_table import value
+from tokengate.reports.tables.sparsity_table import value
 
 # Of a layer's name and the shape of its S, for each group by name: which of these positions are in
 # it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
@@ -78,7 +78,7 @@ def of_all_ranks(mine: Found, reduce: Any, asked: dict[str, bool]) -> list[Found
     return [(counts, taus, details) for _, counts, taus, details in found]
 
 
-def made_report(found: Found, group: str | None) -> SparsityReport:
+def made_report(found: Found, group: str | None, about: dict[str, str]) -> SparsityReport:
     """What was counted of a group of positions, where None is all, as a report."""
     counts, taus, details = found
     modules = {}
@@ -101,4 +101,4 @@ def made_report(found: Found, group: str | None) -> SparsityReport:
             by_sample=None if detail is None else tuple(map(value, detail.by_sample)),
             by_position=None if detail is None else detail.by_position(),
         )
-    return SparsityReport(modules)
+    return SparsityReport(modules, about)

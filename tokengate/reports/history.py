@@ -15,7 +15,7 @@ from tokengate.arguments import count
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, require_layers
 from tokengate.reports.module_sparsity import LARGEST_TAU
 from tokengate.reports.report import SparsityReport, check_report
 from tokengate.sharding import numbers_here
@@ -118,14 +118,15 @@ class History:
             self._stride *= 2
         self._skip = self._stride - 1
 
-        taus = [gate.threshold for gate in self._gates.values()]
+        gates = dict.fromkeys(self._gates.values())
+        taus = [gate.threshold for gate in gates]
         if isinstance(loss, Tensor):
             *found, loss = numbers_here([*taus, loss])
         else:
             found = numbers_here(taus)
         self.steps.append(step)
         self.losses.append(_finite(loss))
-        self.skipped.append(sum(gate.skipped for gate in self._gates.values()))
+        self.skipped.append(sum(gate.skipped for gate in gates))
         for name, tau in zip(self._gates, found, strict=True):
             self.taus[name].append(_finite(tau))
             if tau is not None and not math.isfinite(tau):
@@ -190,9 +191,10 @@ class History:
 def _gates(model: nn.Module) -> dict[str, Any]:
     patched = require_layers(model, "History")
     gates = {
-        name: layer.gate
+        own: layer.gate
         for name, layer in patched.items()
         if layer.gate is not None and layer.gate.threshold is not None
+        for own in module_names(name, layer)
     }
     if not gates:
         raise TokenGateError(

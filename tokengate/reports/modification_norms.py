@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.kernels.norms import Norms, ratios, times
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, require_layers
 from tokengate.training.measuring import measure
 
 
@@ -47,9 +47,10 @@ def modification_norms(model: nn.Module, batches: Iterable[Any]) -> Modification
             batches, or a layer was called in none of them.
     """
     patched = require_layers(model, "modification_norms")
-    means = {name: _Means() for name in patched}
+    means = {own: _Means() for n, layer in patched.items() for own in module_names(n, layer)}
     listeners = {name: mean.listen for name, mean in means.items()}
     measure("modification_norms", model, patched, listeners, batches)
+    means = {name: mean for name, mean in means.items() if mean.samples}  # not idle experts
     return ModificationNorms(
         {name: mean.relative / mean.samples for name, mean in means.items()},
         {name: mean.absolute / mean.samples for name, mean in means.items()},

@@ -13,7 +13,7 @@ import torch
 
 from tokengate.gates.tally import whole_grains
 from tokengate.reports.histogram import RATIO_EDGES
-from tokengate.reports.sparsity_table import value
+from tokengate.reports.tables.sparsity_table import value
 
 #: Taus are numbers of float32, of which no sum is infinite.
 LARGEST_TAU = torch.finfo(torch.float32).max

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import count, switch
+from tokengate.contexts import context
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
@@ -22,13 +23,14 @@ from tokengate.kernels.recomputation import in_backward
 from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.coverage import report_lost
 from tokengate.layers.gated_linear import Observer
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, observers, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
     Counts,
     Details,
     Found,
     Groups,
+    Taus,
     add_counts,
     checked_groups,
     made_report,
@@ -36,9 +38,10 @@ from tokengate.reports.counting import (
 )
 from tokengate.reports.histogram import count_ratios
 from tokengate.reports.position_counts import PositionCounts
+from tokengate.reports.provenance import name_of_model, provenance
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
-from tokengate.sharding import number_here
+from tokengate.sharding import numbers_here
 
 #: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
 MEMORY = 2**28
@@ -67,7 +70,9 @@ class Recorder:
     ) -> None:
         self._layers = require_layers(model, "record")
         # Apart from the layers, which may have been unpatched when the report is made.
-        self._gates = {name: layer.gate for name, layer in self._layers.items()}
+        self._parts = {n: (layer.modification, layer.gate) for n, layer in self._layers.items()}
+        self._names = {n: module_names(n, layer) for n, layer in self._layers.items()}
+        self._model = name_of_model(model)
         # Threads may have been given its context.
         self._lock = threading.Lock()
         # On the modules' devices.
@@ -104,7 +109,8 @@ class Recorder:
                 "no positions were recorded: run the model inside `with tokengate.record(model, "
                 "positions=True):`."
             )
-        called = [name for name in self._layers if name in self.positions]
+        names = [each for names in self._names.values() for each in names]
+        called = [name for name in names if name in self.positions]
         return alike(self._calls, called, self._asked_ratios)
 
     @property
@@ -153,7 +159,7 @@ class Recorder:
             TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
                 recorded with the same `positions` and `ratios`.
         """
-        return made_report(self._collect(reduce), None)
+        return made_report(self._collect(reduce), None, self._about())
 
     def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
         """The same for each group of positions, with `record(groups=...)`.
@@ -168,15 +174,24 @@ class Recorder:
         Raises:
             TokenGateError: as in `report`.
         """
-        found = self._collect(reduce)
-        return {group: made_report(found, group) for group in found[0] if group is not None}
+        found, about = self._collect(reduce), self._about()
+        return {
+            group: made_report(found, group, about | {"positions": group})
+            for group in found[0]
+            if group is not None
+        }
+
+    def _about(self) -> dict[str, str]:
+        return provenance(self._model, self._parts)
 
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
-        taus = {
-            n: None if g is None or g.threshold is None else number_here(g.threshold)
-            for n, g in self._gates.items()
-        }
+        taus: Taus = {}
+        for n, (_, gate) in self._parts.items():
+            threshold = None if gate is None else gate.threshold
+            names = self._names[n]
+            numbers = [None] * len(names) if threshold is None else numbers_here([threshold])
+            taus |= dict(zip(names, numbers, strict=True))
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}
@@ -262,7 +277,7 @@ def _keep(
     details.setdefault(name, PositionCounts()).add(~is_open, real)
 
 
-@contextlib.contextmanager
+@context
 def record(
     model: nn.Module,
     positions: bool = False,
@@ -309,9 +324,11 @@ def record(
     recorder = Recorder(model, positions, groups, ratios, memory, folder)
     switch("trained", trained)
     report_lost(model)
-    observers = {
-        layer: Observer(partial(recorder._observe, name), norms=ratios, trained=trained)
-        for name, layer in recorder._layers.items()
-    }
-    with in_context(RECORD, observers):
+    with in_context(
+        RECORD,
+        observers(
+            recorder._layers,
+            lambda name: Observer(partial(recorder._observe, name), ratios, trained),
+        ),
+    ):
         yield recorder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -14,28 +13,23 @@ from typing import Any
 from tokengate.arguments import choice
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
-from tokengate.files.strict_json import read
 from tokengate.files.text_table import markdown_table, text_table
 from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
 from tokengate.reports.module_sparsity import ModuleSparsity as ModuleSparsity
-from tokengate.reports.module_sparsity import module_from_dict
-from tokengate.reports.module_table import csv_of, frame_of, summary
-from tokengate.reports.page.html_page import html_page
+from tokengate.reports.page.html_page import Shown, html_page
 from tokengate.reports.page.html_table import html_table
 from tokengate.reports.page.sample_views import PatchView, TokenView
 from tokengate.reports.picture import load_plots, picture
-from tokengate.reports.report_difference import ReportDifference, report_difference
-from tokengate.reports.sparsity_table import (
+from tokengate.reports.report_file import read_report, write_report
+from tokengate.reports.tables.module_table import csv_of, frame_of, summary
+from tokengate.reports.tables.report_difference import ReportDifference, report_difference
+from tokengate.reports.tables.sparsity_table import (
     SparsityTable,
     mean,
-    places,
     std,
     table_of,
     value,
 )
-
-_FORMAT = "tokengate report"
-_VERSION = 1
 
 
 class SparsityReport:
@@ -43,10 +37,15 @@ class SparsityReport:
 
     Attributes:
         modules: everything known of each module, by name.
+        about: what was recorded, by what it is: "model", "method", "gate", "rank", "scale",
+            "lambda", "versions" and "date", as far as it is known.
     """
 
-    def __init__(self, modules: dict[str, ModuleSparsity]) -> None:
+    def __init__(
+        self, modules: dict[str, ModuleSparsity], about: dict[str, str] | None = None
+    ) -> None:
         self.modules = modules
+        self.about = {} if about is None else about
 
     @property
     def by_module(self) -> dict[str, float]:
@@ -153,7 +152,7 @@ class SparsityReport:
         return {name: found for name, found in known.items() if modules is None or name in modules}
 
     def merge(self, later: SparsityReport) -> SparsityReport:
-        """The report of one recording of both, exactly; the taus are the later's.
+        """The report of one recording of both, exactly; the taus are the later's, as is `about`.
 
         A detail (r, sparsity by sample and by position) that a module has in one of the two alone
         is left out.
@@ -164,7 +163,7 @@ class SparsityReport:
         modules = dict(self.modules)
         for name, module in check_report("merge", later).modules.items():
             modules[name] = modules[name].merged(module) if name in modules else module
-        return SparsityReport(modules)
+        return SparsityReport(modules, later.about or self.about)
 
     def compare(self, other: SparsityReport) -> ReportDifference:
         """What is different in `other`, by module, the largest change of sparsity first.
@@ -181,8 +180,7 @@ class SparsityReport:
             TokenGateError: `path` is a folder.
             OSError: the file cannot be written.
         """
-        found = {"format": _FORMAT, "format_version": _VERSION, **self.to_dict()}
-        write_text(path, json.dumps(found, allow_nan=False))
+        write_report(path, self.to_dict(), self.about)
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityReport:
@@ -191,22 +189,7 @@ class SparsityReport:
         Raises:
             TokenGateError: the file cannot be read, or holds something else.
         """
-        found = read(path, "report")
-        is_report = found.get("format") == _FORMAT and isinstance(found.get("modules"), dict)
-        if not is_report or found.get("format_version") != _VERSION:
-            raise TokenGateError(
-                f"{path} is no report of version {_VERSION}: pass a file that SparsityReport.save "
-                "wrote."
-            )
-        modules = {}
-        for name, module in found["modules"].items():
-            try:
-                modules[name] = module_from_dict(module)
-            except ValueError as error:
-                raise TokenGateError(
-                    f"{path} is broken at module {name!r}, as {error}: save the report again."
-                ) from None
-        return cls(modules)
+        return cls(*read_report(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; None in place of those that are not finite."""
@@ -256,36 +239,36 @@ class SparsityReport:
         texts: Sequence[TokenView] = (),
         images: Sequence[PatchView] = (),
         title: str = "Where the modifications act",
+        beside: SparsityReport | None = None,
+        names: tuple[str, str] = ("this report", "the other"),
     ) -> str:
         """The report as a page for a browser: one file, which loads nothing from elsewhere.
 
-        It has a heatmap of all modules, and every token of `texts` and patch of `images` shaded by
-        the share of modules that modified it: of all of them, or of those that are chosen there.
+        It has sparsity and tau of all modules, r and the course over the sequence where they were
+        recorded, and every token of `texts` and patch of `images` shaded by the share of modules
+        that modified it: of all of them, or of those that are chosen there.
 
         Args:
             path: where to write it, too.
-            texts, images: samples to show, of modules of this report.
+            texts, images: samples to show, of modules of these reports.
             title: of the page.
+            beside: another report, to stand beside this one.
+            names: what the two are called then.
 
         Returns:
             The HTML.
 
         Raises:
-            TokenGateError: a sample has a module that the report has not, or is no view of one;
-                `path` is a folder.
+            TokenGateError: a sample has a module that no report has, or is no view of one;
+                `beside` is no report; `path` is a folder.
             OSError: the file cannot be written, or an image not be read.
         """
-        table = self.table
-        page = html_page(
-            title,
-            self._averages(),
-            self.modules,
-            places(self.modules),
-            row_averages=[*map(value, table.row_averages)],
-            column_averages=[*map(value, table.column_averages)],
-            texts=texts,
-            images=images,
-        )
+        reports = [self] if beside is None else [self, check_report("to_html", beside)]
+        shown = [
+            Shown(n, r.modules, r._averages(), r.about)
+            for n, r in zip(names, reports, strict=False)
+        ]
+        page = html_page(title, shown, texts, images)
         if path is not None:
             write_text(path, page)
         return page

@@ -19,7 +19,7 @@ def select(
     report: SparsityReport | Mapping[str, float],
     fraction: float = 0.5,
     by: str = "sparsity",
-    keep: str = "lowest",
+    keep: str | None = None,
     *,
     seed: int = 0,
 ) -> list[str]:
@@ -39,16 +39,24 @@ def select(
     | norm_abs | `select(norms.absolute, fraction, keep="highest")` |
     | random | `select(report, fraction, by="random", seed=...)` |
 
-    and half_rank adapts all modules at half the rank. What a smaller fraction selects, a larger
-    one does too.
+    and beside them, with `scores = fisher_scores(model, batches)`, what the loss itself says,
+
+    | row | call |
+    |---|---|
+    | fisher | `select(scores, fraction, by="fisher")` |
+
+    which `suggest` does in one call. half_rank adapts all modules at half the rank. What a smaller
+    fraction selects, a larger one does too.
 
     Args:
         report: of the run that was measured; or a number for each module by name, in the model's
             order, that takes the place of sparsity.
         fraction: the share of modules to select, in (0, 1]; the nearest whole number of them, at
             least one.
-        by: "sparsity" (eq. 23), or "random", which draws the modules.
-        keep: "lowest" or "highest". Of modules with equal numbers the first are kept.
+        by: "sparsity" (eq. 23); "fisher", where the numbers are `fisher_scores`; or "random", which
+            draws the modules.
+        keep: "lowest" or "highest"; by default the highest of "fisher", else the lowest. Of modules
+            with equal numbers the first are kept.
         seed: for "random": every seed is another draw.
 
     Returns:
@@ -58,9 +66,12 @@ def select(
         do again.
 
     Raises:
-        TokenGateError: an argument is wrong, or a module was never called and has no sparsity.
+        TokenGateError: an argument is wrong; a module was never called and has no sparsity; all of
+            fisher's scores are 0, as those of an untrained model are.
     """
-    choice("keep", keep, ("lowest", "highest"))
+    if keep is None:
+        keep = "highest" if by == "fisher" else "lowest"
+    keep = choice("keep", keep, ("lowest", "highest"))
     if not 0 < finite("fraction", fraction) <= 1:
         raise TokenGateError(
             f"fraction={brief(fraction)} is not in (0, 1]: pass a share of the modules, e.g. 0.5."
@@ -71,9 +82,19 @@ def select(
             f"by={by!r} was asked, which no report has: pass "
             f"tokengate.modification_norms(model, batches).{_NORMS[by]} in place of the report."
         )
-    if choice("by", by, ("sparsity", "random")) == "random":
+    if choice("by", by, ("sparsity", "fisher", "random")) == "random":
         draw = random.Random(count("seed", seed, least=0))
         numbers = {name: draw.random() for name in numbers}
+    if by == "fisher" and isinstance(report, SparsityReport):
+        raise TokenGateError(
+            "by='fisher' was asked, which no report has: pass tokengate.fisher_scores(model, "
+            "batches) in place of the report."
+        )
+    if by == "fisher" and not any(numbers.values()):
+        raise TokenGateError(
+            "all of fisher's scores are 0, as M(x) is before it was trained: train some steps "
+            "first, or call tokengate.suggest(model, batches), which takes one by itself."
+        )
     for name, number in numbers.items():
         if not isinstance(number, Real) or number != number:
             raise TokenGateError(

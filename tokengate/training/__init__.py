@@ -4,4 +4,6 @@ May import `patching`, `layers` and below. Open `param_groups.py` first, then `t
 and `following.py`.
 """
 
-from tokengate.training import other_rules as other_rules  # which watches optimisers
+from tokengate.training import leading as leading  # which watches optimisers
+from tokengate.training import other_rules as other_rules  # likewise
+from tokengate.training.checks import left_out as left_out  # likewise

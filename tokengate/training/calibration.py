@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tokengate.arguments import share
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.kernels.norms import Norms, ratios
 from tokengate.layers.changing import exclusive
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.measuring import measure
 
@@ -49,12 +50,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         sparsity: the share to be left unmodified in every layer, in [0, 1).
 
     Returns:
-        The new tau of every layer by name. A layer whose r is 0 everywhere keeps its gate open.
+        The new tau of every layer by name, or of every expert by its own. What has an r of 0
+        everywhere keeps its gate open.
 
     Raises:
         TokenGateError: no layer of the model has a gate with a threshold; `use` was given rows;
-            there are no batches, or a layer was called in none of them; M(x) or W0 x is not finite
-            somewhere; an argument is wrong. The taus are then as they were.
+            there are no batches, or a layer was called in none of them; M(x) is 0
+            everywhere, or it or W0 x is not finite somewhere; an argument is wrong. The taus are
+            then as they were.
     """
     share("sparsity", sparsity)
     gated = {
@@ -68,7 +71,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "
             "threshold: patch it without gate=False."
         )
-    counted = {name: _Ratios() for name in gated}
+    names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
+    counted = {each: _Ratios() for own in names.values() for each in own}
     taus = {name: tau.detach().clone() for name, (_, tau) in gated.items()}
     try:
         for _, tau in gated.values():
@@ -76,19 +80,28 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches)
-        taus = {
-            name: torch.full_like(taus[name], seen.threshold(sparsity)[0])
-            for name, seen in counted.items()
-        }
+        if not any(seen.moved() for seen in counted.values()):
+            raise TokenGateError(
+                f"calibrate found M(x) = 0 at every position of this {type(model).__name__}, as it "
+                "is before training, where no tau closes a share: train the modifications first, "
+                "or load trained ones."
+            )
+        found = {name: tau.clone() for name, tau in taus.items()}
+        for name, tau in found.items():
+            for at, each in enumerate(names[name]):
+                if counted[each].total:  # of an expert that saw no position, it stays
+                    tau[at] = counted[each].threshold(sparsity)[0]
+        taus = found
     finally:
         for name, (_, tau) in gated.items():
             tau.data.copy_(taus[name])
     _warn_of_misses(counted, sparsity)
-    return {name: tau.item() for name, tau in taus.items()}
+    pairs = [zip(names[name], tau.tolist(), strict=True) for name, tau in taus.items()]
+    return dict(chain.from_iterable(pairs))
 
 
 def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
-    found = {name: seen.miss(sparsity) for name, seen in counted.items()}
+    found = {name: seen.miss(sparsity) for name, seen in counted.items() if seen.total}
     missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
     if missed:
         warnings.warn(
@@ -120,6 +133,10 @@ class _Ratios:
         index = place.nan_to_num(math.inf).clamp(0, len(self._bins) - 1).long()
         self._heaviest = max(self._heaviest, weights.max().item())
         self._bins += torch.bincount(index.flatten(), weights.flatten(), len(self._bins))
+
+    def moved(self) -> bool:
+        """Whether r was above 0 anywhere."""
+        return bool(self._bins[1:].any())
 
     def threshold(self, share: float) -> tuple[float, float]:
         """A tau, and the share that it closes, as near to `share` as these positions allow.

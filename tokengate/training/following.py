@@ -7,6 +7,7 @@ At a step of that optimiser their gradients are taken out of its sight, and an A
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
-from tokengate.gates.living import tau_of
+from tokengate.gates.base import Gate
+from tokengate.gates.living import living_taus, tau_of
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
 from tokengate.training.param_groups import slope, tau_rule
@@ -79,13 +81,16 @@ def follow(
     gates = {name: layer.gate for name, layer in require_layers(model, "follow").items()}
     taus = {name: tau for name, g in gates.items() if g and (tau := tau_of(g)) is not None}
     known = {gate.s for gate in gates.values() if gate is not None} - {None}
-    if s is None and total_steps is None and len(known) == 1:
+    relative = None if s is None and total_steps is None else total_steps is not None
+    if relative is None and len(known) == 1:
         (s,) = known
     s = slope(s, total_steps)
     following = Following(taus, optimizer, tau_rule(s, alpha, betas, eps))
     for gate in gates.values():
         if gate is not None:
             gate.s = s
+            if relative is not None:
+                gate.set_pace(relative and tau_of(gate) is not None)
     return following
 
 
@@ -326,3 +331,14 @@ def followed(optimizer: Optimizer) -> set[int]:
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     owners += [each for each in list(_ALL) if optimizer is each.adam]
     return {id(tau) for owner in owners for tau in getattr(owner, "taus", {}).values()}
+
+
+def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
+    """The taus that the steps of this optimiser move, and whose they are."""
+    taus = living_taus()
+    # One that holds taus which follow it leaves them to that which moves them.
+    apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
+    for group in optimizer.param_groups if taus else ():
+        for p in group["params"]:
+            if id(p) in taus and id(p) not in apart:
+                yield p, taus[id(p)]

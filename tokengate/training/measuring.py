@@ -15,6 +15,7 @@ from tokengate.kernels.norms import Norms, reshaped
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.calls import RECORD, USE, in_context, said_of
 from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.patched import observers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows
 
@@ -36,7 +37,7 @@ def measure(
         asked: the function that was called, for the errors.
         model: a patched model.
         patched: the layers to look at, by name.
-        listeners: who is told of each of them.
+        listeners: who is told of each of them, or by their own names of each of its experts.
         batches: what the model is called with.
 
     Raises:
@@ -49,12 +50,13 @@ def measure(
             f"{asked} was asked of a model whose rows have their own adapters: call "
             "tokengate.use(model, name) first, with the one that is meant."
         )
-    unseen = dict(patched)
-    observers = {
-        layer: Observer(partial(_observe, asked, name, listeners[name], unseen), norms=True)
-        for name, layer in patched.items()
-    }
-    with evaluating(model), in_context(RECORD, observers):
+    # Of a layer's experts some may be given no position.
+    unseen = {name: layer for name, layer in patched.items() if name in listeners}
+    told = observers(
+        patched,
+        lambda name: Observer(partial(_observe, asked, name, listeners[name], unseen), True),
+    )
+    with evaluating(model), in_context(RECORD, told):
         for batch in batches:
             run(model, batch)
     if unseen:

@@ -11,9 +11,11 @@ from tokengate.arguments import count, non_negative, positive
 from tokengate.errors import TokenGateError
 from tokengate.gates.living import tau_of
 from tokengate.layers.patched import require_layers
+from tokengate.training.checks.thawed import refuse_thawed
 
-# The paper's s, and how far tau is to be able to go in a training of fewer steps than the paper's.
-_PAPER, _TRAVEL = 4e-5, 0.4
+# The paper's s, and how far tau can go in a training, in medians of r: if r grows as the steps do
+# to half, and if it is soon as large as it will be to beyond most positions.
+_PAPER, _TRAVEL = 4e-5, 2.0
 
 
 def param_groups(
@@ -32,32 +34,33 @@ def param_groups(
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=4e-5))
 
     The first group holds the modifications, what else gates train, and what `patch(train=...)`
-    named, the second the taus,
-    with learning rate alpha * s and no weight decay; under Adam and AdamW that is eq. 18-22. In s
-    times the number of steps tau can travel at the most, so a run of few steps wants a larger s
-    than the paper's 4e-5: say how many there are, and s is chosen so that tau can travel 0.4 in
-    all, several times the ratios ||m_i|| / ||w_i|| that fine-tuning ends at, but is at least 4e-5.
-    With other optimisers, and schedulers that set all groups to one number, see `follow`.
+    named, the second the taus, with learning rate alpha * s and no weight decay; under Adam and
+    AdamW that is eq. 18-22. In s times the number of steps tau can travel at the most, and where
+    that is more than the ratios r = ||m_i|| / ||w_i||, it closes everything before M(x) has grown.
+    Say `total_steps` instead, and s is a share of what r is, 2 / total_steps: each step of tau is
+    multiplied by the median of r in its layer, of that step's positions (and all ranks'). With
+    other optimisers, and schedulers that set all groups to one number, see `follow`.
 
     Args:
         model: a patched model.
         lr: learning rate of the first group.
         s: slope of eq. 11; the farthest tau moves in one step of Adam, at alpha = 1. 4e-5 if
             neither it nor `total_steps` is given.
-        total_steps: instead of `s`: optimiser steps of the whole training.
+        total_steps: instead of `s`: optimiser steps of the whole training, see above.
         alpha: learning rate of eq. 22, which multiplies s.
         betas: Adam's decay rates for tau; the paper uses (0.9, 0.98).
         eps: of eq. 22.
         weight_decay: of the first group; None leaves it to the optimiser's default.
 
     Raises:
-        TokenGateError: a number is out of its range, both `s` and `total_steps` are given, or the
-            model has nothing to train.
+        TokenGateError: a number is out of its range, both `s` and `total_steps` are given, the
+            weight of a patched layer is trainable, or the model has nothing to train.
     """
     non_negative("lr", lr)
     s = slope(s, total_steps)
     rule = tau_rule(s, alpha, betas, eps)
     gates = [layer.gate for layer in require_layers(model, "param_groups").values()]
+    refuse_thawed(model, "param_groups")
     taus = [tau for gate in gates if gate is not None and (tau := tau_of(gate)) is not None]
     is_tau = {id(tau) for tau in taus}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_tau]
@@ -70,6 +73,7 @@ def param_groups(
     for gate in gates:
         if gate is not None:
             gate.s, gate._rule = s, rule
+            gate.set_pace(relative=total_steps is not None and tau_of(gate) is not None)
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise TokenGateError(
@@ -94,7 +98,7 @@ def tau_rule(s: float, alpha: float, betas: tuple[float, float], eps: float) -> 
 
 
 def slope(s: float | None, total_steps: int | None) -> float:
-    """The s that was given, or that follows from how many steps there are."""
+    """The s that was given, or as a share of r's median that of so many steps."""
     if total_steps is None:
         return _PAPER if s is None else non_negative("s", s)
     if s is not None:
@@ -102,9 +106,4 @@ def slope(s: float | None, total_steps: int | None) -> float:
             f"s={s} and total_steps={total_steps} were both given, and s would follow from "
             "total_steps: pass one of them."
         )
-    return slope_for(total_steps)
-
-
-def slope_for(total_steps: int) -> float:
-    """The s with which tau can travel 0.4 in all these steps; at least the paper's."""
-    return max(_PAPER, _TRAVEL / count("total_steps", total_steps))
+    return _TRAVEL / count("total_steps", total_steps)

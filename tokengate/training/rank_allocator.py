@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.sharding import divided_as, gathered
 from tokengate.training.importance import Importance
 from tokengate.training.orthogonality import adalora_layers
+
+# Whose rank an allocator lowers.
+LED: WeakSet[nn.Module] = WeakSet()
 
 
 class RankAllocator:
@@ -104,6 +108,7 @@ class RankAllocator:
             self._modifications, self._schedule["beta1"], self._schedule["beta2"]
         )
         self._check_optimizer(optimizer)
+        LED.update(self._modifications.values())
         self.step = 0
         self.masks = {
             name: torch.ones(m.rank, dtype=torch.bool, device=m.E.device)

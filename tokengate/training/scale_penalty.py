@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import positive
 from tokengate.errors import TokenGateError
-from tokengate.gates.base import PenalisedGate
+from tokengate.gates.base import Gate
 from tokengate.layers.patched import require_layers
 
 
@@ -45,7 +47,7 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
     else:
         factor = positive("factor", factor)
     for layer in require_layers(model, "scale_penalty").values():
-        if isinstance(layer.gate, PenalisedGate):
+        if layer.gate is not None:
             _set(layer.gate, factor)
 
 
@@ -56,12 +58,12 @@ def _readable(factor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _set(gate: PenalisedGate, factor: float | Tensor) -> None:
+def _set(gate: Gate, factor: float | Tensor) -> None:
     if not isinstance(factor, Tensor) and factor == 1:
         gate._unit = None
         return
     if gate._unit is None:
-        own = next(gate.parameters())
+        own = next(itertools.chain(gate.parameters(), gate.buffers()), torch.empty(()))
         gate._unit = torch.empty((), dtype=own.dtype, device=own.device)
     if isinstance(factor, Tensor):
         gate._unit.copy_(factor.reshape(()), non_blocking=True)

@@ -54,14 +54,15 @@ def read(path):
 def test_every_row_is_run_once_on_what_the_first_runs_say(example, tmp_path, capsys):
     options = ["--epochs", "1", "--sweep", "25", "75", "100", "--seeds", "0", "1", "--draws", "2"]
     example.run(*options)
-    # Two first runs, five rows of Table 4, two draws and two more percentages.
-    one_seed = ["pretraining", "gated dora", *["ungated dora"] * 10]
+    # Two first runs, six rows of Table 4, two draws and two more percentages.
+    one_seed = ["pretraining", "gated dora", *["ungated dora"] * 11]
     assert example.calls == one_seed * 2
     results = read(tmp_path / "results.csv")
-    assert len(results) == 22
+    assert len(results) == 24
     by_run = {(r["seed"], r["row"], r["percent"], r["draw"]): r for r in results}
     measured = json.loads((tmp_path / "seed-1" / "gated-all-modules-100-0.json").read_text())
-    norms = json.loads((tmp_path / "seed-1" / "all-modules-100-0.json").read_text())["norms"]
+    ungated = json.loads((tmp_path / "seed-1" / "all-modules-100-0.json").read_text())
+    norms = ungated["norms"]
 
     def modules(row, percent="50", draw="0"):
         return set(by_run["1", row, percent, draw]["modules"].split())
@@ -75,6 +76,7 @@ def test_every_row_is_run_once_on_what_the_first_runs_say(example, tmp_path, cap
     assert modules("S_high") == first(measured["sparsity"], -1) != low
     assert modules("norm_relative") == first(norms["relative"], -1)
     assert modules("norm_abs") == first(norms["absolute"], -1) != modules("norm_relative")
+    assert modules("fisher") == first(ungated["fisher"], -1) != modules("norm_abs")
     assert len(modules("random")) == 8
     assert modules("random") != modules("random", draw="1")
     assert modules("half_rank") == set(measured["sparsity"])
@@ -86,18 +88,18 @@ def test_every_row_is_run_once_on_what_the_first_runs_say(example, tmp_path, cap
 
     rows = (tmp_path / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == [
-        *("S_low_50%", "S_high_50%", "norm_relative_50%", "norm_abs_50%", "random_50%"),
-        *("half_rank_50%", "all modules", "gated, all modules"),
+        *("S_low_50%", "S_high_50%", "norm_relative_50%", "norm_abs_50%", "fisher_50%"),
+        *("random_50%", "half_rank_50%", "all modules", "gated, all modules"),
     ]
     draws = [float(by_run["0", "random", "50", d]["score"]) for d in "01"]
-    assert rows[6].split("|")[2].strip() == f"{sum(draws) / 2:.1f}"
+    assert rows[7].split("|")[2].strip() == f"{sum(draws) / 2:.1f}"
     assert rows[2] in capsys.readouterr().out
     assert (tmp_path / "selection.png").stat().st_size > 10_000
 
 
 def test_what_is_there_is_not_run_again(example, tmp_path):
     example.run("--smoke")
-    assert len(example.calls) == 9
+    assert len(example.calls) == 10
     table = (tmp_path / "table.md").read_text()
     example.run("--smoke")
     assert example.calls == []

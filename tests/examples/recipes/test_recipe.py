@@ -4,9 +4,7 @@ import argparse
 import gc
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import types
 import weakref
@@ -15,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from places import RECIPES
+from recipe_runs import ranked
+from two_ranks import start, wait_for
 
 for needed in ("matplotlib", "transformers", "sklearn"):
     pytest.importorskip(needed, reason="the examples extra is not installed")
@@ -288,21 +288,20 @@ def test_every_method_is_trained(glue, tmp_path):
         ("vision_finetune", 16, "digits-lora-0.5-0", 32),
     ],
 )
-def test_two_processes_train_what_one_does(recipe, tmp_path, script, batch, folder, held_out):
+def test_two_processes_train_what_one_does(
+    recipe, monkeypatch, processes, tmp_path, script, batch, folder, held_out
+):
     # Of sentences all 32 in one step, so that how they are divided makes no difference.
-    script = [RECIPES / f"{script}.py", "--smoke", "--gate", "0.5", "--batch-size", batch]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    asked = ["--smoke", "--gate", "0.5", "--batch-size", str(batch), "--output"]
+    two = start(processes, ranked, f"{script}.py", [*asked, tmp_path / "2"])
+    line = [f"{script}.py", *asked, str(tmp_path / "1"), "--accumulate", "2"]
+    monkeypatch.setattr(sys, "argv", line)
+    importlib.import_module(script).main()
+    wait_for(two)
     logs, reports, scores = [], [], []
-    for processes in ("2", "1"):
-        output = tmp_path / processes
-        command = [*run, processes, *script, "--output", output, "--accumulate", 3 - int(processes)]
-        done = subprocess.run(
-            list(map(str, command)), env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = json.loads((output / folder / "results.json").read_text())
-        assert found["on"]["processes"] == int(processes)
+    for count in (2, 1):
+        found = json.loads((tmp_path / str(count) / folder / "results.json").read_text())
+        assert found["on"]["processes"] == count
         logs.append([(e["loss"], e["tau_mean"]) for e in found["log"] if "loss" in e])
         reports.append(found["report"])
         scores += found["scores"].values()

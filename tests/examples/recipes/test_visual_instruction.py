@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import lzma
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -13,6 +12,8 @@ from functools import partial
 import pytest
 import torch
 from places import RECIPES, SHARED
+from recipe_runs import ranked
+from two_ranks import start, wait_for
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
@@ -307,7 +308,9 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_path, capsys):
+def test_smoke_and_two_processes_answer_alike(
+    visual, data, monkeypatch, tmp_path, capsys, processes
+):
     few = ["--rows", "16", "--epochs", "2", "--lr", "0.1", "--gate", "off", "on"]
     smoke(visual, monkeypatch, *few, "--output", tmp_path / "one")
     table = (tmp_path / "one/table.md").read_text()
@@ -341,10 +344,8 @@ def test_smoke_and_two_processes_answer_alike(visual, data, monkeypatch, tmp_pat
     smoke(visual, monkeypatch, *few, "--output", tmp_path / "one")
     assert {f: f.stat().st_mtime_ns for f in before} == before
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [RECIPES / "visual_instruction.py", "--smoke", *few, "--output", tmp_path / "two"]
-    done = subprocess.run([*torchrun, *script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["--smoke", *few, "--output", tmp_path / "two"]
+    wait_for(start(processes, ranked, "visual_instruction.py", arguments))
     for gate in ("off", "on"):
         one, two = (read(tmp_path / each / f"lora-{gate}-0") for each in ("one", "two"))
         assert (one["on"]["processes"], two["on"]["processes"]) == (1, 2)

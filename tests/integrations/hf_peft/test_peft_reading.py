@@ -18,7 +18,7 @@ from peft_adapters import (
     saved_by_peft,
 )
 from safetensors.torch import load_file
-from test_saving import edit, rewrite
+from saved_adapters import edit, rewrite
 from torch import nn
 
 import tokengate

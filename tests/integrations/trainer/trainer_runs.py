@@ -74,6 +74,10 @@ def taus(model):
     return torch.cat([gate.tau.detach().clone() for gate in gates if gate is not None])
 
 
+def values(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 def trainer(folder, model=None, callback=None, kind=transformers.Trainer, more=(), **options):
     """A Trainer with the callback and a `Path`, which is returned with it."""
     path = Path()
@@ -87,6 +91,51 @@ def trainer(folder, model=None, callback=None, kind=transformers.Trainer, more=(
         )
     made.remove_callback(transformers.PrinterCallback)
     return made, path
+
+
+def trained(*args, **kwargs):
+    """The Trainer after its training, and the taus after each step."""
+    made, path = trainer(*args, **kwargs)
+    made.train()
+    return made, path.stacked()
+
+
+def hooks(optimizer):
+    """Those that are on it, under Accelerate's wrapper."""
+    base = optimizer.optimizer
+    return [
+        *base._optimizer_step_pre_hooks.values(),
+        *base._optimizer_step_post_hooks.values(),
+        *base._optimizer_state_dict_pre_hooks.values(),
+    ]
+
+
+class Norms(transformers.TrainerCallback):
+    """The norm of the adapters' gradients before each step."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_pre_optimizer_step(self, args, state, control, **context):
+        named = context["model"].named_parameters()
+        held = [p.grad for n, p in named if p.grad is not None and not n.endswith("tau")]
+        self.seen.append(torch.nn.utils.get_total_norm(held).item())
+
+
+class Scaled(transformers.Trainer):
+    """float16 with a GradScaler on the CPU, which Accelerate itself reserves for GPUs."""
+
+    scale, growth = 2.0**12, 2000
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", self.scale, 2.0, 0.5, self.growth)
+
+
+class Huge(Scaled):
+    scale = 2.0**60
 
 
 def resumable(folder, more=()):

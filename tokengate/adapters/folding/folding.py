@@ -28,12 +28,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
 from tokengate.layers.patched import require_layers
 from tokengate.linears.accelerate_hooks import is_offloaded
-from tokengate.linears.linear_like import (
-    LinearLike,
-    LinearSlice,
-    holder,
-    whole,
-)
+from tokengate.linears.linear_like import LinearLike, LinearSlice, groups_of, holder, whole
 from tokengate.linears.quantised import is_quantised, unreadable
 from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
@@ -278,6 +273,8 @@ def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
     if not layer.modification.linear:
         return f"{type(layer.modification).__name__} is no matrix"
     linear = whole(cast(LinearLike, layer))
+    if groups_of(linear) > 1:
+        return "M(x) reads all channels and a grouped convolution does not"
     weight = holder(linear)
     if is_sharded(weight) or is_absent(weight):
         return "its weight is sharded"

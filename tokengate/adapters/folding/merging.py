@@ -13,7 +13,7 @@ from tokengate.errors import TokenGateError
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.sliced_linear import take_off
 from tokengate.linears.dequantised import compute_dtype, product_error
-from tokengate.linears.linear_like import is_transposed, row_blocks
+from tokengate.linears.linear_like import in_layout, row_blocks
 from tokengate.linears.quantised import is_quantised
 
 # Columns of M's matrix that are computed at once.
@@ -57,7 +57,7 @@ def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
             f"computes now by {error:.2g} of its output: nothing was folded; pass safe=False "
             "to merge all the same."
         )
-    return (total.T.contiguous() if is_transposed(layer) else total), error
+    return in_layout(layer, total), error
 
 
 def _own_product(layer: Any, x: Tensor) -> Tensor:

@@ -6,68 +6,59 @@ import base64
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.errors import TokenGateError, brief, printable
 from tokengate.reports.module_sparsity import ModuleSparsity
+from tokengate.reports.page.report_data import report_data
 from tokengate.reports.page.sample_views import PatchView, TokenView
-from tokengate.reports.sparsity_table import value
+from tokengate.reports.tables.sparsity_table import places
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One report, as the page has it."""
+
+    name: str
+    """What it is called beside another one."""
+    modules: Mapping[str, ModuleSparsity]
+    averages: Mapping[str, float | None]
+    """Its "sparsity", "std" and "token_sparsity"."""
+    about: Mapping[str, str]
 
 
 def html_page(
-    title: str,
-    averages: Mapping[str, float | None],
-    modules: Mapping[str, ModuleSparsity],
-    places: Mapping[str, tuple[str, str]],
-    *,
-    row_averages: Sequence[float | None],
-    column_averages: Sequence[float | None],
-    texts: Sequence[TokenView],
-    images: Sequence[PatchView],
+    title: str, reports: Sequence[Shown], texts: Sequence[TokenView], images: Sequence[PatchView]
 ) -> str:
     """The whole page.
 
     Args:
         title: of the page.
-        averages: "sparsity", "std" and "token_sparsity" of the report.
-        modules: those of the report.
-        places: row and column of each module in the report's table, whose averages the next two
-            are.
-        row_averages, column_averages: sparsities in [0, 1]; None where there is none.
-        texts, images: samples to show.
+        reports: one, or two side by side.
+        texts, images: samples to show, of modules of these reports.
 
     Raises:
-        TokenGateError: a sample is no view of one, or has a module that the report has not.
+        TokenGateError: a sample is no view of one, or has a module that no report has.
     """
-    _check_views("texts", texts, TokenView, places)
-    _check_views("images", images, PatchView, places)
-    rows = list(dict.fromkeys(row for row, _ in places.values()))
-    columns = list(dict.fromkeys(column for _, column in places.values()))
-    order = {name: number for number, name in enumerate(places)}
+    at = places(dict.fromkeys(name for report in reports for name in report.modules))
+    _check_views("texts", texts, TokenView, at)
+    _check_views("images", images, PatchView, at)
+    rows = list(dict.fromkeys(row for row, _ in at.values()))
+    columns = list(dict.fromkeys(column for _, column in at.values()))
+    order = {name: number for number, name in enumerate(at)}
     views = [view.data(order) for view in texts] + [view.data(order) for view in images]
     data = {
         "rows": rows,
         "columns": columns,
-        "row_averages": row_averages,
-        "column_averages": column_averages,
-        "sparsity": averages["sparsity"],
         "modules": [
-            {
-                "name": name,
-                "row": rows.index(row),
-                "column": columns.index(column),
-                # Not what is known by sample and by place, which may be much.
-                "sparsity": value(modules[name].sparsity),
-                "samples": modules[name].samples,
-                "positions": modules[name].positions,
-                "modified": modules[name].modified,
-                "tau": _tau(modules[name].tau),
-            }
-            for name, (row, column) in places.items()
+            {"name": name, "row": rows.index(row), "column": columns.index(column)}
+            for name, (row, column) in at.items()
         ],
+        "reports": [report_data(report, at) for report in reports],
         "views": views,
     }
     style, script = _part("css"), _part("js")
@@ -76,12 +67,13 @@ def html_page(
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    return Template(_part("html")).substitute(
+    return Template(_text("page.html")).substitute(
         policy=policy,
         title=escape(title),
+        about="\n".join(_about(report, len(reports) > 1) for report in reports),
         style=style,
         script=script,
-        figures=_figures(averages, modules.values()),
+        figures="\n".join(_figures(report, len(reports) > 1) for report in reports),
         # No end of the script, and no comment, can begin in it.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
@@ -106,11 +98,23 @@ def _check_views(argument: str, views: Any, kind: type, known: Collection[str]) 
             )
 
 
-def _figures(averages: Mapping[str, float | None], modules: Collection[ModuleSparsity]) -> str:
+def _about(report: Shown, several: bool) -> str:
+    """A line on where the report comes from; nothing where that is not known."""
+    name = f"<b>{escape(printable(report.name))}</b> " if several else ""
+    said = " ".join(
+        f"<span>{escape(what)} <b>{escape(printable(words))}</b></span>"
+        for what, words in report.about.items()
+    )
+    return f'<p class="about">{name}{said}</p>' if name or said else ""
+
+
+def _figures(report: Shown, several: bool) -> str:
     """What stands above all: three numbers, with a few words on each."""
+    modules, averages = report.modules.values(), report.averages
     uncalled = sum(not module.samples for module in modules)
     positions = sum(module.positions for module in modules)
     unmodified = positions - sum(module.modified for module in modules)
+    name = f"{escape(printable(report.name))}: " if several else ""
     figures = [
         (
             "sparsity",
@@ -129,7 +133,7 @@ def _figures(averages: Mapping[str, float | None], modules: Collection[ModuleSpa
         ),
     ]
     return "\n".join(
-        f"<div><dt>{what}</dt><dd>{number}</dd><dd>{words}</dd></div>"
+        f"<div><dt>{name}{what}</dt><dd>{number}</dd><dd>{words}</dd></div>"
         for what, number, words in figures
     )
 
@@ -138,13 +142,14 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _tau(tau: float | None) -> str | None:
-    # As it is to be read: a broken one may be NaN, which JSON has not.
-    return None if tau is None else f"{tau:.4g}"
-
-
 def _part(kind: str) -> str:
-    return files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8")
+    """The files of a kind, one after the other, in the order of their names."""
+    found = sorted(files(__package__).joinpath(kind).iterdir(), key=lambda file: file.name)
+    return "\n".join(file.read_text(encoding="utf-8") for file in found)
+
+
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.reports.page.words import numbered, words_of
+from tokengate.reports.tables.sparsity_table import value
 
 _KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -29,7 +31,7 @@ class TokenView:
         view = tokengate.TokenView(tokens, sample.is_open, sample.real)
 
     Raises:
-        TokenGateError: there are no tokens or no modules, or S is not of as many positions.
+        TokenGateError: there are no tokens or no modules, or something is not of as many positions.
     """
 
     tokens: Sequence[str]
@@ -40,6 +42,16 @@ class TokenView:
     """Which positions are no padding, a boolean tensor of shape (T,); None for all of them."""
     title: str = ""
     """What stands above it; by default its number."""
+    ratios: Mapping[str, Tensor] | None = None
+    """r by module (eq. 4), (T,): `sample.ratios` of `record(positions=True, ratios=True)`."""
+    log_prob: Tensor | None = None
+    """The change of each token's log-probability, (T,), as `tokengate.compare` finds it; NaN where
+    there is none."""
+    kl: Tensor | None = None
+    """The KL of each token's distribution from the base's, (T,), likewise."""
+    words: Sequence[int] | None = None
+    """Of each token the number of its word, ascending; None to see it by the marks of tokenizers.
+    `tokenizer(...).word_ids()` has None at special tokens, which are words of their own."""
 
     def __post_init__(self) -> None:
         # One string is a sequence of strings, too: its characters.
@@ -54,6 +66,15 @@ class TokenView:
             _check_length(f"is_open[{name!r}]", tensor, len(self.tokens))
         if self.real is not None:
             _check_length("real", self.real, len(self.tokens))
+        numbers: dict[str, Any] = {f"ratios[{n!r}]": r for n, r in (self.ratios or {}).items()}
+        for name, given in {**numbers, "log_prob": self.log_prob, "kl": self.kl}.items():
+            if given is not None:
+                _check_numbers(name, given, len(self.tokens))
+        if self.words is not None and len(self.words) != len(self.tokens):
+            raise TokenGateError(
+                f"words has {len(self.words)} numbers for {len(self.tokens)} tokens: pass one for "
+                "each token, or None."
+            )
 
     def data(self, numbers: Mapping[str, int]) -> dict[str, Any]:
         """For the page's JSON; `numbers` are those of the report's modules, by name."""
@@ -62,7 +83,19 @@ class TokenView:
             "tokens": list(self.tokens),
             **_positions(self.is_open, real, numbers),
             "title": self.title,
+            "ratios": self._levels(),
+            "log_prob": _rounded(self.log_prob),
+            "kl": _rounded(self.kl),
+            "words": numbered(words_of(self.tokens) if self.words is None else self.words),
         }
+
+    def _levels(self) -> str | None:
+        """r in the order of `is_open`, a byte each: see `_level`; NaN where it is not known."""
+        if not self.ratios:
+            return None
+        unknown = torch.full((len(self.tokens),), torch.nan)
+        rows = [_level(self.ratios.get(name, unknown)) for name in self.is_open]
+        return base64.b64encode(bytes(torch.cat(rows).tolist())).decode()
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,28 @@ def _check_length(name: str, tensor: Any, length: int) -> None:
             f"{name} has shape {tuple(tensor.shape)}, but ({length},) is wanted, one for each "
             "token, and at least one: pass modules that saw these positions."
         )
+
+
+def _check_numbers(name: str, tensor: Any, length: int) -> None:
+    if not (isinstance(tensor, Tensor) and tensor.is_floating_point()) or tensor.shape != (length,):
+        shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
+        raise TokenGateError(
+            f"{name}{shape} is no floating-point tensor of shape ({length},): pass one number for "
+            "each token."
+        )
+
+
+def _rounded(numbers: Tensor | None) -> list[float | None] | None:
+    """To four digits, of which more would make the page large; None where there is none."""
+    if numbers is None:
+        return None
+    return [value(float(f"{each:.4g}")) for each in numbers.double().tolist()]
+
+
+def _level(ratios: Tensor) -> Tensor:
+    """r in a byte: 1 + 8 (log2 r + 22) for r from 2^-22 to 2^9, 1 below, 254 above; 0 for NaN."""
+    steps = (8 * (ratios.cpu().double().log2() + 22)).nan_to_num(torch.nan, 1e3, -1e3)
+    return torch.where(steps.isnan(), 0, 1 + steps.nan_to_num(0).round().clamp(0, 253)).byte()
 
 
 def _content(image: bytes | str | os.PathLike[str]) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from tokengate.errors import TokenGateError, listed
 from tokengate.files.text_table import csv_table
 from tokengate.reports.module_sparsity import ModuleSparsity
-from tokengate.reports.sparsity_table import value
+from tokengate.reports.tables.sparsity_table import value
 
 _COLUMNS = ("module", "sparsity", "samples", "positions", "modified", "tau")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokengate.files.text_table import lines, markdown_table, text_table
 from tokengate.reports.module_sparsity import ModuleSparsity
-from tokengate.reports.sparsity_table import mean, percent, value
+from tokengate.reports.tables.sparsity_table import mean, percent, value
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""AdaLoRA's penalty and allocator, and a wanted sparsity, as options of the callback."""
+
+import pytest
+import torch
+
+import tokengate
+
+transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
+pytest.importorskip("accelerate", reason="the transformers extra is not installed")
+
+from accelerate_state import reset  # noqa: E402
+from trainer_runs import Scaled, hooks, language_model, trained, trainer, values  # noqa: E402
+
+from tokengate.integrations.trainer import TokenGateCallback  # noqa: E402
+
+# One thread as in the processes started here.
+pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
+
+
+def test_the_penalty_is_the_loss_s(tmp_path):
+    """The same as a Trainer whose loss has it, also clipped and accumulated."""
+
+    class Added(transformers.Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            return loss + 0.3 * tokengate.orthogonality(self.model) / 2
+
+    found = {}
+    for kind, weight in ((transformers.Trainer, 0.3), (Added, 0.0), (transformers.Trainer, 0.0)):
+        callback = TokenGateCallback(s=5e-3, orthogonality=weight)
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "max_steps": 6}
+        made, _ = trained(tmp_path, language_model("adalora"), callback, kind, **options)
+        found[kind, weight] = values(made.model)
+        assert ("orthogonality" in made.state.log_history[0]) == (weight > 0)
+    ours, expected = found[transformers.Trainer, 0.3], found[Added, 0.0]
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
+        if name.endswith(("P", "Q")):
+            without = found[transformers.Trainer, 0.0][name]
+            assert (without - value).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_the_penalty_is_not_scaled(tmp_path, optim, unscaled):
+    """Under a GradScaler that nothing has asked to unscale, because nothing is clipped."""
+
+    def unclipped(kind):
+        class Unclipped(kind):
+            def _clip_grad_norm(self, model):
+                if unscaled:
+                    self.accelerator.unscale_gradients()
+
+            def _get_grad_norm(self, model, grad_norm=None):
+                return grad_norm
+
+        model = language_model("adalora")
+        callback = TokenGateCallback(s=5e-3, orthogonality=1.0)
+        reset()
+        options = {"kind": Unclipped, "max_steps": 4, "optim": optim}
+        return trained(tmp_path, model, callback, **options)[0].state.log_history[0]
+
+    expected = unclipped(transformers.Trainer)["orthogonality"]
+    assert unclipped(Scaled)["orthogonality"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_allocator_s_options(tmp_path):
+    options = {"initial_warmup": 1, "final_warmup": 2}
+    callback = TokenGateCallback(allocator=options)
+    made, _ = trained(tmp_path, language_model("adalora", target_rank=1), callback)
+    assert callback.allocator.step == made.state.max_steps == 8
+    assert sum(callback.allocator.ranks.values()) == 6
+    for name, layer in tokengate.layers(made.model).items():
+        assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
+
+
+@pytest.mark.parametrize("warmup", [3, 0.4])
+def test_a_wanted_sparsity(tmp_path, warmup):
+    """tau is held for the warm-up and led afterwards; a resumed run ends alike."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
+        made, path = trainer(tmp_path, callback=callback, **saving)
+        made.train(resume_from_checkpoint=resume)
+        assert callback.controller.step == 8
+        assert callback.controller.penalties.keys() == tokengate.layers(made.model).keys()
+        assert not hooks(made.optimizer)
+        ends.append(values(made.model))
+        if resume is None:
+            assert all(torch.equal(step, path.steps[0]) for step in path.steps[:3])
+            assert not torch.equal(path.steps[-1], path.steps[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -1,0 +1,172 @@
+"""Experts in 3-D parameters equal a plain loop over experts and tokens, whichever way they run."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from drawing import many
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixtures import Experts, Mixture
+
+import tokengate
+
+METHODS = {
+    "lora": {},
+    "dora": {},
+    "adalora": {},
+    "adapter": {"activation": "tanh"},
+    "diagonal": {},  # a user's own, without factors
+}
+WAYS = ("linear", "matmul", "batched", "grouped")
+
+
+@tokengate.register("diagonal of an expert")
+class Diagonal(tokengate.Modification):
+    def __init__(self, linear, *, rank=1, scale=1.0):
+        super().__init__(linear)
+        self.scale = scale
+        self.gain = self.new_parameter(self.out_features)
+
+    def reset_parameters(self):
+        torch.nn.init.zeros_(self.gain)
+
+    def forward(self, x, w):
+        return self.scale * self.gain * w
+
+
+def diagonal(x, w, p, scale):
+    def back(grad):
+        return {"gain": scale * grad * w}, 0 * x, scale * p["gain"] * grad
+
+    return scale * p["gain"] * w, back
+
+
+def modify(method, options, parameters, W):
+    def of(e, x, w):
+        own = {name: value[e] for name, value in parameters.items()}
+        if method == "dora":
+            return reference.dora(x, w, own, 0.5, W[e])
+        if method == "adapter":
+            return reference.adapter(x, w, own, 0.5, options["activation"])
+        if method == "diagonal":
+            return diagonal(x, w, own, 0.5)
+        return getattr(reference, method)(x, w, own, 0.5)
+
+    return of
+
+
+@st.composite
+def cases(draw):
+    experts, top = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    top = min(top, experts)
+    return {
+        "experts": experts,
+        "top": top,
+        "shown": draw(st.integers(top, experts)),  # the others get no token
+        "samples": draw(st.integers(1, 2)),
+        "length": draw(st.integers(1, 4)),
+        "inputs": draw(st.integers(1, 4)),
+        "outputs": draw(st.integers(1, 4)),
+        "rank": draw(st.integers(1, 3)),
+        "axes": draw(st.sampled_from(["eoi", "eio"])),
+        "bias": draw(st.booleans()),
+        "way": draw(st.sampled_from(WAYS)),
+        "method": draw(st.sampled_from(list(METHODS))),
+        "gate": draw(st.booleans()),
+        "masked": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def trained(model, generator):
+    """Modifications away from their first values, each expert with a tau of its own."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            more = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.data += more.abs() if name.endswith("tau") else 0.5 * more
+
+
+@settings(max_examples=many(60))
+@given(cases())
+def test_equal_to_a_loop_over_experts_and_tokens(case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    torch.manual_seed(case["seed"])
+    sizes = (case["experts"], case["outputs"], case["inputs"])
+    own = Experts(*sizes, case["axes"], case["bias"], case["way"]).double()
+    W = (own.w if case["axes"] == "eoi" else own.w.mT).detach().numpy().copy()
+    b = None if own.b is None else own.b.detach().numpy().copy()
+    method, options = case["method"], METHODS[case["method"]]
+    model = tokengate.patch(
+        Mixture(own),
+        ["experts.w"],
+        method="diagonal of an expert" if method == "diagonal" else method,
+        rank=case["rank"],
+        scale=0.5,
+        gate="threshold" if case["gate"] else False,
+        penalty=0.3 if case["gate"] else None,
+        experts={"experts.w": case["axes"]},
+        **options,
+    )
+    trained(model, generator)
+    (layer,) = tokengate.layers(model).values()
+    shape = (case["samples"], case["length"])
+    x = torch.randn(*shape, case["inputs"], dtype=torch.double, generator=generator)
+    x.requires_grad_()
+    scores = torch.rand(x[..., 0].numel(), case["shown"], generator=generator)
+    index = scores.topk(case["top"], -1).indices
+    mask = torch.rand(shape, generator=generator) < 0.7 if case["masked"] else None
+    with tokengate.record(model) as rec:
+        h = model(x, index, attention_mask=mask)
+    grad = torch.randn(h.shape, dtype=torch.double, generator=generator)
+    h.backward(grad)
+
+    parameters = {n: p.detach().numpy() for n, p in layer.modification.named_parameters()}
+    taus = layer.gate.tau.detach().numpy() if case["gate"] else None
+    real = None if mask is None else mask.flatten().numpy()
+    wanted = reference.experts(
+        x.detach().flatten(0, 1).numpy(),
+        index.numpy(),
+        W,
+        b,
+        parameters,
+        modify(method, options, parameters, W),
+        taus,
+        0.3,
+        grad.numpy(),
+        real,
+    )
+    close = {"atol": 1e-10, "rtol": 1e-10}
+    np.testing.assert_allclose(h.detach().numpy(), wanted["h"], **close)
+    np.testing.assert_allclose(x.grad.flatten(0, 1).numpy(), wanted["x"], **close)
+    for name, p in layer.modification.named_parameters():
+        np.testing.assert_allclose(p.grad.numpy(), wanted[name], **close, err_msg=name)
+    if case["gate"]:
+        np.testing.assert_allclose(layer.gate.tau.grad.numpy(), wanted["tau"], **close)
+        assert layer.gate.tau.shape == (case["experts"],)
+    kept = np.ones(shape, dtype=bool).ravel() if real is None else real
+    for e in range(case["experts"]):
+        hits = (index.numpy() == e) & kept[:, None]
+        found = rec.report().modules[f"experts.{e}.w"]
+        assert found.positions == hits.sum()
+        assert found.modified == (hits & wanted["S"]).sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_untrained_is_the_base_to_the_bit_and_unpatched_it_is_again(way):
+    own = Experts(4, 6, 5, way=way)
+    model, x = Mixture(own), torch.randn(2, 3, 5)
+    index = torch.rand(6, 4).topk(2, -1).indices
+    before, keys = model(x, index), list(model.state_dict())
+    for method in ("lora", "dora", "adalora", "adapter"):
+        tokengate.patch(model, ["w"], method=method, rank=2, experts={"w": "eoi"})
+        assert torch.equal(model(x, index), before)
+        assert [k for k in model.state_dict() if "projections" not in k] == keys
+        trained(model, torch.Generator().manual_seed(0))
+        assert not torch.equal(model(x, index), before)
+        with tokengate.disabled(model):
+            assert torch.equal(model(x, index), before)
+        tokengate.unpatch(model)
+        assert type(own) is Experts
+        assert torch.equal(model(x, index), before)
+        assert list(model.state_dict()) == keys

@@ -1,0 +1,407 @@
+"""Every architecture of the installed transformers, built small, patched, run and given back.
+
+    python tests/survey/survey_transformers.py             # all, some hundred, in half an hour
+    python tests/survey/survey_transformers.py llama t5    # these
+    python tests/survey/survey_transformers.py --write     # docs/survey.md, from what was found
+
+Each is written to build/survey.jsonl when it is done, and not run again: interrupt it at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import pathlib
+import signal
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from inputs import generic_inputs
+from shrinking import WAYS, shrunken
+from special_cases import SPECIAL, Special
+from torch import Tensor, nn
+
+import tokengate
+from tokengate.errors import UnreachedLayerWarning
+from tokengate.linears.experts import is_expert
+from tokengate.linears.linear_like import is_linear
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS, TABLE = ROOT / "build" / "survey.jsonl", ROOT / "docs" / "survey.md"
+PAGE = ROOT / "docs" / "models.md"
+BEGIN = "<!-- the counts, from `python tests/survey/survey_transformers.py --write` -->\n"
+END = "<!-- end -->\n"
+# Larger ones would take a machine's memory, and minutes.
+_LARGEST = 120_000_000
+_SECONDS = 90
+
+# The heads in the order of choosing: what people train first, the model without a head last.
+_HEADS = (
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "CTC",
+    "IMAGE_CLASSIFICATION",
+    "OBJECT_DETECTION",
+)
+
+
+@dataclass
+class Found:
+    """What was found of one model type.
+
+    Attributes:
+        outcome: "reached": every patched layer was called, trained, and given back; "partly": some
+            were never called with this input, and a warning said which; "refused", with the
+            sentence; "failed"; or "unbuilt": the base itself could not be built or run.
+        layers: how many were patched.
+        called: how many of these were called.
+        experts: of those held together in 3-D parameters, the same outcomes; "" where none are.
+        reason: the sentence, the warning or the error.
+    """
+
+    model_type: str
+    kind: str = ""
+    outcome: str = "unbuilt"
+    layers: int = 0
+    called: int = 0
+    experts: str = ""
+    reason: str = ""
+
+
+def classes() -> dict[str, str]:
+    """Of each model type that transformers knows, the class that is built."""
+    from transformers.models.auto import modeling_auto
+
+    every = {
+        n: m
+        for n, m in vars(modeling_auto).items()
+        if n.startswith("MODEL_") and n.endswith("_NAMES")
+    }
+    first = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in _HEADS] + ["MODEL_MAPPING_NAMES"]
+    found: dict[str, str] = {}
+    for name in first + sorted(every.keys() - set(first)):
+        for model_type, kind in every.get(name, {}).items():
+            found.setdefault(model_type, kind[0] if isinstance(kind, (list, tuple)) else kind)
+    return dict(sorted(found.items()))
+
+
+def survey(model_type: str, kind: str) -> Found:
+    """Build one small, and see what becomes of it."""
+    found = Found(model_type, kind)
+    special = SPECIAL.get(model_type, Special())
+    if special.unbuilt:
+        found.reason = special.unbuilt
+        return found
+    try:
+        with _limited(_SECONDS):
+            build, inputs = _working(model_type, kind, special)
+    except Exception as error:
+        found.reason = _brief(error)
+        return found
+    targets = "all-linear" if _has_linear(build()) else _is_plain_convolution
+    found.outcome, found.layers, found.called, found.reason = _outcome(build, inputs, targets)
+    if targets := stacked(build()):
+        experts, _, _, reason = _outcome(build, inputs, targets)
+        found.experts = experts
+        found.reason = found.reason or reason
+    return found
+
+
+def _has_linear(model: nn.Module) -> bool:
+    return any(is_linear(module) for module in model.modules())
+
+
+def _is_plain_convolution(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1
+
+
+def stacked(model: nn.Module) -> list[str]:
+    """The experts of a model that are held together in 3-D parameters, as names of targets."""
+    return sorted(
+        {
+            f"{name.rpartition('.')[2]}.{own}"
+            for name, module in model.named_modules()
+            if "expert" in name.rpartition(".")[2]
+            for own, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        }
+    )
+
+
+def _working(model_type: str, kind: str, special: Special) -> tuple[Any, dict[str, Any]]:
+    """A builder of the model as small as it can be built and run, and what it is run with."""
+    import transformers
+
+    default, error = transformers.CONFIG_MAPPING[model_type], None
+    for way in WAYS:
+        try:
+            config = shrunken(default(), way, special.fields)
+
+            def build(config: Any = config) -> nn.Module:
+                torch.manual_seed(0)
+                return getattr(transformers, kind)(config).eval().requires_grad_(False)
+
+            with torch.device("meta"):
+                size = sum(p.numel() for p in getattr(transformers, kind)(config).parameters())
+            if size > _LARGEST:
+                raise MemoryError(f"{size:,} parameters are too many for a survey")
+            model = build()
+            tries = [special.inputs(config)] if special.inputs else generic_inputs(model, config)
+            for inputs in tries:
+                try:
+                    if not floats(run(model, inputs)):
+                        raise TypeError("forward returns no floating-point tensor")
+                    return build, inputs
+                except TimeoutError:
+                    raise
+                except Exception as found:
+                    error = found
+        except (TimeoutError, MemoryError) as found:
+            raise error or found from None
+        except Exception as found:
+            error = found
+        gc.collect()
+    raise error  # type: ignore[misc]
+
+
+def _outcome(build: Any, inputs: dict[str, Any], targets: Any) -> tuple[str, int, int, str]:
+    try:
+        with _limited(_SECONDS):
+            return check(build(), inputs, targets)
+    except tokengate.TokenGateError as error:
+        return "refused", 0, 0, str(error)
+    except TimeoutError as error:
+        return "unbuilt", 0, 0, str(error)
+    except Exception as error:
+        return "failed", 0, 0, _brief(error)
+
+
+def check(model: nn.Module, inputs: dict[str, Any], targets: Any) -> tuple[str, int, int, str]:
+    """Patch, run, go backward, unpatch: the outcome, layers, those called, what was said."""
+    keys = list(model.state_dict())
+    base = run(model, inputs)
+    alike = same(run(model, inputs), base)  # or it draws numbers that no seed gives again
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokengate.patch(model, targets, rank=2, tau=1e-4)
+    layers = tokengate.layers(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = run(model, inputs)
+    said = [str(w.message) for w in caught if w.category is UnreachedLayerWarning]
+    assert not alike or same(first, base), "patched, it is not what it was"
+    called = {name: layer for name, layer in layers.items() if layer._reached}
+    missed = layers.keys() - called.keys()
+    routed = {name for name in missed if is_expert(name)}
+    assert not missed - routed or said, "layers were not called, and no warning said so"
+    _away_from_initialisation(layers)
+    if called:
+        _go_backward(model, inputs)
+    trained = 0
+    for name, layer in called.items():
+        for own, parameter in layer.named_parameters():
+            if parameter.requires_grad and parameter.grad is not None:
+                assert parameter.grad.isfinite().all(), f"{name}.{own} got no finite gradient"
+        trained += any(p.grad is not None for p in layer.modification.parameters())
+    assert trained or not called, "no layer was trained"
+    tokengate.unpatch(model)
+    assert not alike or same(run(model, inputs), base), "given back, it is not what it was"
+    assert list(model.state_dict()) == keys, "given back, it has other names"
+    outcome = "reached" if missed == routed else "partly"
+    return outcome, len(layers), len(called), said[0] if said else ""
+
+
+def _go_backward(model: Any, inputs: dict[str, Any]) -> None:
+    """Give gradients to what is trained, in evaluation if the base can do it there.
+
+    RWKV writes over what it needs, but in training; Reformer's layers, too, pass gradients on in
+    training alone, and where their inputs ask for some.
+    """
+    error: Exception = AssertionError("no output depends on what is patched")
+    for prepare in (model.eval, model.train, getattr(model, "enable_input_require_grads", None)):
+        if prepare is not None:
+            prepare()
+        output = [each for each in floats(run(model, inputs, gradients=True)) if each.requires_grad]
+        try:
+            if output:
+                sum(each.float().square().sum() for each in output).backward()
+                break
+        except (AssertionError, RuntimeError) as found:
+            error = found
+    else:
+        raise error
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()
+    model.eval()
+
+
+def run(model: nn.Module, inputs: dict[str, Any], gradients: bool = False) -> Any:
+    """What forward returns, with the same random numbers each time."""
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+        if not any(w[0] == "always" for w in warnings.filters[:1]):
+            warnings.simplefilter("ignore")
+        return model(**inputs)
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors in an output, however nested."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() and output.numel() else []
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for each in output for t in floats(each)] if isinstance(output, (list, tuple)) else []
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs are equal, bit for bit."""
+    pairs = zip(floats(a), floats(b), strict=True)
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs)
+
+
+@torch.no_grad()
+def _away_from_initialisation(layers: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for layer in layers.values():
+        for parameter in layer.modification.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.05 * noise.to(parameter)
+
+
+def _brief(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text} ({pathlib.Path(where.filename).name}:{where.lineno})"
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read(path: pathlib.Path) -> dict[str, Found]:
+    """What was found before, by model type."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    each = [Found(**json.loads(line)) for line in lines]
+    return {found.model_type: found for found in each}
+
+
+def written() -> dict[str, Found]:
+    """What docs/survey.md has, by model type."""
+    found = {}
+    for line in TABLE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 7 and cells[2].isdecimal():
+            model_type, kind, layers, called, outcome, experts, reason = cells
+            own = (model_type, kind, outcome, int(layers), int(called), experts, reason)
+            found[model_type] = Found(*own)
+    return found
+
+
+def table(results: dict[str, Found]) -> str:
+    """The counts, and a row for each architecture."""
+    lines = [
+        "# Survey of transformers",
+        "",
+        "Written by `python tests/survey/survey_transformers.py --write`.",
+        "",
+        counts(results),
+        "",
+        "| model type | class | layers | called | all-linear | experts | what was said |",
+        "|---|---|--:|--:|---|---|---|",
+    ]
+    for found in sorted(results.values(), key=lambda each: each.model_type):
+        reason = " ".join(found.reason.split()).replace("|", "/").replace("<", "&lt;")
+        reason = reason if len(reason) < 160 else reason[:157] + "..."
+        cells = (found.model_type, found.kind, found.layers, found.called, found.outcome)
+        lines.append(f"| {' | '.join(map(str, cells))} | {found.experts} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def counts(results: dict[str, Found]) -> str:
+    """One paragraph."""
+    outcomes = Counter(found.outcome for found in results.values())
+    experts = Counter(found.experts for found in results.values() if found.experts)
+    unbuilt = outcomes.pop("unbuilt", 0)
+    layers = sum(found.called for found in results.values())
+    return (
+        f"Of {len(results)} model types {sum(outcomes.values())} could be built small and run; "
+        f"{unbuilt} could not, for reasons of their own (a library that is missing, inputs that "
+        "nothing tells, fields that do not fit when they are made small). "
+        f'`"all-linear"`: {_counted(outcomes)}; {layers} layers were called. '
+        f"Experts in 3-D parameters, in {sum(experts.values())} of them: {_counted(experts)}."
+    )
+
+
+def _counted(outcomes: Counter[str]) -> str:
+    order = ("reached", "partly", "refused", "failed")
+    return ", ".join(f"{outcomes[each]} {each}" for each in order)
+
+
+def write(results: dict[str, Found]) -> None:
+    """docs/survey.md, and the counts in docs/models.md."""
+    TABLE.write_text(table(results))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    if not rest:
+        sys.exit(f"{PAGE} has no line {BEGIN.strip()!r}: put one where the counts belong.")
+    PAGE.write_text(f"{before}{BEGIN}\n{counts(results)}\n\n{END}{rest.partition(END)[2]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model_types", nargs="*", help="which; all that were not run yet")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again, as failed")
+    parser.add_argument("--part", default="0/1", help="of several processes: 0/2 and 1/2")
+    parser.add_argument("--write", action="store_true", help="write docs/survey.md and end")
+    asked = parser.parse_args()
+    results = read(asked.results)
+    if asked.write:
+        write(results)
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    asked.results.parent.mkdir(parents=True, exist_ok=True)
+    part, parts = map(int, asked.part.split("/"))
+    for model_type, kind in list(classes().items())[part::parts]:
+        done = results.get(model_type)
+        again = done is None or done.outcome in asked.again or done.experts in asked.again
+        if model_type in asked.model_types if asked.model_types else again:
+            # First as one that ended the process, in case it does.
+            for found in (Found(model_type, kind, "failed", reason="the process ended"), None):
+                found = found or survey(model_type, kind)
+                results[model_type] = found
+                lines = (json.dumps(asdict(each)) for each in results.values())
+                asked.results.write_text("\n".join(lines) + "\n")
+            print(found.model_type, found.outcome, found.called, found.experts, found.reason[:150])
+            sys.stdout.flush()
+            gc.collect()
+    print(_counted(Counter(found.outcome for found in results.values())))
+
+
+if __name__ == "__main__":
+    main()

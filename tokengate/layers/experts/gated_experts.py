@@ -1,0 +1,246 @@
+"""One projection of all experts, patched: a modification and a tau for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tokengate.errors import TokenGateError
+from tokengate.gates.base import Gate
+from tokengate.gates.deciding import Changed, changed
+from tokengate.kernels.change import Change
+from tokengate.kernels.gated_sum import without_bias
+from tokengate.kernels.groups import Groups
+from tokengate.kernels.norms import reshaped
+from tokengate.kernels.recomputation import is_learnt_from
+from tokengate.layers.calls import RECORD, contexts, said_of
+from tokengate.layers.experts.products import Whose
+from tokengate.layers.experts.routing import Routing
+from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.several import Told, counted, whole_of
+from tokengate.linears.experts import StackedLinear
+from tokengate.methods.base import Modification
+
+
+class GatedExperts(Gated, StackedLinear):
+    """h = W0_e x + S M_e(x) (eq. 2), with e the expert of each row, `(N, k) -> (N, d)`.
+
+    Never constructed: `patch` gives a `StackedLinear` this class. Its modification and gate hold
+    those of all experts: A `(E, r, k)`, B `(E, d, r)`, tau `(E,)`.
+    """
+
+    _own_class = StackedLinear
+
+    def names_of_experts(self, name: str) -> list[str]:
+        """Of this projection, `mlp.experts.up_proj`, that of each: `mlp.experts.3.up_proj`."""
+        owner = name.removesuffix(self.key)
+        return [f"{owner}{expert}.{self.key}" for expert in range(self.num_experts)]
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, out: Tensor, bias: Tensor | None, whose: Whose, routing: Routing
+    ) -> Tensor:
+        """`out`, `(N, d)`, which is the owner's product of `input`, `(N, k)`, changed.
+
+        Args:
+            input: the rows.
+            out: W0_e of each of them, with the `bias`, `(d,)`, if there is one.
+            bias: None where it is added afterwards.
+            whose: the experts of the rows.
+            routing: the owner's call.
+        """
+        if not torch.compiler.is_compiling() and not self._reached:
+            self._reached = True
+        call: _Call | None = routing.calls.get(self.key)
+        if call is None:  # told once for all products of the owner's call
+            states = routing.positions(whose, self.num_experts)
+            call = routing.calls[self.key] = _Call(self, self._told_of(states), states.shape[:-1])
+        if call.adapter is None:
+            return out
+        rows = _Rows(input, out, bias)
+        if call.needs_places:
+            rows.places = routing.places(whose, len(input))
+            rows.put(call)
+        if whose.rows is not None:  # what is no expert's own is given to it as zeros
+            given = (input != 0).any(-1)
+            rows.real = given if rows.real is None else rows.real & given
+        if whose.expert is not None:
+            return call.of_one(int(whose.expert), rows)
+        if whose.ids is None:
+            return call.of_all(_groups(whose, self.num_experts, len(input)), rows)
+        ids, order = whose.ids.sort()
+        experts = torch.arange(self.num_experts, device=ids.device)
+        groups = Groups(torch.searchsorted(ids, experts, right=True), len(ids))
+        h = call.of_all(groups, rows.at(order))
+        return torch.zeros_like(h).index_copy(0, order, h)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows of a product, in the order of their experts.
+
+    Attributes:
+        x: `(N, k)`.
+        out: `(N, d)`.
+        bias: which `out` has, `(d,)`, or None.
+        places: the position of each, `(N,)`, or None.
+        real: whether it counts, `(N,)`; None for all.
+        inside: what restrictions allow, `(N,)`, or None.
+    """
+
+    x: Tensor
+    out: Tensor
+    bias: Tensor | None
+    places: Tensor | None = None
+    real: Tensor | None = None
+    inside: Tensor | None = None
+
+    def put(self, call: _Call) -> None:
+        """What is said of the positions, at the rows."""
+        if self.places is None:
+            if call.told.inside is not None:
+                raise TokenGateError(
+                    "restrict was asked of experts whose forward is not given the experts of each "
+                    "position, (T, K), so that nobody knows which position a row is: restrict "
+                    "other layers, {'pattern': mask}."
+                )
+            return
+        if call.told.inside is not None:
+            self.inside = call.told.inside.reshape(-1)[self.places]
+        mask = counted(call.mask, call.told.inside)
+        if mask is not None:
+            self.real = (mask.reshape(-1) != 0).to(self.x.device)[self.places]
+
+    def at(self, which: Any) -> _Rows:
+        """Some of them, or all in another order."""
+        rest = (self.places, self.real, self.inside)
+        return _Rows(
+            self.x[which], self.out[which], self.bias, *(t if t is None else t[which] for t in rest)
+        )
+
+
+class _Call:
+    """A call of the owner, as far as one projection is concerned."""
+
+    def __init__(self, layer: GatedExperts, told: Told, shape: torch.Size) -> None:
+        self.layer, self.told, self.shape = layer, told, shape
+        named = isinstance(told.choice, str)
+        self.adapter = layer.adapter(told.choice) if named else None
+        # A mask of other positions than these is of none.
+        fits = told.mask is not None and told.mask.numel() == shape.numel()
+        self.mask = told.mask if fits else None
+        self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
+        counts = layer.training and self.gate is not None and self.gate.counts
+        self.needs_places = bool(
+            counts or self.observers or self.mask is not None or told.inside is not None
+        )
+
+    @property
+    def modification(self) -> Modification:
+        """Of all experts."""
+        assert self.adapter is not None
+        return self.adapter[0]
+
+    @property
+    def gate(self) -> Gate | None:
+        """Of all experts."""
+        return None if self.adapter is None else self.adapter[1]
+
+    @cached_property
+    def each(self) -> list[tuple[Any, Modification, Gate | None]]:
+        """The layer, modification and gate of each expert."""
+        layers = self.layer.each()
+        gates = [None] * len(layers) if self.gate is None else cast(Any, self.gate).each()
+        return list(zip(layers, cast(Any, self.modification).each(), gates, strict=True))
+
+    def of_one(self, expert: int, rows: _Rows) -> Tensor:
+        """The changed rows of one expert."""
+        linear, modification, gate = self.each[expert]
+        w = without_bias(rows.out, rows.bias) if modification.reads_w else rows.out
+        factors = modification.factors(rows.x, w, linear)
+        m = whole_of(modification, rows.x, w) if factors is None else factors
+        change = Change(rows.out, rows.bias, m)
+        wants = any(observer.norms for observer in self.observers)
+        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        self._tell([expert], None, rows, found)
+        return found.h
+
+    def of_all(self, groups: Groups, rows: _Rows) -> Tensor:
+        """The changed rows of several experts."""
+        modification, gate = self.modification, self.gate
+        if not modification.stacks or not (gate is None or gate.stacks):
+            return self._one_by_one(groups, rows)
+        maps = modification.maps(cast(Any, self.layer), rows.out.dtype)
+        assert maps is not None
+        factors = maps.grouped(rows.x, modification.training, groups)
+        change = Change(rows.out, rows.bias, factors)
+        wants = any(observer.norms for observer in self.observers)
+        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        self._tell(range(self.layer.num_experts), groups, rows, found)
+        return found.h
+
+    def _one_by_one(self, groups: Groups, rows: _Rows) -> Tensor:
+        parts, at = [], 0
+        for expert, own in groups.slices():
+            parts.append(self.of_one(expert, rows.at(own)))
+            at = own.stop
+        parts.append(rows.out[at:])
+        return torch.cat(parts)
+
+    def _tell(
+        self, experts: Iterable[int], groups: Groups | None, rows: _Rows, found: Changed
+    ) -> None:
+        """Tell observers and the gate, expert by expert, of its positions."""
+        gate = self.gate
+        counts = self.layer.training and gate is not None and gate.counts
+        if not (self.observers or counts):
+            return
+        told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
+        for expert in experts:
+            own, of = rows, found
+            if groups is not None:
+                of_expert = (groups.of_row == expert).nonzero().flatten()
+                pick = partial(torch.index_select, dim=0, index=of_expert)
+                own, of = rows.at(of_expert), _each(found, pick)
+            of, real = self._at_positions(own, of)
+            for observer in told:
+                observer.of(expert).tell(of.is_open, of.h, real, of.norms)
+            if counts and of.is_open is not None:
+                cast(Gate, gate).count(of.is_open, of.scores, real)
+
+    def _at_positions(self, rows: _Rows, found: Changed) -> tuple[Changed, Tensor | None]:
+        """The same by samples, (B, T), with something in the shape of h; and what is real."""
+        if rows.places is None:
+            return found, None if rows.real is None else rows.real.unsqueeze(-1)
+        places, count = rows.places, self.shape.numel()
+        shape = self.shape if self.mask is None else self.mask.shape
+        shape = torch.Size((*shape, 1)) if len(shape) == 1 else shape
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(count).index_copy(0, places, values).view(shape)
+
+        real = torch.ones_like(places, dtype=torch.bool) if rows.real is None else rows.real
+        here = rows.out.new_empty((1,)).expand(*shape, 1)
+        return _each(found, spread)._replace(h=here), spread(real)
+
+
+def _each(found: Changed, of: Callable[[Tensor], Tensor]) -> Changed:
+    """Of numbers of positions, some or in another order; h stays."""
+    opened, norms, scores = found.is_open, found.norms, found.scores
+    return Changed(
+        found.h,
+        None if opened is None else of(opened),
+        None if norms is None else (reshaped(norms[0], of), reshaped(norms[1], of)),
+        None if scores is None else of(scores),
+    )
+
+
+def _groups(whose: Whose, experts: int, rows: int) -> Groups:
+    if whose.ends is not None:
+        return Groups(whose.ends, rows)
+    assert whose.rows is not None
+    return Groups(torch.arange(1, experts + 1) * whose.rows, rows)

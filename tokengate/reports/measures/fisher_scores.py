@@ -1,0 +1,96 @@
+"""How much of the loss hangs on each layer's modification: what a run says about the next one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.errors import TokenGateError, brief
+from tokengate.layers.batches import check_batches, keeping_modes, run
+from tokengate.layers.patched import require_layers
+from tokengate.layers.restriction import restrict
+
+#: The loss of a model on a batch, a tensor of one element with gradients.
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+
+
+def fisher_scores(
+    model: nn.Module, batches: Iterable[Any], loss: Loss | None = None
+) -> dict[str, float]:
+    """The sum over positions of (a_i mu_i)^2 in every patched layer, on average over `batches`:
+
+        scores = tokengate.fisher_scores(model, batches)  # after a short run, gated or not
+        targets = tokengate.select(scores, 0.4, by="fisher")
+
+    mu_i = <dL/dh_i, m_i> (eq. 10) is, to first order, what the loss would lose if M(x_i) were left
+    away; its expected square is what `gate="fisher"` asks of a position, and the sum of it what the
+    layer holds. A position that its gate closes (a_i = 0) holds nothing. Of every method, with
+    factors or without. One backward pass for each batch, in evaluation mode; no gradient and
+    nothing else is left behind.
+
+    Args:
+        model: a patched model that was trained for some steps: untrained, M(x) is 0 everywhere, and
+            so are these (`suggest` takes a step by itself).
+        batches: what the model is called with, labels among it; or what `loss` wants.
+        loss: of a model and a batch; by default what the model returns as `loss`.
+
+    Returns:
+        By the layers' names, in the loss's unit squared. A mean over twice as many positions makes
+        all of them smaller alike.
+
+    Raises:
+        TokenGateError: no layer is patched; there are no batches; there is no loss.
+    """
+    require_layers(model, "fisher_scores")
+    check_batches("fisher_scores", batches)
+    sums = dict.fromkeys(require_layers(model, "fisher_scores"), 0.0)
+    count = 0
+    for batch in batches:
+        count += 1
+        for name, calls in _gradients(model, batch, loss or loss_of).items():
+            sums[name] += sum(float(g.double().square().sum()) for g in calls)
+    if not count:
+        raise TokenGateError("fisher_scores was given no batches: pass at least one.")
+    return {name: total / count for name, total in sums.items()}
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """What the model returns as its loss.
+
+    Raises:
+        TokenGateError: it returns none.
+    """
+    output = run(model, batch)
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        raise TokenGateError(
+            f"{type(model).__name__} returned no loss, but {brief(output)}: pass batches with "
+            "labels, or loss=lambda model, batch: ..."
+        )
+    return found
+
+
+def _gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, list[Tensor]]:
+    """a_i mu_i at every position of every call, by layer: dL of a weight of 1 at each of them."""
+    leaves: dict[str, list[Tensor]] = defaultdict(list)
+
+    def weight(name: str, shape: torch.Size) -> Tensor:
+        leaves[name].append(torch.ones(shape, requires_grad=True))
+        return leaves[name][-1]
+
+    with keeping_modes(model), torch.enable_grad(), restrict(model, weight):
+        model.eval()
+        total = loss(model, batch)
+        flat = [leaf for calls in leaves.values() for leaf in calls]
+        if not (flat and total.requires_grad):
+            return {}
+        # Not of parameters: what they have as .grad stays theirs.
+        found = iter(torch.autograd.grad(total.sum(), flat, allow_unused=True))
+    return {
+        name: [g for g in (next(found) for _ in calls) if g is not None]
+        for name, calls in leaves.items()
+    }

@@ -1,0 +1,1 @@
+"""What is looked at while others train: each said once, and nothing changed."""

@@ -1,0 +1,102 @@
+"""Gates that train into nothing: closed everywhere, or open everywhere. It is said once.
+
+A loss that falls tells nothing of it. A tau above 0 before M(x) has grown closes all positions,
+which then get no gradient ever after. One that moves in steps too large for r does so later, and
+one in steps too small closes nothing. What is closed is looked at in few steps, and what that takes
+counted in these alone, so that the others cost nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tokengate.errors import TokenGateError, UselessGateWarning
+from tokengate.gates.base import Gate
+from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.sharding import numbers_here
+from tokengate.training.following import moved_by
+
+# At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
+_LOOKS, _PATIENCE = (16, 64, 256, 1024), 64
+# What is all positions: some that are never closed, where w is 0, are in every batch.
+_ALL = 0.99
+# How many steps an optimiser has taken, and which ones have been told of.
+_STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_TOLD: WeakSet[Optimizer] = WeakSet()
+_REMEDY = (
+    "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to param_groups "
+    "and no s"
+)
+
+Own = list[tuple[nn.Parameter, Gate]]
+
+
+# Left out of graphs, which warn of nothing.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
+    if not own:
+        return
+    step = _STEPS[optimizer] = _STEPS.get(optimizer, 0) + 1
+    if step == 1:
+        _refuse_stillborn(own)
+    if optimizer in _TOLD:
+        return
+    if step in _LOOKS:
+        _look(optimizer, own, step)
+    for tau, gate in own:
+        if not gate.relative:  # which counts at every step
+            gate._seen = no_counts(tau.device) if step + 1 in _LOOKS else None
+
+
+def _refuse_stillborn(own: Own) -> None:
+    """A tau above 0 whose gradient is 0, without lambda's part: all is closed, and nothing else."""
+    given = [tau for tau, _ in own if tau.grad is not None]
+    taus, gradients = numbers_here(given), numbers_here(t.grad for t in given if t.grad is not None)
+    found = [(t, g) for t, g in zip(taus, gradients, strict=True) if t is not None and t > 0]
+    # One layer alone may have seen no position in this step, as an expert.
+    if found and all(gradient == 0 for _, gradient in found):
+        raise TokenGateError(
+            f"tau is {found[0][0]:g} in front of {len(found)} modifications that are 0 everywhere, "
+            "as new ones are: all positions are closed, and nothing ever gets a gradient; patch "
+            "with tau=0 and have a wanted share closed by tokengate.SparsitySchedule, or by "
+            "tokengate.calibrate after training."
+        )
+
+
+def _look(optimizer: Optimizer, own: Own, step: int) -> None:
+    told = [(tau, gate._seen) for tau, gate in own if gate._seen is not None]
+    taus = numbers_here(tau for tau, _ in told)
+    closed, largest = [], 0.0
+    for tau, (_, seen) in zip(taus, told, strict=True):
+        if tau is not None and bool(seen.any()):
+            log = torch.full((), max(tau, 0.0), dtype=seen.dtype, device=seen.device).log2()
+            closed.append(float(share_below(seen, log)))
+            largest = max(largest, tau)
+    if not closed:
+        return
+    share = sum(closed) / len(closed)
+    if share > _ALL:
+        found = "closes all positions"
+    elif share == 0 and step >= _PATIENCE:
+        found = "closes no position"
+    else:
+        return
+    _TOLD.add(optimizer)
+    warnings.warn(
+        f"after {step} steps of {type(optimizer).__name__} tau, up to {largest:.2g}, {found} in "
+        f"the {len(closed)} layers with a gate: {_REMEDY}.",
+        UselessGateWarning,
+        stacklevel=6,
+    )
+
+
+register_optimizer_step_pre_hook(_before_step)

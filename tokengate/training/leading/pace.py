@@ -1,0 +1,68 @@
+"""tau's steps in units of what r is: where a training's length is known, and no s was given.
+
+How large ||m_i|| / ||w_i|| will be nobody knows before, and at first it is 0. A tau that went its
+way in absolute steps would be beyond all of it before M(x) has grown. So the steps that an
+optimiser takes with a tau, whichever it is, are multiplied by the median of r in its layer, of the
+positions of that step: the taus' learning rate is then a share of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tokengate.gates.base import Gate
+from tokengate.gates.score_counts import log_quantile
+from tokengate.sharding import local_part
+from tokengate.training.following import moved_by
+
+# The values of the taus before a step, by the optimiser that takes it.
+_BEFORE: WeakKeyDictionary[Optimizer, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
+
+
+def _paced(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
+    """The taus that this optimiser moves in these units."""
+    return ((p, gate) for p, gate in moved_by(optimizer) if gate.relative and not gate.is_led)
+
+
+# Left out of graphs, as what else watches optimisers.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    held = {p: local_part(p).clone() for p, _ in _paced(optimizer)}
+    if held and optimizer not in _BEFORE:  # a step that calls its parent class's is announced twice
+        _BEFORE[optimizer] = held
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    before = _BEFORE.pop(optimizer, {})
+    own = [(p, gate) for p, gate in _paced(optimizer) if p in before and gate._seen is not None]
+    if not own:
+        return
+    device = next(iter(before.values())).device
+    seen = torch.stack([gate._seen.to(device) for _, gate in own if gate._seen is not None])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(seen)
+    seen[:, -1] = 0  # where w is 0
+    # Of a layer without positions, or with M(x) = 0, it is 0: its tau stays.
+    medians = log_quantile(seen, 0.5).exp2()
+    for (tau, gate), median in zip(own, medians, strict=True):
+        there = local_part(tau)
+        there.copy_(torch.lerp(before[tau], there, median.to(there)))
+        if gate._seen is not None:
+            gate._seen.zero_()
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,299 @@
+"""A wanted sparsity: thresholds that follow a rising quantile of what they are compared with."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengate.arguments import count, finite, share, switch
+from tokengate.errors import TokenGateError, UnreachedSparsityWarning, brief
+from tokengate.gates.base import Gate
+from tokengate.gates.fisher import FisherGate
+from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
+from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.layers.patched import require_layers
+from tokengate.sharding import local_part
+from tokengate.training.leading.quantile_tracker import QuantileTracker
+from tokengate.training.wrapped_optimizers import hooked_in
+
+# The share of a training in which the wanted share of closed positions rises to the target.
+_RISE = 0.6
+# How far the share that the last thresholds close may be from the target without a word.
+_NEAR = 0.03
+
+
+class SparsitySchedule:
+    """Leads every threshold of a model so that a wanted share of the positions is closed:
+
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4))
+        schedule = tokengate.SparsitySchedule(model, optimizer, target=0.6, total_steps=1000)
+
+    It hooks itself into `optimizer.step()`; the training loop needs no other call. The share of
+    positions to be closed rises from 0 to the target on a cubic, p = target (1 - (1 - x)^3), with x
+    from 0 to 1 over the first 60 % of the steps. At each step the thresholds become the quantile at
+    p of the scores of the step's positions (r, or what a gate's `scores` gives), all layers
+    together: which layers close is decided by their scores. Scores grow with M(x); so the quantile
+    is averaged over steps in their growth and their distribution apart (`QuantileTracker`), and
+    nothing closes before M(x) has grown. After the last step the thresholds stay as they are.
+
+    Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
+    another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
+    micro-batches and ranks, and are not counted twice where activations are computed again.
+
+    While it leads them, taus have no gradient of their own: `optimizer.step()` does not see it.
+    The rule is not the paper's, which learns tau by eq. 14-22; `learn_from` goes over to it.
+
+    Of a step's forwards those count that gradients come back through, in training mode: no
+    `generate`, no reference. A step that a GradScaler skips is never seen here, so say it:
+    `schedule.skip_step()`, after a `scaler.update()` that lowered the scale. Fused optimisers and
+    `TokenGateCallback` do.
+
+    Args:
+        model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
+            `"fisher"`, or of one's own.
+        optimizer: that trains the modifications.
+        target: the share of positions to be left unmodified, between 0 and 1.
+        total_steps: optimiser steps of the whole training.
+        per_layer: True leads every layer to the target; otherwise all layers have one threshold,
+            and the target is that of all together.
+        learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
+            from where they are; None for never.
+
+    Attributes:
+        step: optimiser steps seen.
+
+    Raises:
+        TokenGateError: no layer has a gate with a threshold; something else leads them already; a
+            number is out of its range. In the first step: no position was seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        target: float,
+        total_steps: int,
+        *,
+        per_layer: bool = False,
+        learn_from: float | None = None,
+    ) -> None:
+        self.target = finite("target", target)
+        if not 0 < self.target < 1:
+            raise TokenGateError(
+                f"target={brief(target)} is not between 0 and 1: pass the share of positions that "
+                "is to be left unmodified, e.g. 0.6."
+            )
+        self.total_steps = count("total_steps", total_steps)
+        self._last = self.total_steps
+        if learn_from is not None and learn_from != 1:
+            self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
+        self._learns = learn_from is not None
+        self._gates = _gates_of(model)
+        self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
+        self.step = 0
+        devices = [threshold.device for threshold in self._thresholds]
+        # On one device, however many the model is on.
+        self._device = devices[0]
+        layers = len(self._gates) if switch("per_layer", per_layer) else 1
+        self._tracker = QuantileTracker(layers, self.total_steps, self._device)
+        self._folded = torch.zeros(len(self._gates), dtype=self._tracker.dtype, device=self._device)
+        self._sparsity = torch.full((), torch.nan, device=self._device)
+        # The thresholds in use, as log2, one for each layer or one.
+        self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
+        self._log_thresholds = self._log_thresholds.to(self._device)
+        for gate, device in zip(self._gates.values(), devices, strict=True):
+            gate._seen, gate._led = no_counts(device), True
+            if isinstance(gate, FisherGate):
+                gate.start_feeding()
+        self._write()
+        inside = next(iter(hooked_in(optimizer)), None)
+        if inside is None:
+            self._release()
+            raise TokenGateError(
+                f"SparsitySchedule was given {brief(optimizer)} as the optimizer: pass a "
+                "torch.optim.Optimizer, or what wraps one."
+            )
+        self._hook = inside.register_step_pre_hook(self._before_step)
+        # Before what takes tau's gradient out of the optimiser's sight.
+        hooks: Any = inside._optimizer_step_pre_hooks
+        hooks.move_to_end(self._hook.id, last=False)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity in the training batch of the last step (eq. 23); NaN before the first."""
+        return float(self._sparsity)
+
+    @property
+    def wanted(self) -> float:
+        """The share that the thresholds of the next forward are to close."""
+        x = min(1.0, self.step / max(1.0, _RISE * self.total_steps))
+        return self.target * (1 - (1 - x) ** 3)
+
+    def detach(self) -> None:
+        """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
+        self._hook.remove()
+        self._release()
+
+    def skip_step(self) -> None:
+        """Forget what was counted for a step that is not taken: it is no part of the next one."""
+        for gate in self._gates.values():
+            for seen in (gate._seen, getattr(gate, "_fed", None)):
+                if seen is not None:
+                    seen.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on as if it had not stopped, but for the model's."""
+        return {
+            "step": self.step,
+            "layers": list(self._gates),
+            "folded": self._folded.clone(),
+            "thresholds": self._log_thresholds.clone(),
+            "tracker": self._tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, which `state_dict` returned for a model with the same layers.
+
+        Raises:
+            TokenGateError: it is of other layers, or of a schedule with another `per_layer`.
+        """
+        if list(state["layers"]) != list(self._gates):
+            other = sorted({*state["layers"]} ^ {*self._gates})
+            raise TokenGateError(
+                "the state to load and this schedule differ in the layer "
+                f"{brief(other[0] if other else state['layers'][0])}: load it into a model that is "
+                "patched in the same way."
+            )
+        if state["thresholds"].shape != self._log_thresholds.shape:
+            raise TokenGateError(
+                "the state to load is of a schedule with another per_layer: make this one as that "
+                "one was made."
+            )
+        self.step = int(state["step"])
+        self._folded.copy_(state["folded"])
+        self._log_thresholds.copy_(state["thresholds"])
+        self._tracker.load_state_dict(state["tracker"])
+        self._write()
+        if self.step >= self._last:
+            self._release()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if is_part(optimizer, kwargs):
+            return None
+        step = self.step
+
+        def look() -> None:
+            if self.step == step:  # of a closure's calls the first
+                self._look(optimizer)
+            if not (self._learns and self.step > self._last):
+                for threshold in self._thresholds:
+                    threshold.grad = None  # no optimiser touches a parameter without a gradient
+
+        return once_there_are_gradients(args, kwargs, look)
+
+    @torch.no_grad()
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        # A fused optimiser is stepped by a GradScaler on infinite gradients, too.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf > 0):
+            self.skip_step()
+            return
+        self.step += 1
+        if self.step > self._last:
+            return
+        seen, fed = self._collected()
+        if self.step == 1 and not bool(seen.any()):
+            raise TokenGateError(
+                f"SparsitySchedule saw no position in any of its {len(self._gates)} layers before "
+                "the first optimizer.step(): call the model in training mode, and "
+                "loss.backward(), before it."
+            )
+        self._fold(fed)
+        counts = self._by_threshold(seen)
+        self._sparsity = share_below(counts, self._log_thresholds).mean()
+        self._tracker.add(counts)
+        self._log_thresholds = self._tracker.quantile(self.wanted)
+        self._write()
+        if self.step == self._last:
+            self._warn_of_a_miss()
+            self._release()
+
+    def _collected(self) -> tuple[Tensor, list[Tensor]]:
+        """What all ranks have counted and fed since the last step, by layer."""
+        gates = list(self._gates.values())
+        seen = torch.stack(
+            [gate._seen.to(self._device) for gate in gates if gate._seen is not None]
+        )
+        fed = [g._fed.to(seen) for g in gates if isinstance(g, FisherGate) and g._fed is not None]
+        flat = torch.cat(fed) if fed else seen.new_zeros(0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+            if len(flat):
+                torch.distributed.all_reduce(flat)
+        self.skip_step()
+        return seen, list(torch.split(flat, [len(each) for each in fed]))
+
+    def _fold(self, fed: list[Tensor]) -> None:
+        own = [g for g in self._gates.values() if isinstance(g, FisherGate)]
+        at = [i for i, g in enumerate(self._gates.values()) if isinstance(g, FisherGate)]
+        for gate, place, new in zip(own, at, fed, strict=True):
+            self._folded[place] += new[-1] > 0
+            gate.fold(new.to(gate.Q.device), self._folded[place].clamp(min=1).to(gate.Q.device))
+
+    def _by_threshold(self, seen: Tensor) -> Tensor:
+        """The counts behind each threshold, `(layers or 1, BINS)`; every layer weighs alike."""
+        total = seen.sum(-1, keepdim=True)
+        shares = seen / torch.where(total > 0, total, 1)
+        return shares if len(self._log_thresholds) > 1 else shares.sum(0, keepdim=True)
+
+    def _write(self) -> None:
+        values = self._log_thresholds.exp2().expand(len(self._gates))
+        with torch.no_grad():
+            for threshold, value in zip(self._thresholds, values, strict=True):
+                own = local_part(threshold)
+                if own.numel():  # else another rank has it
+                    own.copy_(value)
+
+    def _release(self) -> None:
+        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
+            gate._led = False
+            gate.set_pace(gate.relative)
+            if isinstance(gate, FisherGate):
+                gate.stop_feeding()
+
+    def _warn_of_a_miss(self) -> None:
+        closed = float(share_below(self._tracker.counts(), self._tracker.relative(
+            self._log_thresholds)).mean())  # fmt: skip
+        if abs(closed - self.target) <= _NEAR:
+            return
+        warnings.warn(
+            f"SparsitySchedule was to close {self.target:.0%} of the positions and ended with "
+            f"{closed:.0%}.",
+            UnreachedSparsityWarning,
+            stacklevel=4,
+        )
+
+
+def _gates_of(model: nn.Module) -> dict[str, Gate]:
+    gates = {
+        name: layer.gate
+        for name, layer in require_layers(model, "SparsitySchedule").items()
+        if layer.gate is not None and layer.gate.threshold is not None
+    }
+    if not gates:
+        raise TokenGateError(
+            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
+            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
+        )
+    for name, gate in gates.items():
+        if gate.is_led or getattr(gate, "_controlled", None) is not None:
+            raise TokenGateError(
+                f"{name!r} has a SparsitySchedule or a SparsityController already: call its "
+                "detach() first."
+            )
+    return gates
