@@ -82,3 +82,19 @@ def test_notebooks_are_kept_without_what_they_print():
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         assert len(code) > 5
         assert all(c["outputs"] == [] and c["execution_count"] is None for c in code), path
+
+
+def test_the_integrations_are_imported_as_their_page_says():
+    """Where each heading says; what it describes lies deeper in a package."""
+    described = re.findall(
+        r"^::: integrations\.([\w.]+)\n +options:\n +heading: ([\w.]+)$",
+        page("docs/reference_integrations.md"),
+        re.MULTILINE,
+    )
+    assert len(described) == page("docs/reference_integrations.md").count("\n:::") > 20
+    for path, heading in described:
+        module, name = heading.rsplit(".", 1)
+        source = ROOT / "integrations" / module.replace(".", "/")
+        file = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+        assert path.endswith(f".{name}")
+        assert re.search(rf"\b{name}\b", file.read_text()), heading
