@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import pathlib
+import resource
 import signal
 import sys
 import traceback
@@ -43,6 +44,7 @@ END = "<!-- end -->\n"
 # Larger ones would take a machine's memory, and minutes.
 _LARGEST = 120_000_000
 _SECONDS = 90
+_MEMORY = 12 << 30  # of addresses, of which torch's libraries take four
 
 # The heads in the order of choosing: what people train first, the model without a head last.
 _HEADS = (
@@ -110,7 +112,7 @@ def survey(model_type: str, kind: str) -> Found:
     except Exception as error:
         found.reason = _brief(error)
         return found
-    targets = "all-linear" if _has_linear(build()) else _is_plain_convolution
+    targets = _targets(build())
     found.outcome, found.layers, found.called, found.reason = _outcome(build, inputs, targets)
     if targets := stacked(build()):
         experts, _, _, reason = _outcome(build, inputs, targets)
@@ -119,8 +121,12 @@ def survey(model_type: str, kind: str) -> Found:
     return found
 
 
-def _has_linear(model: nn.Module) -> bool:
-    return any(is_linear(module) for module in model.modules())
+def _targets(model: nn.Module) -> Any:
+    """All that is linear; of a model without that its convolutions."""
+    if any(is_linear(module) for module in model.modules()):
+        return "all-linear"
+    convolves = any(_is_plain_convolution("", module) for module in model.modules())
+    return _is_plain_convolution if convolves else "all-linear"
 
 
 def _is_plain_convolution(name: str, module: nn.Module) -> bool:
@@ -182,9 +188,11 @@ def _outcome(build: Any, inputs: dict[str, Any], targets: Any) -> tuple[str, int
             return check(build(), inputs, targets)
     except tokengate.TokenGateError as error:
         return "refused", 0, 0, str(error)
-    except TimeoutError as error:
+    except (TimeoutError, MemoryError) as error:
         return "unbuilt", 0, 0, str(error)
     except Exception as error:
+        if "allocate memory" in str(error):
+            return "unbuilt", 0, 0, "takes more memory than a survey has"
         return "failed", 0, 0, _brief(error)
 
 
@@ -385,6 +393,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.RLIM_INFINITY))
     asked.results.parent.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, asked.part.split("/"))
     for model_type, kind in list(classes().items())[part::parts]:
