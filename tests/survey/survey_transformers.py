@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from inputs import generic_inputs
-from results import ROOT, Found, counted, keep, read, write
 from shrinking import WAYS, shrunken
 from special_cases import SPECIAL, Special
+from survey_inputs import generic_inputs
+from survey_results import ROOT, Found, counted, keep, read, write
 from torch import Tensor, nn
 
 import tokengate

@@ -8,7 +8,7 @@ import tokengate
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
-import results as written  # noqa: E402
+import survey_results as written  # noqa: E402
 import survey_transformers as survey  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
