@@ -57,7 +57,7 @@ _WIDTH = re.compile(
     r"|^(d_\w+|dim|dims|width|embed_dims?|n_embd|channels|hidden|mrope_section|conv_dim|inner_dim)$"
 )
 _NO_WIDTH = re.compile(
-    r"image|patch|kernel|window|chunk|vocab|batch|grid|stride|pool|position|block_size|segment|"
+    r"image|patch|tubelet|kernel|window|chunk|vocab|batch|grid|stride|pool|position|block_size|segment|"
     r"sample|tile|crop|context|merge|temporal|mel|^num_|in_channels|input_channels|bucket|group|"
     r"type_|label|class|spatial|cache|queue|codebook_size|resolution|lookback|num_feat|conv_width|"
     r"input_size|n_channels|frame|conv_size|crop|step|max_|head_channels|feature_size|output_size|"

@@ -12,22 +12,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import pathlib
+import resource
 import signal
-import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from inputs import generic_inputs
 from shrinking import WAYS, shrunken
 from special_cases import SPECIAL, Special
+from survey_inputs import generic_inputs
+from survey_results import ROOT, Found, counted, keep, read, write
 from torch import Tensor, nn
 
 import tokengate
@@ -35,14 +34,11 @@ from tokengate.errors import UnreachedLayerWarning
 from tokengate.linears.experts import is_expert
 from tokengate.linears.linear_like import is_linear
 
-ROOT = pathlib.Path(__file__).parents[2]
-RESULTS, TABLE = ROOT / "build" / "survey.jsonl", ROOT / "docs" / "survey.md"
-PAGE = ROOT / "docs" / "models.md"
-BEGIN = "<!-- the counts, from `python tests/survey/survey_transformers.py --write` -->\n"
-END = "<!-- end -->\n"
+RESULTS = ROOT / "build" / "survey.jsonl"
 # Larger ones would take a machine's memory, and minutes.
 _LARGEST = 120_000_000
 _SECONDS = 90
+_MEMORY = 12 << 30  # of addresses, of which torch's libraries take four
 
 # The heads in the order of choosing: what people train first, the model without a head last.
 _HEADS = (
@@ -55,29 +51,6 @@ _HEADS = (
     "IMAGE_CLASSIFICATION",
     "OBJECT_DETECTION",
 )
-
-
-@dataclass
-class Found:
-    """What was found of one model type.
-
-    Attributes:
-        outcome: "reached": every patched layer was called, trained, and given back; "partly": some
-            were never called with this input, and a warning said which; "refused", with the
-            sentence; "failed"; or "unbuilt": the base itself could not be built or run.
-        layers: how many were patched.
-        called: how many of these were called.
-        experts: of those held together in 3-D parameters, the same outcomes; "" where none are.
-        reason: the sentence, the warning or the error.
-    """
-
-    model_type: str
-    kind: str = ""
-    outcome: str = "unbuilt"
-    layers: int = 0
-    called: int = 0
-    experts: str = ""
-    reason: str = ""
 
 
 def classes() -> dict[str, str]:
@@ -110,7 +83,7 @@ def survey(model_type: str, kind: str) -> Found:
     except Exception as error:
         found.reason = _brief(error)
         return found
-    targets = "all-linear" if _has_linear(build()) else _is_plain_convolution
+    targets = _targets(build())
     found.outcome, found.layers, found.called, found.reason = _outcome(build, inputs, targets)
     if targets := stacked(build()):
         experts, _, _, reason = _outcome(build, inputs, targets)
@@ -119,8 +92,12 @@ def survey(model_type: str, kind: str) -> Found:
     return found
 
 
-def _has_linear(model: nn.Module) -> bool:
-    return any(is_linear(module) for module in model.modules())
+def _targets(model: nn.Module) -> Any:
+    """All that is linear; of a model without that its convolutions."""
+    if any(is_linear(module) for module in model.modules()):
+        return "all-linear"
+    convolves = any(_is_plain_convolution("", module) for module in model.modules())
+    return _is_plain_convolution if convolves else "all-linear"
 
 
 def _is_plain_convolution(name: str, module: nn.Module) -> bool:
@@ -182,9 +159,11 @@ def _outcome(build: Any, inputs: dict[str, Any], targets: Any) -> tuple[str, int
             return check(build(), inputs, targets)
     except tokengate.TokenGateError as error:
         return "refused", 0, 0, str(error)
-    except TimeoutError as error:
+    except (TimeoutError, MemoryError) as error:
         return "unbuilt", 0, 0, str(error)
     except Exception as error:
+        if "allocate memory" in str(error):
+            return "unbuilt", 0, 0, "takes more memory than a survey has"
         return "failed", 0, 0, _brief(error)
 
 
@@ -302,74 +281,6 @@ def _limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def read(path: pathlib.Path) -> dict[str, Found]:
-    """What was found before, by model type."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    each = [Found(**json.loads(line)) for line in lines]
-    return {found.model_type: found for found in each}
-
-
-def written() -> dict[str, Found]:
-    """What docs/survey.md has, by model type."""
-    found = {}
-    for line in TABLE.read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 7 and cells[2].isdecimal():
-            model_type, kind, layers, called, outcome, experts, reason = cells
-            own = (model_type, kind, outcome, int(layers), int(called), experts, reason)
-            found[model_type] = Found(*own)
-    return found
-
-
-def table(results: dict[str, Found]) -> str:
-    """The counts, and a row for each architecture."""
-    lines = [
-        "# Survey of transformers",
-        "",
-        "Written by `python tests/survey/survey_transformers.py --write`.",
-        "",
-        counts(results),
-        "",
-        "| model type | class | layers | called | all-linear | experts | what was said |",
-        "|---|---|--:|--:|---|---|---|",
-    ]
-    for found in sorted(results.values(), key=lambda each: each.model_type):
-        reason = " ".join(found.reason.split()).replace("|", "/").replace("<", "&lt;")
-        reason = reason if len(reason) < 160 else reason[:157] + "..."
-        cells = (found.model_type, found.kind, found.layers, found.called, found.outcome)
-        lines.append(f"| {' | '.join(map(str, cells))} | {found.experts} | {reason} |")
-    return "\n".join(lines) + "\n"
-
-
-def counts(results: dict[str, Found]) -> str:
-    """One paragraph."""
-    outcomes = Counter(found.outcome for found in results.values())
-    experts = Counter(found.experts for found in results.values() if found.experts)
-    unbuilt = outcomes.pop("unbuilt", 0)
-    layers = sum(found.called for found in results.values())
-    return (
-        f"Of {len(results)} model types {sum(outcomes.values())} could be built small and run; "
-        f"{unbuilt} could not, for reasons of their own (a library that is missing, inputs that "
-        "nothing tells, fields that do not fit when they are made small). "
-        f'`"all-linear"`: {_counted(outcomes)}; {layers} layers were called. '
-        f"Experts in 3-D parameters, in {sum(experts.values())} of them: {_counted(experts)}."
-    )
-
-
-def _counted(outcomes: Counter[str]) -> str:
-    order = ("reached", "partly", "refused", "failed")
-    return ", ".join(f"{outcomes[each]} {each}" for each in order)
-
-
-def write(results: dict[str, Found]) -> None:
-    """docs/survey.md, and the counts in docs/models.md."""
-    TABLE.write_text(table(results))
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    if not rest:
-        sys.exit(f"{PAGE} has no line {BEGIN.strip()!r}: put one where the counts belong.")
-    PAGE.write_text(f"{before}{BEGIN}\n{counts(results)}\n\n{END}{rest.partition(END)[2]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model_types", nargs="*", help="which; all that were not run yet")
@@ -385,7 +296,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.RLIM_INFINITY))
     part, parts = map(int, asked.part.split("/"))
     for model_type, kind in list(classes().items())[part::parts]:
         done = results.get(model_type)
@@ -395,12 +306,11 @@ def main() -> None:
             for found in (Found(model_type, kind, "failed", reason="the process ended"), None):
                 found = found or survey(model_type, kind)
                 results[model_type] = found
-                lines = (json.dumps(asdict(each)) for each in results.values())
-                asked.results.write_text("\n".join(lines) + "\n")
-            print(found.model_type, found.outcome, found.called, found.experts, found.reason[:150])
-            sys.stdout.flush()
+                keep(asked.results, results)
+            said = (found.outcome, found.called, found.experts, found.reason[:150])
+            print(found.model_type, *said, flush=True)
             gc.collect()
-    print(_counted(Counter(found.outcome for found in results.values())))
+    print(counted(Counter(found.outcome for found in results.values())))
 
 
 if __name__ == "__main__":
