@@ -2,6 +2,7 @@
 
 import re
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from places import ROOT
 from small_llama import Tokenizer, small_llama
 
 import tokengate
+from tokengate import errors
 
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
@@ -44,7 +46,9 @@ def check_methods(scope, printed, folder):
 
 
 def check_gates(scope, printed, folder):
-    assert 0.3 < float(printed.split("} ")[1].split()[0]) < 0.7
+    lines = printed.splitlines()
+    assert 0.4 < float(lines[0]) < 0.6
+    assert 0.3 < float(lines[1].split("} ")[1]) < 0.7
     assert isinstance(scope["model"][0].gate, scope["BySize"])
 
 
@@ -94,8 +98,8 @@ def check_targets(scope, printed, folder):
 
 def check_get_started(scope, printed, folder):
     first, second = re.findall(r"^sparsity ([\d.]+) %", printed, re.MULTILINE)
-    assert float(first) < 1
-    assert 20 < float(second) < 80
+    assert 30 < float(first) < 70
+    assert 10 < float(second) < float(first)
     assert "torch.Size([16, 20])" in printed
     assert list(tokengate.layers(scope["model"])) == ["1", "3"]
 
@@ -139,7 +143,10 @@ def test_a_page_runs(name, one_thread, one_process, capsys, tmp_path):
     if "distributed" in name:
         ids = torch.arange(3, 9)[None]
         scope = {"model": small_llama(), "batch": {"input_ids": ids, "labels": ids}}
-    run(name, scope)
+    # Which says so.
+    warned = pytest.warns(errors.SkippedModuleWarning) if "models" in name else nullcontext()
+    with warned:
+        run(name, scope)
     if name in CHECKS:
         CHECKS[name](scope, capsys.readouterr().out, tmp_path)
 

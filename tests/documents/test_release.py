@@ -25,7 +25,7 @@ def test_the_package_takes_its_version_from_there():
     tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
     settings = tomllib.loads(page("pyproject.toml"))
     assert settings["project"]["dynamic"] == ["version"]
-    assert settings["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "tokengate.__version__"
+    assert settings["tool"]["hatch"]["version"]["path"] == "tokengate/__init__.py"
     assert settings["project"]["readme"] == "docs/package_index.md"
     assert all(url.startswith("https://") for url in settings["project"]["urls"].values())
 

@@ -13,7 +13,9 @@ import tokengate
 from tokengate import errors
 
 PUBLIC = {
-    n for n in vars(tokengate) if n[0] != "_" and not isinstance(getattr(tokengate, n), type(sys))
+    name
+    for name in dir(tokengate)
+    if name[0] != "_" and not isinstance(getattr(tokengate, name), type(sys))
 }
 WARNINGS = {name for name in vars(errors) if name.endswith("Warning")}
 ANYWHERE = [
