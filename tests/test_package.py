@@ -271,8 +271,7 @@ def test_packages_on_disk_are_the_packages_listed():
     data = setuptools["package-data"]
     for file in (ROOT / "tokengate").rglob("*"):
         if file.is_file() and file.suffix not in (".py", ".pyc"):
-            folder = next(each for each in file.parents if (each / "__init__.py").exists())
-            package = ".".join(folder.relative_to(ROOT).parts)
+            package = ".".join(file.parent.relative_to(ROOT).parts)
             assert any(map(file.match, data[package])), file
     assert f'version = "{tokengate.__version__}"' in text
 
