@@ -144,8 +144,8 @@ def _percent(share: float | None) -> str:
 
 def _part(kind: str) -> str:
     """The files of a kind, one after the other, in the order of their names."""
-    found = sorted(files(__package__).joinpath(kind).iterdir(), key=lambda file: file.name)
-    return "\n".join(file.read_text(encoding="utf-8") for file in found)
+    found = (each.name for each in files(__package__).iterdir())
+    return "\n".join(_text(name) for name in sorted(found) if name.endswith(f".{kind}"))
 
 
 def _text(name: str) -> str:
