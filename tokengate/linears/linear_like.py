@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.linears.by_name import is_from
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.quantised import dequantised_blocks, is_quantised
 from tokengate.linears.slices import Slices
 
@@ -71,6 +72,8 @@ def in_memory(layer: LinearLike) -> Tensor | None:
 
 def holder(layer: LinearLike) -> Tensor:
     """The tensor that has the values of its weight, of which this may be a view."""
+    if isinstance(layer, StackedLinear):
+        return layer.held
     weight = whole(layer).weight
     return weight if weight._base is None else weight._base
 
@@ -83,7 +86,9 @@ def has_own_weight(layer: LinearLike) -> bool:
 @torch.no_grad()
 def write_rows(layer: LinearLike, rows: Tensor) -> None:
     """Write `(out_features, in_features)` over a weight that is rows of another's, in place."""
-    if isinstance(layer, LinearSlice):
+    if isinstance(layer, StackedLinear):
+        layer.write(rows)
+    elif isinstance(layer, LinearSlice):
         layer.slices.write(_dense(layer.fused).data, layer.name, rows)
     else:
         layer.weight.data.copy_(rows)
