@@ -185,3 +185,22 @@ def test_a_wrong_description_is_seen_when_it_runs():
     tokengate.patch(model, ["experts.w"], experts={"experts.w": "eio"})
     with pytest.raises(tokengate.TokenGateError, match="no product of rows"):
         model(x, index)
+
+
+def test_the_table_is_of_all_experts_and_a_picture_of_each():
+    plots = pytest.importorskip("tokengate.integrations.plots", reason="needs matplotlib")
+    model, (x, index) = make(), inputs()
+    with tokengate.record(model) as rec:
+        model(x, index)
+    report = rec.report()
+    assert len(report.modules) == 4
+    assert report.table.columns == ["w"]
+    assert report.table.values[0][0] == pytest.approx(report.sparsity)
+    (image,) = plots.experts(report).axes[0].get_images()
+    shares = image.get_array()
+    assert shares.shape == (1, 4)
+    assert shares.mask.tolist() == [[False, False, False, True]]
+    first = report.modules["experts.0.w"]
+    assert shares[0, 0] == pytest.approx(100 * first.modified / first.positions)
+    with pytest.raises(tokengate.TokenGateError, match="without an expert"):
+        plots.experts(tokengate.SparsityReport({}))
