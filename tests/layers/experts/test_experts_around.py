@@ -204,3 +204,21 @@ def test_the_table_is_of_all_experts_and_a_picture_of_each():
     assert shares[0, 0] == pytest.approx(100 * first.modified / first.positions)
     with pytest.raises(tokengate.TokenGateError, match="without an expert"):
         plots.experts(tokengate.SparsityReport({}))
+
+
+@pytest.mark.parametrize("way", ["linear", "in_order", "batched", "grouped"])
+def test_each_row_is_at_its_own_position_in_whatever_order_an_expert_has_them(way):
+    model, (x, _) = make(way), inputs()
+    index = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [1, 2], [2, 1], [0, 1], [1, 0]])
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
+    with tokengate.record(model, positions=True) as rec:
+        model(x, index, attention_mask=mask)
+    with tokengate.disabled(model):
+        base = model(x, index)
+    changed = (model(x, index) != base).any(-1)
+    for e in range(3):
+        (found,) = rec.positions[f"experts.{e}.w"]
+        wanted = ((index == e) & changed).any(-1).view(2, 4)
+        assert torch.equal(found & mask.bool(), wanted & mask.bool())
+    assert changed.any()
+    assert not changed.all()
