@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 import tokengate
 from tokengate import TokenGateError
 from tokengate.reports.report import SparsityReport, check_report
-from tokengate.reports.tables.sparsity_table import SparsityTable, name_grid
+from tokengate.reports.tables.sparsity_table import EXPERT, SparsityTable, name_grid
 
 # Okabe and Ito's colours, which colour-blind people tell apart, without their yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -91,6 +91,46 @@ def heatmap(found: SparsityReport | SparsityTable, ax: Axes | None = None) -> Fi
     overall = f", {100 * report.sparsity:.1f} % overall" if report else ""
     ax.set_title(f"positions left unmodified{overall}", fontsize=10)
     _figure(ax).colorbar(image, ax=ax, label="sparsity (%)")
+    return _figure(ax)
+
+
+def experts(report: SparsityReport, ax: Axes | None = None) -> Figure:
+    """Of a mixture, by layer and expert: the share of its routed positions that were modified.
+
+    Over all projections that are patched. An expert that was given no position is grey.
+
+    Args:
+        report: of a model whose experts are patched.
+        ax: where to draw; None for a figure of its own.
+
+    Raises:
+        TokenGateError: it is no report, or has no expert.
+    """
+    counts: dict[str, dict[int, list[int]]] = {}
+    for name, module in check_report("experts", report).modules.items():
+        found = EXPERT.search(name)
+        if found:
+            own = counts.setdefault(name[: found.start()], {}).setdefault(int(found[2]), [0, 0])
+            own[0] += module.modified
+            own[1] += module.positions
+    if not counts:
+        raise TokenGateError(
+            "experts was given a report without an expert: patch experts, and record the model."
+        )
+    width = 1 + max(max(row) for row in counts.values())
+    values = np.full((len(counts), width), math.nan)
+    for y, row in enumerate(counts.values()):
+        for x, (modified, positions) in row.items():
+            if positions:
+                values[y, x] = 100 * modified / positions
+    if ax is None:
+        ax = Picture(2.2 + 0.16 * width, max(1.2 + 0.24 * len(counts), 2.0)).subplots()
+    colours = matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=NOTHING)
+    image = ax.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
+    ax.set_yticks(range(len(counts)), list(counts), fontsize=8)
+    ax.set_xlabel("expert")
+    ax.set_title("routed positions that were modified", fontsize=10)
+    _figure(ax).colorbar(image, ax=ax, label="modified (%)")
     return _figure(ax)
 
 

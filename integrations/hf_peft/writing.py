@@ -26,6 +26,7 @@ from tokengate.integrations.hf_peft.format import (
 from tokengate.integrations.hf_peft.names import ModulesToSave, only
 from tokengate.layers.folded import Folded, base_layer
 from tokengate.layers.gated_linear import Gated
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearSlice, is_transposed
 from tokengate.methods.registry import METHODS
 from tokengate.names import named_modules, named_parameters, submodule
@@ -38,8 +39,10 @@ def the_method(patched: Mapping[str, Gated | Folded]) -> str:
         kind = type(layer.modification)
         method = METHODS.name_of(kind)
         is_slice = isinstance(base_layer(layer), LinearSlice)
-        if is_slice or not name or method not in KEYS:
+        are_experts = isinstance(base_layer(layer), StackedLinear)
+        if is_slice or are_experts or not name or method not in KEYS:
             what = "a slice of a fused layer" if is_slice else "modified"
+            what = "experts in a 3-D parameter, modified" if are_experts else what
             what = what if name else "the whole model,"
             raise TokenGateError(
                 f"export_peft found {name!r}, {what} by {method or kind.__name__!r}, which PEFT "

@@ -171,3 +171,10 @@ def test_refused_are_experts_over_processes_and_implementations_that_are_not_kno
             model(tokens())
     finally:
         del ALL_EXPERTS_FUNCTIONS._global_mapping["another"]
+
+
+def test_one_expert_as_a_report_names_it():
+    model, _, _ = build("qwen3_moe")
+    name = "model.layers.0.mlp.experts.3.down_proj"
+    with pytest.raises(TokenGateError, match=r"name them all, 'model.layers.0.mlp.experts.down"):
+        tokengate.patch(model, [name])

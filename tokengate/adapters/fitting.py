@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from tokengate.adapters.config import LayerConfig
 from tokengate.adapters.folder import SavedAdapter
+from tokengate.adapters.other_patch import (
+    axes_of,
+    divided_by,
+    other_patch,
+    otherwise_divided,
+    slices_of_config,
+)
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate, PenalisedGate
-from tokengate.gates.registry import GATES, check_options, with_defaults
+from tokengate.gates.registry import GATES, check_options
 from tokengate.gates.stacked import stacked
 from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
@@ -20,11 +27,9 @@ from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import features_of, is_linear_like, stub_of, whole
-from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.names import joined, named_modules, named_parameters, submodule
-from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patching.stack_targets import stacked_projections
 from tokengate.patching.targets import find_targets
 from tokengate.patterns import FullName, nearest
@@ -83,7 +88,7 @@ class Fit:
             if layer is None:
                 near = self._near(name, patched)
                 self._reject(name, f"is in the adapter and not patched in the model{near}")
-            elif reason := _other_patch(layer, config):
+            elif reason := other_patch(layer, config):
                 self._reject(name, reason)
             # Options that compare equal need not be valid: a rank of 8.0 is none.
             elif self._holds(name, self._on_meta(name, layer), None) and self._holds(
@@ -111,7 +116,7 @@ class Fit:
         slices = {
             name.rpartition(".")[0]: divided
             for name, config in wanted.items()
-            if (divided := _slices_of(config)) is not None
+            if (divided := slices_of_config(config)) is not None
         }
         if not wanted:
             return {}
@@ -120,7 +125,7 @@ class Fit:
             owners = {name.rpartition(".")[0] for name in new}
             given = {FullName(name): each for name, each in slices.items() if name in owners}
             axes = {
-                FullName(n): each for n, each in _axes(wanted).items() if n in owners | set(new)
+                FullName(n): each for n, each in axes_of(wanted).items() if n in owners | set(new)
             }
             chosen |= find_targets(model, new, None, given or None, axes or None)
         found: dict[str, Any] = {}
@@ -142,12 +147,12 @@ class Fit:
         parameters = dict(named_parameters(model, remove_duplicate=False))
         axes = {
             FullName(name): each
-            for name, each in _axes(configs).items()
+            for name, each in axes_of(configs).items()
             if name in parameters and parameters[name].dim() == 3
         }
         found: dict[str, nn.Module] = {}
         owners = dict(named_modules(model))
-        for holder, own in stacked_projections(model, axes or None, _divided(configs)).items():
+        for holder, own in stacked_projections(model, axes or None, divided_by(configs)).items():
             prefix = next(name for name, owner in owners.items() if owner is holder)
             found |= {joined(prefix, name): each for name, each in own.items()}
         return {name: each for name, each in found.items() if name in configs}
@@ -230,12 +235,12 @@ class Fit:
         if not is_linear_like(layer):
             return f"is a {type(layer).__name__} in the model, which is no linear layer"
         there, outputs = features_of(cast(Any, layer)), config.out_features
-        if (slices := _slices_of(config)) is not None:
+        if (slices := slices_of_config(config)) is not None:
             part = name.rpartition(".")[2]
             if slices.sizes.get(part, 0) * slices.groups != outputs:
                 return f"is no slice of {slices} with {outputs} outputs"
             if isinstance(layer, Sliced) and slices != slices_of(layer):
-                return _otherwise_divided(slices, slices_of(layer))
+                return otherwise_divided(slices, slices_of(layer))
             outputs = slices.out_features
         saved = (config.in_features, outputs)
         if saved != there:
@@ -282,65 +287,6 @@ def _made_of(config: LayerConfig, linear: Any) -> tuple[Modification, Gate | Non
     kind = GATES.find(config.gate)
     check_options(kind, config.gate_options)
     return modification, kind.beside(linear, **config.gate_options)
-
-
-def _axes(configs: Mapping[str, LayerConfig]) -> dict[str, str]:
-    """Those of the parameters that hold experts, by the names of the parameters."""
-    return {
-        name if config.slices is None else name.rpartition(".")[0]: config.axes
-        for name, config in configs.items()
-        if config.axes is not None
-    }
-
-
-def _divided(configs: Mapping[str, LayerConfig]) -> dict[FullName, Slices]:
-    """How what is patched in part is divided, by the names of the whole."""
-    found = {name.rpartition(".")[0]: _slices_of(config) for name, config in configs.items()}
-    return {FullName(name): slices for name, slices in found.items() if slices is not None}
-
-
-def _otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
-    return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
-
-
-def _slices_of(config: LayerConfig) -> Slices | None:
-    return None if config.slices is None else Slices(groups=config.groups, **config.slices)
-
-
-def _other_patch(layer: Gated, config: LayerConfig) -> str | None:
-    """How a patched layer differs from how the saved one was patched."""
-    saved, own = _slices_of(config), slices_of_part(layer)
-    if saved != own:
-        return _otherwise_divided(saved, own)
-    kind = type(layer.modification)
-    if (method := METHODS.name_of(kind)) != config.method:
-        return f"is {config.method!r} in the adapter and {method or kind.__name__!r} here"
-    if (layer.gate is None) != (config.gate is None):
-        gated, ungated = ("adapter", "model") if layer.gate is None else ("model", "adapter")
-        return f"has a gate in the {gated} and none in the {ungated}"
-    if layer.gate is not None and (found := GATES.name_of(type(layer.gate))) != config.gate:
-        return f"has the gate {config.gate!r} in the adapter and {found!r} here"
-    if layer.gate is not None:
-        # What training starts from, and its own penalty, may differ.
-        free = ("tau", "penalty", "start")
-        there = with_defaults(type(layer.gate), config.gate_options)
-        here = with_defaults(type(layer.gate), layer.gate.options)
-        for option in sorted((there.keys() | here.keys()) - set(free)):
-            if there.get(option) != here.get(option):
-                return (
-                    f"has a gate with {option}={brief(there.get(option))} in the adapter and "
-                    f"{option}={brief(here.get(option))} in the model"
-                )
-    check_options(kind, config.options)
-    there = with_defaults(kind, config.options)
-    here = with_defaults(kind, layer.modification.options)
-    for option in sorted(there.keys() | here.keys()):
-        if option != "dropout" and there.get(option) != here.get(option):
-            return (
-                f"has {option}={brief(there.get(option))} in the adapter and "
-                f"{option}={brief(here.get(option))} in the model"
-            )
-    return None
 
 
 def _unequal(wanted: Tensor, found: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokengate.linears.slices import Slices
@@ -122,6 +123,15 @@ class StackedLinear(nn.Module):
         parameter = self.owner._parameters[self.parameter]
         assert parameter is not None
         return parameter
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Write `(experts, out_features, in_features)` over its own, in place."""
+        held = self.held.data.mT if self.stack.axes == "eio" else self.held.data
+        if self.part is None or self.stack.slices is None:
+            held.copy_(weight)
+        else:
+            self.stack.slices.write(held, self.part, weight, 1)
 
     def each(self) -> list[Any]:
         """The linear layers of its experts, of which nothing is copied but interleaved slices."""

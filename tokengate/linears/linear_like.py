@@ -20,6 +20,7 @@ from tokengate.linears.convolution import (
     is_convolution,
     product_by_groups,
 )
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.quantised import dequantised_blocks, is_quantised
 from tokengate.linears.slices import Slices
 
@@ -133,6 +134,8 @@ def in_memory(layer: LinearLike) -> Tensor | None:
 
 def holder(layer: LinearLike) -> Tensor:
     """The tensor that has the values of its weight, of which this may be a view."""
+    if isinstance(layer, StackedLinear):
+        return layer.held
     weight = whole(layer).weight
     return weight if weight._base is None else weight._base
 
@@ -145,7 +148,9 @@ def has_own_weight(layer: LinearLike) -> bool:
 @torch.no_grad()
 def write_rows(layer: LinearLike, rows: Tensor) -> None:
     """Write `(out_features, in_features)` over a weight that is rows of another's, in place."""
-    if isinstance(layer, LinearSlice):
+    if isinstance(layer, StackedLinear):
+        layer.write(rows)
+    elif isinstance(layer, LinearSlice):
         layer.slices.write(_dense(layer.fused).data, layer.name, rows)
     else:
         layer.weight.data.copy_(rows)

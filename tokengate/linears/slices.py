@@ -65,11 +65,11 @@ class Slices:
         pieces |= {n: torch.unflatten(part, -1, (self.groups, -1)) for n, part in parts.items()}
         return torch.cat(list(pieces.values()), -1).flatten(-2)
 
-    def write(self, fused: Tensor, name: str, part: Tensor) -> None:
+    def write(self, fused: Tensor, name: str, part: Tensor, dim: int = 0) -> None:
         """Put one projection's part, `(groups * size, ...)`, into `fused`, `(out_features, ...)`,
-        in place.
+        in place; their outputs are at `dim`.
         """
-        self._in_groups(fused, 0)[name].copy_(torch.unflatten(part, 0, (self.groups, -1)))
+        self._in_groups(fused, dim)[name].copy_(torch.unflatten(part, dim, (self.groups, -1)))
 
     def _in_groups(self, fused: Tensor, dim: int = -1) -> dict[str, Tensor]:
         grouped = torch.unflatten(fused, dim, (self.groups, -1))

@@ -47,6 +47,7 @@ from tokengate.patterns import (
     as_patterns,
     is_literal,
     is_one_word,
+    matches,
     nearest,
     show,
 )
@@ -194,6 +195,11 @@ class _Names:
             # Full names come by the thousand, one for each layer of an adapter.
             full = isinstance(pattern, FullName)
             hits = matched(pattern, self.by_name.get(str(pattern), []) if full else self.named)
+            if not hits and (all_of := self._all_experts(pattern)):
+                raise TokenGateError(
+                    f"{argument.removesuffix('s')} {show(pattern)} is one of several experts in a "
+                    f"3-D parameter, which are patched together: name them all, {all_of!r}."
+                )
             if not hits:
                 linear = [name for name, module in self.named if is_target(module)]
                 raise TokenGateError(
@@ -276,6 +282,15 @@ class _Names:
                 "untie them first (`tie_word_embeddings=False`), or exclude it"
             )
         return self.unreachable.get(module)
+
+    def _all_experts(self, pattern: Any) -> str | None:
+        """The projection that `pattern` means one expert of, as reports name it."""
+        parts = pattern.split(".") if isinstance(pattern, str) else []
+        for at in (i for i, part in enumerate(parts) if part.isdecimal()):
+            whole = ".".join([*parts[:at], *parts[at + 1 :]])
+            if any(matches(whole, name) for name, _ in self.stacks):
+                return whole
+        return None
 
     def _refusal_of_stack(self, module: StackedLinear) -> str | None:
         for layer in patched_projections(module.owner):

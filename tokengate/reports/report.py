@@ -79,7 +79,7 @@ class SparsityReport:
         """Layer x projection, the shape of the paper's Table 5.
 
         A name is split at its first whole number: `model.layers.3.self_attn.q_proj` is row 3,
-        column `q_proj` (as much of the end as tells the columns apart).
+        column `q_proj` (as much of the end as tells the columns apart). Experts are averaged.
         """
         return table_of(self.by_module)
 

@@ -72,10 +72,10 @@ class Importance:
         self.gradients = {}
 
     def scores(self, name: str) -> Tensor:
-        """One score for each singular value of a layer, `(rank,)`."""
+        """One score for each singular value of a layer, `(rank,)`; of experts, `(E, rank)`."""
         if name not in self.sensitivity:
-            layer = self._modifications[name]
-            return torch.zeros(layer.rank, dtype=layer.E.dtype, device=layer.E.device)
+            E = self._modifications[name].E
+            return torch.zeros(E.shape, dtype=E.dtype, device=E.device)
         # Gathered before they are averaged, so that the order of summation is one process's.
         s = {f: gathered(self.sensitivity[name][f] * self.uncertainty[name][f]) for f in FACTORS}
-        return s["E"] + s["P"].mean(0) + s["Q"].mean(1)
+        return s["E"] + s["P"].mean(-2) + s["Q"].mean(-1)

@@ -47,9 +47,10 @@ def orthogonality(model: nn.Module) -> Tensor:
     for modification in adalora_layers(model, "orthogonality").values():
         P, Q = gathered(modification.P), gathered(modification.Q)
         with without_autocast(P.device):  # 16 bits would round what is nearly orthogonal to it
-            grams = (P.T @ P, Q @ Q.T)
+            grams = (P.mT @ P, Q @ Q.mT)
         for gram in grams:
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            distances.append(torch.linalg.vector_norm(gram - identity))
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            # Of each expert one, where there are several.
+            distances.append(torch.linalg.vector_norm(gram - identity, dim=(-2, -1)).reshape(-1))
     # A model may be spread over devices.
-    return torch.stack([d.to(distances[0].device) for d in distances]).mean()
+    return torch.cat([d.to(distances[0].device) for d in distances]).mean()

@@ -62,7 +62,8 @@ class RankAllocator:
 
     Attributes:
         step: optimiser steps seen.
-        masks: for every layer a boolean tensor `(rank,)`: which singular values are kept.
+        masks: for every layer a boolean tensor `(rank,)`, of experts `(E, rank)`: which singular
+            values are kept.
 
     Raises:
         TokenGateError: no AdaLoRA layer; a number out of its range; warm-ups that leave no step for
@@ -95,7 +96,8 @@ class RankAllocator:
             "beta1": share("beta1", beta1),
             "beta2": share("beta2", beta2),
         }
-        targets = sum(m.target_rank for m in self._modifications.values())
+        # Of experts each has its own.
+        targets = sum(m.target_rank * m.E.numel() // m.rank for m in self._modifications.values())
         self._schedule["final_budget"] = targets
         self._first, self._last = first, total - last
         if self._first >= self._last or self._last < 2:
@@ -111,7 +113,7 @@ class RankAllocator:
         LED.update(self._modifications.values())
         self.step = 0
         self.masks = {
-            name: torch.ones(m.rank, dtype=torch.bool, device=m.E.device)
+            name: torch.ones(m.E.shape, dtype=torch.bool, device=m.E.device)
             for name, m in self._modifications.items()
         }
         self._skipped = self._pending = False
@@ -122,13 +124,13 @@ class RankAllocator:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of every layer: how many of its singular values are kept."""
+        """The rank of every layer: how many of its singular values, or its experts', are kept."""
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     @property
     def budget(self) -> int:
         """Singular values that the schedule allows over all layers, after the steps seen."""
-        initial = sum(m.rank for m in self._modifications.values())
+        initial = sum(m.E.numel() for m in self._modifications.values())
         final = int(self._schedule["final_budget"])
         if self.step <= self._first:
             return initial
@@ -177,7 +179,7 @@ class RankAllocator:
                 f"the state's schedule is {state['schedule']} and this allocator's "
                 f"{self._schedule}: construct it with the same numbers."
             )
-        found = {name: len(mask) for name, mask in state["masks"].items()}
+        found = {name: mask.shape[-1] for name, mask in state["masks"].items()}
         wanted = {name: m.rank for name, m in self._modifications.items()}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
@@ -289,10 +291,11 @@ class RankAllocator:
 
     def _allocate(self) -> None:
         first = next(iter(self.masks.values())).device
-        scores = torch.cat([self._importance.scores(name).to(first) for name in self.masks])
+        found = [self._importance.scores(name).to(first) for name in self.masks]
+        scores = torch.cat([of_layer.flatten() for of_layer in found])
         best = scores.argsort(descending=True, stable=True)[: self.budget]
         kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[best] = True
-        parts = torch.split(kept, [len(mask) for mask in self.masks.values()])
+        parts = torch.split(kept, [mask.numel() for mask in self.masks.values()])
         for (name, mask), part in zip(self.masks.items(), parts, strict=True):
-            self.masks[name] = part.to(mask.device, copy=True)
+            self.masks[name] = part.view(mask.shape).to(mask.device, copy=True)

@@ -40,6 +40,14 @@ class Experts(nn.Module):
             out = out.index_put((token, place), h)
         return out
 
+    def in_order(self, states, index):
+        out = states.new_zeros(*index.shape, self.outputs)
+        for e in range(len(self.w)):
+            token, place = torch.where(index == e)
+            h = states[token] @ self._of(e).T
+            out = out.index_put((token, place), h if self.b is None else h + self.b[e])
+        return out
+
     def matmul(self, states, index):
         out = states.new_zeros(*index.shape, self.outputs)
         for e in range(len(self.w)):

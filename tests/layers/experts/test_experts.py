@@ -18,7 +18,7 @@ METHODS = {
     "adapter": {"activation": "tanh"},
     "diagonal": {},  # a user's own, without factors
 }
-WAYS = ("linear", "matmul", "batched", "grouped")
+WAYS = ("linear", "matmul", "in_order", "batched", "grouped")
 
 
 @tokengate.register("diagonal of an expert")

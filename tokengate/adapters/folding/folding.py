@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokengate.adapters.folding.merging import merged_weight_of
+from tokengate.adapters.folding.merging import all_merged
+from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
@@ -21,16 +22,16 @@ from tokengate.layers.folded import (
     folded,
     unchanged_if_interrupted,
     unfold,
-    unfolded,
 )
 from tokengate.layers.following import follow, unfollow
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import module_names, require_layers
 from tokengate.linears.accelerate_hooks import is_offloaded
 from tokengate.linears.linear_like import LinearLike, LinearSlice, groups_of, holder, whole
 from tokengate.linears.quantised import is_quantised, unreadable
 from tokengate.patching.wrappers import check_can_fold
+from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_absent, is_sharded
@@ -184,7 +185,7 @@ def fold(
     for name, layer in patched.items():
         done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
         if done[name].action == "merged":
-            merged[name], error = merged_weight_of(name, layer, safe)
+            merged[name], error = all_merged(name, layer, safe)
             done[name] = replace(done[name], error=error)
     folding = Folding(model, done, None)
     entries = {
@@ -196,7 +197,7 @@ def fold(
         fold_layers(model, entries)
         _settle(model)
         if batches is not None:
-            folding.error = _output_error(model, batches)
+            folding.error = output_error(model, batches)
     return folding
 
 
@@ -230,15 +231,21 @@ def _decide(
     owners: Counter[int],
     dequantise: bool,
 ) -> FoldedLayer:
-    found = seen.modules.get(name)
-    if found is None:
+    found = [seen.modules.get(own) for own in module_names(name, layer)]
+    if None in found:
         raise TokenGateError(
             f"fold was given a report without {name!r}, which is patched: record the model as it "
             "is now."
         )
-    if not found.positions:
-        return FoldedLayer(found.sparsity, "kept", "no position was seen")
-    closed = 1 - found.modified / found.positions
+    modules = cast(list[ModuleSparsity], found)
+    positions = sum(module.positions for module in modules)
+    if not positions:
+        return FoldedLayer(modules[0].sparsity, "kept", "no position was seen")
+    closed = 1 - sum(module.modified for module in modules) / positions
+    # Of experts that saw no position nothing is known, but where there is no gate.
+    if layer.gate is not None and not all(module.positions for module in modules):
+        idle = sum(not module.positions for module in modules)
+        return FoldedLayer(closed, "kept", f"{idle} of its experts saw no position")
     if closed >= threshold:
         return FoldedLayer(closed, "dropped", f"closed at {_portion(closed)}")
     if 1 - closed < threshold:
@@ -289,39 +296,3 @@ def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
         if (reason := unreadable(linear)) is not None:
             return f"W0 is what {reason}"
     return None
-
-
-def _output_error(model: nn.Module, batches: Iterable[Any]) -> float:
-    """How far the folded model's first output is from the unfolded one's, over all batches."""
-    difference = total = 0.0
-    with evaluating(model):
-        for batch in batches:
-            found = _first(run(model, batch))
-            with unfolded(model):
-                wanted = _first(run(model, batch))
-            if bool(wanted.isnan().any()):
-                raise TokenGateError(
-                    "fold found NaN in the output of the model for a batch, on which every gate is "
-                    "open whatever its tau: pass batches without."
-                )
-            # Infinite ones are those of a mask.
-            finite = wanted.isfinite()
-            found, wanted = found.double()[finite], wanted.double()[finite]
-            difference += (found - wanted).square().sum().item()
-            total += wanted.square().sum().item()
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _first(output: Any) -> Tensor:
-    """A model's logits, or its first floating-point output."""
-    if isinstance(output, Tensor):
-        return output
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    logits = getattr(output, "logits", None)
-    for value in (logits, *values):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
-            return value
-    raise TokenGateError(
-        f"fold found no floating-point tensor in the model's {type(output).__name__}: give it a "
-        "report of tokengate.record instead of batches."
-    )

@@ -13,11 +13,26 @@ from tokengate.errors import TokenGateError
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.sliced_linear import take_off
 from tokengate.linears.dequantised import compute_dtype, product_error
+from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import in_layout, row_blocks
 from tokengate.linears.quantised import is_quantised
 
 # Columns of M's matrix that are computed at once.
 _COLUMNS = 256
+
+
+def all_merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
+    """`merged_weight_of` a layer, or of all experts in one, with the largest error."""
+    if not isinstance(layer, StackedLinear):
+        return merged_weight_of(name, layer, safe)
+    found = []
+    with torch.no_grad():
+        gated: Any = layer
+        for linear, modification in zip(layer.each(), gated.modification.each(), strict=True):
+            linear.modification = modification
+            found.append(merged_weight_of(name, linear, safe))
+    weights, errors = zip(*found, strict=True)
+    return torch.stack(weights), max(errors)
 
 
 def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:

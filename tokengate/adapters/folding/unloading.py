@@ -13,11 +13,11 @@ from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.changing import exclusive
 from tokengate.layers.folded import let_go
-from tokengate.layers.patched import all_layers, require_layers
+from tokengate.layers.patched import all_layers, module_names, require_layers
 from tokengate.patching.patch import unpatch
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import number_here
+from tokengate.sharding import numbers_here
 
 
 @exclusive
@@ -86,11 +86,11 @@ def _open_everywhere(model: nn.Module) -> SparsityReport:
             "which data alone shows: pass batches or a report, merge_and_unload(model, loader)."
         )
     one = ModuleSparsity(sparsity=0.0, samples=1, positions=1, modified=1, tau=None)
-    return SparsityReport(dict.fromkeys(patched, one))
+    names = [own for name, layer in patched.items() for own in module_names(name, layer)]
+    return SparsityReport(dict.fromkeys(names, one))
 
 
 def _may_close(gate: nn.Module | None) -> bool:
     if not isinstance(gate, TokenGate):
         return gate is not None
-    tau = number_here(gate.tau)
-    return tau is None or not tau <= 0
+    return any(tau is None or not tau <= 0 for tau in numbers_here([gate.tau]))

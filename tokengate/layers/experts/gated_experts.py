@@ -63,7 +63,7 @@ class GatedExperts(Gated, StackedLinear):
             return out
         rows = _Rows(input, out, bias)
         if call.needs_places:
-            rows.places = routing.places(whose, len(input))
+            rows.places = routing.places(whose, input)
             rows.put(call)
         if whose.rows is not None:  # what is no expert's own is given to it as zeros
             given = (input != 0).any(-1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+# One of a layer's experts, in the name of a module.
+EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,11 @@ class SparsityTable:
 
 
 def table_of(by_module: Mapping[str, float]) -> SparsityTable:
-    """The table of what is known by the names of modules."""
+    """The table of what is known by the names of modules; experts of one layer are averaged."""
+    together: dict[str, list[float]] = {}
+    for name, number in by_module.items():
+        together.setdefault(EXPERT.sub(r"\1experts.", name), []).append(number)
+    by_module = {name: mean(numbers) for name, numbers in together.items()}
     rows, columns, names = name_grid(by_module)
     # A layer that is the whole model has the name "".
     values = [[None if n is None else value(by_module[n]) for n in row] for row in names]

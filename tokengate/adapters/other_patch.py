@@ -1,0 +1,75 @@
+"""How the layers of an adapter were patched, and how that differs from those of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tokengate.adapters.config import LayerConfig
+from tokengate.errors import brief
+from tokengate.gates.registry import GATES, check_options, with_defaults
+from tokengate.layers.gated_linear import Gated
+from tokengate.linears.slices import Slices
+from tokengate.methods.registry import METHODS
+from tokengate.patching.slice_targets import slices_of_part
+from tokengate.patterns import FullName
+
+
+def axes_of(configs: Mapping[str, LayerConfig]) -> dict[str, str]:
+    """Those of the parameters that hold experts, by the names of the parameters."""
+    return {
+        name if config.slices is None else name.rpartition(".")[0]: config.axes
+        for name, config in configs.items()
+        if config.axes is not None
+    }
+
+
+def divided_by(configs: Mapping[str, LayerConfig]) -> dict[FullName, Slices]:
+    """How what is patched in part is divided, by the names of the whole."""
+    found = {name.rpartition(".")[0]: slices_of_config(config) for name, config in configs.items()}
+    return {FullName(name): slices for name, slices in found.items() if slices is not None}
+
+
+def otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
+    """That two fused layers hold other projections, in words."""
+    return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
+
+
+def slices_of_config(config: LayerConfig) -> Slices | None:
+    """How what a saved layer is a slice of is divided; None of one that is no slice."""
+    return None if config.slices is None else Slices(groups=config.groups, **config.slices)
+
+
+def other_patch(layer: Gated, config: LayerConfig) -> str | None:
+    """How a patched layer differs from how the saved one was patched."""
+    saved, own = slices_of_config(config), slices_of_part(layer)
+    if saved != own:
+        return otherwise_divided(saved, own)
+    kind = type(layer.modification)
+    if (method := METHODS.name_of(kind)) != config.method:
+        return f"is {config.method!r} in the adapter and {method or kind.__name__!r} here"
+    if (layer.gate is None) != (config.gate is None):
+        gated, ungated = ("adapter", "model") if layer.gate is None else ("model", "adapter")
+        return f"has a gate in the {gated} and none in the {ungated}"
+    if layer.gate is not None and (found := GATES.name_of(type(layer.gate))) != config.gate:
+        return f"has the gate {config.gate!r} in the adapter and {found!r} here"
+    if layer.gate is not None:
+        # What training starts from, and its own penalty, may differ.
+        free = ("tau", "penalty", "start")
+        there = with_defaults(type(layer.gate), config.gate_options)
+        here = with_defaults(type(layer.gate), layer.gate.options)
+        for option in sorted((there.keys() | here.keys()) - set(free)):
+            if there.get(option) != here.get(option):
+                return (
+                    f"has a gate with {option}={brief(there.get(option))} in the adapter and "
+                    f"{option}={brief(here.get(option))} in the model"
+                )
+    check_options(kind, config.options)
+    there = with_defaults(kind, config.options)
+    here = with_defaults(kind, layer.modification.options)
+    for option in sorted(there.keys() | here.keys()):
+        if option != "dropout" and there.get(option) != here.get(option):
+            return (
+                f"has {option}={brief(there.get(option))} in the adapter and "
+                f"{option}={brief(here.get(option))} in the model"
+            )
+    return None
