@@ -27,7 +27,6 @@ from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, 
 from tokengate.integrations.trainer import callback as trainer_callback  # noqa: E402
 from tokengate.integrations.trainer.engines import engine_of  # noqa: E402
 from tokengate.integrations.trainer.tau_steps import TauSteps  # noqa: E402
-from tokengate.training.param_groups import slope_for  # noqa: E402
 
 # One thread as in the processes started here.
 pytestmark = [
@@ -93,9 +92,8 @@ def test_s_follows_from_the_number_of_steps(tmp_path, options):
     start = taus(language_model())
     model = language_model()
     s = tokengate.param_groups(model, lr=0.0, total_steps=8)[-1]["lr"]
-    assert s == 0.4 / 8
+    assert s == 2 / 8
     torch.testing.assert_close((path[0] - start).abs(), torch.full_like(start, s))
-    assert slope_for(10**6) == 4e-5
 
 
 def test_the_trainer_alone_does_otherwise(tmp_path):
@@ -181,7 +179,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
     class Interrupted(TokenGateTrainer, Scaled):
         def training_step(self, *args, **kwargs):
             gates = [layer.gate for layer in tokengate.layers(self.model).values()]
-            assert all(gate._unit > 1 and gate._controlled is not None for gate in gates)
+            assert all(gate._unit > 1 and gate.is_led for gate in gates)
             raise KeyboardInterrupt
 
     model = language_model()
@@ -191,7 +189,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
         made.train()
     for layer in tokengate.layers(model).values():
         assert layer.gate._unit is None
-        assert layer.gate._controlled is None
+        assert not layer.gate.is_led
     assert not calls._OPEN
     assert not hooks(made.optimizer)
     reset()
@@ -343,11 +341,12 @@ def test_a_skipped_step_is_not_counted(tmp_path):
     """By an optimiser that is not fused, whose hooks are not run then."""
 
     class Left(transformers.TrainerCallback):
-        """Positions that the controller has counted, after steps that were taken or skipped."""
+        """Positions that the schedule has counted, after steps that were taken or skipped."""
 
         def on_optimizer_step(self, args, state, control, **context):
             left[context["optimizer"].step_was_skipped].extend(
-                layer.gate._tally[2].item() for layer in tokengate.layers(context["model"]).values()
+                layer.gate._seen.sum().item()
+                for layer in tokengate.layers(context["model"]).values()
             )
 
     left = {True: [], False: []}
@@ -544,8 +543,8 @@ def test_a_wanted_sparsity(tmp_path, warmup):
         callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
         made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
-        assert callback.controller.step == 8
-        assert callback.controller.penalties.keys() == tokengate.layers(made.model).keys()
+        assert callback.sparsity_schedule.step == 8
+        assert callback.sparsity_schedule.thresholds.keys() == tokengate.layers(made.model).keys()
         assert not hooks(made.optimizer)
         ends.append(values(made.model))
         if resume is None:

@@ -60,7 +60,8 @@ class QuantileTracker:
         """log2 of the size at the next step."""
         told, _, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
-        return y + slope * ((told + 1).log2() - x)
+        found: Tensor = y + slope * ((told + 1).log2() - x)
+        return found
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)`."""
