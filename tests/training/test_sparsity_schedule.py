@@ -132,8 +132,7 @@ def test_held_out_it_is_within_003(target, steps, **simulation):
     assert abs(report.sparsity - target) <= 0.03
 
 
-@pytest.mark.parametrize("target", [0.1, 0.6, 0.9])
-def test_in_two_thousand_steps(target):
+def test_in_two_thousand_steps(target=0.8):
     """The tracker alone, for time's sake, on as many scores as a batch has."""
     tracker = QuantileTracker(1, 2000, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokengate.gates.score_counts import BINS, PER_OCTAVE, log_quantile
 
 # Over what share of a training's steps is averaged, and over how many at least and at most.
-_WINDOW, _LEAST, _MOST = 0.1, 3.0, 100.0
+_WINDOW, _LEAST, _MOST = 0.1, 2.0, 100.0
 
 
 class QuantileTracker:
