@@ -132,7 +132,7 @@ def test_held_out_it_is_within_003(target, steps, **simulation):
     assert abs(report.sparsity - target) <= 0.03
 
 
-def test_in_two_thousand_steps(target=0.8):
+def test_in_two_thousand_steps():
     """The tracker alone, for time's sake, on as many scores as a batch has."""
     tracker = QuantileTracker(1, 2000, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
@@ -141,14 +141,15 @@ def test_in_two_thousand_steps(target=0.8):
         counts = no_counts(scores.device)
         count_scores(counts, scores, None)
         tracker.add(counts.unsqueeze(0))
+    target = 0.8
     found = tracker.quantile(target)[0] * torch.tensor(2.0).log() - 0.5 * torch.tensor(2000.0).log()
     share = torch.distributions.Normal(0.0, 0.5).cdf(found)
     assert abs(share - target) < 0.03
 
 
 def test_each_layer_or_all_together():
-    per_layer, schedule = simulate(60, 0.5, per_layer=True)
-    together, one = simulate(60, 0.5)
+    per_layer, schedule = simulate(30, 0.5, per_layer=True)
+    together, one = simulate(30, 0.5)
     shares = torch.tensor([m.sparsity for m in per_layer.modules.values()])
     assert (shares - 0.5).abs().max() < 0.06
     assert len({*schedule.thresholds.values()}) == 6
@@ -228,7 +229,7 @@ def test_micro_batches_are_one_step(gate):
         schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 20)
         ends.append(train(model, optimizer, 20, parts))
         assert schedule.step == 20
-    assert ends[0].min() > 1e-3
+    assert ends[0].min() > 1e-5
     torch.testing.assert_close(*ends, rtol=1e-3, atol=0)
 
 

@@ -14,6 +14,7 @@ from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.sharding import local_part
 from tokengate.training.leading.quantile_tracker import QuantileTracker
@@ -221,7 +222,8 @@ class SparsitySchedule:
         self.step += 1
         if self.step > self._last:
             return
-        taus = [t for t in self._thresholds if isinstance(t, nn.Parameter) and t.requires_grad]
+        learnt = [gate for gate in self._gates.values() if isinstance(gate, TokenGate)]
+        taus = [gate.tau for gate in learnt if gate.tau.requires_grad]
         skipped = any(gate.skipped for gate in self._gates.values())
         if self.step == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
             raise TokenGateError(
