@@ -67,7 +67,6 @@ def test_public_names():
         "PatchView",
         "RankAllocator",
         "Slices",
-        "SparsityController",
         "SparsityReport",
         "SparsitySchedule",
         "TauAdam",

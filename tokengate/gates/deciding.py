@@ -20,7 +20,7 @@ class Changed(NamedTuple):
         h: `(..., out_features)`.
         is_open: S, `(...)`; None without a gate.
         norms: of m and w, `(...)`, where they were asked for.
-        scores: the gate's, `(...)`, where they are counted.
+        scores: the gate's, `(...)`, where they are asked for or counted.
     """
 
     h: Tensor
@@ -35,7 +35,8 @@ def changed(
     real: Tensor | None,
     inside: Tensor | None,
     gate: Gate | None,
-    wants_norms: bool,
+    wants_norms: bool = False,
+    wants_scores: bool = False,
 ) -> Changed:
     """h of positions `(...)`.
 
@@ -46,13 +47,15 @@ def changed(
         inside: what restrictions allow, truths or weights, `(...)`; None for all.
         gate: which decides, or None.
         wants_norms: whether these are asked for.
+        wants_scores: likewise; a gate may count them, too.
     """
     norms = change.norms() if wants_norms else None
     a = scores = None
     if gate is not None:
         positions = Positions(change, x, real)
         a = gate(positions)
-        scores = gate.scores(positions) if gate.counts_scores and gate.training else None
+        if wants_scores or (gate.counts_scores and gate.training):
+            scores = gate.scores(positions)
     if inside is not None and inside.dtype != torch.bool:  # weights
         a = inside.to(change.dtype) * (1.0 if a is None else a)
     h = change.add(a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
-from tokengate.kernels.norms import Norms, reshaped
+from tokengate.kernels.norms import reshaped
 from tokengate.kernels.recomputation import MaskMemory, in_backward, is_learnt_from
 from tokengate.layers.calls import (
     DISABLED,
@@ -66,14 +66,17 @@ class Observer:
             of m and of w in S's shape, or None where rows have adapters of their own or nobody
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
+        scores: whether the gate's scores are wanted, too, as a fifth, in S's shape; where there is
+            a gate.
         trained: whether only those calls are that a backward may come through.
         change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
             adapters of their own, of one adapter after the other.
         experts: of a layer that has several experts, who is told of each; None for this one.
     """
 
-    tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
+    tell: Callable[..., None]
     norms: bool = False
+    scores: bool = False
     trained: bool = False
     change: Callable[[Tensor], None] | None = None
     experts: Callable[[int], Observer] | None = None
@@ -81,6 +84,12 @@ class Observer:
     def of(self, expert: int) -> Observer:
         """Who is told of one expert of a layer that has several."""
         return self if self.experts is None else self.experts(expert)
+
+
+def wanted(observers: Iterable[Observer]) -> tuple[bool, bool]:
+    """Whether any of them wants norms, and scores."""
+    told = list(observers)
+    return any(each.norms for each in told), any(each.scores for each in told)
 
 
 # What it may have from `patch` on, and so has a copy.
@@ -171,9 +180,8 @@ class Gated(Swapped):
                 "export outside of it, and record the model itself."
             )
         if adapter is not None:
-            wants_norms = any(observer.norms for observer in observers)
             h, is_open, norms, scores = self.modified(
-                input, out, mask, told.inside, *adapter, factors, wants_norms
+                input, out, mask, told.inside, *adapter, factors, *wanted(observers)
             )
         elif isinstance(told.choice, Rows):
             h, is_open = modified_by_rows(self, input, out, mask, told)
@@ -187,9 +195,9 @@ class Gated(Swapped):
             scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
-                observer.tell(at, seen, mask, norms)
-        if self.training and adapter is not None and adapter[1] is not None and at is not None:
-            adapter[1].count(at, scores, mask)
+                observer.tell(at, seen, mask, norms, *([scores] if observer.scores else []))
+        if self.training and adapter is not None and adapter[1] is not None:
+            adapter[1].count(scores, mask)
         return as_output(own, h, output)
 
     def _keeps_nothing(self) -> bool:
@@ -207,6 +215,7 @@ class Gated(Swapped):
         gate: Gate | None,
         factors: Factors | None = None,
         wants_norms: bool = False,
+        wants_scores: bool = False,
     ) -> Changed:
         """What its adapter makes of its output."""
         if _moved(modification):
@@ -228,6 +237,7 @@ class Gated(Swapped):
             None if inside is None else self.in_own_order(inside, out),
             gate,
             wants_norms,
+            wants_scores,
         )
 
     def inputs(self, modification: Modification, input: Tensor) -> Any:

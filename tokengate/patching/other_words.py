@@ -47,8 +47,8 @@ OTHERWISE = {
     "lr": "pass it to tokengate.param_groups(model, lr=...)",
     "s": "pass it to tokengate.param_groups(model, lr=..., s=...)",
     "total_steps": "pass it to tokengate.param_groups(model, lr=..., total_steps=...)",
-    "sparsity": "pass it to tokengate.SparsityController or tokengate.calibrate",
-    "target_sparsity": "pass it to tokengate.SparsityController",
+    "sparsity": "pass it to tokengate.SparsitySchedule or tokengate.calibrate",
+    "target_sparsity": "pass it to tokengate.SparsitySchedule",
 }
 # Of PEFT's configurations, how a method is told there.
 _METHODS = {"LORA": "lora", "ADALORA": "adalora"}

@@ -19,9 +19,10 @@ from tokengate.layers.patched import observers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows
 
-# What is told of one call of a layer: the norms of m and of w, and what each position weighs, all
-# of them (B, T). The real positions of a sample weigh 1 together, as in eq. 23, padding nothing.
-Listener: TypeAlias = Callable[[Norms, Norms, Tensor], None]
+# What is told of one call of a layer: the norms of m and of w, what each position weighs, and its
+# score for the gate if that is wanted, all of them (B, T). The real positions of a sample weigh 1
+# together, as in eq. 23, padding nothing.
+Listener: TypeAlias = Callable[..., None]
 
 
 def measure(
@@ -30,6 +31,7 @@ def measure(
     patched: Mapping[str, Gated],
     listeners: Mapping[str, Listener],
     batches: Iterable[Any],
+    scores: bool = False,
 ) -> None:
     """Run `model` once over `batches`, in evaluation mode, and tell what its layers do.
 
@@ -39,6 +41,7 @@ def measure(
         patched: the layers to look at, by name.
         listeners: who is told of each of them, or by their own names of each of its experts.
         batches: what the model is called with.
+        scores: whether the listeners are told the gates' scores.
 
     Raises:
         TokenGateError: these are no batches; `use` was given rows; a layer saw no position, or
@@ -52,11 +55,12 @@ def measure(
         )
     # Of a layer's experts some may be given no position.
     unseen = {name: layer for name, layer in patched.items() if name in listeners}
-    told = observers(
-        patched,
-        lambda name: Observer(partial(_observe, asked, name, listeners[name], unseen), True),
-    )
-    with evaluating(model), in_context(RECORD, told):
+
+    def observer(name: str) -> Observer:
+        told = partial(_observe, asked, name, listeners[name], unseen)
+        return Observer(told, norms=True, scores=scores)
+
+    with evaluating(model), in_context(RECORD, observers(patched, observer)):
         for batch in batches:
             run(model, batch)
     if unseen:
@@ -75,6 +79,7 @@ def _observe(
     h: Tensor,
     mask: Tensor | None,
     norms: tuple[Norms, Norms] | None,
+    scores: Tensor | None = None,
 ) -> None:
     if norms is None or not h.numel():
         return
@@ -91,4 +96,5 @@ def _observe(
                 f"{asked} found {what} of {name!r} not finite at {int(broken.sum())} of "
                 f"{int(real.sum())} positions of a batch: look at the inputs and at the weights."
             )
-    listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))
+    weights = real.double() / real.sum(1, keepdim=True).clamp(min=1)
+    listen(of_m, of_w, weights, *([] if scores is None else [scores.reshape(real.shape)]))

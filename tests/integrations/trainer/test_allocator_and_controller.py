@@ -83,8 +83,8 @@ def test_a_wanted_sparsity(tmp_path, warmup):
         callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
         made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
-        assert callback.controller.step == 8
-        assert callback.controller.penalties.keys() == tokengate.layers(made.model).keys()
+        assert callback.sparsity_schedule.step == 8
+        assert callback.sparsity_schedule.thresholds.keys() == tokengate.layers(made.model).keys()
         assert not hooks(made.optimizer)
         ends.append(values(made.model))
         if resume is None:

@@ -58,11 +58,12 @@ def test_a_skipped_step_is_not_counted(tmp_path):
     """By an optimiser that is not fused, whose hooks are not run then."""
 
     class Left(transformers.TrainerCallback):
-        """Positions that the controller has counted, after steps that were taken or skipped."""
+        """Positions that the schedule has counted, after steps that were taken or skipped."""
 
         def on_optimizer_step(self, args, state, control, **context):
             left[context["optimizer"].step_was_skipped].extend(
-                layer.gate._tally[2].item() for layer in tokengate.layers(context["model"]).values()
+                layer.gate._seen.sum().item()
+                for layer in tokengate.layers(context["model"]).values()
             )
 
     left = {True: [], False: []}

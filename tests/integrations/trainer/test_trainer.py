@@ -16,7 +16,6 @@ from trainer_runs import Norms, Scaled, hooks, language_model, taus, trained, tr
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer  # noqa: E402
 from tokengate.integrations.trainer import callback as trainer_callback  # noqa: E402
 from tokengate.layers import calls  # noqa: E402
-from tokengate.training.param_groups import slope_for  # noqa: E402
 
 # One thread as in the processes started here.
 pytestmark = [
@@ -69,9 +68,8 @@ def test_s_follows_from_the_number_of_steps(tmp_path, options):
     start = taus(language_model())
     model = language_model()
     s = tokengate.param_groups(model, lr=0.0, total_steps=8)[-1]["lr"]
-    assert s == 0.4 / 8
+    assert s == 2 / 8
     torch.testing.assert_close((path[0] - start).abs(), torch.full_like(start, s))
-    assert slope_for(10**6) == 4e-5
 
 
 def test_the_trainer_alone_does_otherwise(tmp_path):
@@ -157,7 +155,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
     class Interrupted(TokenGateTrainer, Scaled):
         def training_step(self, *args, **kwargs):
             gates = [layer.gate for layer in tokengate.layers(self.model).values()]
-            assert all(gate._unit > 1 and gate._controlled is not None for gate in gates)
+            assert all(gate._unit > 1 and gate.is_led for gate in gates)
             raise KeyboardInterrupt
 
     model = language_model()
@@ -167,7 +165,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
         made.train()
     for layer in tokengate.layers(model).values():
         assert layer.gate._unit is None
-        assert layer.gate._controlled is None
+        assert not layer.gate.is_led
     assert not calls._OPEN
     assert not hooks(made.optimizer)
     reset()

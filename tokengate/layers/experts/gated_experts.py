@@ -21,7 +21,7 @@ from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, contexts, said_of
 from tokengate.layers.experts.products import Whose
 from tokengate.layers.experts.routing import Routing
-from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.gated_linear import Gated, Observer, wanted
 from tokengate.layers.several import Told, counted, whole_of
 from tokengate.linears.experts import StackedLinear
 from tokengate.methods.base import Modification
@@ -134,7 +134,7 @@ class _Call:
         fits = told.mask is not None and told.mask.numel() == shape.numel()
         self.mask = told.mask if fits else None
         self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
-        counts = layer.training and self.gate is not None and self.gate.counts
+        counts = layer.training and self.gate is not None and self.gate.counts_scores
         self.needs_places = bool(
             counts or self.observers or self.mask is not None or told.inside is not None
         )
@@ -164,8 +164,7 @@ class _Call:
         factors = modification.factors(rows.x, w, linear)
         m = whole_of(modification, rows.x, w) if factors is None else factors
         change = Change(rows.out, rows.bias, m)
-        wants = any(observer.norms for observer in self.observers)
-        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        found = changed(change, rows.x, rows.real, rows.inside, gate, *wanted(self.observers))
         self._tell([expert], None, rows, found)
         return found.h
 
@@ -178,8 +177,7 @@ class _Call:
         assert maps is not None
         factors = maps.grouped(rows.x, modification.training, groups)
         change = Change(rows.out, rows.bias, factors)
-        wants = any(observer.norms for observer in self.observers)
-        found = changed(change, rows.x, rows.real, rows.inside, gate, wants)
+        found = changed(change, rows.x, rows.real, rows.inside, gate, *wanted(self.observers))
         self._tell(range(self.layer.num_experts), groups, rows, found)
         return found.h
 
@@ -196,7 +194,7 @@ class _Call:
     ) -> None:
         """Tell observers and the gate, expert by expert, of its positions."""
         gate = self.gate
-        counts = self.layer.training and gate is not None and gate.counts
+        counts = self.layer.training and gate is not None and gate.counts_scores
         if not (self.observers or counts):
             return
         told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
@@ -208,9 +206,10 @@ class _Call:
                 own, of = rows.at(of_expert), _each(found, pick)
             of, real = self._at_positions(own, of)
             for observer in told:
-                observer.of(expert).tell(of.is_open, of.h, real, of.norms)
-            if counts and of.is_open is not None:
-                cast(Gate, gate).count(of.is_open, of.scores, real)
+                scores = [of.scores] if observer.scores else []
+                observer.of(expert).tell(of.is_open, of.h, real, of.norms, *scores)
+            if counts:
+                cast(Gate, gate).count(of.scores, real)
 
     def _at_positions(self, rows: _Rows, found: Changed) -> tuple[Changed, Tensor | None]:
         """The same by samples, (B, T), with something in the shape of h; and what is real."""
