@@ -131,7 +131,7 @@ def test_public_names():
         ("kernels", ["Factors"]),
         ("layers", ["GatedLinear"]),
         ("adapters", ["Folding"]),
-        ("reports", ["ModificationNorms"]),
+        ("reports", ["Drift", "ModificationNorms"]),
     ],
 )
 def test_what_few_need_is_in_its_wing(wing, names):

@@ -128,8 +128,8 @@ def perform(run: argparse.Namespace) -> dict[str, Any]:
     random.Random(0).shuffle(samples)
     before = measure(model, test, held_out, run.batch_size)
     # Written before it is patched; the same for all runs.
-    count = WRITTEN + (REPLAYED if run.replay else 0)
-    written, replay = own_texts(model, start_of(tokenizer), count, LENGTH, seed=0).split(
+    count, length = WRITTEN + (REPLAYED if run.replay else 0), 32 if run.smoke else LENGTH
+    written, replay = own_texts(model, start_of(tokenizer), count, length, seed=0).split(
         [WRITTEN, count - WRITTEN]
     )
     kind = replayed(run.replay, replay.cpu(), run.seed) if run.replay else TokenGateTrainer

@@ -136,6 +136,25 @@ def test_nothing_is_left_behind():
         assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
 
 
+def test_a_gate_that_is_led_learns_nothing_of_it():
+    def trained(looks):
+        model = patched("lora", "fisher").train()
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+        tokengate.SparsitySchedule(model, optimizer, target=0.5, total_steps=20)
+        others = batches_of(4, seed=1)
+        for batch, other in zip(batches_of(4), others, strict=True):
+            optimizer.zero_grad()
+            of_net(model, batch).backward()
+            if looks:
+                tokengate.fisher_scores(model, [other], of_net)
+            optimizer.step()
+        return model.state_dict()
+
+    alone, looked_at = trained(looks=False), trained(looks=True)
+    assert any(value.any() for name, value in alone.items() if name.endswith("gate.Q"))
+    assert all(torch.equal(value, looked_at[name]) for name, value in alone.items())
+
+
 def test_select_keeps_the_highest_of_fisher_unless_told_otherwise():
     scores = {"a": 0.5, "b": 0.1, "c": 0.9, "d": 0.2}
     assert tokengate.select(scores, 0.5, by="fisher") == ["a", "c"]

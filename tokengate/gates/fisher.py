@@ -66,7 +66,7 @@ class FisherGate(LedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a, `(...)`, as booleans; a NaN leaves the gate open."""
-        if self._fed is not None and torch.is_grad_enabled():
+        if self._fed is not None and self.training and torch.is_grad_enabled():
             r = None
             if self.rank is None:
                 with torch.no_grad():

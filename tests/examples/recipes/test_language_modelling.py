@@ -8,7 +8,12 @@ import sys
 
 import pytest
 import torch
+from models import away_from_initialisation, small_llama
 from places import RECIPES, SHARED
+from transformers import TrainingArguments
+
+import tokengate
+from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
 
 TEXT = SHARED / "text" / "tinyshakespeare.txt.xz"
 real = pytest.mark.skipif(
@@ -21,7 +26,7 @@ SEED_0 = ["lora-off-0", "lora-on-0"]
 def recipe(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
     yield importlib.import_module("language_modelling")
-    for name in ("language_modelling", "recipe", "recipe_results"):
+    for name in ("language_modelling", "recipe", "recipe_results", "forgetting"):
         del sys.modules[name]
 
 
@@ -92,6 +97,8 @@ def test_smoke_runs_every_combination_once(recipe, monkeypatch, tmp_path, capsys
         assert run["after"] != run["before"]
     assert found[0]["before"] == found[1]["before"]
     assert found[0]["sparsity"] == {recipe.NAME: 0}
+    for run in found:
+        assert run["drift"][recipe.NAME] > run["drift of 0.8 M(x)"][recipe.NAME] > 0
     table = (tmp_path / "table.md").read_text()
     assert f"| LoRA | {found[0]['after']['bits per byte']:.3f} |" in table
     assert table in capsys.readouterr().out
@@ -154,3 +161,34 @@ def test_scores_have_the_decimals_that_are_asked_for(recipe):
         "| LoRA_S - LoRA | +0.006 (0.009) |",
     ]
     assert "| LoRA | 2.0 (0.1) |" in results.table(scores, {"sparsity": sparsity})
+
+
+def test_replay_adds_beta_kl_on_texts_of_the_base(recipe, tmp_path):
+    forgetting = importlib.import_module("forgetting")
+    model = small_llama()
+    texts = forgetting.own_texts(model, 1, 5, 12, seed=3)
+    assert texts.shape == (5, 12)
+    assert (texts[:, 0] == 1).all()
+    assert torch.equal(texts, forgetting.own_texts(model, 1, 5, 12, seed=3))
+    assert not torch.equal(texts, forgetting.own_texts(model, 1, 5, 12, seed=4))
+    tokengate.patch(model, ["q_proj"], gate=False)
+    away_from_initialisation(model)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = forgetting.replayed(0.5, texts, seed=0)(
+        model, arguments, callbacks=[TokenGateCallback()]
+    )
+    ids = torch.arange(2, 14)[None]
+    inputs = {"input_ids": ids, "labels": ids}
+    drawn = texts[torch.randint(5, (3,), generator=torch.Generator().manual_seed(0))]
+    plain = TokenGateTrainer.compute_loss(trainer, model, inputs)
+    with torch.no_grad():
+        now = model(drawn).logits.log_softmax(-1)
+        with tokengate.disabled(model):
+            base = model(drawn).logits.log_softmax(-1)
+    kl = (base.exp() * (base - now)).sum(-1).mean()
+    assert kl > 0.01
+    model.train()
+    assert trainer.compute_loss(model, inputs).item() == pytest.approx(
+        (plain + 0.5 * kl).item(), rel=1e-4
+    )
+    assert trainer.compute_loss(model.eval(), inputs).item() == plain.item()  # what is evaluated

@@ -374,6 +374,19 @@ def test_the_table(results, tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
+def test_the_table_has_how_far_every_run_is_from_its_base(results, tmp_path):
+    drifts = [{**one, "drift": {"A": 0.25}, "drift of 0.8 M(x)": {"A": 0.125}} for one in FOUND]
+    lines = results.write(FOUND, tmp_path).splitlines()
+    more = results.write(drifts, tmp_path).splitlines()
+    added = [line for line in more if line not in lines]
+    both = ["| drift | 0.250 (0.000) |  |  |", "| drift of 0.8 M(x) | 0.125 (0.000) |  |  |"]
+    assert added[:4] == both * 2  # of the ungated and of the gated one
+    assert more.index(added[0]) == 1 + lines.index(
+        "| LoRA | 81.0 (1.4) | 52.0 (2.8) | 66.5 (2.1) |"
+    )
+    assert [line for line in more if line not in added] == lines
+
+
 def test_the_table_has_the_sparsity_of_parts_too(results, tmp_path):
     parts = [{**one, "sparsity of image": {"A": 12.0}} for one in FOUND]
     lines = results.write(FOUND, tmp_path).splitlines()
