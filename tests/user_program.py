@@ -37,7 +37,7 @@ class EverySecond(tokengate.Gate):
 def main() -> float:
     """Train one step, and how much stayed as it was."""
     net: Net = tokengate.patch(Net(), ["up"], "dora", rank=2, gate="user-program")
-    tokengate.patch(net, ["down"], rank=2, tau=0.1)
+    tokengate.patch(net, ["down"], rank=2)
     optimizer = torch.optim.AdamW(tokengate.param_groups(net, lr=1e-3, total_steps=100))
     with tokengate.record(net) as recorder:
         output: Tensor = net(torch.randn(2, 4, 8))

@@ -13,11 +13,11 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
-from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.linears.linear_like import features_of
+from tokengate.linears.stand_in import stand_in, write_over
 
 
 class Gate(KeepsFloat32):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokengate.gates.stand_in import stand_in, write_over
 from tokengate.kernels.eager import is_eager
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.precision import KeepsFloat32, autocasts, trainable_dtype
 from tokengate.linears.linear_like import features_of
+from tokengate.linears.stand_in import stand_in, write_over
 from tokengate.methods.maps import Maps
 
 # The gradients of an input with fewer elements are added up sooner than Python is asked to do it.

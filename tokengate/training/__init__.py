@@ -1,4 +1,4 @@
-"""What learns, by what rule: parameter groups, tau's Adam, thresholds that are led, AdaLoRA's budget.
+"""What learns, by what rule: parameter groups, tau's Adam, led thresholds, AdaLoRA's budget.
 
 May import `patching`, `layers` and below. Open `param_groups.py` first, then `tau_adam.py`
 and `following.py`.
