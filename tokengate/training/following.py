@@ -292,7 +292,9 @@ class Following:
 
     def _say_if_none(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
         self._moved = self._moved or bool(gradients)
-        if self._moved:
+        gates = living_taus()
+        led = any(id(tau) in gates and gates[id(tau)].is_led for tau in self.taus.values())
+        if self._moved or led:
             return
         held = (p for group in optimizer.param_groups for p in group["params"])
         if any(p.grad is not None for p in held):
