@@ -116,7 +116,8 @@ class FisherGate(LedGate):
 
     def start_feeding(self) -> None:
         """From now on backward adds up what `fold` averages."""
-        self._fed = torch.zeros(self.Q.numel() + 1, dtype=self.Q.dtype, device=self.Q.device)
+        size = self.Q.shape[-1] ** 2 + 1
+        self._fed = self.Q.new_zeros(*self.Q.shape[:-2], size)
 
     def stop_feeding(self) -> None:
         """Q stays as it is."""
@@ -124,9 +125,11 @@ class FisherGate(LedGate):
 
     @torch.no_grad()
     def fold(self, fed: Tensor, folded: Tensor) -> None:
-        """Average what a step has fed, `(rank^2 + 1,)`, into Q, for the `folded`th time."""
-        some = fed[-1] > 0
-        new = (fed[:-1] / torch.where(some, fed[-1], 1)).view_as(self.Q).to(self.Q.dtype)
+        """Average what a step has fed, `(..., rank^2 + 1)`, into Q, for the `folded`th time."""
+        total = fed[..., -1:]
+        new = (fed[..., :-1] / torch.where(total > 0, total, 1)).to(self.Q.dtype)
+        known = (total > 0) & new.isfinite().all(-1, keepdim=True)
         # From its first value on, as Adam's averages are after their correction.
-        weight = ((1 - _DECAY) / (1 - _DECAY**folded)).to(self.Q.dtype)
-        self.Q.add_(torch.where(some & new.isfinite().all(), weight * (new - self.Q), 0))
+        weight = ((1 - _DECAY) / (1 - _DECAY**folded)).to(self.Q.dtype).view(known.shape)
+        change = torch.where(known, weight * (new - self.Q.flatten(-2)), 0)
+        self.Q.add_(change.view_as(self.Q))

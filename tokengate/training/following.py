@@ -7,7 +7,6 @@ At a step of that optimiser their gradients are taken out of its sight, and an A
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
-from tokengate.gates.base import Gate
 from tokengate.gates.living import living_taus, tau_of
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
@@ -292,7 +290,9 @@ class Following:
 
     def _say_if_none(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
         self._moved = self._moved or bool(gradients)
-        if self._moved:
+        gates = living_taus()
+        led = any(id(tau) in gates and gates[id(tau)].is_led for tau in self.taus.values())
+        if self._moved or led:
             return
         held = (p for group in optimizer.param_groups for p in group["params"])
         if any(p.grad is not None for p in held):
@@ -331,14 +331,3 @@ def followed(optimizer: Optimizer) -> set[int]:
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     owners += [each for each in list(_ALL) if optimizer is each.adam]
     return {id(tau) for owner in owners for tau in getattr(owner, "taus", {}).values()}
-
-
-def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
-    """The taus that the steps of this optimiser move, and whose they are."""
-    taus = living_taus()
-    # One that holds taus which follow it leaves them to that which moves them.
-    apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
-    for group in optimizer.param_groups if taus else ():
-        for p in group["params"]:
-            if id(p) in taus and id(p) not in apart:
-                yield p, taus[id(p)]

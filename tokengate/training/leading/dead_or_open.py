@@ -22,7 +22,8 @@ from tokengate.gates.base import Gate, LedGate
 from tokengate.gates.living import living, tau_of
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.sharding import numbers_here
-from tokengate.training.following import followed, moved_by
+from tokengate.training.following import followed
+from tokengate.training.leading.pace import moved_by
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
 _LOOKS, _PATIENCE = (16, 64, 256, 1024), 64

@@ -103,7 +103,11 @@ class SparsitySchedule:
         self._device = devices[0]
         layers = len(self._gates) if switch("per_layer", per_layer) else 1
         self._tracker = QuantileTracker(layers, self.total_steps, self._device)
-        self._folded = torch.zeros(len(self._gates), dtype=self._tracker.dtype, device=self._device)
+        # How many modules a gate decides for: one, or all experts.
+        self._sizes = [threshold.numel() for threshold in self._thresholds]
+        self._folded = torch.zeros(
+            sum(self._sizes), dtype=self._tracker.dtype, device=self._device
+        )
         self._sparsity = torch.full((), torch.nan, device=self._device)
         # The thresholds in use, as log2, one for each layer or one.
         self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
@@ -255,26 +259,34 @@ class SparsitySchedule:
             [gate._seen.to(self._device) for gate in gates if gate._seen is not None]
         )
         fed = [g._fed.to(seen) for g in gates if isinstance(g, FisherGate) and g._fed is not None]
-        flat = torch.cat(fed) if fed else seen.new_zeros(0)
+        flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
             if len(flat):
                 torch.distributed.all_reduce(flat)
         self.skip_step()
-        return seen, list(torch.split(flat, [len(each) for each in fed]))
+        parts = torch.split(flat, [each.numel() for each in fed])
+        return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
 
     def _fold(self, fed: list[Tensor]) -> None:
-        own = [g for g in self._gates.values() if isinstance(g, FisherGate)]
-        at = [i for i, g in enumerate(self._gates.values()) if isinstance(g, FisherGate)]
-        for gate, place, new in zip(own, at, fed, strict=True):
-            self._folded[place] += new[-1] > 0
-            gate.fold(new.to(gate.Q.device), self._folded[place].clamp(min=1).to(gate.Q.device))
+        fishers = (
+            (gate, folded)
+            for gate, folded in zip(
+                self._gates.values(), torch.split(self._folded, self._sizes), strict=True
+            )
+            if isinstance(gate, FisherGate)
+        )
+        for (gate, folded), new in zip(fishers, fed, strict=True):
+            folded += (new[..., -1] > 0).view_as(folded)
+            gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
 
     def _by_threshold(self, seen: Tensor) -> Tensor:
-        """The counts behind each threshold, `(layers or 1, BINS)`; every layer weighs alike."""
+        """The counts behind each threshold, `(layers or 1, BINS)`; every module weighs alike."""
         total = seen.sum(-1, keepdim=True)
         shares = seen / torch.where(total > 0, total, 1)
-        return shares if len(self._log_thresholds) > 1 else shares.sum(0, keepdim=True)
+        if len(self._log_thresholds) > 1:
+            return shares
+        return (shares * shares.new_tensor(self._sizes).unsqueeze(-1)).sum(0, keepdim=True)
 
     def _write(self) -> None:
         values = self._log_thresholds.exp2().expand(len(self._gates))
