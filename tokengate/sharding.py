@@ -107,14 +107,18 @@ def number_here(tensor: Tensor) -> float | None:
 
 
 def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
-    """The elements of each, all in turn, with one transfer from the device they are on."""
+    """The elements of each, all in turn, with one transfer from the device they are on.
+
+    None for those that another rank has, or nobody.
+    """
     whole = [t.detach() for t in tensors]
     local = [local_part(t) for t in whole]
     there = [t.reshape(-1) for t in local if not t.is_meta and t.numel()]
     found = iter(torch.cat([t.to(there[0].device) for t in there]).tolist() if there else ())
     numbers: list[float | None] = []
     for tensor, own in zip(whole, local, strict=True):
-        here: list[float | None] = [None] * tensor.numel()
+        # What ZeRO-3 has taken away says how much that is.
+        here: list[float | None] = [None] * (tensor.numel() or getattr(tensor, "ds_numel", 1))
         if not own.is_meta and own.numel():
             start = _start(tensor)
             here[start : start + own.numel()] = [next(found) for _ in range(own.numel())]
