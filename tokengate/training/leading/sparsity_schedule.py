@@ -105,9 +105,7 @@ class SparsitySchedule:
         self._tracker = QuantileTracker(layers, self.total_steps, self._device)
         # How many modules a gate decides for: one, or all experts.
         self._sizes = [threshold.numel() for threshold in self._thresholds]
-        self._folded = torch.zeros(
-            sum(self._sizes), dtype=self._tracker.dtype, device=self._device
-        )
+        self._folded = torch.zeros(sum(self._sizes), dtype=self._tracker.dtype, device=self._device)
         self._sparsity = torch.full((), torch.nan, device=self._device)
         # The thresholds in use, as log2, one for each layer or one.
         self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
