@@ -80,7 +80,7 @@ def follow(
     taus = {name: tau for name, g in gates.items() if g and (tau := tau_of(g)) is not None}
     known = {gate.s for gate in gates.values() if gate is not None} - {None}
     relative = None if s is None and total_steps is None else total_steps is not None
-    s = slope(min(known) if relative is None and len(known) == 1 else s, total_steps)
+    s = slope(known.pop() if relative is None and len(known) == 1 else s, total_steps)
     following = Following(taus, optimizer, tau_rule(s, alpha, betas, eps))
     for gate in gates.values():
         if gate is not None:
