@@ -1,7 +1,7 @@
 """Taus that move by their own rule, whatever optimiser trains everything else, and however.
 
-At a step of that optimiser their gradients are taken out of its sight, and an Adam of their own
-(eq. 18-22) takes a step, too. So neither its rule reaches them, nor schedulers, nor weight decay.
+At its step their gradients are taken out of its sight, and an Adam of their own (eq. 18-22) takes
+one, too: neither its rule reaches them, nor schedulers, nor weight decay.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def follow(
     taus = {name: tau for name, g in gates.items() if g and (tau := tau_of(g)) is not None}
     known = {gate.s for gate in gates.values() if gate is not None} - {None}
     relative = None if s is None and total_steps is None else total_steps is not None
-    if relative is None and len(known) == 1:
-        (s,) = known
-    s = slope(s, total_steps)
+    s = slope(known.pop() if relative is None and len(known) == 1 else s, total_steps)
     following = Following(taus, optimizer, tau_rule(s, alpha, betas, eps))
     for gate in gates.values():
         if gate is not None:
@@ -289,10 +287,9 @@ class Following:
         return state
 
     def _say_if_none(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
-        self._moved = self._moved or bool(gradients)
-        gates = living_taus()
-        led = any(id(tau) in gates and gates[id(tau)].is_led for tau in self.taus.values())
-        if self._moved or led:
+        led = {id_ for id_, gate in living_taus().items() if gate.is_led}  # without gradients
+        self._moved |= bool(gradients) or not led.isdisjoint(map(id, self.taus.values()))
+        if self._moved:
             return
         held = (p for group in optimizer.param_groups for p in group["params"])
         if any(p.grad is not None for p in held):
