@@ -162,8 +162,8 @@ def roles(model: nn.Module, *asked: str, experts: bool = True, apart: bool = Fal
         model: a model of transformers, or a part of one.
         *asked: of "q", "k", "v", "o", "up", "down", "gate".
         experts: False leaves the experts of a mixture out of "up", "down" and "gate": the dense
-            and the shared layers alone. Experts that are one 3-D parameter cannot be patched, so
-            that there only False works.
+            and the shared layers alone. Experts in 3-D parameters have no roles, but targets of
+            their own, "experts.gate_up_proj" and "experts.down_proj": there only False works.
         apart: True gives slices also where all of a fused layer is asked for: a modification and a
             gate for each, not one for all.
 

@@ -178,3 +178,23 @@ def test_one_expert_as_a_report_names_it():
     name = "model.layers.0.mlp.experts.3.down_proj"
     with pytest.raises(TokenGateError, match=r"name them all, 'model.layers.0.mlp.experts.down"):
         tokengate.patch(model, [name])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_compiled_in_one_graph(implementation):
+    model, targets, _ = build("qwen3_moe")
+    model.set_experts_implementation(implementation)
+    tokengate.patch(model, targets, rank=4, tau=0.1)
+    away_from_initialisation(model, 0.3)
+    torch.compiler.reset()
+    found = {}
+    for how in ("eager", "compiled"):
+        run_it = torch.compile(model, fullgraph=True, backend="aot_eager")
+        output = text.run_padded(model if how == "eager" else run_it)
+        model.zero_grad()
+        output.square().mean().backward()
+        found[how] = [output, *(p.grad for p in model.parameters() if p.requires_grad)]
+    assert found["eager"][1].any()
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other)

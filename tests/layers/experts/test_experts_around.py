@@ -222,3 +222,36 @@ def test_each_row_is_at_its_own_position_in_whatever_order_an_expert_has_them(wa
         assert torch.equal(found & mask.bool(), wanted & mask.bool())
     assert changed.any()
     assert not changed.all()
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of a tensor that is made, and is no view of one that is there."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.there = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            made = isinstance(tensor, torch.Tensor)
+            if made and tensor.untyped_storage()._cdata not in self.there:
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
+@pytest.mark.parametrize("way", ["linear", "grouped"])
+def test_nothing_is_made_of_the_size_of_an_expert(way, method):
+    torch.manual_seed(0)
+    model = Mixture(Experts(16, 32, 32, way=way, bias=False))
+    tokengate.patch(model, ["experts.w"], method, rank=1, tau=0.1, experts=AXES)
+    away(model)
+    index = torch.rand(6, 16).topk(2, -1).indices
+    with Largest(model) as made:
+        model(torch.randn(2, 3, 32), index).square().sum().backward()
+    assert 0 < made.most < 32 * 32
+    with Largest(model) as made:
+        model.experts.w @ torch.ones(32, 32)
+    assert made.most >= 32 * 32, "it can fail"
