@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -130,8 +131,9 @@ def _targets(
             assert plain is not None
             return tokengate.select(plain["fisher"], kept, by="fisher")
         case "suggest":
-            batches = list(task.batches(settings.seed, settings.rows))[:16]
-            return tokengate.suggest(model, batches, kept, targets=names, loss=task.loss)
+            batches = list(itertools.islice(task.batches(settings.seed, settings.rows), 16))
+            options = {"targets": names, "train": list(task.head), "loss": task.loss}
+            return tokengate.suggest(model, batches, kept, **options)
     return names
 
 

@@ -1,5 +1,7 @@
 """How much of the loss hangs on each layer, and the layers to modify that follow from it."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,43 @@ def test_a_trained_model_is_asked_what_it_holds_now():
     nn.init.normal_(model.paths[1].modification.B)  # the other one holds nothing yet
     batch = torch.randn(4, 6, 8)
     assert tokengate.suggest(model, [batch], 0.5, loss=of_paths) == ["paths.1"]
+
+
+def test_a_rate_at_which_the_loss_does_not_fall_is_lowered_and_at_last_refused():
+    torch.manual_seed(0)
+    model, batch, rates = Paths([3.0, 1.0]), torch.randn(4, 6, 8), []
+    adam = torch.optim.Adam
+
+    def counted(parameters, lr):
+        rates.append(lr)
+        return adam(parameters, lr)
+
+    before = snapshot(model)
+    with mock.patch("torch.optim.Adam", counted):
+        tokengate.suggest(model, [batch], loss=of_paths, steps=1, lr=20.0)
+        assert rates == [20.0, 5.0, 1.25]
+        with pytest.raises(tokengate.TokenGateError, match="pass a smaller lr"):
+            tokengate.suggest(model, [batch], loss=of_paths, lr=1e9)
+    assert len(rates) == 6
+    assert snapshot(model) == before
+
+
+def test_a_new_head_is_trained_along_and_put_back():
+    torch.manual_seed(0)
+    model, batch = Net(), torch.randn(4, 6, 8)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(model.head.weight.detach().clone())
+        return model(batch).square().mean()
+
+    before = snapshot(model)
+    tokengate.suggest(model, [batch], targets=["fc1", "fc2"], train=["head"], loss=loss, steps=3)
+    assert any(not torch.equal(each, seen[0]) for each in seen)
+    assert snapshot(model) == before
+    seen.clear()
+    tokengate.suggest(model, [batch], targets=["fc1", "fc2"], loss=loss, steps=3)
+    assert all(torch.equal(each, seen[0]) for each in seen)
 
 
 def test_suggest_says_what_cannot_be_asked():

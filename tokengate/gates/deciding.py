@@ -1,7 +1,9 @@
-"""One call of a layer: where its gate lets the change act, within what restrictions allow."""
+"""One call of a layer: where its gate lets the change act, and who is told of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -65,3 +67,39 @@ def changed(
         h = torch.where(inside.unsqueeze(-1) != 0, h, change.out)
         is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
     return Changed(h, is_open, norms, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Observer:
+    """Who is told of each call of a layer.
+
+    Attributes:
+        tell: is given S, of shape (...), or None where there is no gate; the output, of shape
+            (..., out_features); the padding mask of its positions, (B, T), or None; and the norms
+            of m and of w in S's shape, or None where rows have adapters of their own or nobody
+            wants them. The samples come first, also where the layer has them second.
+        norms: whether these norms are wanted.
+        scores: whether the gate's scores are wanted, too, as a fifth, in S's shape; where there is
+            a gate.
+        trained: whether only those calls are that a backward may come through.
+        change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
+            adapters of their own, of one adapter after the other.
+        experts: of a layer that has several experts, who is told of each; None for this one.
+    """
+
+    tell: Callable[..., None]
+    norms: bool = False
+    scores: bool = False
+    trained: bool = False
+    change: Callable[[Tensor], None] | None = None
+    experts: Callable[[int], Observer] | None = None
+
+    def of(self, expert: int) -> Observer:
+        """Who is told of one expert of a layer that has several."""
+        return self if self.experts is None else self.experts(expert)
+
+
+def wanted(observers: Iterable[Observer]) -> tuple[bool, bool]:
+    """Whether any of them wants norms, and scores."""
+    told = list(observers)
+    return any(each.norms for each in told), any(each.scores for each in told)

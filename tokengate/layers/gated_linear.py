@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.gates.deciding import Changed, changed
+from tokengate.gates.deciding import Changed, Observer, changed, wanted
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
@@ -54,42 +52,6 @@ from tokengate.methods.base import Modification
 
 #: The name of what `patch` adds, and `load` where it is not told another.
 DEFAULT = "default"
-
-
-@dataclass(frozen=True, eq=False)
-class Observer:
-    """Who is told of each call of a layer.
-
-    Attributes:
-        tell: is given S, of shape (...), or None where there is no gate; the output, of shape
-            (..., out_features); the padding mask of its positions, (B, T), or None; and the norms
-            of m and of w in S's shape, or None where rows have adapters of their own or nobody
-            wants them. The samples come first, also where the layer has them second.
-        norms: whether these norms are wanted.
-        scores: whether the gate's scores are wanted, too, as a fifth, in S's shape; where there is
-            a gate.
-        trained: whether only those calls are that a backward may come through.
-        change: is given M(x) of each call, `(..., out_features)`, before it is added; of rows with
-            adapters of their own, of one adapter after the other.
-        experts: of a layer that has several experts, who is told of each; None for this one.
-    """
-
-    tell: Callable[..., None]
-    norms: bool = False
-    scores: bool = False
-    trained: bool = False
-    change: Callable[[Tensor], None] | None = None
-    experts: Callable[[int], Observer] | None = None
-
-    def of(self, expert: int) -> Observer:
-        """Who is told of one expert of a layer that has several."""
-        return self if self.experts is None else self.experts(expert)
-
-
-def wanted(observers: Iterable[Observer]) -> tuple[bool, bool]:
-    """Whether any of them wants norms, and scores."""
-    told = list(observers)
-    return any(each.norms for each in told), any(each.scores for each in told)
 
 
 # What it may have from `patch` on, and so has a copy.

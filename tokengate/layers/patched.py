@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief, listed
+from tokengate.gates.deciding import Observer
 from tokengate.layers.experts.gated_experts import GatedExperts
-from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.gated_linear import Gated
 from tokengate.linears.experts import is_expert
 from tokengate.names import named_modules
 

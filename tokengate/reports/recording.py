@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tokengate.arguments import count, switch
 from tokengate.contexts import context
 from tokengate.errors import TokenGateError, brief
+from tokengate.gates.deciding import Observer
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import in_backward
 from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.coverage import report_lost
-from tokengate.layers.gated_linear import Observer
 from tokengate.layers.patched import module_names, observers, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
@@ -159,7 +159,7 @@ class Recorder:
             TokenGateError: nothing was run; `reduce` is something else; the ranks were not all
                 recorded with the same `positions` and `ratios`.
         """
-        return made_report(self._collect(reduce), None, self._about())
+        return made_report(self._collect(reduce), None, provenance(self._model, self._parts))
 
     def reports(self, reduce: bool | Any = False) -> dict[str, SparsityReport]:
         """The same for each group of positions, with `record(groups=...)`.
@@ -174,24 +174,21 @@ class Recorder:
         Raises:
             TokenGateError: as in `report`.
         """
-        found, about = self._collect(reduce), self._about()
+        found, about = self._collect(reduce), provenance(self._model, self._parts)
         return {
             group: made_report(found, group, about | {"positions": group})
             for group in found[0]
             if group is not None
         }
 
-    def _about(self) -> dict[str, str]:
-        return provenance(self._model, self._parts)
-
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
         taus: Taus = {}
         for n, (_, gate) in self._parts.items():
             threshold = None if gate is None else gate.threshold
-            names = self._names[n]
-            numbers = [None] * len(names) if threshold is None else numbers_here([threshold])
-            taus |= dict(zip(names, numbers, strict=True))
+            none = [None] * len(self._names[n])
+            numbers = none if threshold is None else numbers_here([threshold])
+            taus |= dict(zip(self._names[n], numbers, strict=True))
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}

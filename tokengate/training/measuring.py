@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
+from tokengate.gates.deciding import Observer
 from tokengate.gates.tally import by_sample
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.calls import RECORD, USE, in_context, said_of
-from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import observers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.gates.deciding import Changed, changed
+from tokengate.gates.deciding import Changed, Observer, changed, wanted
 from tokengate.kernels.change import Change
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.groups import Groups
@@ -21,7 +21,7 @@ from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, contexts, said_of
 from tokengate.layers.experts.products import Whose
 from tokengate.layers.experts.routing import Routing
-from tokengate.layers.gated_linear import Gated, Observer, wanted
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.several import Told, counted, whole_of
 from tokengate.linears.experts import StackedLinear
 from tokengate.methods.base import Modification

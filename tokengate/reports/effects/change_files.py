@@ -16,9 +16,10 @@ from tokengate.arguments import count
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_atomically
 from tokengate.files.text_table import size
+from tokengate.gates.deciding import Observer
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.calls import RECORD, USE, in_context, said_of
-from tokengate.layers.gated_linear import Gated, Observer
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows

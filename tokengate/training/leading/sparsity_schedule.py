@@ -20,10 +20,9 @@ from tokengate.sharding import local_part
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.wrapped_optimizers import hooked_in
 
-# The share of a training in which the wanted share of closed positions rises to the target.
-_RISE = 0.6
-# How far the share that the last thresholds close may be from the target without a word.
-_NEAR = 0.03
+# The share of a training in which the wanted sparsity rises to the target, and how far that which
+# the last thresholds close may be from it without a word.
+_RISE, _NEAR = 0.6, 0.03
 
 
 class SparsitySchedule:
@@ -267,16 +266,13 @@ class SparsitySchedule:
         return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
 
     def _fold(self, fed: list[Tensor]) -> None:
-        fishers = (
-            (gate, folded)
-            for gate, folded in zip(
-                self._gates.values(), torch.split(self._folded, self._sizes), strict=True
-            )
-            if isinstance(gate, FisherGate)
-        )
-        for (gate, folded), new in zip(fishers, fed, strict=True):
-            folded += (new[..., -1] > 0).view_as(folded)
-            gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
+        told = iter(fed)
+        times = torch.split(self._folded, self._sizes)
+        for gate, folded in zip(self._gates.values(), times, strict=True):
+            if isinstance(gate, FisherGate):
+                new = next(told)
+                folded += (new[..., -1] > 0).view_as(folded)
+                gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
 
     def _by_threshold(self, seen: Tensor) -> Tensor:
         """The counts behind each threshold, `(layers or 1, BINS)`; every module weighs alike."""
