@@ -16,13 +16,7 @@ from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import hides_class, offloaded_whole
 from tokengate.linears.convolution import computes_otherwise, is_convolution
 from tokengate.linears.experts import StackedLinear, stacked_expert, unpatchable
-from tokengate.linears.linear_like import (
-    LinearLike,
-    LinearSlice,
-    is_linear,
-    is_linear_like,
-    whole,
-)
+from tokengate.linears.linear_like import LinearLike, LinearSlice, is_linear, is_linear_like, whole
 from tokengate.linears.owners import gives_other_shape, reads_weight, returns_tuple
 from tokengate.linears.quantised import blocks_gradients
 from tokengate.names import named_children

@@ -198,9 +198,7 @@ class Recorder:
         for own, own_taus, own_details in found:
             for group, modules in own.items():
                 add_counts(counts.setdefault(group, {}), modules)
-            for name, tau in own_taus.items():
-                if taus.get(name) is None:
-                    taus[name] = tau
+            taus |= {name: tau for name, tau in own_taus.items() if taus.get(name) is None}
             for name, detail in own_details.items():
                 details.setdefault(name, PositionCounts()).extend(detail)
         if not counts:
