@@ -174,7 +174,8 @@ def _config(folder: Path) -> dict[str, Any]:
             raise TokenGateError(
                 f"{where} has {key}={brief(value)}: correct it to a list of names."
             )
-    if not config.get("target_modules"):
+    # Adapters of parameters alone are refused by `check_known`, which says why.
+    if not (config.get("target_modules") or config.get("target_parameters")):
         raise TokenGateError(f"{where} has no target_modules: save the adapter again.")
     if isinstance(config.get("modules_to_save"), str):
         config["modules_to_save"] = [config["modules_to_save"]]
