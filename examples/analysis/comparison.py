@@ -28,6 +28,7 @@ from tqdm import tqdm
 import tokengate
 
 # The data, the models and how results are kept are the recipes'.
+sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 
 import comparison_results

@@ -50,6 +50,7 @@ SPOKEN = {
     "S_high": "highest sparsity first",
     "norm_relative": "largest ||M(x)|| / ||W0 x|| first",
     "norm_abs": "largest ||M(x)|| first",
+    "fisher": "most of the loss first",
     "half_rank": "all of them, at half the rank",
 }
 

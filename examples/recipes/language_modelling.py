@@ -2,7 +2,7 @@
 
 By default stories260K of llama2.c (260,032 parameters, trained on stories for children):
 
-    python examples/recipes/convert_llama2c.py stories260K.bin tok512.bin outputs/stories260K
+    python examples/convert_llama2c.py stories260K.bin tok512.bin outputs/stories260K
     python examples/recipes/language_modelling.py --data tinyshakespeare.txt.xz --gate off 0.6
 
 The first 80 % of the text are trained on, the last 10 % are the test, and those between are the

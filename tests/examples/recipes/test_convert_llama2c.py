@@ -22,7 +22,7 @@ real = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def convert():
-    spec = importlib.util.spec_from_file_location("llama2c", RECIPES / "convert_llama2c.py")
+    spec = importlib.util.spec_from_file_location("llama2c", RECIPES.parent / "convert_llama2c.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -116,6 +116,7 @@ def test_smoke_runs_on_a_real_text(recipe, monkeypatch, tmp_path):
 
 @real
 def test_a_converted_checkpoint_learns_a_text(recipe, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(RECIPES.parent)
     convert = importlib.import_module("convert_llama2c")
     weights, model = TEXT.parents[1] / "weights", tmp_path / "model"
     line = ["convert_llama2c.py", weights / "stories260K.bin", weights / "tok512.bin", model]

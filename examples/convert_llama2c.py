@@ -1,6 +1,6 @@
 """A checkpoint of llama2.c (version 0) and its tokenizer, as a folder for transformers.
 
-    python examples/recipes/convert_llama2c.py stories260K.bin tok512.bin outputs/stories260K
+    python examples/convert_llama2c.py stories260K.bin tok512.bin outputs/stories260K
 
 Version 0 is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a
 negative vocab_size says that the head is not the embedding), then the weights in float32, layer
