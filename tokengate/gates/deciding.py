@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class Observer:
     """
 
     tell: Callable[..., None]
+    _: KW_ONLY
     norms: bool = False
     scores: bool = False
     trained: bool = False

@@ -323,7 +323,7 @@ def record(
         RECORD,
         observers(
             recorder._layers,
-            lambda name: Observer(partial(recorder._observe, name), ratios, trained),
+            lambda name: Observer(partial(recorder._observe, name), norms=ratios, trained=trained),
         ),
     ):
         yield recorder

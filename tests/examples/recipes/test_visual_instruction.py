@@ -257,6 +257,7 @@ def test_a_test_without_pictures_is_said_to_be_left_out(visual, data, monkeypatc
         reports=lambda **options: {"image": report, "text": report},
     )
     monkeypatch.setattr(visual, "ask", lambda t, p, rows, n: (["A"] * len(rows), rec))
+    monkeypatch.setattr(visual, "drifts", lambda *args: {})
     monkeypatch.setattr(sys, "argv", ["visual_instruction.py", "--data", "d", "--rank", "2"])
     monkeypatch.setattr(visual.recipe, "main", lambda runs, perform: kept.append(perform(runs[0])))
     kept = []
