@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tokengate
-from tokengate import RankAllocator, SparsityController, SparsityReport, TokenGateError
+from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative
 from tokengate.integrations.live_logging import tau_scalars
 from tokengate.layers.patched import require_layers
@@ -55,7 +55,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
       step, before clipping: leave it out of the loss.
     - At each step that is logged `sparsity`, `tau_mean`, `tau_min` and `tau_max` are, and
       `val_sparsity` after each validation: eq. 23 over all processes.
-    - Allocator and controller are in the checkpoint, the taus' Adam is in the optimiser's part of
+    - Allocator and schedule are in the checkpoint, the taus' Adam is in the optimiser's part of
       it: a run that is resumed ends as one that was never stopped.
 
     Args:
@@ -66,13 +66,14 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         eps: of eq. 22.
         orthogonality: weight of AdaLoRA's penalty; 0 leaves it to the loss.
         allocator: options of the `RankAllocator`; `total_steps` is the Trainer's otherwise.
-        target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
-        target_warmup: steps before that controller sets in.
+        target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
+            the steps of the training.
+        target_warmup: steps before the share of closed positions begins to rise.
 
     Attributes:
         following: what moves the taus, from the beginning of the training on; or None.
         allocator: the `RankAllocator`, likewise.
-        controller: the `SparsityController`, likewise.
+        sparsity_schedule: the `SparsitySchedule`, likewise.
 
     Raises:
         TokenGateError: a number is out of its range. When training begins: the module has no
@@ -102,7 +103,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self._warmup = count("target_warmup", target_warmup, least=0)
         self.following: Following | None = None
         self.allocator: RankAllocator | None = None
-        self.controller: SparsityController | None = None
+        self.sparsity_schedule: SparsitySchedule | None = None
         self._optimizer: Any = None
         self._loaded: dict[str, Any] = {}
         self._within = contextlib.ExitStack()  # what ends with the training
@@ -113,8 +114,8 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
     # What is kept.
 
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint has of allocator and controller."""
-        parts = {"allocator": self.allocator, "controller": self.controller}
+        """What the checkpoint has of allocator and schedule."""
+        parts = {"allocator": self.allocator, "sparsity_schedule": self.sparsity_schedule}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,20 +153,28 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         if numbers["s"] is None and not asked:
             numbers["total_steps"] = steps
         self.following = tokengate.follow(model, self._optimizer, **numbers)
-        self.allocator = self.controller = None
+        self.allocator = self.sparsity_schedule = None
         if any(isinstance(layer.modification, AdaLoRA) for layer in patched):
             options = {"total_steps": steps, **self._allocation}
             self.allocator = RankAllocator(model, self._optimizer, **options)
         if self._target is not None:
-            self.controller = SparsityController(
-                model, self._optimizer, self._target, warmup_steps=self._warmup
+            if steps is None:
+                raise TokenGateError(
+                    f"target_sparsity={self._target} was asked of a training without an end: give "
+                    "Lightning's Trainer max_steps or max_epochs."
+                )
+            self.sparsity_schedule = SparsitySchedule(
+                model, self._optimizer, self._target, steps, warmup_steps=self._warmup
             )
 
     def _resume(self, step: int) -> None:
         loaded, self._loaded = self._loaded, {}
         if not step:
             return
-        for name, part in (("allocator", self.allocator), ("controller", self.controller)):
+        for name, part in (
+            ("allocator", self.allocator),
+            ("sparsity_schedule", self.sparsity_schedule),
+        ):
             if part is None:
                 continue
             if name not in loaded:
@@ -193,7 +202,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self._within.close()
 
     def _leave(self, model: nn.Module) -> None:
-        for part in (self.allocator, self.controller):
+        for part in (self.allocator, self.sparsity_schedule):
             if part is not None:
                 part.detach()
         if tokengate.layers(model):
@@ -217,15 +226,15 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
             return
         if self.allocator is not None and self._orthogonality:
             _add_penalty(pl_module, self._orthogonality, _still_scaled_by(trainer, optimizer))
-        self._stepped = None if self.controller is None else self.controller.step
+        self._stepped = None if self.sparsity_schedule is None else self.sparsity_schedule.step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the step, if one was taken."""
         stepped, self._stepped = self._stepped, None
-        if self.controller is not None and stepped == self.controller.step:
-            self.controller.skip_step()  # as a GradScaler did
+        if self.sparsity_schedule is not None and stepped == self.sparsity_schedule.step:
+            self.sparsity_schedule.skip_step()  # as a GradScaler did
         if self._recorder is None or not trainer._logger_connector.should_update_logs:
             return
         if trainer.fit_loop._should_accumulate():

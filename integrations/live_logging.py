@@ -16,13 +16,12 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.layers.patched import require_layers
 from tokengate.reports.picture import load_plots
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import numbers_here
 
 HEATMAP = "sparsity_heatmap"
 
@@ -46,7 +45,7 @@ def scalars(model: nn.Module, report: SparsityReport) -> dict[str, float]:
       and `"tau_broken"`, how many are not, where there are any;
     - `"tau_skipped"`, where there were any: gradients that were not finite and that optimisers have
       skipped so far;
-    - `"penalty"`: the average lambda, where there is a `SparsityController` the one it sets.
+    - `"penalty"`: the average lambda.
 
     Args:
         model: the patched model.
@@ -114,7 +113,4 @@ def pixels(report: SparsityReport) -> Any:
 def _penalties(model: nn.Module) -> list[float]:
     gates = [layer.gate for layer in require_layers(model, "scalars").values()]
     penalised = [gate for gate in gates if isinstance(gate, PenalisedGate)]
-    found = [g.penalty if g._controlled is None else g._controlled for g in penalised]
-    controlled = iter(numbers_here(p for p in found if isinstance(p, Tensor)))
-    here = [next(controlled) if isinstance(p, Tensor) else p for p in found]
-    return [penalty for penalty in here if penalty is not None]
+    return [gate.penalty for gate in penalised]

@@ -213,3 +213,38 @@ def fisher_scores(calls):
             modified = [float(h[i][j] - out[i][j]) for j in range(len(h[i]))]
             total += sum(float(g) * m for g, m in zip(grad[i], modified, strict=True)) ** 2
     return total
+
+
+def firm_gate(w, m, tau, k):
+    """a_i = clamp(k / (k - 1) (1 - tau / r_i), 0, 1), r = ||m|| / ||w||; and da_i/d||m_i||."""
+    weights, slopes = [], []
+    for w_i, m_i in zip(w, m, strict=True):
+        r = norm(m_i) / norm(w_i)
+        a = 1.0 if tau <= 0 else 0.0 if r < tau else k / (k - 1) * (1 - tau / r)
+        weights.append(min(a, 1.0))
+        inside = 0 < a < 1
+        slopes.append(k / (k - 1) * tau / r**2 / norm(w_i) if inside else 0.0)
+    return weights, slopes
+
+
+def fisher(gs, mask=None):
+    """E[g g'] over the real positions, open or closed: `(N, r)` -> `(r, r)`."""
+    real = [g for i, g in enumerate(gs) if mask is None or mask[i]]
+    total = np.zeros((len(gs[0]), len(gs[0])))
+    for g in real:
+        total += np.outer(g, g)
+    return total / len(real)
+
+
+def smoothed(values, decay):
+    """A moving average of what comes step by step, corrected for its start."""
+    average = 0.0
+    for step, value in enumerate(values, start=1):
+        average = decay * average + (1 - decay) * value
+        corrected = average / (1 - decay**step)
+    return corrected
+
+
+def fisher_gate(z, Q, T):
+    """S_i = [sqrt(z_i' Q z_i) >= T]."""
+    return [not math.sqrt(max(float(z_i @ Q @ z_i), 0.0)) < T for z_i in z]

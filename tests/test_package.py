@@ -65,7 +65,6 @@ def test_public_names():
         "PatchView",
         "RankAllocator",
         "Slices",
-        "SparsityController",
         "SparsityReport",
         "SparsitySchedule",
         "TauAdam",

@@ -141,7 +141,6 @@ def test_the_api_table_names_what_there_is():
         "verify",
         "Slices",
         "scale_penalty",
-        "SparsityController",
         "History",
         *["save", "load", "use", "fold", "calibrate", "select", "modification_norms"],
     ):

@@ -42,7 +42,6 @@ from tokengate.training.orthogonality import orthogonality as orthogonality
 from tokengate.training.param_groups import param_groups as param_groups
 from tokengate.training.rank_allocator import RankAllocator as RankAllocator
 from tokengate.training.scale_penalty import scale_penalty as scale_penalty
-from tokengate.training.sparsity_controller import SparsityController as SparsityController
 from tokengate.training.tau_adam import TauAdam as TauAdam
 
 __version__ = "0.1.0"

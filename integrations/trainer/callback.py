@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import tokengate
-from tokengate import History, RankAllocator, SparsityController, SparsityReport, TokenGateError
+from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch
 from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, write_state
@@ -87,9 +87,10 @@ class TokenGateCallback(TrainerCallback):
         schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
         orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
-        target_sparsity: the sparsity that a `tokengate.SparsityController` is to reach.
-        target_warmup: steps before that controller sets in: an int for their number, a float in
-            [0, 1) for their share of the training's.
+        target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
+            the steps of the training.
+        target_warmup: steps before the share of closed positions begins to rise: an int for their
+            number, a float in [0, 1) for their share of the training's.
         details: True adds to the logs of the loss and of evaluations the sparsity of every
             projection, e.g. `sparsity_q_proj`, and to those of the loss the average lambda,
             `penalty`; and gives TensorBoard and Weights & Biases, where they are told of such a
@@ -98,7 +99,7 @@ class TokenGateCallback(TrainerCallback):
 
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
-        controller: the `SparsityController`, likewise.
+        sparsity_schedule: the `SparsitySchedule`, likewise.
         report: of the last evaluation, over all processes; or None.
 
     Raises:
@@ -142,7 +143,7 @@ class TokenGateCallback(TrainerCallback):
         # A report that the reporters have not seen, and the name it is logged by.
         self._unseen: tuple[str, SparsityReport] | None = None
         self.allocator: RankAllocator | None = None
-        self.controller: SparsityController | None = None
+        self.sparsity_schedule: SparsitySchedule | None = None
         self.report: SparsityReport | None = None
         self._steps: TauSteps | None = None
         self._engine = Engine(None)
@@ -201,7 +202,7 @@ class TokenGateCallback(TrainerCallback):
             )
         if saved:
             steps.load(saved["taus"], exactly=resumed)
-        self.allocator = self.controller = None
+        self.allocator = self.sparsity_schedule = None
         self._steps = steps
         try:
             if adalora:
@@ -212,8 +213,10 @@ class TokenGateCallback(TrainerCallback):
                 warmup = self._target_warmup
                 if isinstance(warmup, float):
                     warmup = int(warmup * state.max_steps)
-                self.controller = SparsityController(model, base, self._target, warmup_steps=warmup)
-            for name, part in steps.others(self.allocator, self.controller).items():
+                self.sparsity_schedule = SparsitySchedule(
+                    model, base, self._target, state.max_steps, warmup_steps=warmup
+                )
+            for name, part in steps.others(self.allocator, self.sparsity_schedule).items():
                 if resumed:
                     if name not in saved:
                         raise TokenGateError(
@@ -259,8 +262,8 @@ class TokenGateCallback(TrainerCallback):
                 f"{type(unwrapped(optimizer)).__name__} was stepped without running its hooks, so "
                 "that tau never moves: train with an optimizer whose step() updates the parameters."
             )
-        if skipped and self.controller is not None:
-            self.controller.skip_step()
+        if skipped and self.sparsity_schedule is not None:
+            self.sparsity_schedule.skip_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -402,7 +405,7 @@ class TokenGateCallback(TrainerCallback):
         self._gradients.detach()
         if self._steps is not None:
             self._steps.detach()
-            for part in (self.allocator, self.controller):
+            for part in (self.allocator, self.sparsity_schedule):
                 if part is not None:
                     part.detach()
         self._engine.detach()

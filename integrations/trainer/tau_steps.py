@@ -57,9 +57,9 @@ class TauSteps:
                 )
         self._schedule = schedule
 
-    def others(self, allocator: Any, controller: Any) -> dict[str, Any]:
+    def others(self, allocator: Any, sparsity_schedule: Any) -> dict[str, Any]:
         """What else has a state in the checkpoint, by its key there."""
-        parts = {"allocator": allocator, "controller": controller}
+        parts = {"allocator": allocator, "sparsity_schedule": sparsity_schedule}
         self._parts = {name: part for name, part in parts.items() if part is not None}
         return self._parts
 
@@ -141,8 +141,8 @@ class TauSteps:
             if ids and ids <= own and len(held) > len(own):
                 raise TokenGateError(
                     f"the Trainer was given an optimizer with a group of taus alone, at learning "
-                    f"rate {float(group['lr']):g}, and TokenGateCallback moves the taus itself: make "
-                    "it from the model's parameters, or leave it to the Trainer."
+                    f"rate {float(group['lr']):g}, and TokenGateCallback moves the taus itself: "
+                    "make it from the model's parameters, or leave it to the Trainer."
                 )
         pairs = zip(self._optimizer.param_groups, groups, strict=True)
         return next((group for group, ids in pairs if ids & own), {})

@@ -318,8 +318,8 @@ def test_what_wants_a_threshold_says_so():
         tokengate.History(model)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
     assert len(optimizer.param_groups) == 1
-    with one_sentence("none of whose layers has a gate with a tau"):
-        tokengate.SparsityController(model, optimizer, 0.5)
+    with one_sentence("none of whose layers has a gate with a threshold"):
+        tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
     with tokengate.record(model) as rec:
         model(x)
     assert {m.tau for m in rec.report().modules.values()} == {None}

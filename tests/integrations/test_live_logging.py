@@ -70,18 +70,6 @@ def test_what_is_not_there_has_no_name():
         scalars(Net(), report())
 
 
-def test_the_penalty_that_a_controller_sets():
-    model = patched(penalty=0.25, tau=0.5)
-    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-3))
-    controller = tokengate.SparsityController(model, optimizer, 0.9)
-    for _ in range(5):
-        model(torch.randn(2, 5, 8)).square().mean().backward()
-        optimizer.step()
-    penalties = list(controller.penalties.values())
-    assert penalties != [0.25] * 4
-    assert scalars(model, report())["penalty"] == pytest.approx(sum(penalties) / 4)
-
-
 def test_a_loop_of_one_s_own(tmp_path):
     model = patched(tau=1.0, penalty=1e-3)
     with SummaryWriter(str(tmp_path)) as writer:

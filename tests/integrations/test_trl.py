@@ -281,7 +281,7 @@ def counted(monkeypatch, trainer):
     class Look(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__):
             gates = [layer.gate for layer in tokengate.layers(model).values()]
-            seen.append({int(gate._tally[2]) for gate in gates})
+            seen.append({round(float(gate._seen.sum())) for gate in gates})
 
     monkeypatch.setattr(trainer_callback, "report_of", reported)
     model.model.register_forward_pre_hook(called, with_kwargs=True)

@@ -107,7 +107,7 @@ def training(
     engine,
     unit=True,
     dtype=torch.float32,
-    controller=None,
+    schedule=None,
     adam=False,
     budget=True,
     again=False,
@@ -120,14 +120,13 @@ def training(
     groups = tokengate.param_groups(model, lr=1e-2, s=1e-2)
     own = tokengate.TauAdam(groups.pop()["params"], s=1e-2) if adam else None
     optimizer = torch.optim.AdamW(groups)
-    path = {"losses": [], "taus": [], "masks": [], "penalties": [], "sparsity": []}
+    path = {"losses": [], "taus": [], "masks": [], "thresholds": [], "sparsity": []}
     allocator = led = None
     budget = budget and method == "adalora"
     if budget:
         allocator = tokengate.RankAllocator(model, optimizer, total_steps=STEPS)
-    if controller is not None:
-        # Not where a sum's last digit decides: the rule has a step at an error of 0.15 = 6 / 40.
-        led = tokengate.SparsityController(model, optimizer, 0.51, **controller)
+    if schedule is not None:
+        led = tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS, **schedule)
     for step in range(STEPS):
         # The first step alone, as a report costs as much as a step.
         with tokengate.record(model) if step == 0 else contextlib.nullcontext() as rec:
@@ -140,7 +139,7 @@ def training(
         if allocator is not None:
             path["masks"].append({n: mask.tolist() for n, mask in allocator.masks.items()})
         if led is not None:
-            path["penalties"].append(list(led.penalties.values()))
+            path["thresholds"].append(list(led.thresholds.values()))
             path["sparsity"].append(led.sparsity)
         if allocator is not None and step == STEPS // 2:
             state = allocator.state_dict()
@@ -242,12 +241,12 @@ def everything(folder, engine, rank, port):
         found[f"{method} without the unit"] = training(method, engine, unit=False)
     for per_layer in (False, True):
         found[f"per_layer={per_layer}"] = training(
-            "lora", engine, controller={"per_layer": per_layer, "warmup_steps": 2}
+            "lora", engine, schedule={"per_layer": per_layer, "warmup_steps": 2}
         )
     found["bfloat16"] = training("lora", engine, dtype=torch.bfloat16)
-    found["checkpointed"] = training("dora", engine, controller={}, again=True)
+    found["checkpointed"] = training("dora", engine, schedule={}, again=True)
     if engine == "fsdp2":
-        found["hsdp"] = training("adalora", "hsdp", controller={})
+        found["hsdp"] = training("adalora", "hsdp", schedule={})
     found["TauAdam"] = training("lora", engine, adam=True)
     found["reports"] = alone(engine)
     found["saved"] = saved(engine, folder)
@@ -383,13 +382,13 @@ def with_zero(folder, rank, port):
             own = [layer.gate.tau for layer in tokengate.layers(model).values()]
             with deepspeed.zero.GatheredParameters(own):
                 found[stage, method] = torch.cat(own).tolist()
-    for kind in ("RankAllocator", "SparsityController"):
+    for kind in ("RankAllocator", "SparsitySchedule"):
         model = patched("adalora")
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
         if kind == "RankAllocator":
             tokengate.RankAllocator(model, optimizer, total_steps=STEPS)
         else:
-            tokengate.SparsityController(model, optimizer, 0.5)
+            tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         engine.backward(engine(share(batch(0))).square().mean())
         found[kind] = refusal(engine.step)
@@ -404,19 +403,19 @@ def an_overflow_on_one_rank(folder, engine, rank, port):
     model = patched()
     run = wrapped(model, engine)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-2))
-    # Asks all ranks for the gradients that are left.
-    controller = tokengate.SparsityController(model, optimizer, 0.51)
     path = [taus(model)]
     gates = [layer.gate for layer in tokengate.layers(model).values()]
     for step in range(3):
         optimizer.zero_grad()
         if step == 1 and rank == 1:
             for gate in gates:  # whose sum over the open positions overflows
-                gate._controlled.fill_(3e38)
+                gate.penalty = 3e38
         run(share(batch(step))).square().mean().backward()
         optimizer.step()
+        for gate in gates:
+            gate.penalty = 1e-4
         path.append(taus(model))
     skipped = sum(gate.skipped for gate in gates)
-    found = {"taus": torch.stack(path), "skipped": skipped, "penalties": controller.penalties}
+    found = {"taus": torch.stack(path), "skipped": skipped}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

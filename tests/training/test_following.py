@@ -530,7 +530,7 @@ def test_compiled():
 
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("order", [1, -1])
-def test_beside_a_controller_and_an_allocator(order, held):
+def test_beside_a_schedule_and_an_allocator(order, held):
     """Which look at gradients in the same step, by closures too, made before or after it."""
     paths = []
     for follows in (False, True):
@@ -543,7 +543,7 @@ def test_beside_a_controller_and_an_allocator(order, held):
         ][::order]
         for hook in hooks:
             hook(model, optimizer)
-        controlled = tokengate.SparsityController(model, optimizer, 0.5)
+        controlled = tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
         for step in range(10):
 
             def closure(model=model, optimizer=optimizer, step=step):
@@ -554,7 +554,7 @@ def test_beside_a_controller_and_an_allocator(order, held):
 
             optimizer.step(closure)
         assert controlled.step == 10
-        paths.append((numbers(model), torch.tensor([*controlled.penalties.values()])))
+        paths.append((numbers(model), torch.tensor([*controlled.thresholds.values()])))
     for one, other in zip(*paths, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
     assert paths[0][1].abs().min() > 0

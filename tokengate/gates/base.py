@@ -14,7 +14,6 @@ from tokengate.gates.living import remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.gates.stand_in import stand_in, write_over
-from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.kernels.recomputation import is_learnt_from
@@ -61,11 +60,8 @@ class Gate(KeepsFloat32):
     """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
-    # What a `SparsityController` counts. No buffer: DistributedDataParallel would send one rank's
-    # to all others in every forward.
-    _tally: Tensor | None = None
     # What its scores are counted in, see `score_counts`, and whether that is to lead its threshold.
-    # No buffer, for the same reason.
+    # No buffer: DistributedDataParallel would send one rank's to all others in every forward.
     _seen: Tensor | None = None
     _led: bool = False
     # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
@@ -165,14 +161,9 @@ class Gate(KeepsFloat32):
             )
         return a if a.dtype == torch.bool else a.to(positions.dtype)
 
-    def count(self, is_open: Tensor, scores: Tensor | None, mask: Tensor | None) -> None:
-        """Tell who leads this gate of the positions of one call, samples first."""
-        if (self._tally is None and self._seen is None) or not is_learnt_from():
-            return
-        if self._tally is not None:
-            with torch.no_grad():
-                self._tally += tally(*by_sample(is_open, mask)).to(self._tally)
-        if self._seen is not None and scores is not None:
+    def count(self, scores: Tensor | None, mask: Tensor | None) -> None:
+        """Count the scores of one call, samples first, if somebody wants that."""
+        if self._seen is not None and scores is not None and is_learnt_from():
             count_scores(self._seen, scores, mask)
 
     def _kept(self) -> Iterable[Tensor]:
@@ -182,17 +173,22 @@ class Gate(KeepsFloat32):
 class LedGate(Gate):
     """A gate whose threshold has no gradient: a `SparsitySchedule` sets it, or `calibrate`."""
 
-    def new_threshold(self, name: str, start: float) -> None:
-        """A buffer of shape (1,), which stays float32, and is saved."""
-        value = torch.full((1,), start, dtype=self._dtype, device=self._device)
-        self.register_buffer(name, value)
+    #: Whether it has decided of positions in training; not kept in compiled code.
+    trained: bool = False
+
+    def new_threshold(self, name: str) -> None:
+        """A buffer of shape (1,), of 0, which stays float32, and is saved."""
+        self.register_buffer(name, torch.zeros(1, dtype=self._dtype, device=self._device))
+
+    def forward(self, positions: Positions) -> Tensor:
+        """As every gate's."""
+        if self.training and not self.trained and not torch.compiler.is_compiling():
+            self.trained = torch.is_grad_enabled()
+        return super().forward(positions)
 
 
 class PenalisedGate(Gate):
     """A gate whose gradient has a term of its own for each position, times its `penalty`."""
-
-    # What a `SparsityController` sets, see `pull`. No buffer, as above.
-    _controlled: Tensor | None = None
 
     @property
     def penalty(self) -> float:
@@ -204,9 +200,8 @@ class PenalisedGate(Gate):
         self._penalty = non_negative("penalty", value)
 
     def pull(self) -> Tensor | float:
-        """What a position adds: lambda, or what controls it, in its unit (`scale_penalty`)."""
-        base = self._penalty if self._controlled is None else self._controlled
+        """What a position adds: lambda in its unit (`scale_penalty`)."""
         unit = 1.0 if self._unit is None else self._unit
         # A new tensor, because backward may come after the next change.
-        pulled = base * unit
+        pulled = self._penalty * unit
         return pulled.to(next(self.parameters()).device) if isinstance(pulled, Tensor) else pulled

@@ -24,23 +24,24 @@ class FirmGate(LedGate):
     Source: Gao and Bruce, WaveShrink with firm shrinkage, 1997, with the upper threshold k times
     the lower one. Not of the gate's paper.
 
+    tau is 0 at first, and every position open.
+
     Args:
         linear: the layer that is gated.
-        tau: the threshold on r at first; at 0 or below every position is open.
         k: from which multiple of tau on a position is open wholly, > 1.
 
     Raises:
-        TokenGateError: `tau` is not finite, or `k` not above 1.
+        TokenGateError: `k` is not above 1.
     """
 
     tau: Tensor
 
-    def __init__(self, linear: nn.Linear, *, tau: float = 0.0, k: float = 2.0) -> None:
+    def __init__(self, linear: nn.Linear, *, k: float = 2.0) -> None:
         super().__init__(linear)
         self.k = finite("k", k)
         if self.k <= 1:
             raise TokenGateError(f"k={k} is not above 1: pass e.g. k=2.")
-        self.new_threshold("tau", finite("tau", tau))
+        self.new_threshold("tau")
 
     @property
     def threshold(self) -> Tensor:

@@ -56,7 +56,7 @@ class FisherGate(LedGate):
         super().__init__(linear)
         self.rank = None if rank is None else count("rank", rank)
         size = self.rank or 1
-        self.new_threshold("T", 0.0)
+        self.new_threshold("T")
         self.register_buffer("Q", torch.zeros(size, size, dtype=self._dtype, device=self._device))
 
     @property

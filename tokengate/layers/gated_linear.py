@@ -58,11 +58,14 @@ class Observer:
             of m and of w in S's shape, or None where rows have adapters of their own or nobody
             wants them. The samples come first, also where the layer has them second.
         norms: whether these norms are wanted.
+        scores: whether the gate's scores are wanted, too, as a fifth, in S's shape; where there is
+            a gate.
         trained: whether only those calls are that a backward may come through.
     """
 
-    tell: Callable[[Tensor | None, Tensor, Tensor | None, tuple[Norms, Norms] | None], None]
+    tell: Callable[..., None]
     norms: bool = False
+    scores: bool = False
     trained: bool = False
 
 
@@ -152,8 +155,9 @@ class Gated(Swapped):
         if adapter is not None:
             wants_norms = any(observer.norms for observer in observers)
             h, is_open, norms, scores = self.modified(
-                input, out, mask, told.inside, *adapter, factors, wants_norms
-            )
+                input, out, mask, told.inside, *adapter, factors, wants_norms,
+                any(observer.scores for observer in observers),
+            )  # fmt: skip
         elif isinstance(told.choice, Rows):
             h, is_open = modified_by_rows(self, input, out, mask, told)
         else:
@@ -166,9 +170,9 @@ class Gated(Swapped):
             scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
-                observer.tell(at, seen, mask, norms)
-        if self.training and adapter is not None and adapter[1] is not None and at is not None:
-            adapter[1].count(at, scores, mask)
+                observer.tell(at, seen, mask, norms, *([scores] if observer.scores else []))
+        if self.training and adapter is not None and adapter[1] is not None:
+            adapter[1].count(scores, mask)
         return h
 
     def _keeps_nothing(self) -> bool:
@@ -186,9 +190,10 @@ class Gated(Swapped):
         gate: Gate | None,
         factors: Factors | None = None,
         wants_norms: bool = False,
+        wants_scores: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Norms, Norms] | None, Tensor | None]:
         """h, `(..., out_features)`; S, `(...)`, or None without a gate; the norms of m and w; and
-        the gate's scores, `(...)`, where they are counted."""
+        the gate's scores, `(...)`, where they are asked for."""
         if _moved(modification):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
@@ -204,7 +209,8 @@ class Gated(Swapped):
         if gate is not None:
             positions = Positions(change, input, at_positions)
             a = gate(positions)
-            scores = gate.scores(positions) if gate.counts_scores and self.training else None
+            if wants_scores or (gate.counts_scores and self.training):
+                scores = gate.scores(positions)
         if inside is not None:
             inside = self.in_own_order(inside, out)
             if inside.dtype != torch.bool:  # weights

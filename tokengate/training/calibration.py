@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
-from tokengate.kernels.norms import Norms, ratios
+from tokengate.kernels.norms import Norms
 from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.measuring import measure
 
-# Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-24 to 2^16.
-_FINE, _LOW, _OCTAVES = 1024, -24, 40
+# Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-44 to 2^16.
+_FINE, _LOW, _OCTAVES = 1024, -44, 60
 # How far from the share asked for is not worth a word.
 _NEAR = 0.1
 
@@ -33,8 +33,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
 
     One pass, in evaluation mode and with all gates open, as the modifications were trained; tau is
     then the quantile of r = ||M(x)|| / ||W0 x|| in its layer, over all real positions, those of
-    each sample together counting as one, as in eq. 23. Memory does not grow with the data: r is
-    counted in bins 0.07 % wide. Where gates close, later layers see other inputs than in this pass:
+    each sample together counting as one, as in eq. 23; for gates with another score than r, that of
+    their `scores`. Memory does not grow with the data: r is counted in bins 0.07 % wide. Where
+    gates close, later layers see other inputs than in this pass:
     `record` tells what sparsity that gives.
 
     Where no tau closes that share, it is the nearest one, and an `UnreachedSparsityWarning` names
@@ -75,7 +76,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             tau.data.zero_()
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
-        measure("calibrate", model, patched, listeners, batches)
+        measure("calibrate", model, patched, listeners, batches, scores=True)
         taus = {
             name: torch.full_like(taus[name], seen.threshold(sparsity)[0])
             for name, seen in counted.items()
@@ -112,8 +113,8 @@ class _Ratios:
     def total(self) -> float:
         return self._bins.sum().item()
 
-    def listen(self, of_m: Norms, of_w: Norms, weights: Tensor) -> None:
-        self.add(ratios(of_m, of_w).cpu(), weights.cpu())
+    def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
+        self.add(scores.cpu(), weights.cpu())
 
     def add(self, ratios: Tensor, weights: Tensor) -> None:
         place = ((ratios.double().log2() - _LOW) * _FINE).floor() + 1

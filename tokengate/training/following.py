@@ -1,13 +1,12 @@
 """Taus that move by their own rule, whatever optimiser trains everything else, and however.
 
-At a step of that optimiser their gradients are taken out of its sight, and an Adam of their own
-(eq. 18-22) takes a step, too. So neither its rule reaches them, nor schedulers, nor weight decay.
+At its step their gradients are taken out of its sight, and an Adam of their own (eq. 18-22) takes
+one, too: neither its rule reaches them, nor schedulers, nor weight decay.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
-from tokengate.gates.base import Gate
 from tokengate.gates.living import living_taus, tau_of
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
@@ -82,9 +80,7 @@ def follow(
     taus = {name: tau for name, g in gates.items() if g and (tau := tau_of(g)) is not None}
     known = {gate.s for gate in gates.values() if gate is not None} - {None}
     relative = None if s is None and total_steps is None else total_steps is not None
-    if relative is None and len(known) == 1:
-        (s,) = known
-    s = slope(s, total_steps)
+    s = slope(known.pop() if relative is None and len(known) == 1 else s, total_steps)
     following = Following(taus, optimizer, tau_rule(s, alpha, betas, eps))
     for gate in gates.values():
         if gate is not None:
@@ -291,7 +287,8 @@ class Following:
         return state
 
     def _say_if_none(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
-        self._moved = self._moved or bool(gradients)
+        led = {id_ for id_, gate in living_taus().items() if gate.is_led}  # without gradients
+        self._moved |= bool(gradients) or not led.isdisjoint(map(id, self.taus.values()))
         if self._moved:
             return
         held = (p for group in optimizer.param_groups for p in group["params"])
@@ -331,14 +328,3 @@ def followed(optimizer: Optimizer) -> set[int]:
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     owners += [each for each in list(_ALL) if optimizer is each.adam]
     return {id(tau) for owner in owners for tau in getattr(owner, "taus", {}).values()}
-
-
-def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
-    """The taus that the steps of this optimiser move, and whose they are."""
-    taus = living_taus()
-    # One that holds taus which follow it leaves them to that which moves them.
-    apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
-    for group in optimizer.param_groups if taus else ():
-        for p in group["params"]:
-            if id(p) in taus and id(p) not in apart:
-                yield p, taus[id(p)]

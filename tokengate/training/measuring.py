@@ -18,9 +18,10 @@ from tokengate.layers.gated_linear import Gated, Observer
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows
 
-# What is told of one call of a layer: the norms of m and of w, and what each position weighs, all
-# of them (B, T). The real positions of a sample weigh 1 together, as in eq. 23, padding nothing.
-Listener: TypeAlias = Callable[[Norms, Norms, Tensor], None]
+# What is told of one call of a layer: the norms of m and of w, what each position weighs, and its
+# score for the gate if that is wanted, all of them (B, T). The real positions of a sample weigh 1
+# together, as in eq. 23, padding nothing.
+Listener: TypeAlias = Callable[..., None]
 
 
 def measure(
@@ -29,6 +30,7 @@ def measure(
     patched: Mapping[str, Gated],
     listeners: Mapping[str, Listener],
     batches: Iterable[Any],
+    scores: bool = False,
 ) -> None:
     """Run `model` once over `batches`, in evaluation mode, and tell what its layers do.
 
@@ -38,6 +40,7 @@ def measure(
         patched: the layers to look at, by name.
         listeners: who is told of each of them.
         batches: what the model is called with.
+        scores: whether the listeners are told the gates' scores.
 
     Raises:
         TokenGateError: these are no batches; `use` was given rows; a layer saw no position, or
@@ -51,7 +54,9 @@ def measure(
         )
     unseen = dict(patched)
     observers = {
-        layer: Observer(partial(_observe, asked, name, listeners[name], unseen), norms=True)
+        layer: Observer(
+            partial(_observe, asked, name, listeners[name], unseen), norms=True, scores=scores
+        )
         for name, layer in patched.items()
     }
     with evaluating(model), in_context(RECORD, observers):
@@ -73,6 +78,7 @@ def _observe(
     h: Tensor,
     mask: Tensor | None,
     norms: tuple[Norms, Norms] | None,
+    scores: Tensor | None = None,
 ) -> None:
     if norms is None or not h.numel():
         return
@@ -89,4 +95,5 @@ def _observe(
                 f"{asked} found {what} of {name!r} not finite at {int(broken.sum())} of "
                 f"{int(real.sum())} positions of a batch: look at the inputs and at the weights."
             )
-    listen(of_m, of_w, real.double() / real.sum(1, keepdim=True).clamp(min=1))
+    weights = real.double() / real.sum(1, keepdim=True).clamp(min=1)
+    listen(of_m, of_w, weights, *([] if scores is None else [scores.reshape(real.shape)]))

@@ -85,11 +85,11 @@ def made(folder, engine, method="lora", dropout=0.0, **options):
 
 def history(trainer, watch):
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    controller = watch.callback.controller
+    schedule = watch.callback.sparsity_schedule
     return {
         "log": [{key: entry.get(key) for key in KEPT} for entry in log],
         "masks": watch.masks,
-        "penalties": controller and list(controller.penalties.values()),
+        "thresholds": schedule and list(schedule.thresholds.values()),
     }
 
 

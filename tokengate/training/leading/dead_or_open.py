@@ -18,21 +18,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import TokenGateError, UselessGateWarning
-from tokengate.gates.base import Gate
+from tokengate.gates.base import Gate, LedGate
+from tokengate.gates.living import living, tau_of
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.sharding import numbers_here
-from tokengate.training.following import moved_by
+from tokengate.training.following import followed
+from tokengate.training.leading.pace import moved_by
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
 _LOOKS, _PATIENCE = (16, 64, 256, 1024), 64
+# At which step somebody should have begun to lead what does not learn.
+_LEAD = 8
 # What is all positions: some that are never closed, where w is 0, are in every batch.
 _ALL = 0.99
 # How many steps an optimiser has taken, and which ones have been told of.
 _STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _TOLD: WeakSet[Optimizer] = WeakSet()
 _REMEDY = (
-    "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to param_groups "
-    "and no s"
+    "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to "
+    "param_groups and no s"
 )
 
 Own = list[tuple[nn.Parameter, Gate]]
@@ -42,13 +46,13 @@ Own = list[tuple[nn.Parameter, Gate]]
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
-    if not own:
-        return
     step = _STEPS[optimizer] = _STEPS.get(optimizer, 0) + 1
+    if step == _LEAD:
+        _tell_of_unled(optimizer)
     if step == 1:
-        _refuse_stillborn(own)
-    if optimizer in _TOLD:
+        _refuse_stillborn(optimizer)
+    own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
+    if not own or optimizer in _TOLD:
         return
     if step in _LOOKS:
         _look(optimizer, own, step)
@@ -57,11 +61,14 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
             gate._seen = no_counts(tau.device) if step + 1 in _LOOKS else None
 
 
-def _refuse_stillborn(own: Own) -> None:
+def _refuse_stillborn(optimizer: Optimizer) -> None:
     """A tau above 0 whose gradient is 0, without lambda's part: all is closed, and nothing else."""
-    given = [tau for tau, _ in own if tau.grad is not None]
-    taus, gradients = numbers_here(given), numbers_here(t.grad for t in given if t.grad is not None)
-    found = [(t, g) for t, g in zip(taus, gradients, strict=True) if t is not None and t > 0]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]} | followed(optimizer)
+    taus = [tau for gate in living() if not gate.is_led and (tau := tau_of(gate)) is not None]
+    given = [tau for tau in taus if tau.grad is not None and id(tau) in own]
+    gradients = numbers_here(tau.grad for tau in given if tau.grad is not None)
+    pairs = zip(numbers_here(given), gradients, strict=True)
+    found = [(tau, gradient) for tau, gradient in pairs if tau is not None and tau > 0]
     # One layer alone may have seen no position in this step, as an expert.
     if found and all(gradient == 0 for _, gradient in found):
         raise TokenGateError(
@@ -69,6 +76,24 @@ def _refuse_stillborn(own: Own) -> None:
             "as new ones are: all positions are closed, and nothing ever gets a gradient; patch "
             "with tau=0 and have a wanted share closed by tokengate.SparsitySchedule, or by "
             "tokengate.calibrate after training."
+        )
+
+
+def _tell_of_unled(optimizer: Optimizer) -> None:
+    led = [gate for gate in living() if isinstance(gate, LedGate) and gate.trained]
+    thresholds = numbers_here(gate.threshold for gate in led if gate.threshold is not None)
+    pairs = zip(led, thresholds, strict=True)
+    unled = [gate for gate, value in pairs if not gate.is_led and value is not None and value <= 0]
+    if unled:
+        for gate in unled:
+            gate.trained = False  # once, whoever else takes a step
+        warnings.warn(
+            f"{len(unled)} gates, e.g. {type(unled[0]).__name__}, have been trained for {_LEAD} "
+            f"steps of {type(optimizer).__name__} with a threshold of 0, which closes nothing, and "
+            "no SparsitySchedule leads them: make one with tokengate.SparsitySchedule(model, "
+            "optimizer, target, total_steps).",
+            UselessGateWarning,
+            stacklevel=5,
         )
 
 

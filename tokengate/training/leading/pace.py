@@ -21,12 +21,25 @@ from torch.optim.optimizer import (
 )
 
 from tokengate.gates.base import Gate
+from tokengate.gates.living import living_taus
 from tokengate.gates.score_counts import log_quantile
 from tokengate.sharding import local_part
-from tokengate.training.following import moved_by
+from tokengate.training.following import followed
+from tokengate.training.wrapped_optimizers import Follower
 
 # The values of the taus before a step, by the optimiser that takes it.
 _BEFORE: WeakKeyDictionary[Optimizer, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
+
+
+def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
+    """The taus that the steps of this optimiser move, and whose they are."""
+    taus = living_taus()
+    # One that holds taus which follow it leaves them to that which moves them.
+    apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
+    for group in optimizer.param_groups if taus else ():
+        for p in group["params"]:
+            if id(p) in taus and id(p) not in apart:
+                yield p, taus[id(p)]
 
 
 def _paced(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokengate.gates.score_counts import BINS, PER_OCTAVE, log_quantile
 
 # Over what share of a training's steps is averaged, and over how many at least and at most.
-_WINDOW, _LEAST, _MOST = 0.1, 3.0, 100.0
+_WINDOW, _LEAST, _MOST = 0.1, 2.0, 100.0
 
 
 class QuantileTracker:
@@ -60,7 +60,8 @@ class QuantileTracker:
         """log2 of the size at the next step."""
         told, _, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
-        return y + slope * ((told + 1).log2() - x)
+        found: Tensor = y + slope * ((told + 1).log2() - x)
+        return found
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)`."""

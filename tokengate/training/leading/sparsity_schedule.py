@@ -14,6 +14,7 @@ from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.sharding import local_part
 from tokengate.training.leading.quantile_tracker import QuantileTracker
@@ -59,6 +60,7 @@ class SparsitySchedule:
         total_steps: optimiser steps of the whole training.
         per_layer: True leads every layer to the target; otherwise all layers have one threshold,
             and the target is that of all together.
+        warmup_steps: first steps, after which the share begins to rise.
         learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
             from where they are; None for never.
 
@@ -78,6 +80,7 @@ class SparsitySchedule:
         total_steps: int,
         *,
         per_layer: bool = False,
+        warmup_steps: int = 0,
         learn_from: float | None = None,
     ) -> None:
         self.target = finite("target", target)
@@ -87,6 +90,7 @@ class SparsitySchedule:
                 "is to be left unmodified, e.g. 0.6."
             )
         self.total_steps = count("total_steps", total_steps)
+        self._warmup = count("warmup_steps", warmup_steps, least=0)
         self._last = self.total_steps
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
@@ -108,6 +112,7 @@ class SparsitySchedule:
             gate._seen, gate._led = no_counts(device), True
             if isinstance(gate, FisherGate):
                 gate.start_feeding()
+        self._found = [local_part(threshold).detach().clone() for threshold in self._thresholds]
         self._write()
         inside = next(iter(hooked_in(optimizer)), None)
         if inside is None:
@@ -127,9 +132,16 @@ class SparsitySchedule:
         return float(self._sparsity)
 
     @property
+    def thresholds(self) -> dict[str, float]:
+        """That of every layer, as this has set it last."""
+        values = self._log_thresholds.exp2().expand(len(self._gates))
+        return dict(zip(self._gates, values.tolist(), strict=True))
+
+    @property
     def wanted(self) -> float:
         """The share that the thresholds of the next forward are to close."""
-        x = min(1.0, self.step / max(1.0, _RISE * self.total_steps))
+        rise = max(1.0, _RISE * (self.total_steps - self._warmup))
+        x = min(1.0, max(0.0, (self.step - self._warmup) / rise))
         return self.target * (1 - (1 - x) ** 3)
 
     def detach(self) -> None:
@@ -176,9 +188,13 @@ class SparsitySchedule:
         self._folded.copy_(state["folded"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
-        self._write()
         if self.step >= self._last:
             self._release()
+        if self._learns and self.step > self._last:  # taus have gone on by themselves
+            for threshold, found in zip(self._thresholds, self._found, strict=True):
+                local_part(threshold).data.copy_(found)
+        else:
+            self._write()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -206,6 +222,15 @@ class SparsitySchedule:
         self.step += 1
         if self.step > self._last:
             return
+        learnt = [gate for gate in self._gates.values() if isinstance(gate, TokenGate)]
+        taus = [gate.tau for gate in learnt if gate.tau.requires_grad]
+        skipped = any(gate.skipped for gate in self._gates.values())
+        if self.step == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
+            raise TokenGateError(
+                f"no gradient of tau was seen in any of the {len(taus)} gates that the "
+                "SparsitySchedule leads: call loss.backward() before optimizer.step(); under "
+                "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
+            )
         seen, fed = self._collected()
         if self.step == 1 and not bool(seen.any()):
             raise TokenGateError(
@@ -260,7 +285,7 @@ class SparsitySchedule:
                     own.copy_(value)
 
     def _release(self) -> None:
-        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
+        for gate in self._gates.values():
             gate._led = False
             gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
@@ -291,9 +316,9 @@ def _gates_of(model: nn.Module) -> dict[str, Gate]:
             "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
         )
     for name, gate in gates.items():
-        if gate.is_led or getattr(gate, "_controlled", None) is not None:
+        if gate.is_led:
             raise TokenGateError(
-                f"{name!r} has a SparsitySchedule or a SparsityController already: call its "
-                "detach() first."
+                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
+                "interrupted Trainer's callback is callback.sparsity_schedule)."
             )
     return gates

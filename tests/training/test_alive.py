@@ -1,0 +1,124 @@
+"""No gate trains dead, collapses before M(x) has grown, or stays wide open, without a word."""
+
+import pytest
+import torch
+from models import away_from_initialisation, one_sentence
+from torch import nn
+
+import tokengate
+from tokengate.errors import UselessGateWarning
+
+
+def made(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    return tokengate.patch(model, "all-linear", rank=4, **options)
+
+
+def train(model, optimizer, steps):
+    """The sparsity of every step's forward, and the last loss."""
+    generator, path = torch.Generator().manual_seed(0), []
+    goal = torch.randn(6, 3, generator=generator)
+    for _ in range(steps):
+        x = torch.randn(8, 10, 6, generator=generator)
+        optimizer.zero_grad()
+        with tokengate.record(model) as rec:
+            loss = (model(x) - x @ goal).square().mean()
+        path.append(rec.report().sparsity)
+        loss.backward()
+        optimizer.step()
+    return path, loss.item()
+
+
+@pytest.mark.parametrize("moved", ["param_groups", "follow", "by itself"])
+def test_a_tau_above_0_before_a_new_modification_is_refused(moved):
+    """It closes all: A, B and tau got no gradient, the loss stayed as it was, without a word."""
+    model = made(tau=0.01)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    if moved == "follow":
+        tokengate.follow(model, optimizer, s=1e-3)
+    if moved == "by itself":
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with one_sentence("tau is 0.01 in front of 2 modifications that are 0", "patch with tau=0"):
+        train(model, optimizer, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_trained_modification_may_have_it():
+    model = away_from_initialisation(made(tau=0.05))
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-4))
+    _, loss = train(model, optimizer, 3)
+    _, later = train(model, optimizer, 40)
+    assert later < loss
+    model = made(tau=0.01)  # a schedule begins with all open
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 20)
+    path, _ = train(model, optimizer, 20)
+    assert path[0] == 0 < path[-1] < 1
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+@pytest.mark.parametrize("steps", [20, 50, 200])
+@pytest.mark.parametrize("follows", [False, True])
+def test_tau_does_not_outrun_what_grows(steps, lr, follows):
+    """With absolute steps all was closed after six of them, and most at the end."""
+    model = made()
+    if follows:
+        optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=lr)[:1], momentum=0.9)
+        tokengate.follow(model, optimizer, total_steps=steps)
+    else:
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=lr, total_steps=steps))
+    path, _ = train(model, optimizer, steps)
+    assert max(path[: steps // 5]) < 0.2
+    assert max(path) < 0.9
+    assert tokengate.layers(model)["0"].gate.tau > 0
+
+
+def test_the_pace_is_in_units_of_r():
+    """The first step of Adam is s whatever the gradient: 2 / 10 of the median."""
+    model = away_from_initialisation(made())
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=0.0, total_steps=10))
+    x = torch.randn(8, 10, 6)
+    medians = []
+    for name, layer in tokengate.layers(model).items():
+        into = x if name == "0" else model[1](model[0](x))
+        w = nn.functional.linear(into, layer.weight)
+        m = layer.modification(into, w)
+        medians.append((m.norm(dim=-1) / w.norm(dim=-1)).median())
+    model(x).square().mean().backward()
+    optimizer.step()
+    moved = torch.cat([layer.gate.tau.detach() for layer in tokengate.layers(model).values()])
+    torch.testing.assert_close(moved.abs(), 0.2 * torch.stack(medians).detach(), rtol=0.03, atol=0)
+    # Whoever gives s gets that.
+    model = away_from_initialisation(made())
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=0.0, s=0.01))
+    model(x).square().mean().backward()
+    optimizer.step()
+    for layer in tokengate.layers(model).values():
+        assert abs(layer.gate.tau.item()) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"s": 0.05, "lr": 1e-4}, "closes all positions"), ({"lr": 1e-2}, "closes no position")],
+)
+def test_a_gate_that_does_nothing_is_told_of_once(options, words):
+    model = made(penalty=1e-2)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, **options))
+    with pytest.warns(UselessGateWarning) as told:
+        path, _ = train(model, optimizer, 66)
+    assert len(told) == 1
+    assert words in str(told[0].message)
+    assert "SparsitySchedule" in str(told[0].message)
+    assert path[-1] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("gate", ["firm", "fisher"])
+def test_a_gate_that_nobody_leads_is_told_of_once(gate):
+    model = made(gate=gate)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    with pytest.warns(UselessGateWarning, match="no SparsitySchedule leads") as told:
+        path, _ = train(model, optimizer, 12)
+    assert len(told) == 1
+    assert set(path) == {0.0}
