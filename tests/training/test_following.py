@@ -217,8 +217,8 @@ def test_a_slope_from_the_steps_there_are_or_from_param_groups_or_the_papers():
     optimizer = optim.SGD(without(model))
     rate = lambda following: following.adam.param_groups[0]["lr"]  # noqa: E731
     assert rate(tokengate.follow(model, optimizer)) == 4e-5
-    assert rate(tokengate.follow(model, optimizer, total_steps=100)) == pytest.approx(4e-3)
-    assert rate(tokengate.follow(model, optimizer)) == pytest.approx(4e-3)  # asked before
+    assert rate(tokengate.follow(model, optimizer, total_steps=100)) == pytest.approx(2e-2)
+    assert rate(tokengate.follow(model, optimizer)) == pytest.approx(2e-2)  # asked before
     assert rate(tokengate.follow(model, optimizer, 1e-3, alpha=0.5)) == pytest.approx(5e-4)
     assert {layer.gate.s for layer in tokengate.layers(model).values()} == {1e-3}
     tokengate.param_groups(model, 1e-3, s=7e-4)
