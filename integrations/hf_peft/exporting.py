@@ -61,7 +61,7 @@ def export_peft(
         )
     method = writing.the_method(patched)
     experts = writing.stacked(patched)
-    check_writable(model, experts)
+    check_writable(model, experts, [n for n in patched if n not in experts], method)
     if twice := held_twice(model, patched):
         raise TokenGateError(
             f"export_peft found {twice[0]!r} held by several modules, of which PEFT would adapt it "

@@ -7,6 +7,7 @@ keys have the name of the module, and each other's one `base_layer` more. A wrap
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,18 @@ from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.linears.experts import StackedLinear
-from tokengate.names import joined, named_modules, named_parameters
+from tokengate.names import inside, joined, named_modules, named_parameters
 from tokengate.patching.stack_targets import stacked_projections
 
 BASE = ".base_layer"
+
+# Names that were of experts' layers before transformers 5 made them parameters, by the kinds of
+# models it has for that. Of these models PEFT takes whatever LoRA is to adapt by such a name, by
+# its last word and in dense layers too, for the experts.
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def wrapped(model: nn.Module, is_target: Callable[[str], bool]) -> dict[str, str]:
@@ -31,6 +40,25 @@ def wrapped(model: nn.Module, is_target: Callable[[str], bool]) -> dict[str, str
         for depth, name in enumerate(filter(is_target, reversed(own) if prefix else ())):
             found[prefix + depth * BASE] = name
     return found
+
+
+def stacks(model: nn.Module, axes: Any) -> dict[str, StackedLinear]:
+    """The projections of experts whose layout is known, by the names of their parameters.
+
+    Args:
+        model: as PEFT had it.
+        axes: those of its experts, as `patch(experts=...)` has them.
+
+    Raises:
+        TokenGateError: `axes` does not fit the model.
+    """
+    names = {module: name for name, module in named_modules(model)}
+    return {
+        joined(names[owner], key): layer
+        for owner, own in stacked_projections(model, axes, None).items()
+        for key, layer in own.items()
+        if isinstance(layer, StackedLinear) and layer.part is None
+    }
 
 
 @dataclass(frozen=True)
@@ -45,28 +73,30 @@ class Adapted:
     """What has values and is no wrapper of such a parameter."""
 
 
-def adapted(model: nn.Module, axes: Any, names: Names, found: Collection[str]) -> Adapted:
+def adapted(
+    model: nn.Module, known: dict[str, StackedLinear], names: Names, found: Collection[str]
+) -> Adapted:
     """Sort out the wrappers that the adapter has values for.
 
     Args:
         model: as PEFT had it.
-        axes: those of its experts, as `patch(experts=...)` has them.
+        known: its `stacks`.
         names: what the configuration says.
         found: what has values and is none of its target_modules.
 
     Raises:
-        TokenGateError: `axes` does not fit the model, or names take too long.
+        TokenGateError: names take too long.
     """
     experts, unfit = {}, {}
-    named, known = wrapped(model, names.is_target_parameter), _stacks(model, axes)
+    named = wrapped(model, names.is_target_parameter)
     for wrapper, name in named.items():
         if wrapper not in found:
             unfit[name] = "is one of its target_parameters, and the adapter has no values for it"
         elif name not in known:
             unfit[name] = (
-                "is one of its target_parameters, and no stack of experts' matrices that is known: "
-                "say how it is laid out, as in experts={'experts.w1': 'eoi'}, if it is one, or "
-                "train its layer by target_modules"
+                "is one of its target_parameters, and is not known to be experts' matrices: if it "
+                f"is, say how it is laid out, as in experts={{{name!r}: 'eoi'}}; if it is a "
+                "router's or a bias, train without it, e.g. with a list in place of 'all-linear'"
             )
         else:
             experts[wrapper] = name, known[name]
@@ -79,16 +109,6 @@ def adapted(model: nn.Module, axes: Any, names: Names, found: Collection[str]) -
         else:
             astray.append(wrapper)
     return Adapted(experts, unfit, astray)
-
-
-def _stacks(model: nn.Module, axes: Any) -> dict[str, StackedLinear]:
-    names = {module: name for name, module in named_modules(model)}
-    return {
-        joined(names[owner], key): layer
-        for owner, own in stacked_projections(model, axes, None).items()
-        for key, layer in own.items()
-        if isinstance(layer, StackedLinear) and layer.part is None
-    }
 
 
 def ours(values: dict[str, Tensor], rank: int, layer: StackedLinear) -> dict[str, Tensor]:
@@ -132,8 +152,17 @@ def check_config(config: dict[str, Any], where: str) -> None:
             )
 
 
-def check_writable(model: nn.Module, experts: Collection[str]) -> None:
+def check_writable(
+    model: nn.Module, experts: Collection[str], linear: Collection[str], method: str
+) -> None:
     """An error if PEFT would find other parameters by these names, or none."""
+    for name in linear if method != "adalora" else ():
+        if name.rpartition(".")[2] in _taken_for_experts(model):
+            raise TokenGateError(
+                f"export_peft found {name!r}, and in a {type(model).__name__} PEFT takes this name "
+                "for its experts', and would leave the layer out: patch others, or use "
+                "tokengate.save."
+            )
     others = [n for n, _ in named_parameters(model, remove_duplicate=False) if n not in experts]
     for name in experts:
         if "." not in name:
@@ -146,3 +175,10 @@ def check_writable(model: nn.Module, experts: Collection[str]) -> None:
                 f"export_peft found {name!r}, by which name PEFT would adapt {same!r} too: patch "
                 "both, or use tokengate.save."
             )
+
+
+def _taken_for_experts(model: nn.Module) -> tuple[str, ...]:
+    kind = getattr(getattr(inside(model), "config", None), "model_type", None)
+    table = sys.modules.get("transformers.conversion_mapping")
+    kinds = {**getattr(table, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    return _TAKEN_FOR_EXPERTS.get(kinds.get(kind, ""), ())

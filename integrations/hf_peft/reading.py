@@ -27,7 +27,7 @@ from tokengate.integrations.hf_peft.format import (
     in_our_layout,
 )
 from tokengate.integrations.hf_peft.names import Names
-from tokengate.integrations.hf_peft.parameters import Adapted, adapted, check_config, ours
+from tokengate.integrations.hf_peft.parameters import Adapted, adapted, check_config, ours, stacks
 from tokengate.integrations.hf_peft.pruned_rows import check_unpruned, masks, unpruned
 from tokengate.linears.experts import StackedLinear
 
@@ -96,11 +96,12 @@ def _read(
     with _told_of(where):
         names = Names(config)
     found, heads = _layers_and_heads(weights, config, names, method, where)
+    known = {} if model is None else stacks(model, axes)
     with _told_of(where):
         others = {layer: None for layer in found if not names.is_target(layer)}
         own = Adapted({}, {}, list(others))
         if model is not None and config.get("target_parameters"):
-            own = adapted(model, axes, names, others)
+            own = adapted(model, known, names, others)
         found = [layer for layer in found if layer not in others or layer in own.experts]
         # By the names of PEFT's wrappers, whose keys are in the file.
         renamed = {layer: name for layer, (name, _) in own.experts.items()}

@@ -20,7 +20,9 @@ from tokengate.integrations.hf_peft import export_peft, import_peft, read_saved 
 pytestmark = [
     *QUIET,
     # PEFT looks for them among modules alone, says so, and follows them.
-    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match.*experts:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*_pattern keys did not match.*(experts|gate_up_proj):RuntimeWarning"
+    ),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
 ]
@@ -164,7 +166,7 @@ def test_biases_and_routers(tmp_path):
     model, targets, _ = build("gpt_oss")
     names = [*targets, "experts.gate_up_proj_bias", "router.weight"]
     saved_by_peft(model, tmp_path, targets=[], target_parameters=names)
-    refused(model, tmp_path, "mlp.router.weight", "no stack of experts")
+    refused(model, tmp_path, "mlp.router.weight", "a router's or a bias")
     skipped = import_peft(model, tmp_path, strict=False)
     own = "model.layers.0.mlp."
     assert sorted(n for n in skipped if n.startswith(own)) == [
@@ -177,6 +179,43 @@ def test_biases_and_routers(tmp_path):
     for name, depth in (("down_proj", 0), ("gate_up_proj", 2)):
         A = saved[f"{wrapper}{'.base_layer' * depth}.lora_A.weight"]
         assert torch.equal(layers[f"{own}experts.{name}"].modification.A.flatten(0, 1), A)
+
+
+def test_names_that_were_of_experts_layers(tmp_path):
+    """PEFT takes them for the experts' parameters, and of those that are still layers, too."""
+    model, _, run = build("deepseek_v3")
+    plain = copy.deepcopy(model)
+    names = ["gate_proj", "up_proj", "down_proj", "o_proj"]
+    wanted = run(saved_by_peft(model, tmp_path / "theirs", targets=names))
+    import_peft(model, tmp_path / "theirs")
+    close(run(model), wanted)
+    layers = tokengate.layers(model)
+    own = "model.layers.1.mlp.experts"
+    assert layers[f"{own}.gate_up_proj"].modification.rank == 8  # of both
+    assert "model.layers.0.mlp.down_proj" not in layers
+    export_peft(model, tmp_path / "ours")
+    close(run(loaded_by_peft(plain, tmp_path / "ours")), wanted)
+
+    saved_by_peft(plain, tmp_path / "routers", targets="all-linear")
+    refused(plain, tmp_path / "routers", "model.layers.1.mlp.gate.weight", "all-linear")
+
+    tokengate.unpatch(model)
+    tokengate.patch(model, ["shared_experts.down_proj"], gate=False)
+    with one_sentence("shared_experts.down_proj", "DeepseekV3ForCausalLM", "leave the layer out"):
+        export_peft(model, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_folded(tmp_path):
+    model, targets, run = build("qwen3_moe")
+    plain = copy.deepcopy(model)
+    tokengate.patch(model, targets, rank=2, gate=False)
+    away_from_initialisation(model, 0.1)
+    wanted = run(model)
+    assert tokengate.fold(model, [{"input_ids": torch.arange(64)[None]}])
+    assert not tokengate.layers(model)
+    export_peft(model, tmp_path)
+    close(run(loaded_by_peft(plain, tmp_path)), wanted)
 
 
 def test_other_models(tmp_path):
@@ -228,6 +267,7 @@ def test_axes_of_ones_own(says, tmp_path):
     theirs = randomised(peft.get_peft_model(copy.deepcopy(model), config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     refused(model, tmp_path / "theirs", "moe.w1", "experts=")
+    refused(model, tmp_path / "theirs", "experts= names 'w2'", experts={"w2": "eio"})
     x = torch.randn(3, 5, 6)
     base = model["moe"](x)
     import_peft(model, tmp_path / "theirs", experts={"moe.w1": "eio"})
