@@ -6,7 +6,7 @@
 
 The files are read and written here; PEFT need not be installed. Open `importing.py` and
 `exporting.py` first; `format.py` says what PEFT writes, `names.py` which modules
-its patterns mean.
+its patterns mean, `parameters.py` what it makes of experts' 3-D parameters.
 """
 
 from tokengate.integrations.hf_peft.exporting import export_peft as export_peft

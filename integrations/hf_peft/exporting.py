@@ -19,6 +19,7 @@ from tokengate.integrations.hf_peft.format import (
     in_their_layout,
     unlike_ours,
 )
+from tokengate.integrations.hf_peft.parameters import check_writable, theirs, wrapped
 from tokengate.layers.folded import base_layer
 from tokengate.sharding import is_sharded
 
@@ -36,7 +37,8 @@ def export_peft(
     PEFT has no gates. So every gate must be open for sure (`gate=False`, tau <= 0, or folded), or
     `ungated=True` says that every position shall be modified. Each layer keeps its own rank and
     scale. AdaLoRA's rows that were pruned are left out; its schedule is not PEFT's, so set
-    `total_step` and the rest before training goes on there. Trained parameters become
+    `total_step` and the rest before training goes on there. Experts' 3-D parameters, with LoRA
+    alone, become `target_parameters`. Trained parameters become
     `modules_to_save`, of whole modules.
 
     Args:
@@ -58,6 +60,8 @@ def export_peft(
             f"base_model_name={brief(base_model_name)} is no name: pass e.g. 'some/llama'."
         )
     method = writing.the_method(patched)
+    experts = writing.stacked(patched)
+    check_writable(model, experts, [n for n in patched if n not in experts], method)
     if twice := held_twice(model, patched):
         raise TokenGateError(
             f"export_peft found {twice[0]!r} held by several modules, of which PEFT would adapt it "
@@ -69,13 +73,16 @@ def export_peft(
     heads = writing.whole_modules(model, trained)
     writing.check_names(model, list(patched), heads, task_type)
     tensors = {PREFIX + name: values[name] for name in trained}
+    wrappers = {name: own for own, name in wrapped(model, frozenset(experts).__contains__).items()}
     for name, layer in patched.items():
         base = base_layer(layer)
         if (reason := unlike_ours(base, method)) is not None:
             raise TokenGateError(f"export_peft found {name!r}, which {reason}: use tokengate.save.")
+        own = {part: values[f"{name}.modification.{part}"] for part in KEYS[method]}
+        own = theirs(own, base) if name in wrappers else own
         for part, suffix in KEYS[method].items():
-            value = values[f"{name}.modification.{part}"]
-            tensors[f"{PREFIX}{name}.{suffix}"] = in_their_layout(part, value, base)
+            key = f"{PREFIX}{wrappers.get(name, name)}.{suffix}"
+            tensors[key] = in_their_layout(part, own[part], base)
     config = {
         "peft_type": "ADALORA" if method == "adalora" else "LORA",
         "task_type": task_type,

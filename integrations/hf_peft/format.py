@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.linears.convolution import is_convolution
+from tokengate.linears.experts import StackedLinear
 from tokengate.names import named_children, named_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -81,6 +82,7 @@ _SILENT = {
 _READ = {
     *("peft_type", "lora_alpha", "lora_dropout", "modules_to_save", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "target_parameters",
     *("r", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "init_r", "target_r"),
 }
 # What changes the outputs in a way that has no equal here, and the value that turns it off.
@@ -88,8 +90,7 @@ _OFF = {
     **{"bias": "none", "lora_bias": False, "use_qalora": False, "ensure_weight_tying": False},
     **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), None),
     **dict.fromkeys(("layer_replication", "megatron_config", "monteclora_config"), None),
-    **dict.fromkeys(("target_parameters", "trainable_token_indices", "use_bdlora"), None),
-    "velora_config": None,
+    **dict.fromkeys(("trainable_token_indices", "use_bdlora", "velora_config"), None),
 }
 # Those that leave the base as it was. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take what they put
 # into A and B out of the base's weight, and the first four do so again when PEFT loads the adapter.
@@ -129,4 +130,9 @@ def held_twice(model: nn.Module, names: Collection[str]) -> list[str]:
     """Those of the layers that are children of several modules, or of one under two names."""
     times = Counter(id(c) for _, m in named_modules(model) for _, c in named_children(m))
     modules = dict(named_modules(model, remove_duplicate=False))
-    return [name for name in names if times[id(modules.get(name))] > 1]
+
+    def held(name: str) -> nn.Module | None:
+        module = modules.get(name, modules.get(name.rpartition(".")[0]))  # a parameter's owner
+        return module.owner if isinstance(module, StackedLinear) else module
+
+    return [name for name in names if times[id(held(name))] > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tokengate.layers.changing import exclusive
 from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
+from tokengate.patterns import Pattern
 
 
 @exclusive
@@ -34,12 +35,14 @@ def import_peft(
     penalty: float = 1e-5,
     gate: bool = True,
     strict: bool = True,
+    experts: Mapping[Pattern, str] | None = None,
 ) -> dict[str, str]:
     """Patch `model` with an adapter that PEFT's `save_pretrained` wrote into `folder`, in place.
 
     With tau <= 0 or `gate=False` the model computes what PEFT's does. LoRA with everything that
     sets ranks and scales (`rank_pattern`, `alpha_pattern`, `use_rslora`), DoRA, and AdaLoRA, whose
-    pruned rows come back as zeros; `modules_to_save` become parameters that are trained along, as
+    pruned rows come back as zeros; LoRA on experts' 3-D parameters (`target_parameters`);
+    `modules_to_save` become parameters that are trained along, as
     by `patch(train=...)`. What has no equal here is refused by name. Everything is checked first:
     an error leaves the model untouched.
 
@@ -51,6 +54,7 @@ def import_peft(
         penalty: lambda of eq. 15.
         gate: False for the plain method.
         strict: False skips the layers and parameters that do not fit this model.
+        experts: how experts' parameters are laid out that the library does not know, as in `patch`.
 
     Returns:
         What was skipped, and why, by the name of the layer or parameter; empty if nothing was.
@@ -67,7 +71,7 @@ def import_peft(
             f"import_peft was given a {type(model).__name__} that is patched already: call "
             "tokengate.unpatch(model) first, or pass a new one."
         )
-    adapter = read_peft(folder)
+    adapter = read_peft(folder, model, experts)
     missing = _missing(model, adapter)
     if strict and missing:
         name, reason = next(iter(missing.items()))
@@ -109,24 +113,27 @@ def _as_saved(
             continue
         tensors |= {f"{name}.modification.{part}": value for part, value in parameters.items()}
         if penalty is not None:
-            tensors[f"{name}.gate.tau"] = torch.tensor([float(tau)])
+            count = len(parameters["A"]) if name in adapter.experts else 1
+            tensors[f"{name}.gate.tau"] = torch.full((count,), float(tau))
         down, up = ("Q", "P") if adapter.method == "adalora" else ("A", "B")
         described[name] = LayerConfig(
             method=adapter.method,
             options=adapter.options[name],
-            in_features=parameters[down].shape[1],
-            out_features=len(parameters[up]),
+            in_features=parameters[down].shape[-1],
+            out_features=parameters[up].shape[-2],
+            axes=adapter.experts[name].stack.axes if name in adapter.experts else None,
             penalty=None if penalty is None else float(penalty),
             gate=None if penalty is None else "threshold",
         )
-    targets = {"targets": adapter.config["target_modules"]}
+    kinds = (adapter.config.get(f"target_{kind}") for kind in ("modules", "parameters"))
+    exclude = adapter.config.get("exclude_modules")
     config = AdapterConfig(
         tokengate_version=version("tokengate"),
         base_class=adapter.config.get("base_model_name_or_path") or "",
         base_fingerprint="",  # PEFT does not say
         layers=described,
         tensors={},
-        targets=[{**targets, "exclude": adapter.config.get("exclude_modules"), "train": trained}],
+        targets=[{"targets": own, "exclude": exclude, "train": trained} for own in kinds if own],
         train=trained,
     )
     return SavedAdapter(Path(folder), config, tensors)
@@ -136,6 +143,7 @@ def _missing(model: nn.Module, adapter: PeftAdapter) -> dict[str, str]:
     """What PEFT would look for in the adapter, or change in the model, and could not here."""
     twice = "is held by several modules of the model, of which PEFT adapts it for the first alone"
     found = dict.fromkeys(held_twice(model, adapter.parameters), twice)
+    found |= adapter.unfit
     names = Names(adapter.config)
     for name, module in named_modules(model):
         if not is_linear_like(module) or not names.is_target(name):

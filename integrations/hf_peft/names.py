@@ -33,10 +33,12 @@ class Names:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._work = Work()
-        self._targets = self._named(config["target_modules"])
+        self._listed = config.get("target_modules") or ()
+        self._targets = self._named(self._listed)
+        self._parameters = frozenset(config.get("target_parameters") or ())
+        self._own_names = {each.rpartition(".")[2] for each in self._parameters}
         self._excluded = self._named(config.get("exclude_modules") or ())
-        self._by_regex = isinstance(config["target_modules"], str)
-        self._listed = config["target_modules"]
+        self._by_regex = isinstance(self._listed, str)
         self._saved_whole = ModulesToSave(config.get("modules_to_save") or (), self._work)
         chosen = config.get("layers_to_transform")
         self._all_layers = chosen is None or chosen == []
@@ -56,6 +58,14 @@ class Names:
         if self._by_regex or self._all_layers or name in self._listed:
             return True
         return self._index(name) in self._chosen
+
+    def is_target_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts the parameter of this name, in whatever layer it is."""
+        return any(each in self._parameters for each in _ends(name, self._work))
+
+    def holds_parameters(self, name: str) -> bool:
+        """Whether a module of this name may have such parameters."""
+        return any(self.is_target_parameter(f"{name}.{own}") for own in self._own_names)
 
     def is_saved_whole(self, names: Iterable[str]) -> bool:
         """Whether PEFT saves one of these modules whole."""

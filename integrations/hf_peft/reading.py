@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG as OURS
@@ -18,7 +17,6 @@ from tokengate.adapters.folder import read_config
 from tokengate.adapters.weights import DTYPES, Weights, open_weights
 from tokengate.arguments import count, positive, share, switch
 from tokengate.errors import brief
-from tokengate.files.text_table import size
 from tokengate.integrations.hf_peft.format import (
     CONFIG,
     KEYS,
@@ -29,9 +27,11 @@ from tokengate.integrations.hf_peft.format import (
     in_our_layout,
 )
 from tokengate.integrations.hf_peft.names import Names
+from tokengate.integrations.hf_peft.parameters import Adapted, adapted, check_config, ours, stacks
+from tokengate.integrations.hf_peft.pruned_rows import check_unpruned, masks, unpruned
+from tokengate.linears.experts import StackedLinear
 
-# What AdaLoRA's pruned rows may take: so many bytes, or so many times as much as was kept.
-_LEAST_UNPRUNED, _MOST_UNPRUNED = 16 << 20, 16
+_TARGETS = ("target_modules", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,19 @@ class PeftAdapter:
     """Other parameters that were trained, by their name in the model."""
     unread: dict[str, str]
     """The dtypes of buffers beside them, whose values are not read."""
+    experts: dict[str, StackedLinear]
+    """Those of the layers that are 3-D parameters of the model."""
+    unfit: dict[str, str]
+    """Parameters that PEFT adapted and that are no such layers of the model, and why."""
 
 
-def read_peft(folder: str | Path) -> PeftAdapter:
+def read_peft(folder: str | Path, model: nn.Module | None = None, axes: Any = None) -> PeftAdapter:
     """The adapter in `folder`, as PEFT's `save_pretrained` wrote it.
+
+    Args:
+        folder: it.
+        model: by which alone values of experts' parameters can be told apart.
+        axes: those of its experts, as `patch(experts=...)` has them.
 
     Raises:
         TokenGateError: the folder is incomplete or damaged, or holds what has no equal here.
@@ -61,46 +70,76 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     where = str(folder / CONFIG)
     config = _config(folder)
     check_known(config, where)
+    check_config(config, where)
+    if model is None and config.get("target_parameters"):
+        raise TokenGateError(
+            f"{where} has target_parameters={brief(config['target_parameters'])}, whose values "
+            "only the model can tell apart: import_peft it into that (tokengate import, in a "
+            "terminal), and save it."
+        )
     method = "adalora"
     if config["peft_type"] == "LORA":
         method = "dora" if switch("use_dora", config.get("use_dora") or False) else "lora"
     with open_weights(folder / WEIGHTS) as weights:
-        return _read(weights, config, method, where)
+        return _read(weights, config, method, where, model, axes)
 
 
-def _read(weights: Weights, config: dict[str, Any], method: str, where: str) -> PeftAdapter:
+def _read(
+    weights: Weights,
+    config: dict[str, Any],
+    method: str,
+    where: str,
+    model: nn.Module | None,
+    axes: Any,
+) -> PeftAdapter:
     path, present = weights.path, weights.tensors
     with _told_of(where):
         names = Names(config)
     found, heads = _layers_and_heads(weights, config, names, method, where)
+    known = {} if model is None else stacks(model, axes)
     with _told_of(where):
-        options = {layer: _options(config, names, method, layer) for layer in found}
-        astray = [layer for layer in found if not names.is_target(layer)]
-    if astray:
+        others = {layer: None for layer in found if not names.is_target(layer)}
+        own = Adapted({}, {}, list(others))
+        if model is not None and config.get("target_parameters"):
+            own = adapted(model, known, names, others)
+        found = [layer for layer in found if layer not in others or layer in own.experts]
+        # By the names of PEFT's wrappers, whose keys are in the file.
+        renamed = {layer: name for layer, (name, _) in own.experts.items()}
+        options = {
+            layer: _options(config, names, method, renamed.get(layer, layer)) for layer in found
+        }
+    if own.astray:
+        asked = [f"{k} {brief(config[k])}" for k in _TARGETS if config.get(k)]
         raise TokenGateError(
-            f"{str(path)!r} has values for {astray[0]!r}, which the target_modules "
-            f"{brief(config['target_modules'])} of {where} leave out, so that PEFT would drop "
-            "them: correct target_modules."
+            f"{str(path)!r} has values for {own.astray[0]!r}, which the {' and '.join(asked)} of "
+            f"{where} leave out, so that PEFT would drop them: correct target_modules."
         )
-    masks = _masks(config, found, where) if method == "adalora" else {}
+    pruned = masks(config, found, where) if method == "adalora" else {}
     for layer in found:
-        _check_shapes(weights, method, layer, options[layer], masks.get(layer))
-    _check_unpruned(weights, masks, where)
+        experts = layer in own.experts
+        _check_shapes(weights, method, layer, options[layer], pruned.get(layer), experts)
+    check_unpruned(weights, pruned, where)
     # Of modules_to_save with buffers: whether one may be left out is for the model to say.
     unread = {key: present[key].dtype for key in heads if present[key].dtype not in DTYPES}
     tensors, _ = weights.values(leave_out=unread)
     parameters = {}
     for layer in found:
         keys = {part: f"{PREFIX}{layer}.{suffix}" for part, suffix in KEYS[method].items()}
-        own = {part: in_our_layout(part, tensors.pop(key)) for part, key in keys.items()}
-        parameters[layer] = _unpruned(own, masks.get(layer)) if method == "adalora" else own
+        values = {part: in_our_layout(part, tensors.pop(key)) for part, key in keys.items()}
+        if method == "adalora":
+            values = unpruned(values, pruned.get(layer))
+        if layer in own.experts:
+            values = ours(values, options[layer]["rank"], own.experts[layer][1])
+        parameters[renamed.get(layer, layer)] = values
     return PeftAdapter(
         config,
         method,
-        options,
+        {renamed.get(layer, layer): each for layer, each in options.items()},
         parameters,
         {key.removeprefix(PREFIX): tensors[key] for key in heads if key not in unread},
         {key.removeprefix(PREFIX): dtype for key, dtype in unread.items()},
+        dict(own.experts.values()),
+        own.unfit,
     )
 
 
@@ -174,8 +213,7 @@ def _config(folder: Path) -> dict[str, Any]:
             raise TokenGateError(
                 f"{where} has {key}={brief(value)}: correct it to a list of names."
             )
-    # Adapters of parameters alone are refused by `check_known`, which says why.
-    if not (config.get("target_modules") or config.get("target_parameters")):
+    if not any(map(config.get, _TARGETS)):
         raise TokenGateError(f"{where} has no target_modules: save the adapter again.")
     if isinstance(config.get("modules_to_save"), str):
         config["modules_to_save"] = [config["modules_to_save"]]
@@ -222,33 +260,13 @@ def _options(config: dict[str, Any], names: Names, method: str, layer: str) -> d
     return options
 
 
-def _masks(config: dict[str, Any], found: Collection[str], where: str) -> dict[str, list[bool]]:
-    """Which of the initial rows the layers still have that have not all of them."""
-    rank, layers = config.get("init_r", 12), frozenset(found)
-    masks = {}
-    for key, mask in (config.get("rank_pattern") or {}).items():
-        layer, _, part = key.rpartition(".")
-        if part != "lora_E" or layer not in layers:
-            raise TokenGateError(
-                f"{where} has a rank_pattern for {key!r}, which is no layer of the adapter: save "
-                "it again."
-            )
-        fits = isinstance(mask, list) and len(mask) == rank
-        if not fits or not all(isinstance(kept, bool) for kept in mask):
-            raise TokenGateError(
-                f"{where} has {brief(mask)} as the rank_pattern of {key!r}, which is not "
-                f"init_r={rank} times true or false: save the adapter again."
-            )
-        masks[layer] = mask
-    return masks
-
-
 def _check_shapes(
     weights: Weights,
     method: str,
     layer: str,
     options: dict[str, Any],
     mask: list[bool] | None,
+    experts: bool,
 ) -> None:
     path, present = weights.path, weights.tensors
     keys = {part: f"{PREFIX}{layer}.{suffix}" for part, suffix in KEYS[method].items()}
@@ -260,12 +278,16 @@ def _check_shapes(
                 "save the adapter again."
             )
     rank = options["rank"] if mask is None else sum(mask)
+    if experts and present[keys["A"]].shape:
+        rank *= max(present[keys["A"]].shape[0] // rank, 1)
     down, up = ("Q", "P") if method == "adalora" else ("A", "B")
     # The layer's own sizes, in which the others have to agree.
     ins, outs = (present[keys[down]].shape or [0])[-1], (present[keys[up]].shape or [0])[0]
     wanted = {down: [rank, ins], up: [outs, rank], "E": [rank, 1], "magnitude": [outs]}
     of_down, of_up = present[keys[down]].shape, present[keys[up]].shape
-    if down == "A" and len(of_down) == len(of_up) == 4:  # beside a convolution, in groups
+    if (
+        down == "A" and not experts and len(of_down) == len(of_up) == 4
+    ):  # beside a convolution, in groups
         part = of_up[1] if of_up[1] and rank % of_up[1] == 0 else rank
         wanted = {down: [rank, *of_down[1:]], up: [outs, part, 1, 1], "magnitude": [1, outs, 1, 1]}
     for part, key in keys.items():
@@ -276,36 +298,3 @@ def _check_shapes(
             )
     for key in keys.values():
         weights.check_dtype(key)
-
-
-def _check_unpruned(weights: Weights, masks: dict[str, list[bool]], where: str) -> None:
-    """An error if the rows that AdaLoRA pruned would take far more memory than those it kept.
-
-    A mask is a few bytes for each row, and a row is as long as the layer is wide.
-    """
-    held = sum(weights.sizes.values())
-    wanted = 0
-    for layer, mask in masks.items():
-        p, e, q = (f"{PREFIX}{layer}.{suffix}" for suffix in KEYS["adalora"].values())
-        row = weights.tensors[p].shape[0] + 1 + weights.tensors[q].shape[1]
-        wanted += len(mask) * row * DTYPES[weights.tensors[e].dtype].itemsize
-    if wanted > max(_LEAST_UNPRUNED, _MOST_UNPRUNED * held):
-        raise TokenGateError(
-            f"{where} asks for {size(wanted)} of rows that were pruned or kept, of which "
-            f"{str(weights.path)!r} holds {size(held)}: save the adapter again with a smaller "
-            "init_r."
-        )
-
-
-def _unpruned(own: dict[str, Tensor], mask: list[bool] | None) -> dict[str, Tensor]:
-    """P, E and Q with the pruned rows, which contribute nothing, back in their places."""
-    if mask is None:
-        return {**own, "E": own["E"][:, 0]}
-    kept = torch.tensor(mask, dtype=torch.bool)
-    full = {
-        "P": own["P"].new_zeros(len(own["P"]), len(mask)),
-        "E": own["E"].new_zeros(len(mask)),
-        "Q": own["Q"].new_zeros(len(mask), own["Q"].shape[1]),
-    }
-    full["P"][:, kept], full["E"][kept], full["Q"][kept] = own["P"], own["E"][:, 0], own["Q"]
-    return full

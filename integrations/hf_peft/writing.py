@@ -38,16 +38,18 @@ def the_method(patched: Mapping[str, Gated | Folded]) -> str:
     for name, layer in patched.items():
         kind = type(layer.modification)
         method = METHODS.name_of(kind)
-        is_slice = isinstance(base_layer(layer), LinearSlice)
-        are_experts = isinstance(base_layer(layer), StackedLinear)
-        if is_slice or are_experts or not name or method not in KEYS:
-            what = "a slice of a fused layer" if is_slice else "modified"
-            what = "experts in a 3-D parameter, modified" if are_experts else what
+        base = base_layer(layer)
+        are_experts = isinstance(base, StackedLinear)
+        is_slice = isinstance(base, LinearSlice) or (are_experts and base.part is not None)
+        has_equal = method == "lora" if are_experts else method in KEYS
+        if is_slice or not name or not has_equal:
+            what = "experts in a 3-D parameter, modified" if are_experts else "modified"
+            what = "a slice of a fused layer" if is_slice else what
             what = what if name else "the whole model,"
             raise TokenGateError(
                 f"export_peft found {name!r}, {what} by {method or kind.__name__!r}, which PEFT "
                 f"has no equal for: only whole layers inside a model with {', '.join(KEYS)} have "
-                "one; use tokengate.save."
+                "one, and experts' parameters with lora; use tokengate.save."
             )
         if first is not None and first[1] != method:
             raise TokenGateError(
@@ -70,7 +72,7 @@ def check_open(
                 "gates, so that every position would be modified: pass ungated=True if that is "
                 "what you want."
             )
-    taus = {n: values[k].item() for n in patched if (k := f"{n}.gate.tau") in values}
+    taus = {n: values[k].max().item() for n in patched if (k := f"{n}.gate.tau") in values}
     closing = {name: tau for name, tau in taus.items() if tau > 0}
     if closing and not ungated:
         name, tau = max(closing.items(), key=lambda item: item[1])
@@ -107,6 +109,11 @@ def whole_modules(model: nn.Module, trained: dict[str, nn.Parameter]) -> list[st
         if not any(owner == o or owner.startswith(f"{o}.") for o in owners):
             owners = [o for o in owners if not o.startswith(f"{owner}.")] + [owner]
     return owners
+
+
+def stacked(patched: Mapping[str, Gated | Folded]) -> list[str]:
+    """Those of the layers that are experts' 3-D parameters."""
+    return [n for n, layer in patched.items() if isinstance(base_layer(layer), StackedLinear)]
 
 
 def check_names(model: nn.Module, layers: list[str], heads: list[str], task: str | None) -> None:
@@ -203,6 +210,8 @@ def shared_config(
     model: nn.Module, patched: Mapping[str, Gated | Folded], heads: list[str]
 ) -> dict[str, Any]:
     """What both kinds of configuration have."""
+    experts = stacked(patched)
+    linear = [name for name in patched if name not in experts]
     dropouts = {layer.modification.dropout: name for name, layer in patched.items()}
     if len(dropouts) > 1:
         (one, first), (two, second) = list(dropouts.items())[:2]
@@ -210,14 +219,20 @@ def shared_config(
             f"export_peft found dropout={one} in {first!r} and {two} in {second!r}, and one "
             "adapter of PEFT has one: set modification.dropout of all layers to the same."
         )
+    if experts and any(dropouts):
+        raise TokenGateError(
+            f"export_peft found dropout={next(iter(dropouts))}, and PEFT has none with experts' "
+            "parameters: set modification.dropout of all layers to 0."
+        )
     return {
+        **({"target_parameters": experts} if experts else {}),
         "bias": "none",
         "fan_in_fan_out": all(is_transposed(base_layer(layer)) for layer in patched.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": next(iter(dropouts)),
         "modules_to_save": heads or None,
-        "target_modules": target_modules(model, list(patched)),
+        "target_modules": target_modules(model, linear) if linear else [],
     }
 
 

@@ -66,17 +66,3 @@ def test_equal_outputs_and_gradients(family, implementation):
         torch.testing.assert_close(own.A.grad.flatten(0, 1), A, rtol=1e-4, atol=1e-6)
         theirs_B = B.reshape(-1, rank, experts).permute(2, 0, 1)
         torch.testing.assert_close(own.B.grad, theirs_B, rtol=1e-4, atol=1e-6)
-
-
-def test_their_files_are_refused_both_ways(tmp_path):
-    from tokengate.integrations.hf_peft import export_peft, import_peft
-
-    model, targets, _ = mixtures.build("qwen3_moe")
-    theirs(model, targets).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(tokengate.TokenGateError, match="target_parameters"):
-        import_peft(model, tmp_path / "theirs")
-    assert not tokengate.layers(model)
-    tokengate.patch(model, targets, gate=False)
-    with pytest.raises(tokengate.TokenGateError, match="experts in a 3-D parameter"):
-        export_peft(model, tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()

@@ -48,7 +48,6 @@ def test_initialisations_that_change_the_base(tmp_path, how):
         ("lora", {"lora_bias": True}, ["lora_bias=True"]),
         ("lora", {"use_qalora": True}, ["use_qalora"]),
         ("lora", {"layer_replication": [[0, 2]]}, ["layer_replication"]),
-        ("lora", {"target_parameters": ["experts.w"]}, ["target_parameters"]),
         ("lora", {"trainable_token_indices": [1, 2]}, ["trainable_token_indices"]),
         ("lora", {"alora_invocation_tokens": [1]}, ["alora_invocation_tokens"]),
         ("lora", {"use_bdlora": {"nblocks": 2}}, ["use_bdlora"]),
