@@ -112,7 +112,7 @@ def test_a_method_without_factors_keeps_more():
 def test_no_temporary_of_the_weight_s_size(method, dtype, bias):
     k = d = 512
     layer = nn.Linear(k, d, bias=bias).to(dtype)
-    tokengate.patch(layer, "all-linear", method, rank=4, dropout=0.05, tau=0.01)
+    tokengate.patch(layer, "all-linear", method, rank=4, dropout=0.05)
     optimizer = torch.optim.AdamW(tokengate.param_groups(layer, lr=1e-3))
     if method == "adalora":
         tokengate.RankAllocator(layer, optimizer, total_steps=3)

@@ -9,6 +9,7 @@ import gc
 import pathlib
 import shutil
 import tempfile
+import warnings
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import tokengate
+from tokengate.errors import UnreachedSparsityWarning
 
 WIDTH = 4
 DATA = torch.randn(2, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

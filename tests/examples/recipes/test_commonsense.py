@@ -353,9 +353,7 @@ def test_without_data_there_is_one_sentence(run):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.filterwarnings(
-    "ignore::tokengate.errors.RankWarning"
-)
+@pytest.mark.filterwarnings("ignore::tokengate.errors.RankWarning")
 def test_a_pretrained_model_and_one_of_its_size_without_its_weights(recipe, run, tmp_path):
     model, tokenizer, train, tests = tiny(recipe)
     tokengate.unpatch(model).save_pretrained(tmp_path / "model")
