@@ -104,20 +104,18 @@ class SparsitySchedule:
             )
         self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
         self.step = 0
-        devices = [threshold.device for threshold in self._thresholds]
         # On one device, however many the model is on.
-        self._device = devices[0]
+        self._device = self._thresholds[0].device
         layers = len(self._gates) if switch("per_layer", per_layer) else 1
         self._tracker = QuantileTracker(layers, self.total_steps, self._device)
         # How many modules a gate decides for: one, or all experts.
         self._sizes = [threshold.numel() for threshold in self._thresholds]
-        self._folded = torch.zeros(sum(self._sizes), dtype=self._tracker.dtype, device=self._device)
+        self._folded = self._tracker.counts().new_zeros(sum(self._sizes))
         self._sparsity = torch.full((), torch.nan, device=self._device)
         # The thresholds in use, as log2, one for each layer or one.
-        self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
-        self._log_thresholds = self._log_thresholds.to(self._device)
-        for gate, device in zip(self._gates.values(), devices, strict=True):
-            gate._seen = no_counts(device)
+        self._log_thresholds = self._tracker.counts().new_full((layers,), -torch.inf)
+        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
+            gate._seen = no_counts(threshold.device)
             lead(gate, self)
             if isinstance(gate, FisherGate):
                 gate.start_feeding()
@@ -292,9 +290,8 @@ class SparsitySchedule:
                     own.copy_(value)
 
     def _release(self) -> None:
-        for gate in self._gates.values():
-            if leader_of(gate) is not self:  # but another one, since
-                continue
+        # Not those that another one leads since.
+        for gate in [gate for gate in self._gates.values() if leader_of(gate) is self]:
             lead_no_more(gate)
             gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
