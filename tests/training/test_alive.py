@@ -150,3 +150,21 @@ def test_of_experts_too_it_is_told_and_others_gates_are_not_meant():
     with pytest.warns(UselessGateWarning, match="1 gates, e.g. FirmGate"):
         step(unled, optimizer, 1)
     step(unled, optimizer, 4)
+
+
+def test_compiled_code_is_not_compiled_anew_to_be_looked_at():
+    """At step 16 it was, whole."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model = made()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(18):
+        optimizer.zero_grad()
+        compiled(torch.ones(2, 4, 6)).square().mean().backward()
+        optimizer.step()
+    assert len(graphs) == 1

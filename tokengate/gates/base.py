@@ -67,6 +67,8 @@ class Gate(KeepsFloat32):
     # What its scores are counted in, see `score_counts`.
     # No buffer: DistributedDataParallel would send one rank's to all others in every forward.
     _seen: Tensor | None = None
+    # Likewise, where somebody only looks: not in compiled code, which would be compiled anew.
+    _looked: Tensor | None = None
     # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
     _unit: Tensor | None = None
     skipped: int = 0
@@ -126,7 +128,7 @@ class Gate(KeepsFloat32):
     @property
     def counts_scores(self) -> bool:
         """Whether the scores of the positions that it decides in training are counted."""
-        return self._seen is not None
+        return self._counted() is not None
 
     def set_pace(self, relative: bool) -> None:
         """Whether steps of tau are in units of r's median from now on, see `training`'s `pace`."""
@@ -166,8 +168,15 @@ class Gate(KeepsFloat32):
 
     def count(self, scores: Tensor | None, mask: Tensor | None) -> None:
         """Count the scores of one call, samples first, if somebody wants that."""
-        if self._seen is not None and scores is not None and is_learnt_from():
-            count_scores(self._seen, scores, mask)
+        into = self._counted()
+        if into is not None and scores is not None and is_learnt_from():
+            count_scores(into, scores, mask)
+
+    def _counted(self) -> Tensor | None:
+        """What scores are counted in."""
+        if self._seen is not None or torch.compiler.is_compiling():
+            return self._seen
+        return self._looked
 
     def _kept(self) -> Iterable[Tensor]:
         return [*self.parameters(recurse=False), *self.buffers(recurse=False)]

@@ -61,7 +61,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         _look(optimizer, own, step)
     for tau, gate in own:
         if not gate.relative:  # which counts at every step
-            gate._seen = no_counts(tau.device) if step + 1 in _LOOKS else None
+            gate._looked = no_counts(tau.device) if step + 1 in _LOOKS else None
 
 
 def _refuse_stillborn(optimizer: Optimizer) -> None:
@@ -109,7 +109,8 @@ def _closes_nothing(gate: LedGate) -> bool:
 def _look(optimizer: Optimizer, own: Own, step: int) -> None:
     closed, largest = [], 0.0
     for tau, gate in own:
-        seen, here = gate._seen, local_part(tau.detach()).reshape(-1)
+        seen = gate._seen if gate.relative else gate._looked
+        here = local_part(tau.detach()).reshape(-1)
         if seen is None or not here.numel() or not bool(seen.any()):
             continue
         # Experts have one each; what was seen is of them all.
