@@ -15,7 +15,9 @@ import tokengate
 
 SCALES = (0.8,)  # of M(x) at test, of what was trained without a gate
 _WARMUP = 0.06
-_TRAVEL = 1.5  # of tau in a training whose lambda is searched
+# Of tau in a training whose lambda is searched. The rule has a sparsity of its own without lambda,
+# which this lets it reach: where that is too high, tau may travel less below the least lambda.
+_TRAVEL, _LEAST = 1.5, -6.5
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ VARIANTS = {
     "select": Variant("layers left out (select by fisher)", left_out="select"),
     "suggest": Variant("layers left out (suggest)", left_out="suggest"),
     "random": Variant("random", "random"),
-    # By its own rule: the logarithm of lambda is searched.
+    # By its own rule: the logarithm of lambda is searched, and below -6.5 that of s.
     "threshold": Variant("threshold, lambda tuned", "threshold", knob=(-4.0, 0.5)),
     "threshold-led": Variant("threshold, led", "threshold", led=True),
     "fisher": Variant("fisher", "fisher", led=True),
@@ -142,7 +144,7 @@ def _gate_options(settings: Settings) -> dict[str, Any]:
         case "random":
             return {"sparsity": settings.sparsity}
         case "threshold":
-            return {"penalty": 10.0**settings.knob}
+            return {"penalty": 10.0 ** max(settings.knob, _LEAST)}
         case "sigmoid":
             return {"start": -settings.knob}
     return {}
@@ -151,7 +153,10 @@ def _gate_options(settings: Settings) -> dict[str, Any]:
 def _train(task: Task, model: nn.Module, settings: Settings) -> float:
     """AdamW under a warm-up and a linear decay, which leaves tau's rate as it is; the last loss."""
     steps = task.steps
-    groups = tokengate.param_groups(model, lr=settings.lr, s=_TRAVEL / steps, weight_decay=0.0)
+    travel = _TRAVEL
+    if settings.variant == "threshold":
+        travel *= 10.0 ** min(0.0, settings.knob - _LEAST)
+    groups = tokengate.param_groups(model, lr=settings.lr, s=travel / steps, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups)
     if VARIANTS[settings.variant].led:
         tokengate.SparsitySchedule(model, optimizer, settings.sparsity, steps)

@@ -77,7 +77,7 @@ def options(doc: str | None, axes: Iterable[str] = ("method", "gate", "seed")) -
     add("--scale", type=float, default=0.5, help="of the modification")
     add("--dropout", type=float, default=0.0, help="of its input")
     add("--penalty", type=float, default=1e-5, help="lambda; where --gate is a number, the first")
-    add("--s", type=float, help="of eq. 11; by default 0.4 / steps")
+    add("--s", type=float, help="of eq. 11; by default 2 / steps, of the median of r")
     add("--hold-tau", type=float, default=0.0, help="at 0 for this share of a number's steps")
     add("--lr", type=float, default=1e-3, help="of the modifications, at its highest")
     add("--scheduler", default="linear", help="of transformers, after a warm-up")

@@ -318,8 +318,8 @@ def test_smoke_and_two_processes_answer_alike(
     assert table in capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in table.splitlines()]
     assert rows[2:] == [
-        "| LoRA", "| LoRA_S", "| sparsity (%)", "| sparsity of image (%)",
-        "| sparsity of text (%)", "| LoRA_S - LoRA",
+        "| LoRA", "| drift", "| drift of 0.8 M(x)", "| LoRA_S", "| drift", "| drift of 0.8 M(x)",
+        "| sparsity (%)", "| sparsity of image (%)", "| sparsity of text (%)", "| LoRA_S - LoRA",
     ]  # fmt: skip
 
     found = read(tmp_path / "one/lora-on-0")

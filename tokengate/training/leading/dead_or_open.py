@@ -49,6 +49,8 @@ Own = list[tuple[nn.Parameter, Gate]]
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if not any(float(group["lr"]) for group in optimizer.param_groups if "lr" in group):
+        return  # it moves nothing, as the one by which torch makes an optimiser's state
     step = _STEPS[optimizer] = _STEPS.get(optimizer, 0) + 1
     if step == _LEAD:
         _tell_of_unled(optimizer)
