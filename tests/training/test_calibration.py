@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_data():
     for _ in range(3):
         ratios.add(torch.rand(1000) * 300, torch.ones(1000, dtype=torch.float64))
     ratios.add(torch.tensor([0.0, torch.inf, torch.nan, 1e30]), torch.ones(4, dtype=torch.float64))
-    assert ratios._bins.numel() == size < 50_000
+    assert ratios._bins.numel() == size < 70_000
     assert ratios.total == 3004
 
 
