@@ -464,3 +464,32 @@ def test_infinite_logits_of_a_mask_are_no_error():
     folding = tokengate.fold(Masked(), DATA)
     assert folding.names("merged")
     assert folding.error < 1e-5
+
+
+def test_what_is_open_in_part_is_not_merged():
+    """Open everywhere, but by less than 1: W0 + M would add more."""
+    torch.manual_seed(0)
+    name = "blocks.1.q_proj"
+    model = away_from_initialisation(tokengate.patch(Net(), [name], rank=2, gate="firm"))
+    batches = [torch.randn(2, 5, 8)]
+    with tokengate.record(model.eval(), positions=True, ratios=True) as rec:
+        model(batches[0])
+    smallest = min(ratios.min() for ratios in rec.ratios[name])
+    gate = tokengate.layers(model)[name].gate
+    gate.tau.fill_(0.9 * smallest)
+    before = model(batches[0])
+    with tokengate.record(model) as rec:
+        model(batches[0])
+    assert rec.report().sparsity == 0
+    for seen in (batches, rec.report()):
+        folding = tokengate.fold(model, seen)
+        assert "in part" in folding.layers[name].reason
+        assert torch.equal(model(batches[0]), before)
+        folding.undo()
+    forced = tokengate.fold(model, batches, force=0.9)
+    assert forced.layers[name].action == "merged"
+    assert forced.error > 1e-4
+    forced.undo()
+    gate.tau.fill_(0.4 * smallest)  # k = 2: wholly open
+    assert tokengate.fold(model, batches).layers[name].action == "merged"
+    assert not gate._forward_hooks

@@ -276,6 +276,23 @@ def test_it_is_calibrated(gate):
     assert abs(rec.report().sparsity - 0.4) < 0.01
 
 
+def test_calibrate_says_what_stands_in_its_way():
+    """Of a trained model it said that M(x) is 0; what a schedule set anew was lost."""
+    model = tokengate.patch(Net(), ["fc1"], rank=2, gate="fisher")
+    away_from_initialisation(model)
+    batches = [torch.randn(2, 4, 8)]
+    with one_sentence("whose Q is 0", "train with a SparsitySchedule"):
+        tokengate.calibrate(model, batches)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
+    with one_sentence("a SparsitySchedule sets anew", "detach()"):
+        tokengate.calibrate(model, batches)
+    model(batches[0]).square().mean().backward()
+    optimizer.step()
+    schedule.detach()
+    assert all(tokengate.calibrate(model, batches).values())
+
+
 def test_what_is_wrong_is_said():
     with one_sentence("k=1 is not above 1"):
         tokengate.patch(Net(), ["fc1"], gate="firm", gate_options={"k": 1})

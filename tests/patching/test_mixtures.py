@@ -173,6 +173,19 @@ def test_refused_are_experts_over_processes_and_implementations_that_are_not_kno
         del ALL_EXPERTS_FUNCTIONS._global_mapping["another"]
 
 
+def test_a_dense_layers_name_beside_the_experts_own():
+    """The advice to name these, too, named another projection, and was refused when followed."""
+    config = transformers.Qwen3MoeConfig(
+        **text.GROUPED, **TOP, **SIXTEEN, **HEAD, num_experts=4, mlp_only_layers=[0]
+    )
+    model = transformers.Qwen3MoeForCausalLM(config)
+    with pytest.raises(TokenGateError, match=r"these, too, e.g. '[a-z.0-9]*\.gate_up_proj\.gate'"):
+        tokengate.patch(model, ["gate_proj"], rank=2)
+    tokengate.patch(model, ["gate_proj", "experts.gate_up_proj.gate"], rank=2)
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.gate_up_proj.gate"]
+    assert list(tokengate.layers(model))[:2] == names
+
+
 def test_one_expert_as_a_report_names_it():
     model, _, _ = build("qwen3_moe")
     name = "model.layers.0.mlp.experts.3.down_proj"

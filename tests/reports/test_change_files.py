@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mixtures import Experts, Mixture
 from models import Net, away_from_initialisation, one_sentence, small_llama, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -114,3 +115,13 @@ def test_samples_come_first_also_where_the_model_has_them_second(tmp_path):
     found = load_file(tokengate.export_changes(model, [x], tmp_path)[0])["linear1"]
     (alone,) = tokengate.export_changes(model, [x[:, 1:2]], tmp_path / "alone")
     torch.testing.assert_close(found[1:2], load_file(alone)["linear1"])
+
+
+def test_experts_are_refused(tmp_path):
+    """Their files had no M(x) in them, without a word."""
+    model = Mixture(Experts(4, 6, 8, way="grouped"))
+    tokengate.patch(model, ["experts.w"], rank=2, experts={"experts.w": "eoi"})
+    batch = (torch.randn(5, 8), torch.arange(10).view(5, 2) % 4)
+    with one_sentence("'experts.w', which are experts", "modules= without"):
+        tokengate.export_changes(model, [batch], tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mixtures import Experts, Mixture
 from models import away_from_initialisation, one_sentence
 from torch import nn
 
@@ -122,3 +123,48 @@ def test_a_gate_that_nobody_leads_is_told_of_once(gate):
         path, _ = train(model, optimizer, 12)
     assert len(told) == 1
     assert set(path) == {0.0}
+
+
+def test_of_experts_too_it_is_told_and_others_gates_are_not_meant():
+    """The look at step 16 ended in a ValueError: one gate has a tau for each expert."""
+    index = torch.arange(20).view(10, 2) % 4
+
+    def experts(**options):
+        torch.manual_seed(0)
+        model = Mixture(Experts(4, 3, 6, way="grouped"))
+        tokengate.patch(model, ["experts.w"], rank=2, experts={"experts.w": "eoi"}, **options)
+        return model, torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+
+    def step(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(10, 6), index).square().mean().backward()
+            optimizer.step()
+
+    unled, optimizer = experts(gate="firm")
+    step(unled, optimizer, 7)
+    other = experts()
+    step(*other, 63)  # whose optimiser has nothing to do with those
+    with pytest.warns(UselessGateWarning, match="after 64 steps .* closes no position in the 1 "):
+        step(*other, 1)
+    with pytest.warns(UselessGateWarning, match="1 gates, e.g. FirmGate"):
+        step(unled, optimizer, 1)
+    step(unled, optimizer, 4)
+
+
+def test_compiled_code_is_not_compiled_anew_to_be_looked_at():
+    """At step 16 it was, whole."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model = made()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(18):
+        optimizer.zero_grad()
+        compiled(torch.ones(2, 4, 6)).square().mean().backward()
+        optimizer.step()
+    assert len(graphs) == 1

@@ -1,6 +1,8 @@
 """A wanted sparsity: reached on data that were held out, whatever the training is like."""
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -288,6 +290,30 @@ def test_detached():
     tokengate.SparsitySchedule(model, optimizer, 0.6, 10)
 
 
+@pytest.mark.parametrize("gate", ["threshold", "fisher"])
+def test_nobody_leads_copies_nor_what_a_lost_schedule_led(gate):
+    """They were led by nobody for ever, silently, and refused another schedule."""
+    model, optimizer = net(gate)
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 10)
+    train(model, optimizer, 3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(layer.gate.is_led for layer in tokengate.layers(other).values())
+        its_own = torch.optim.AdamW(tokengate.param_groups(other, lr=1e-2))
+        tokengate.SparsitySchedule(other, its_own, 0.6, 10)
+        train(other, its_own, 2)
+    assert schedule.step == 3
+    del schedule, optimizer
+    gc.collect()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    first = tokengate.SparsitySchedule(model, optimizer, 0.6, 3)
+    train(model, optimizer, 3)
+    second = tokengate.SparsitySchedule(model, optimizer, 0.6, 3)
+    first.detach()
+    assert all(layer.gate.is_led for layer in tokengate.layers(model).values())
+    train(model, optimizer, 3)
+    assert (first.step, second.step) == (3, 3)
+
+
 def test_evaluation_and_what_is_computed_again_do_not_count():
     model, optimizer = net("fisher")
     tokengate.SparsitySchedule(model, optimizer, 0.6, 10)
@@ -378,8 +404,11 @@ def test_refused():
     ungated, its_own = net(gate=False)
     with one_sentence("none of whose layers has a gate with a threshold"):
         tokengate.SparsitySchedule(ungated, its_own, 0.5, 10)
+    for layer in tokengate.layers(model).values():
+        layer.gate.tau.data.fill_(0.125)
     with one_sentence("pass a torch.optim.Optimizer"):
         tokengate.SparsitySchedule(model, None, 0.5, 10)
+    assert all(layer.gate.tau == 0.125 for layer in tokengate.layers(model).values())
     with one_sentence("total_steps=0"):
         tokengate.SparsitySchedule(model, optimizer, 0.5, 0)
     schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 10)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.living import remember_gate
+from tokengate.gates.living import leader_of, remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.kernels.eager import is_exported
@@ -64,10 +64,11 @@ class Gate(KeepsFloat32):
     """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
-    # What its scores are counted in, see `score_counts`, and whether that is to lead its threshold.
+    # What its scores are counted in, see `score_counts`.
     # No buffer: DistributedDataParallel would send one rank's to all others in every forward.
     _seen: Tensor | None = None
-    _led: bool = False
+    # Likewise, where somebody only looks: not in compiled code, which would be compiled anew.
+    _looked: Tensor | None = None
     # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
     _unit: Tensor | None = None
     skipped: int = 0
@@ -122,12 +123,12 @@ class Gate(KeepsFloat32):
     @property
     def is_led(self) -> bool:
         """Whether a `SparsitySchedule` sets its threshold at present."""
-        return self._led
+        return leader_of(self) is not None
 
     @property
     def counts_scores(self) -> bool:
         """Whether the scores of the positions that it decides in training are counted."""
-        return self._seen is not None
+        return self._counted() is not None
 
     def set_pace(self, relative: bool) -> None:
         """Whether steps of tau are in units of r's median from now on, see `training`'s `pace`."""
@@ -167,8 +168,15 @@ class Gate(KeepsFloat32):
 
     def count(self, scores: Tensor | None, mask: Tensor | None) -> None:
         """Count the scores of one call, samples first, if somebody wants that."""
-        if self._seen is not None and scores is not None and is_learnt_from():
-            count_scores(self._seen, scores, mask)
+        into = self._counted()
+        if into is not None and scores is not None and is_learnt_from():
+            count_scores(into, scores, mask)
+
+    def _counted(self) -> Tensor | None:
+        """What scores are counted in."""
+        if self._seen is not None or torch.compiler.is_compiling():
+            return self._seen
+        return self._looked
 
     def _kept(self) -> Iterable[Tensor]:
         return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
@@ -177,8 +185,14 @@ class Gate(KeepsFloat32):
 class LedGate(Gate):
     """A gate whose threshold has no gradient: a `SparsitySchedule` sets it, or `calibrate`."""
 
-    #: Whether it has decided of positions in training; not kept in compiled code.
-    trained: bool = False
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._trained = [False]  # which the views of a stack of gates share
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has decided of positions in training; not kept in compiled code."""
+        return self._trained[0]
 
     def new_threshold(self, name: str) -> None:
         """A buffer of shape (1,), of 0, which stays float32, and is saved."""
@@ -187,7 +201,7 @@ class LedGate(Gate):
     def forward(self, positions: Positions) -> Tensor:
         """As every gate's."""
         if self.training and not self.trained and not torch.compiler.is_compiling():
-            self.trained = torch.is_grad_enabled()
+            self._trained[0] = torch.is_grad_enabled()
         return super().forward(positions)
 
 

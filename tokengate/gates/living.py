@@ -1,4 +1,4 @@
-"""All gates that live: an optimiser, and who clips gradients, knows parameters alone."""
+"""All gates that live: an optimiser, and who clips, knows parameters alone. And who leads them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tokengate.gates.base import Gate
 
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+# Beside the gates, so that a copy of one is led by nobody, nor is one whose leader is gone.
+_leaders: weakref.WeakKeyDictionary[Gate, weakref.ref[object]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -19,6 +21,22 @@ def remember_gate(gate: Gate) -> None:
     """From now on `gate` is found by its parameters."""
     with _lock:
         _gates.add(gate)
+
+
+def lead(gate: Gate, leader: object) -> None:
+    """From now on `leader` sets the threshold of `gate`, as long as it lives."""
+    _leaders[gate] = weakref.ref(leader)
+
+
+def lead_no_more(gate: Gate) -> None:
+    """Nobody does."""
+    _leaders.pop(gate, None)
+
+
+def leader_of(gate: Gate) -> object | None:
+    """Who sets its threshold, besides its own rule."""
+    found = _leaders.get(gate)
+    return None if found is None else found()
 
 
 def living() -> list[Gate]:

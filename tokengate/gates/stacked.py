@@ -16,7 +16,7 @@ from tokengate.errors import TokenGateError
 from tokengate.linears.class_swap import Swapped, swap
 
 # What all of them add to, or are told alike.
-_SHARED = ("_seen", "_unit")
+_SHARED = ("_seen", "_looked", "_unit")
 
 
 class Stacked(Swapped):

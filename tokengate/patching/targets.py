@@ -161,10 +161,14 @@ class _Names:
             if not is_one_word(pattern):
                 continue
             held = stacked_expert(self.model, pattern, excluded)
-            if held is None or matched(pattern, self.stacks):
+            if held is None:
                 continue
-            own = [name for name, _ in self.stacks if name.startswith(f"{held[0]}.")]
-            named = f"name these, too, e.g. {own[-1]!r}" if own else "say how, with experts="
+            stacks = [(n, m) for n, m in self.stacks if n.startswith(f"{held[0]}.{held[1]}")]
+            if any(matched(each, stacks) for each in targets):  # it, or another pattern
+                continue
+            part = [s for s in stacks if s[0].endswith("." + str(pattern).removesuffix("_proj"))]
+            own = [name for name, _ in part or stacks]
+            named = f"name these, too, e.g. {own[0]!r}" if own else "say how, with experts="
             raise TokenGateError(
                 f"target {show(pattern)} means the experts in {held[0]!r} too, which are held "
                 f"together in its 3-D parameter {held[1]!r} and not in linear layers: {named}, or "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
+from tokengate.gates.fisher import FisherGate
 from tokengate.kernels.norms import Norms
 from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import module_names, require_layers
@@ -55,7 +56,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         everywhere keeps its gate open.
 
     Raises:
-        TokenGateError: no layer of the model has a gate with a threshold; `use` was given rows;
+        TokenGateError: no layer of the model has a gate with a threshold, or a schedule leads
+            them, or those of "fisher" have no Q yet; `use` was given rows;
             there are no batches, or a layer was called in none of them; M(x) is 0
             everywhere, or it or W0 x is not finite somewhere; an argument is wrong. The taus are
             then as they were.
@@ -71,6 +73,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         raise TokenGateError(
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "
             "threshold: patch it without gate=False."
+        )
+    gates = {name: layer.gate for name, (layer, _) in gated.items() if layer.gate is not None}
+    if led := [repr(name) for name, gate in gates.items() if gate.is_led]:
+        raise TokenGateError(
+            f"calibrate was asked of {listed(led)}, whose thresholds a SparsitySchedule sets anew "
+            "at its next step: call it when training is over, or the schedule's detach() before."
+        )
+    unfed = [repr(n) for n, g in gates.items() if isinstance(g, FisherGate) and not g.Q.any()]
+    if len(unfed) == len(gates):
+        raise TokenGateError(
+            f"calibrate was asked of {listed(unfed)}, whose Q is 0, so that every score is: train "
+            "with a SparsitySchedule, while which backward feeds it."
         )
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
     counted = {each: _Ratios() for own in names.values() for each in own}

@@ -7,6 +7,7 @@ import torch
 from mixtures import Experts, Mixture
 
 import tokengate
+from tokengate.errors import LeftOutWarning
 
 AXES = {"experts.w": "eoi"}
 
@@ -255,3 +256,22 @@ def test_nothing_is_made_of_the_size_of_an_expert(way, method):
     with Largest(model) as made:
         model.experts.w @ torch.ones(32, 32)
     assert made.most >= 32 * 32, "it can fail"
+
+
+def test_a_base_made_trainable_is_told_of():
+    """A weight that is a view of the parameter is not what the optimiser holds."""
+    for axes, part in (("eio", ""), ("eoi", ".one")):
+        model = Mixture(Experts(4, 6, 5, axes, way="grouped"))
+        slices = tokengate.Slices(one=3, two=3) if part else None
+        given = None if slices is None else {"experts.w": slices}
+        tokengate.patch(
+            model, [f"experts.w{part}"], rank=2, experts={"experts.w": axes}, slices=given
+        )
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+        model.requires_grad_(True)
+        optimizer.add_param_group({"params": [model.experts.w]})
+        x, index = inputs()
+        model(x, index).square().mean().backward()
+        optimizer.step()
+        with pytest.warns(LeftOutWarning, match="moves W0 of 'experts.w"):
+            optimizer.step()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
+from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.changing import changing, exclusive
 from tokengate.layers.folded import (
@@ -34,7 +37,7 @@ from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import is_absent, is_sharded
+from tokengate.sharding import is_absent, is_sharded, numbers_here
 
 
 @dataclass(frozen=True)
@@ -172,18 +175,22 @@ def fold(
                 "list of them."
             )
         batches = seen
-        seen = _sparsities(model, batches)
+        seen, partly = _sparsities(model, batches)
     elif force is not None:
         raise TokenGateError(
             f"fold was given force={force} with a report: pass batches, on which the error of what "
             "is forced can be measured."
         )
+    else:
+        partly = {name for name, layer in patched.items() if _may_open_in_part(layer)}
     threshold = 1.0 if force is None else force
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     done: dict[str, FoldedLayer] = {}
     merged: dict[str, Tensor] = {}
     for name, layer in patched.items():
         done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
+        if done[name].action == "merged" and name in partly and force is None:
+            done[name] = replace(done[name], action="kept", reason="open in part at some positions")
         if done[name].action == "merged":
             merged[name], error = all_merged(name, layer, safe)
             done[name] = replace(done[name], error=error)
@@ -216,11 +223,27 @@ def _settle(model: nn.Module) -> None:
     follow(model)
 
 
-def _sparsities(model: nn.Module, batches: Iterable[Any]) -> SparsityReport:
-    with evaluating(model), record(model) as rec:
+def _sparsities(model: nn.Module, batches: Iterable[Any]) -> tuple[SparsityReport, set[str]]:
+    """What was closed, and in which layers a gate gave a number between 0 and 1."""
+    partly: set[str] = set()
+
+    def look(name: str, gate: nn.Module, given: Any, a: Tensor) -> None:
+        if a.is_floating_point() and bool(((a > 0) & (a < 1)).any()):
+            partly.add(name)
+
+    with evaluating(model), record(model) as rec, contextlib.ExitStack() as hooks:
+        for name, layer in require_layers(model, "fold").items():
+            if layer.gate is not None:
+                hooks.enter_context(layer.gate.register_forward_hook(partial(look, name)))
         for batch in batches:
             run(model, batch)
-    return rec.report()
+    return rec.report(), partly
+
+
+def _may_open_in_part(layer: Gated) -> bool:
+    """Which a report does not tell."""
+    gate = layer.gate
+    return isinstance(gate, FirmGate) and any(t is None or t > 0 for t in numbers_here([gate.tau]))
 
 
 def _decide(

@@ -23,6 +23,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows
+from tokengate.linears.experts import StackedLinear
 from tokengate.reports.call_store import content_of
 
 # How safetensors calls what is written here.
@@ -71,8 +72,9 @@ def export_changes(
         The files.
 
     Raises:
-        TokenGateError: no layer is patched; a name is unknown; `use` was given rows; there is no
-            batch; more than `limit` would be written: the batches before are there then.
+        TokenGateError: no layer is patched; a name is unknown, or of experts; `use` was given
+            rows; there is no batch; more than `limit` would be written: the batches before are
+            there then.
         OSError: a file cannot be written.
     """
     patched = require_layers(model, "export_changes")
@@ -89,6 +91,12 @@ def export_changes(
             "torch.bfloat16, or None for its own."
         )
     chosen = {n: layer for n, layer in patched.items() if modules is None or n in modules}
+    held = [name for name, layer in chosen.items() if isinstance(layer, StackedLinear)]
+    if held:
+        raise TokenGateError(
+            f"export_changes was asked for {brief(held[0])}, which are experts, whose M(x) is of "
+            "the rows that are routed to each and of no (B, T): pass modules= without it."
+        )
     if any(isinstance(c, Rows | Regional) for m in chosen.values() for c in said_of(m, USE)[-1:]):
         raise TokenGateError(
             "export_changes was asked of a model whose rows have their own adapters: call "

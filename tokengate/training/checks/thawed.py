@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, listed
 from tokengate.layers.patched import layers
-from tokengate.linears.linear_like import LinearLike, whole
+from tokengate.linears.linear_like import LinearLike, holder
 
 REMEDY = (
     "which patch had frozen, as after model.requires_grad_(True): call that before patch, and "
@@ -18,7 +18,7 @@ REMEDY = (
 
 def thawed(model: nn.Module) -> dict[str, Tensor]:
     """W0 of the patched layers that would train it, by the layer's name."""
-    found = {n: whole(cast(LinearLike, each)).weight for n, each in layers(model).items()}
+    found = {n: holder(cast(LinearLike, each)) for n, each in layers(model).items()}
     return {name: weight for name, weight in found.items() if weight.requires_grad}
 
 

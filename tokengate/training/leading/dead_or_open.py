@@ -21,7 +21,8 @@ from tokengate.errors import TokenGateError, UselessGateWarning
 from tokengate.gates.base import Gate, LedGate
 from tokengate.gates.living import living, tau_of
 from tokengate.gates.score_counts import no_counts, share_below
-from tokengate.sharding import numbers_here
+from tokengate.layers.patched import ROOTS, layers
+from tokengate.sharding import local_part, numbers_here
 from tokengate.training.following import followed
 from tokengate.training.leading.pace import moved_by
 
@@ -34,6 +35,8 @@ _ALL = 0.99
 # How many steps an optimiser has taken, and which ones have been told of.
 _STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _TOLD: WeakSet[Optimizer] = WeakSet()
+# Of which gates it was said that nobody leads them.
+_TOLD_OF: WeakSet[Gate] = WeakSet()
 _REMEDY = (
     "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to "
     "param_groups and no s"
@@ -60,7 +63,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         _look(optimizer, own, step)
     for tau, gate in own:
         if not gate.relative:  # which counts at every step
-            gate._seen = no_counts(tau.device) if step + 1 in _LOOKS else None
+            gate._looked = no_counts(tau.device) if step + 1 in _LOOKS else None
 
 
 def _refuse_stillborn(optimizer: Optimizer) -> None:
@@ -82,13 +85,14 @@ def _refuse_stillborn(optimizer: Optimizer) -> None:
 
 
 def _tell_of_unled(optimizer: Optimizer) -> None:
-    led = [gate for gate in living() if isinstance(gate, LedGate) and gate.trained]
-    thresholds = numbers_here(gate.threshold for gate in led if gate.threshold is not None)
-    pairs = zip(led, thresholds, strict=True)
-    unled = [gate for gate, value in pairs if not gate.is_led and value is not None and value <= 0]
+    # Such a gate has no parameter, so its model's tell whose it is.
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    models = [m for m in list(ROOTS) if not held.isdisjoint(map(id, m.parameters()))]
+    gates = dict.fromkeys(layer.gate for model in models for layer in layers(model).values())
+    led = [gate for gate in gates if isinstance(gate, LedGate) and gate.trained]
+    unled = [g for g in led if not g.is_led and g not in _TOLD_OF and _closes_nothing(g)]
     if unled:
-        for gate in unled:
-            gate.trained = False  # once, whoever else takes a step
+        _TOLD_OF.update(unled)  # once, whoever else takes a step
         warnings.warn(
             f"{len(unled)} gates, e.g. {type(unled[0]).__name__}, have been trained for {_LEAD} "
             f"steps of {type(optimizer).__name__} with a threshold of 0, which closes nothing, and "
@@ -99,15 +103,22 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
         )
 
 
+def _closes_nothing(gate: LedGate) -> bool:
+    thresholds = numbers_here([] if gate.threshold is None else [gate.threshold])
+    return bool(thresholds) and all(value is not None and value <= 0 for value in thresholds)
+
+
 def _look(optimizer: Optimizer, own: Own, step: int) -> None:
-    told = [(tau, gate._seen) for tau, gate in own if gate._seen is not None]
-    taus = numbers_here(tau for tau, _ in told)
     closed, largest = [], 0.0
-    for tau, (_, seen) in zip(taus, told, strict=True):
-        if tau is not None and bool(seen.any()):
-            log = torch.full((), max(tau, 0.0), dtype=seen.dtype, device=seen.device).log2()
-            closed.append(float(share_below(seen, log)))
-            largest = max(largest, tau)
+    for tau, gate in own:
+        seen = gate._seen if gate.relative else gate._looked
+        here = local_part(tau.detach()).reshape(-1)
+        if seen is None or not here.numel() or not bool(seen.any()):
+            continue
+        # Experts have one each; what was seen is of them all.
+        log = here.clamp(min=0).to(seen).log2()
+        closed.append(float(share_below(seen.expand(len(log), -1), log).mean()))
+        largest = max(largest, float(here.max()))
     if not closed:
         return
     share = sum(closed) / len(closed)

@@ -12,6 +12,7 @@ from tokengate.arguments import count, finite, share, switch
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, brief
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
+from tokengate.gates.living import lead, lead_no_more, leader_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.gates.threshold import TokenGate
@@ -95,33 +96,31 @@ class SparsitySchedule:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
         self._gates = _gates_of(model)
-        self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
-        self.step = 0
-        devices = [threshold.device for threshold in self._thresholds]
-        # On one device, however many the model is on.
-        self._device = devices[0]
-        layers = len(self._gates) if switch("per_layer", per_layer) else 1
-        self._tracker = QuantileTracker(layers, self.total_steps, self._device)
-        # How many modules a gate decides for: one, or all experts.
-        self._sizes = [threshold.numel() for threshold in self._thresholds]
-        self._folded = torch.zeros(sum(self._sizes), dtype=self._tracker.dtype, device=self._device)
-        self._sparsity = torch.full((), torch.nan, device=self._device)
-        # The thresholds in use, as log2, one for each layer or one.
-        self._log_thresholds = torch.full((layers,), -torch.inf, dtype=self._tracker.dtype)
-        self._log_thresholds = self._log_thresholds.to(self._device)
-        for gate, device in zip(self._gates.values(), devices, strict=True):
-            gate._seen, gate._led = no_counts(device), True
-            if isinstance(gate, FisherGate):
-                gate.start_feeding()
-        self._found = [local_part(threshold).detach().clone() for threshold in self._thresholds]
-        self._write()
         inside = next(iter(hooked_in(optimizer)), None)
         if inside is None:
-            self._release()
             raise TokenGateError(
                 f"SparsitySchedule was given {brief(optimizer)} as the optimizer: pass a "
                 "torch.optim.Optimizer, or what wraps one."
             )
+        self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
+        self.step = 0
+        # On one device, however many the model is on.
+        self._device = self._thresholds[0].device
+        layers = len(self._gates) if switch("per_layer", per_layer) else 1
+        self._tracker = QuantileTracker(layers, self.total_steps, self._device)
+        # How many modules a gate decides for: one, or all experts.
+        self._sizes = [threshold.numel() for threshold in self._thresholds]
+        self._folded = self._tracker.counts().new_zeros(sum(self._sizes))
+        self._sparsity = torch.full((), torch.nan, device=self._device)
+        # The thresholds in use, as log2, one for each layer or one.
+        self._log_thresholds = self._tracker.counts().new_full((layers,), -torch.inf)
+        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
+            gate._seen = no_counts(threshold.device)
+            lead(gate, self)
+            if isinstance(gate, FisherGate):
+                gate.start_feeding()
+        self._found = [local_part(threshold).detach().clone() for threshold in self._thresholds]
+        self._write()
         self._hook = inside.register_step_pre_hook(self._before_step)
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = inside._optimizer_step_pre_hooks
@@ -291,8 +290,9 @@ class SparsitySchedule:
                     own.copy_(value)
 
     def _release(self) -> None:
-        for gate in self._gates.values():
-            gate._led = False
+        # Not those that another one leads since.
+        for gate in [gate for gate in self._gates.values() if leader_of(gate) is self]:
+            lead_no_more(gate)
             gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
                 gate.stop_feeding()
