@@ -70,6 +70,7 @@ def steps_of(optimizer, model, broken=(), bad=math.nan, count=4):
     return torch.tensor(path)
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("kind", OPTIMISERS)
 def test_one_bad_gradient_moves_nothing_and_is_counted(kind, bad):
@@ -89,6 +90,7 @@ def test_one_bad_gradient_moves_nothing_and_is_counted(kind, bad):
 @settings(max_examples=many(20), deadline=None)
 @given(broken=st.sets(st.integers(0, 7)), bad=st.sampled_from(BAD))
 @pytest.mark.filterwarnings("ignore::tokengate.errors.NonFiniteWarning")
+@pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")
 def test_the_first_tau_goes_as_if_the_bad_steps_had_not_been(broken, bad):
     """The others are frozen here, so that the losses are those of the good steps alone."""
     ends = []

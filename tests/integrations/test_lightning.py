@@ -155,6 +155,7 @@ def test_the_clipping_norm_has_the_taus_in_it_without_the_callback(pl, tmp_path,
     assert without > 1.01 * wanted
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")  # by the loop
 def test_schedulers_and_swa_with_one_number(pl, tmp_path):
     net, path = patched(), []
 
@@ -235,7 +236,7 @@ def test_a_skipped_step_is_no_step_of_anything(pl, tmp_path):
     trainer.fit(module_of(pl, net), batches(8))
     assert scaler.get_scale() == 512.0
     assert own.allocator.step == own.sparsity_schedule.step == own.following.begun == 7
-    assert not any(layer.gate._seen.any() for layer in tokengate.layers(net).values())
+    assert all(layer.gate._seen is None for layer in tokengate.layers(net).values())
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -256,8 +257,7 @@ def resumable(pl, tmp_path, name, ckpt=None, epochs=4, **options):
 def test_resumed_bit_for_bit(both, tmp_path):
     """Ranks of {2, 2} became {4, 0}."""
     whole, own = resumable(both, tmp_path, "whole")
-    resumable(both, tmp_path, "part", epochs=2)
-    checkpoint = tmp_path / "part" / "epoch=1.ckpt"
+    checkpoint = tmp_path / "whole" / "epoch=1.ckpt"
     again, other = resumable(both, tmp_path, "part", ckpt=checkpoint)
     assert set(own.allocator.ranks.values()) != {4}
     assert other.allocator.ranks == own.allocator.ranks
@@ -268,6 +268,7 @@ def test_resumed_bit_for_bit(both, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")
 def test_a_checkpoint_without_the_callback(pl, tmp_path):
     net = patched("adalora", rank=4, target_rank=2)
     trainer = trainer_of(pl, None, tmp_path)

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         (
             "with",
             {"callback": TokenGateCallback(target_sparsity=0.5)},
-            "no state of the sparsity schedule",
+            "no state of the sparsity_schedule",
         ),
     ):
         made, _ = trainer(tmp_path / folder, **options, **saving)
