@@ -258,7 +258,7 @@ def test_resumed_bit_for_bit(both, tmp_path):
     """Ranks of {2, 2} became {4, 0}."""
     whole, own = resumable(both, tmp_path, "whole")
     checkpoint = tmp_path / "whole" / "epoch=1.ckpt"
-    again, other = resumable(both, tmp_path, "part", ckpt=checkpoint)
+    again, other = resumable(both, tmp_path, "whole", ckpt=checkpoint)
     assert set(own.allocator.ranks.values()) != {4}
     assert other.allocator.ranks == own.allocator.ranks
     assert other.allocator.step == own.allocator.step == 16
