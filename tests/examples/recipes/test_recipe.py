@@ -269,9 +269,9 @@ def test_a_run_is_the_same_whichever_ran_before_it(glue, tmp_path):
 
 
 def test_every_method_is_trained(glue, tmp_path):
-    line = "--task stsb --epochs 1 --method lora dora adalora adapter --gate 0.5"
+    line = "--task stsb --epochs 2 --method lora dora adalora adapter --gate 0.5"
     glue(tmp_path, *line.split())
-    runs = glue(tmp_path, "--task", "stsb", "--epochs", "1", "--gate", "off", "0.5")
+    runs = glue(tmp_path, "--task", "stsb", "--epochs", "2", "--gate", "off", "0.5")
     assert len(runs) == 5
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| | STS-B |\n")
