@@ -46,6 +46,21 @@ def test_a_tau_above_0_before_a_new_modification_is_refused(moved):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_step_that_moves_nothing_is_none():
+    """torch.distributed.checkpoint takes one with gradients of 0, to make an optimiser's state."""
+    model = made(tau=0.01)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for rate in (0.0, torch.tensor(0.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        train(model, optimizer, 1)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    with one_sentence("tau is 0.01 in front of 2 modifications that are 0", "patch with tau=0"):
+        train(model, optimizer, 1)
+
+
 def test_a_trained_modification_may_have_it():
     model = away_from_initialisation(made(tau=0.05))
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, s=1e-4))

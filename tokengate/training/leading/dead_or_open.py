@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -49,8 +49,8 @@ Own = list[tuple[nn.Parameter, Gate]]
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if not any(float(group["lr"]) for group in optimizer.param_groups if "lr" in group):
-        return  # it moves nothing, as the one by which torch makes an optimiser's state
+    if not any(map(_moves, optimizer.param_groups)):
+        return  # as in the step by which torch makes an optimiser's state
     step = _STEPS[optimizer] = _STEPS.get(optimizer, 0) + 1
     if step == _LEAD:
         _tell_of_unled(optimizer)
@@ -64,6 +64,12 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for tau, gate in own:
         if not gate.relative:  # which counts at every step
             gate._looked = no_counts(tau.device) if step + 1 in _LOOKS else None
+
+
+def _moves(group: dict[str, Any]) -> bool:
+    """Whether its learning rate is above 0, or is not known without waiting for a device."""
+    lr = group.get("lr", 1.0)
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0
 
 
 def _refuse_stillborn(optimizer: Optimizer) -> None:
