@@ -101,11 +101,6 @@ def anywhere(found: Iterable[bool], tensors: Iterable[Tensor]) -> list[bool]:
     return everywhere
 
 
-def number_here(tensor: Tensor) -> float | None:
-    """The one element of `tensor`; None where another rank has it, or nobody (meta)."""
-    return numbers_here([tensor])[0]
-
-
 def numbers_here(tensors: Iterable[Tensor]) -> list[float | None]:
     """The elements of each, all in turn, with one transfer from the device they are on.
 

@@ -93,8 +93,3 @@ def _given(model: nn.Module, axes: Any) -> list[tuple[nn.Module, str, str]]:
             )
         found += hits
     return found
-
-
-def stack_examples(named: list[tuple[str, nn.Module]], owner: str) -> list[str]:
-    """The names by which what a module holds can be targets."""
-    return [n for n, m in named if isinstance(m, StackedLinear) and n.startswith(f"{owner}.")]
