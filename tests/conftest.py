@@ -44,6 +44,7 @@ LONG = [
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist's own, by the number of tests alone
+    config.option.maxworkerrestart = "0"  # a new worker would begin with the test that ended this
 
 
 @pytest.hookimpl(trylast=True)
