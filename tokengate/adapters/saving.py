@@ -40,7 +40,7 @@ from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
-from tokengate.linears.experts import StackedLinear
+from tokengate.linears.experts import StackedLinear, some_experts
 from tokengate.methods.registry import METHODS
 from tokengate.names import named_parameters
 from tokengate.patching.patch import asked_of
@@ -225,6 +225,7 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         slices=None if slices is None else dict(slices.sizes),
         groups=1 if slices is None else slices.groups,
         axes=linear.stack.axes if isinstance(linear, StackedLinear) else None,
+        experts=some_experts(linear),
         gate=None if gate is None else _gate_name(name, gate),
         gate_options={} if gate is None else dict(gate.options),
     )
