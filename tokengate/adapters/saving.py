@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,16 +146,15 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     check_present(model, caller)
     check_gathered(model, caller)
     merged: dict[str, Gated | Folded] = {
-        name: replace(each, gate=None)
-        for name, each in folded(model).items()
-        if each.weight is not None
+        name: saved for name, each in folded(model).items() if (saved := each.to_save()) is not None
     }
     if not (merged or layers(model)) and folded(model):
         raise TokenGateError(
             f"{caller} was asked of a model all of whose modifications were dropped by fold, so "
             "that it is its base: call the folding's undo() for what they were."
         )
-    return merged | (layers(model) if merged else require_layers(model, caller))
+    # Of experts some may be merged, and some in a layer.
+    return merged | (layers(model) if merged else require_layers(model, caller)) | merged
 
 
 def trained_beside(

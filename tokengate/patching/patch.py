@@ -143,9 +143,9 @@ def patch(
     adapter = current_name(model)
     trained = named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices, experts)
-    plain = {whole(each.layer): name for name, each in folded(model).items()}
+    plain = {id(holder(each.layer)) for each in folded(model).values()}
     for name, layer in list(chosen.items()):
-        if whole(layer) in plain:
+        if id(holder(layer)) in plain:
             raise TokenGateError(
                 f"{name!r} is folded, with another weight than W0 in place: call "
                 "tokengate.unpatch(model) or the folding's undo() first."

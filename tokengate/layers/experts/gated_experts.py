@@ -37,6 +37,16 @@ class GatedExperts(Gated, StackedLinear):
 
     _own_class = StackedLinear
 
+    def be_of(
+        self, experts: tuple[int, ...], modification: Modification, gate: Gate | None
+    ) -> None:
+        """From now on it is of these experts, with what its only adapter is for them."""
+        self.experts = experts
+        for part, module in (("modification", modification), ("gate", gate)):
+            for adapter in (self._adapters or {}).values():
+                setattr(adapter, part, module)
+            self._modules[part] = None if module is None else module.train(self.training)
+
     def forward(  # type: ignore[override]
         self, input: Tensor, out: Tensor, bias: Tensor | None, whose: Whose, routing: Routing
     ) -> Tensor:
