@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
@@ -120,8 +121,12 @@ def ours(values: dict[str, Tensor], rank: int, layer: StackedLinear) -> dict[str
 
 
 def theirs(values: dict[str, Tensor], layer: StackedLinear) -> dict[str, Tensor]:
-    """The way back."""
-    found = _exchanged(values["A"], values["B"], layer)
+    """The way back; of experts that are not patched, A and B are 0."""
+    every = {}
+    for name, own in values.items():
+        zeros = own.new_zeros(len(layer.held), *own.shape[1:])
+        every[name] = zeros.index_copy(0, torch.tensor(layer.experts), own)
+    found = _exchanged(every["A"], every["B"], layer)
     B = found["B"].permute(1, 2, 0).flatten(1)
     return {"A": found["A"].flatten(0, 1), "B": B.contiguous()}
 

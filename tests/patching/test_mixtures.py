@@ -186,18 +186,29 @@ def test_a_dense_layers_name_beside_the_experts_own():
     assert list(tokengate.layers(model))[:2] == names
 
 
-def test_one_expert_as_a_report_names_it():
-    model, _, _ = build("qwen3_moe")
-    name = "model.layers.0.mlp.experts.3.down_proj"
-    with pytest.raises(TokenGateError, match=r"name them all, 'model.layers.0.mlp.experts.down"):
-        tokengate.patch(model, [name])
+def test_what_select_names_of_experts_is_patched_and_nothing_else():
+    model, targets, _ = build("qwen3_moe")
+    away_from_initialisation(tokengate.patch(model, targets, rank=4, tau=0.3), 0.3)
+    with tokengate.record(model) as rec:
+        text.run_padded(model)
+    names = tokengate.select(rec.report(), 0.4, by="random")
+    assert 1 < len(names) < len(rec.report().modules) / 2
+    tokengate.unpatch(model)
+    tokengate.patch(model, names, rank=4)
+    with tokengate.record(model) as rec:
+        text.run_padded(model)
+    assert list(rec.report().modules) == names
+    taus = [layer.gate.tau.numel() for layer in tokengate.layers(model).values()]
+    assert sum(taus) == len(names)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_compiled_in_one_graph(implementation):
+def test_compiled_in_one_graph(implementation, some):
     model, targets, _ = build("qwen3_moe")
     model.set_experts_implementation(implementation)
+    targets = ["experts.1.gate_up_proj", "experts.2.down_proj"] if some else targets
     tokengate.patch(model, targets, rank=4, tau=0.1)
     away_from_initialisation(model, 0.3)
     torch.compiler.reset()

@@ -32,6 +32,8 @@ class LayerConfig:
     """How many times that repeats."""
     axes: str | None = None
     """Of experts in a 3-D parameter: what its dimensions are, as `patch(experts=...)` has it."""
+    experts: list[int] | None = None
+    """Which of them, by their numbers; None for all."""
     gate: str | None = None
     """The name of its gate; None without one."""
     gate_options: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +136,11 @@ def from_dict(found: dict[str, Any], where: str) -> AdapterConfig:
                 raise _wrong(where, f"the {part} of {name!r}", value) from None
         if layer.axes not in (None, *AXES):
             raise _wrong(where, f"the axes of {name!r}", layer.axes)
+        numbers = [0] if layer.experts is None else layer.experts
+        whole = all(type(number) is int and number >= 0 for number in numbers)
+        has_axes = layer.experts is None or layer.axes is not None
+        if not (has_axes and numbers and whole and numbers == sorted(set(numbers))):
+            raise _wrong(where, f"the experts of {name!r}", numbers)
         if min(layer.in_features, layer.out_features, layer.groups) < 1:
             raise _wrong(where, f"layers {name!r}", asdict(layer))
     if any(type(name) is not str for name in config.train):
@@ -157,7 +164,7 @@ def _with_gate(entry: Any) -> Any:
     """What was written before gates had names, all of them the paper's, and experts axes."""
     if not isinstance(entry, dict):
         return entry
-    entry = {"axes": None, **entry}
+    entry = {"axes": None, "experts": None, **entry}
     if "gate" in entry:
         return entry
     gate = None if entry.get("penalty") is None else "threshold"
@@ -170,6 +177,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float | None": (float, int, type(None)),
     "str | None": (str, type(None)),
     "dict[str, int] | None": (dict, type(None)),
+    "list[int] | None": (list, type(None)),
 }
 
 

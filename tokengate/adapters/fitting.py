@@ -13,9 +13,11 @@ from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.other_patch import (
     axes_of,
     divided_by,
+    other_experts,
     other_patch,
     otherwise_divided,
     slices_of_config,
+    targets_of,
 )
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate, PenalisedGate
@@ -26,7 +28,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.experts import StackedLinear
-from tokengate.linears.linear_like import features_of, is_linear_like, stub_of, whole
+from tokengate.linears.linear_like import features_of, holder, is_linear_like, stub_of, whole
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.names import joined, named_modules, named_parameters, submodule
@@ -121,13 +123,14 @@ class Fit:
         if not wanted:
             return {}
         chosen: dict[str, Any] = {name: others[name] for name in wanted if name in others}
-        if new := [FullName(name) for name in wanted if name not in others]:
+        if new := [name for name in wanted if name not in others]:
             owners = {name.rpartition(".")[0] for name in new}
             given = {FullName(name): each for name, each in slices.items() if name in owners}
             axes = {
                 FullName(n): each for n, each in axes_of(wanted).items() if n in owners | set(new)
             }
-            chosen |= find_targets(model, new, None, given or None, axes or None)
+            targets = [each for name in new for each in targets_of(name, wanted[name], modules)]
+            chosen |= find_targets(model, targets, None, given or None, axes or None)
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
             config = wanted[name]
@@ -152,8 +155,8 @@ class Fit:
         }
         found: dict[str, nn.Module] = {}
         owners = dict(named_modules(model))
-        for holder, own in stacked_projections(model, axes or None, divided_by(configs)).items():
-            prefix = next(name for name, owner in owners.items() if owner is holder)
+        for module, own in stacked_projections(model, axes or None, divided_by(configs)).items():
+            prefix = next(name for name, owner in owners.items() if owner is module)
             found |= {joined(prefix, name): each for name, each in own.items()}
         return {name: each for name, each in found.items() if name in configs}
 
@@ -206,7 +209,7 @@ class Fit:
     def _on_meta(self, name: str, layer: Any) -> Modification | None:
         """The layer's modification without memory; None if the method needs a real layer for it."""
         config = self.saved.config.layers[name]
-        dtype = trainable_dtype(whole(layer).weight)
+        dtype = trainable_dtype(holder(layer))
         stub: Any = stub_of(layer, config.in_features, config.out_features, dtype)
         try:
             made = METHODS.find(config.method)(stub, **config.options)
@@ -231,7 +234,9 @@ class Fit:
             there = layer.in_features, layer.out_features
             if (config.in_features, config.out_features) != there:
                 return "has other features in the adapter than in the model"
-            return None
+            if config.experts is not None and config.experts[-1] >= len(layer.held):
+                return f"is of expert {config.experts[-1]}, and the model has {len(layer.held)}"
+            return other_experts(layer, config) if isinstance(layer, Gated) else None
         if not is_linear_like(layer):
             return f"is a {type(layer).__name__} in the model, which is no linear layer"
         there, outputs = features_of(cast(Any, layer)), config.out_features

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from tokengate.adapters.config import LayerConfig
 from tokengate.errors import brief
 from tokengate.gates.registry import GATES, check_options, with_defaults
 from tokengate.layers.gated_linear import Gated
+from tokengate.linears.experts import StackedLinear, some_experts
 from tokengate.linears.slices import Slices
 from tokengate.methods.registry import METHODS
 from tokengate.patching.slice_targets import slices_of_part
@@ -34,9 +37,28 @@ def otherwise_divided(saved: Slices | None, own: Slices | None) -> str:
     return f"is of {saved or 'no slices'} in the adapter and of {own or 'no slices'} in the model"
 
 
+def other_experts(layer: nn.Module, config: LayerConfig) -> str | None:
+    """How the experts of a patched projection differ from the saved one's."""
+    own = some_experts(layer)
+    if own == config.experts:
+        return None
+    saved, there = (
+        "all experts" if e is None else f"the experts {brief(e)}" for e in (config.experts, own)
+    )
+    return f"is of {saved} in the adapter and of {there} in the model"
+
+
 def slices_of_config(config: LayerConfig) -> Slices | None:
     """How what a saved layer is a slice of is divided; None of one that is no slice."""
     return None if config.slices is None else Slices(groups=config.groups, **config.slices)
+
+
+def targets_of(name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> list[FullName]:
+    """A layer as `patch` names it: by its name, or some experts by theirs."""
+    layer = modules.get(name)
+    if isinstance(layer, StackedLinear) and config.experts is not None:
+        return [FullName(each) for each in layer.of(config.experts).names_of_experts(name)]
+    return [FullName(name)]
 
 
 def other_patch(layer: Gated, config: LayerConfig) -> str | None:
@@ -44,6 +66,8 @@ def other_patch(layer: Gated, config: LayerConfig) -> str | None:
     saved, own = slices_of_config(config), slices_of_part(layer)
     if saved != own:
         return otherwise_divided(saved, own)
+    if reason := other_experts(layer, config):
+        return reason
     kind = type(layer.modification)
     if (method := METHODS.name_of(kind)) != config.method:
         return f"is {config.method!r} in the adapter and {method or kind.__name__!r} here"

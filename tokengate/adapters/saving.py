@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from tokengate.layers.folded import Folded, base_layer, folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
-from tokengate.linears.experts import StackedLinear
+from tokengate.linears.experts import StackedLinear, some_experts
 from tokengate.methods.registry import METHODS
 from tokengate.names import named_parameters
 from tokengate.patching.patch import asked_of
@@ -147,16 +146,15 @@ def what_modifies(model: nn.Module, caller: str) -> dict[str, Gated | Folded]:
     check_present(model, caller)
     check_gathered(model, caller)
     merged: dict[str, Gated | Folded] = {
-        name: replace(each, gate=None)
-        for name, each in folded(model).items()
-        if each.weight is not None
+        name: saved for name, each in folded(model).items() if (saved := each.to_save()) is not None
     }
     if not (merged or layers(model)) and folded(model):
         raise TokenGateError(
             f"{caller} was asked of a model all of whose modifications were dropped by fold, so "
             "that it is its base: call the folding's undo() for what they were."
         )
-    return merged | (layers(model) if merged else require_layers(model, caller))
+    # Of experts some may be merged, and some in a layer.
+    return merged | (layers(model) if merged else require_layers(model, caller)) | merged
 
 
 def trained_beside(
@@ -225,6 +223,7 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         slices=None if slices is None else dict(slices.sizes),
         groups=1 if slices is None else slices.groups,
         axes=linear.stack.axes if isinstance(linear, StackedLinear) else None,
+        experts=some_experts(linear),
         gate=None if gate is None else _gate_name(name, gate),
         gate_options={} if gate is None else dict(gate.options),
     )

@@ -6,6 +6,7 @@ They are made one by one, as those of single layers are, and then hold their val
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,34 @@ class Stacked(Swapped):
     def each(self) -> list[Any]:
         """The modules of its layers, as views through which gradients flow."""
         return _views(self, lambda parts: parts)
+
+    def some(self, layers: Sequence[int]) -> Any:
+        """Another module that has the values of some of its layers alone."""
+        made: Any = copy.deepcopy(self)
+        at = list(layers)
+        for kind, name, values in self._values():
+            own = getattr(made, kind)
+            picked = values.detach()[at]
+            is_learnt = isinstance(values, nn.Parameter)
+            own[name] = nn.Parameter(picked, values.requires_grad) if is_learnt else picked
+        made.layers = len(at)
+        return made
+
+    @torch.no_grad()
+    def take(self, other: Any, layers: Sequence[int]) -> None:
+        """Give some of its layers, in place, the values of another module that `some` made."""
+        at = list(layers)
+        for kind, name, values in self._values():
+            values[at] = getattr(other, kind)[name].detach().to(values)
+
+    def _values(self) -> list[tuple[str, str, Tensor]]:
+        """What has a place for each layer: where it is, under which name."""
+        return [
+            (kind, name, value)
+            for kind in ("_parameters", "_buffers", "__dict__")
+            for name, value in getattr(self, kind).items()
+            if isinstance(value, Tensor) and name not in _SHARED
+        ]
 
     def reset_parameters(self) -> None:
         """Give each layer's part its initial values."""

@@ -28,12 +28,13 @@ class Groups:
     Args:
         ends: where the rows of each layer end, `(E,)`; they begin where those of the last one do.
         rows: N.
+        rest: whether there may be rows behind the last end, which are nobody's: 0 is made of them.
     """
 
-    def __init__(self, ends: Tensor, rows: int) -> None:
-        self.ends = ends.to(torch.int32)
+    def __init__(self, ends: Tensor, rows: int, rest: bool = False) -> None:
+        self.ends, self.rest = ends.to(torch.int32), rest
         places = torch.arange(rows, device=ends.device, dtype=torch.int32)
-        #: The layer of each row, `(N,)`.
+        #: The layer of each row, `(N,)`; E of those that are nobody's.
         self.of_row = torch.searchsorted(self.ends, places, right=True)
         self._slices: list[tuple[int, slice]] | None = None
 
@@ -47,12 +48,15 @@ class Groups:
 
     def spread(self, values: Tensor) -> Tensor:
         """To each row its layer's: `(E, ...) -> (N, ...)`."""
+        if self.rest:
+            values = torch.cat([values, torch.zeros_like(values[:1])])
         return values[self.of_row]
 
     def sums(self, values: Tensor) -> Tensor:
         """Over the rows of each layer: `(N, ...) -> (E, ...)`."""
-        zeros = values.new_zeros((len(self.ends), *values.shape[1:]))
-        return zeros.index_add(0, self.of_row, values)
+        count = len(self.ends)
+        zeros = values.new_zeros((count + self.rest, *values.shape[1:]))
+        return zeros.index_add(0, self.of_row, values)[:count]
 
 
 def grouped_product(rows: Tensor, stack: Tensor, groups: Groups) -> Tensor:
@@ -73,7 +77,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(rows, stack)
         ctx.groups = groups
         if torch.compiler.is_compiling():
-            product: Tensor = _product_op(rows, stack, groups.ends)
+            product: Tensor = _product_op(rows, stack, groups.ends, groups.rest)
             return product
         return _product(rows, stack, groups)
 
@@ -112,6 +116,8 @@ class _Outer(torch.autograd.Function):
 def _product(rows: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     if _in_one(rows, stack):
         product: Tensor = F.grouped_mm(rows, stack, offs=groups.ends)
+        if groups.rest:  # which it leaves as the memory was
+            product.masked_fill_((groups.of_row == len(groups.ends)).unsqueeze(-1), 0)
         return product
     product = rows.new_zeros((len(rows), stack.shape[2]))
     for layer, own in groups.slices():
@@ -151,12 +157,12 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 # What a compiler is to see as one operation: how many rows a layer has is known when it runs.
 @torch.library.custom_op("tokengate::grouped_product", mutates_args=())
-def _product_op(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
-    return _product(rows, stack, Groups(ends, len(rows)))
+def _product_op(rows: Tensor, stack: Tensor, ends: Tensor, rest: bool) -> Tensor:
+    return _product(rows, stack, Groups(ends, len(rows), rest))
 
 
 @_product_op.register_fake
-def _(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+def _(rows: Tensor, stack: Tensor, ends: Tensor, rest: bool) -> Tensor:
     return rows.new_empty((rows.shape[0], stack.shape[2]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tokengate.layers.changing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import forget_plain, rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off
+from tokengate.linears.linear_like import holder
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
 from tokengate.methods.base import Modification
 from tokengate.names import inside, joined, named_modules
@@ -26,7 +27,7 @@ _NAMED = ("_adapters", "_in_use")
 
 @dataclass
 class Folded:
-    """One layer that is plain again, and what it was."""
+    """One layer that is plain again, and what it was; of experts some may stay gated."""
 
     layer: Any
     modification: Modification
@@ -47,10 +48,30 @@ class Folded:
         """Whether the merged weight is in place."""
         return self.weight is not None and self.weight.in_place
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is no gated one meanwhile."""
+        return True
+
     def put(self, merged: bool) -> None:
         """The merged weight in place, or W0; see `MergedWeight.put`."""
         if self.weight is not None:
             self.weight.put(merged)
+
+    def take_off(self) -> None:
+        """Make the layer plain."""
+        take_off(self.layer)
+
+    def put_on(self) -> None:
+        """Patch it again as it was, on W0."""
+        put_on(self.layer, self.modification, self.gate)
+        if self.resting is not None:
+            self.layer.__dict__ |= self.named
+            self.layer.register_module("adapters", self.resting)
+
+    def to_save(self) -> Folded | None:
+        """What a saved adapter has of it: what is merged, without a gate; None if nothing is."""
+        return None if self.weight is None else replace(self, gate=None)
 
 
 def base_layer(layer: Gated | Folded) -> Any:
@@ -92,22 +113,27 @@ def unchanged_if_interrupted(
 
 def as_folded(layer: Gated, merged: Tensor | None) -> Folded:
     """What `layer` is to be: plain, with the weight `merged`, or without its modification."""
-    return Folded(
-        layer,
-        layer.modification,
-        layer.gate,
-        None if merged is None else merged_weight(layer, merged),  # type: ignore[arg-type]
-        {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__},
-        layer._modules.get("adapters"),
-    )
+    weight = None if merged is None else merged_weight(layer, merged)  # type: ignore[arg-type]
+    return Folded(*what_it_is(layer), weight, *what_it_is_named(layer))
+
+
+def what_it_is(layer: Gated) -> tuple[Gated, Modification, Gate | None]:
+    """A layer and its parts, as `Folded` begins."""
+    return layer, layer.modification, layer.gate
+
+
+def what_it_is_named(layer: Gated) -> tuple[dict[str, Any], nn.Module | None]:
+    """What it knows of its adapter's name, as `Folded` ends."""
+    named = {key: layer.__dict__[key] for key in _NAMED if key in layer.__dict__}
+    return named, layer._modules.get("adapters")
 
 
 def fold_layers(model: nn.Module, entries: Mapping[str, Folded]) -> None:
     """Make these layers of `model` plain."""
     inside(model).__dict__[_FOLDED] = dict(entries)
-    rest(model, [each.layer for each in entries.values()])
+    rest(model, [each.layer for each in entries.values() if each.is_plain])
     for each in entries.values():
-        take_off(each.layer)
+        each.take_off()
         each.put(merged=True)
 
 
@@ -138,18 +164,15 @@ def unfolded(model: nn.Module) -> Iterator[None]:
             _reattach(each)
         yield
         for each in entries:
-            take_off(each.layer)
+            each.take_off()
             each.put(merged=True)
 
 
 def _reattach(each: Folded) -> None:
     each.put(merged=False)
-    device = each.layer.weight.device
+    device = holder(each.layer).device
     for part in (each.modification, each.gate):
         # Only where it has to be: what is moved forgets what it has computed of W0.
         if part is not None and any(p.device != device for p in part.parameters()):
             part.to(device)
-    put_on(each.layer, each.modification, each.gate)
-    if each.resting is not None:
-        each.layer.__dict__ |= each.named
-        each.layer.register_module("adapters", each.resting)
+    each.put_on()

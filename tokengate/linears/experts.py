@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def _fits(up: Tensor, down: Tensor, parts: int) -> bool:
 
 
 class StackedLinear(nn.Module):
-    """One projection of all experts, `(N, in_features) -> (N, out_features)`, each row by its own.
+    """One projection of experts, `(N, in_features) -> (N, out_features)`, each row by its own.
 
     It has no parameters of its own: `weight` is in a parameter of the module that holds them.
 
@@ -79,10 +79,12 @@ class StackedLinear(nn.Module):
         stack: how that is laid out.
         part: the one of its slices that this is; None for all outputs.
         fused: of a part, the projection with all outputs.
+        experts: which of those there this is of, in their order; None for all.
     """
 
     owner: nn.Module
     fused: StackedLinear | None
+    experts: tuple[int, ...]
     # What is added before the bias needs none of it.
     bias = None
 
@@ -93,6 +95,7 @@ class StackedLinear(nn.Module):
         stack: Stack,
         part: str | None = None,
         fused: StackedLinear | None = None,
+        experts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         # Past nn.Module, which would make the owner a child of its own child.
@@ -100,7 +103,30 @@ class StackedLinear(nn.Module):
         object.__setattr__(self, "fused", fused)
         self.parameter, self.stack, self.part = parameter, stack, part
         self.training = owner.training
-        self.num_experts, self.out_features, self.in_features = self.weight.shape
+        every, self.out_features, self.in_features = self._whole.shape
+        self.experts = tuple(range(every) if experts is None else experts)
+
+    @property
+    def num_experts(self) -> int:
+        """How many this is of."""
+        return len(self.experts)
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether the parameter holds no other experts."""
+        return self.num_experts == len(self.held)
+
+    def of(self, experts: Sequence[int] | None) -> StackedLinear:
+        """The same projection of some of the experts, or of all."""
+        return StackedLinear(self.owner, self.parameter, self.stack, self.part, self.fused, experts)
+
+    def names_of_experts(self, name: str) -> list[str]:
+        """Of this projection, `mlp.experts.up_proj`, that of each: `mlp.experts.3.up_proj`."""
+        return [self.name_of_expert(name, expert) for expert in self.experts]
+
+    def name_of_expert(self, name: str, expert: int) -> str:
+        """That of one, by its number."""
+        return f"{name.removesuffix(self.key)}{expert}.{self.key}"
 
     @property
     def key(self) -> str:
@@ -109,7 +135,14 @@ class StackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`(experts, out_features, in_features)`; a view, but of interleaved slices."""
+        """`(experts, out_features, in_features)`; a view, but of some experts, and of
+        interleaved slices."""
+        weight = self._whole
+        return weight if self.is_of_all else weight[list(self.experts)]
+
+    @property
+    def _whole(self) -> Tensor:
+        """Of all that the parameter holds."""
         whole = self.held
         weight = whole.mT if self.stack.axes == "eio" else whole
         if self.part is None:
@@ -128,14 +161,23 @@ class StackedLinear(nn.Module):
     def write(self, weight: Tensor) -> None:
         """Write `(experts, out_features, in_features)` over its own, in place."""
         held = self.held.data.mT if self.stack.axes == "eio" else self.held.data
-        if self.part is None or self.stack.slices is None:
-            held.copy_(weight)
-        else:
-            self.stack.slices.write(held, self.part, weight, 1)
+        for expert, values in zip(self.experts, weight, strict=True):
+            if self.part is None or self.stack.slices is None:
+                held[expert].copy_(values)
+            else:
+                self.stack.slices.write(held[expert], self.part, values, 0)
 
     def each(self) -> list[Any]:
         """The linear layers of its experts, of which nothing is copied but interleaved slices."""
-        return [ExpertLinear(weight) for weight in self.weight.unbind(0)]
+        weights = self._whole.unbind(0)
+        return [ExpertLinear(weights[expert]) for expert in self.experts]
+
+    def product(self, right: Tensor) -> Tensor:
+        """W0_e `right_e` of each, `(experts, in_features, r) -> (experts, out_features, r)`."""
+        if self.is_of_all:
+            return self.weight @ right
+        pairs = zip(self.each(), right, strict=True)
+        return torch.stack([linear.weight @ own for linear, own in pairs])
 
     def take(self, out: Tensor) -> Tensor:
         """What of the owner's product, `(N, ...)`, is this projection's: `(N, out_features)`."""
@@ -148,9 +190,16 @@ class StackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.num_experts} experts, in_features={self.in_features}, "
+            f"{self.num_experts} of {len(self.held)} experts, in_features={self.in_features}, "
             f"out_features={self.out_features}"
         )
+
+
+def some_experts(layer: nn.Module) -> list[int] | None:
+    """The numbers of the experts that a layer is of, where there are others beside them."""
+    if not isinstance(layer, StackedLinear) or layer.is_of_all:
+        return None
+    return list(layer.experts)
 
 
 class ExpertLinear:

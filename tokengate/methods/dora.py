@@ -15,7 +15,7 @@ from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.up import scaled_rows
 from tokengate.linears.convolution import block_diagonal
-from tokengate.linears.linear_like import in_memory, whole
+from tokengate.linears.linear_like import holder, in_memory, whole
 from tokengate.linears.quantised import unreadable
 from tokengate.methods.lora import LoRA
 from tokengate.methods.maps import Maps
@@ -131,7 +131,7 @@ class DoRA(LoRA):
         ||W_j + s B_j A||^2 = ||W_j||^2 + 2 s <B_j, W_j A'> + s^2 B_j A A' B_j'.
         """
         # Autocast would copy all of W0 to 16 bits.
-        with without_autocast(linear.weight.device):
+        with without_autocast(holder(linear).device):
             B = block_diagonal(self.scale * self.B, self.groups)
             squares, cross = row_squares_and_products(linear, self.A.mT)
             own = B @ (self.A @ self.A.mT)
@@ -141,7 +141,8 @@ class DoRA(LoRA):
     @torch.no_grad()
     def refresh(self, linear: nn.Linear) -> None:
         sharded = self._is_sharded or is_sharded(self.magnitude)
-        if not (sharded or linear.weight.is_meta or is_absent(linear.weight)):
+        weight = holder(linear)
+        if not (sharded or weight.is_meta or is_absent(weight)):
             self._followed(linear)
 
     def was_loaded(self) -> None:

@@ -19,8 +19,9 @@ from tokengate.linears.quantised import is_quantised
 def row_squares(layer: LinearLike) -> Tensor:
     """||W_j||^2 of every row of W0, `(d,)`, in float32, or float64 for a float64 weight."""
     if isinstance(layer, StackedLinear):
-        each = map(row_squares, layer.each()) if _is_copied(layer.weight) else None
-        return _squares(layer.weight) if each is None else torch.stack(list(each))
+        if layer.is_of_all and not _is_copied(layer.held):
+            return _squares(layer.weight)
+        return torch.stack([row_squares(linear) for linear in layer.each()])
     weight, blocks = layer.weight, 1
     if is_quantised(whole(layer)) or _is_copied(weight):
         blocks = 16  # because what is summed in another dtype is copied to it first
@@ -31,7 +32,7 @@ def row_squares(layer: LinearLike) -> Tensor:
 def row_squares_and_products(layer: LinearLike, right: Tensor) -> tuple[Tensor, Tensor]:
     """`row_squares`, and W0 `right`, `(k, r) -> (d, r)`; a quantised W0 is read once for both."""
     if isinstance(layer, StackedLinear):
-        return row_squares(layer), layer.weight @ right.to(layer.weight.dtype)
+        return row_squares(layer), layer.product(right.to(layer.held.dtype))
     if not is_quantised(whole(layer)):
         return row_squares(layer), product(layer, right)
     parts = [(_squares(block), block @ right.to(block.dtype)) for block in row_blocks(layer)]

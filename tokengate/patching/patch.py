@@ -22,7 +22,7 @@ from tokengate.layers.patched import all_layers, forget, own_parameters, require
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.experts import StackedLinear
-from tokengate.linears.linear_like import LinearLike, whole
+from tokengate.linears.linear_like import LinearLike, holder, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
@@ -89,8 +89,10 @@ def patch(
             what is patched so, and what else is matched and stays: what has a matrix of its own, as
             an embedding; all that have parameters, where the pattern is a name. One projection of a
             fused layer is a target by the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`;
-            the others stay untouched, bit for bit. What a forward still does not reach is reported
-            after the first one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
+            the others stay untouched, bit for bit. So do experts that share a parameter with one
+            that is named as reports do: `"experts.3.down_proj"`. What a forward still does not
+            reach is reported after the first one, as an `UnreachedLayerWarning`; `verify` finds it
+            out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions, 1e-5 by default; the paper
@@ -141,9 +143,9 @@ def patch(
     adapter = current_name(model)
     trained = named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices, experts)
-    plain = {whole(each.layer): name for name, each in folded(model).items()}
+    plain = {id(holder(each.layer)) for each in folded(model).values()}
     for name, layer in list(chosen.items()):
-        if whole(layer) in plain:
+        if id(holder(layer)) in plain:
             raise TokenGateError(
                 f"{name!r} is folded, with another weight than W0 in place: call "
                 "tokengate.unpatch(model) or the folding's undo() first."
@@ -260,8 +262,8 @@ def _unpatch(model: nn.Module) -> None:
 
 def _has(layer: LinearLike, parameter: nn.Parameter) -> bool:
     """Whether the layer's weight or bias is the parameter, or a view of it."""
-    own = (t for t in (layer.weight, layer.bias) if t is not None)
-    return any(parameter is t or parameter is getattr(t, "_base", None) for t in own)
+    own = (t for t in (holder(layer), layer.bias) if t is not None)
+    return any(parameter is t or parameter is t._base for t in own)
 
 
 def _freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:

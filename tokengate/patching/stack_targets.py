@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from tokengate.layers.experts.owner import patched_projections
 from tokengate.linears.experts import AXES, Stack, StackedLinear, known_stacks
 from tokengate.linears.slices import Slices
 from tokengate.names import joined, named_modules
-from tokengate.patterns import as_patterns, matches, nearest, show
+from tokengate.patterns import Pattern, as_patterns, is_literal, matches, nearest, show
 
 
 def stacked_projections(
@@ -57,6 +57,100 @@ def stacked_projections(
                 found.setdefault(owner, {})[parameter] = whole
             found.setdefault(owner, {}).update(parts)
     return found
+
+
+class Single(StackedLinear):
+    """One expert's part of a projection, as a target, which then is patched in part.
+
+    Args:
+        all_of: the projection.
+        expert: its number.
+    """
+
+    all_of: StackedLinear
+
+    def __init__(self, all_of: StackedLinear, expert: int) -> None:
+        own = (all_of.owner, all_of.parameter, all_of.stack, all_of.part, all_of.fused)
+        super().__init__(*own, [expert])
+        object.__setattr__(self, "all_of", all_of)
+
+    @property
+    def place(self) -> tuple[StackedLinear | None, int]:
+        """The projection, and which of its experts."""
+        return self.all_of, self.experts[0]
+
+    @property
+    def place_around(self) -> tuple[StackedLinear | None, int]:
+        """Of a slice, the same of what it is a slice of."""
+        return self.fused, self.experts[0]
+
+
+class Singles:
+    """The experts that patterns mean one by one, by the names that reports have for them.
+
+    Args:
+        stacks: the model's projections of experts, by name.
+        first: where a name is kept for each expert that is meant.
+    """
+
+    def __init__(
+        self, stacks: Sequence[tuple[str, StackedLinear]], first: dict[nn.Module, str]
+    ) -> None:
+        self._stacks, self._first = stacks, first
+        self._made: dict[str, Single] = {}
+        self._by_key: dict[str, list[tuple[str, StackedLinear]]] = {}
+        for name, stack in stacks:
+            self._by_key.setdefault(stack.key, []).append((name, stack))
+
+    def matched(self, pattern: Pattern, excludes: bool) -> set[Single]:
+        """Those whose names it matches; where it `excludes`, "experts.3" is all of that expert."""
+        hits = set()
+        for stack, expert, name in self._near(pattern):
+            owner = name.removesuffix(f".{stack.key}")
+            if matches(pattern, name) or (excludes and matches(pattern, owner)):
+                single = self._made.setdefault(name, Single(stack, expert))
+                self._first.setdefault(single, name)
+                hits.add(single)
+        places = {single.place for single in hits}
+        return {single for single in hits if single.place_around not in places}
+
+    def _near(self, pattern: Any) -> Iterator[tuple[StackedLinear, int, str]]:
+        """Projections, numbers and names of experts, all that it can match among them."""
+        if not is_literal(pattern):
+            for name, stack in self._stacks:
+                for expert in range(len(stack.held)):
+                    yield stack, expert, stack.name_of_expert(name, expert)
+            return
+        # Names come by the thousand: of each only where its number fits.
+        parts = pattern.split(".")
+        for at in (at for at, part in enumerate(parts) if part.isdecimal()):
+            key, expert = ".".join(parts[at + 1 :]), int(parts[at])
+            for name, stack in self._by_key.get(key, ()) if key else self._stacks:
+                if expert < len(stack.held):
+                    yield stack, expert, stack.name_of_expert(name, expert)
+
+    def settled(self, chosen: set[nn.Module], excluded: set[nn.Module]) -> set[nn.Module]:
+        """`chosen`, with projections of those experts that are meant in place of the experts.
+
+        Raises:
+            TokenGateError: of a projection, all experts are excluded.
+        """
+        meant: dict[StackedLinear, set[int]] = {}
+        for module in chosen:
+            if isinstance(module, Single):
+                meant.setdefault(module.all_of, set()).update(module.experts)
+        wholes = [m for m in chosen if isinstance(m, StackedLinear) and not isinstance(m, Single)]
+        meant |= {stack: set(range(len(stack.held))) for stack in wholes}
+        left_out = {single.place for single in excluded if isinstance(single, Single)}
+        for stack, experts in meant.items():
+            own = {e for e in experts if left_out.isdisjoint([(stack, e), (stack.fused, e)])}
+            if not own:
+                raise TokenGateError(
+                    f"targets names {self._first[stack]!r}, all of whose experts exclude= leaves "
+                    "out: drop one of the two."
+                )
+            stack.experts = tuple(sorted(own))
+        return {m for m in chosen if not isinstance(m, Single)} | meant.keys()
 
 
 def _own_slices(name: str, slices: Any) -> Slices | None:

@@ -35,13 +35,13 @@ from tokengate.patching.slice_targets import (
     with_slices,
     without_parts_of_wholes,
 )
+from tokengate.patching.stack_targets import Single, Singles
 from tokengate.patterns import (
     FullName,
     Pattern,
     as_patterns,
     is_literal,
     is_one_word,
-    matches,
     nearest,
     show,
 )
@@ -101,6 +101,7 @@ def find_targets(
                 raise TokenGateError(f"target {label} matches {names.first[module]!r}, {refusal}.")
         chosen |= set(linear)
         beside[label] = skipped(left, label in literal)
+    chosen = names.singles.settled(chosen, excluded)
     check_slices(chosen, excluded, names.first, slices)
     warn_of_skipped(entered, beside, names.first)
     # In the model's order, so that a seed gives the same initial values however one asks.
@@ -126,6 +127,7 @@ class _Names:
         for name, module in self.named:
             self.first.setdefault(module, name)
             self.by_name.setdefault(name, []).append((name, module))
+        self.singles = Singles(self.stacks, self.first)
         # Layers that no patch could reach, and why, as the end of a sentence.
         self.unreachable: dict[nn.Module, str] = {}
         for owner, name in self.first.items():
@@ -193,11 +195,9 @@ class _Names:
             # Full names come by the thousand, one for each layer of an adapter.
             full = isinstance(pattern, FullName)
             hits = matched(pattern, self.by_name.get(str(pattern), []) if full else self.named)
-            if not hits and (all_of := self._all_experts(pattern)):
-                raise TokenGateError(
-                    f"{argument.removesuffix('s')} {show(pattern)} is one of several experts in a "
-                    f"3-D parameter, which are patched together: name them all, {all_of!r}."
-                )
+            for one in self.singles.matched(pattern, argument == "exclude"):
+                if hits.isdisjoint(_and_around(one)):
+                    hits.add(one)
             if not hits:
                 linear = [name for name, module in self.named if is_target(module)]
                 raise TokenGateError(
@@ -281,16 +281,12 @@ class _Names:
             )
         return self.unreachable.get(module)
 
-    def _all_experts(self, pattern: Any) -> str | None:
-        """The projection that `pattern` means one expert of, as reports name it."""
-        parts = pattern.split(".") if isinstance(pattern, str) else []
-        for at in (i for i, part in enumerate(parts) if part.isdecimal()):
-            whole = ".".join([*parts[:at], *parts[at + 1 :]])
-            if any(matches(whole, name) for name, _ in self.stacks):
-                return whole
-        return None
-
     def _refusal_of_stack(self, module: StackedLinear) -> str | None:
+        if isinstance(module, Single) and isinstance(module.all_of, Gated):
+            return (
+                "whose projection has patched experts already: call tokengate.unpatch(model) "
+                "first, and name all of them at once"
+            )
         for layer in patched_projections(module.owner):
             overlap = module.part is None or layer.part is None
             if layer.parameter == module.parameter and overlap:
@@ -313,7 +309,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def _and_around(module: nn.Module) -> list[nn.Module]:
     """A module, and what it is a part of, which may be excluded as a whole."""
     if isinstance(module, StackedLinear):
-        return [module, module.owner, *([] if module.fused is None else [module.fused])]
+        around = [module.fused, *([module.all_of] if isinstance(module, Single) else [])]
+        return [module, module.owner, *(m for m in around if m is not None)]
     return [module, whole(cast(LinearLike, module))]
 
 

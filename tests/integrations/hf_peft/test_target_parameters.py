@@ -99,6 +99,19 @@ def test_ours_is_as_they_would_write_it(family, tmp_path):
     close(run(again), wanted)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_of_some_experts_the_others_do_nothing_there(family, tmp_path):
+    model, (up, down), run = build(family)
+    plain, base = copy.deepcopy(model), run(model)
+    some = [up.replace(".", f".{e}.") for e in (0, 2)]
+    tokengate.patch(model, [*some, down], rank=3, gate=False)
+    away_from_initialisation(model, 0.3)
+    wanted = run(model)
+    assert (wanted - base).abs().max() > 1e-2
+    export_peft(model, tmp_path / "ours")
+    close(run(loaded_by_peft(plain, tmp_path / "ours")), wanted)
+
+
 def test_gates_that_may_close(tmp_path):
     model, targets, run = build("qwen3_moe")
     plain = copy.deepcopy(model)

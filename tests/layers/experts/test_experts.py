@@ -5,55 +5,14 @@ import pytest
 import reference
 import torch
 from drawing import many
+from expert_methods import METHODS, modify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import Experts, Mixture
 
 import tokengate
 
-METHODS = {
-    "lora": {},
-    "dora": {},
-    "adalora": {},
-    "adapter": {"activation": "tanh"},
-    "diagonal": {},  # a user's own, without factors
-}
 WAYS = ("linear", "matmul", "in_order", "batched", "grouped")
-
-
-@tokengate.register("diagonal of an expert")
-class Diagonal(tokengate.Modification):
-    def __init__(self, linear, *, rank=1, scale=1.0):
-        super().__init__(linear)
-        self.scale = scale
-        self.gain = self.new_parameter(self.out_features)
-
-    def reset_parameters(self):
-        torch.nn.init.zeros_(self.gain)
-
-    def forward(self, x, w):
-        return self.scale * self.gain * w
-
-
-def diagonal(x, w, p, scale):
-    def back(grad):
-        return {"gain": scale * grad * w}, 0 * x, scale * p["gain"] * grad
-
-    return scale * p["gain"] * w, back
-
-
-def modify(method, options, parameters, W):
-    def of(e, x, w):
-        own = {name: value[e] for name, value in parameters.items()}
-        if method == "dora":
-            return reference.dora(x, w, own, 0.5, W[e])
-        if method == "adapter":
-            return reference.adapter(x, w, own, 0.5, options["activation"])
-        if method == "diagonal":
-            return diagonal(x, w, own, 0.5)
-        return getattr(reference, method)(x, w, own, 0.5)
-
-    return of
 
 
 @st.composite
@@ -64,6 +23,7 @@ def cases(draw):
         "experts": experts,
         "top": top,
         "shown": draw(st.integers(top, experts)),  # the others get no token
+        "some": draw(st.none() | st.sets(st.integers(0, experts - 1), min_size=1)),
         "samples": draw(st.integers(1, 2)),
         "length": draw(st.integers(1, 4)),
         "inputs": draw(st.integers(1, 4)),
@@ -87,7 +47,7 @@ def trained(model, generator):
             p.data += more.abs() if name.endswith("tau") else 0.5 * more
 
 
-@settings(max_examples=many(60))
+@settings(max_examples=many(80))
 @given(cases())
 @pytest.mark.filterwarnings("ignore::tokengate.errors.RankWarning")  # of drawn sizes
 def test_equal_to_a_loop_over_experts_and_tokens(case):
@@ -98,9 +58,10 @@ def test_equal_to_a_loop_over_experts_and_tokens(case):
     W = (own.w if case["axes"] == "eoi" else own.w.mT).detach().numpy().copy()
     b = None if own.b is None else own.b.detach().numpy().copy()
     method, options = case["method"], METHODS[case["method"]]
+    some = sorted(case["some"] or range(case["experts"]))
     model = tokengate.patch(
         Mixture(own),
-        ["experts.w"],
+        ["experts.w"] if case["some"] is None else [f"experts.{e}.w" for e in some],
         method="diagonal of an expert" if method == "diagonal" else method,
         rank=case["rank"],
         scale=0.5,
@@ -122,8 +83,13 @@ def test_equal_to_a_loop_over_experts_and_tokens(case):
     grad = torch.randn(h.shape, dtype=torch.double, generator=generator)
     h.backward(grad)
 
-    parameters = {n: p.detach().numpy() for n, p in layer.modification.named_parameters()}
-    taus = layer.gate.tau.detach().numpy() if case["gate"] else None
+    def of_all(tensor):
+        values = np.zeros((case["experts"], *tensor.shape[1:]))
+        values[some] = tensor.detach().numpy()
+        return values
+
+    parameters = {n: of_all(p) for n, p in layer.modification.named_parameters()}
+    taus = of_all(layer.gate.tau) if case["gate"] else None
     real = None if mask is None else mask.flatten().numpy()
     wanted = reference.experts(
         x.detach().flatten(0, 1).numpy(),
@@ -131,7 +97,7 @@ def test_equal_to_a_loop_over_experts_and_tokens(case):
         W,
         b,
         parameters,
-        modify(method, options, parameters, W),
+        modify(method, options, parameters, W, some),
         taus,
         0.3,
         grad.numpy(),
@@ -141,12 +107,13 @@ def test_equal_to_a_loop_over_experts_and_tokens(case):
     np.testing.assert_allclose(h.detach().numpy(), wanted["h"], **close)
     np.testing.assert_allclose(x.grad.flatten(0, 1).numpy(), wanted["x"], **close)
     for name, p in layer.modification.named_parameters():
-        np.testing.assert_allclose(p.grad.numpy(), wanted[name], **close, err_msg=name)
+        np.testing.assert_allclose(p.grad.numpy(), wanted[name][some], **close, err_msg=name)
     if case["gate"]:
-        np.testing.assert_allclose(layer.gate.tau.grad.numpy(), wanted["tau"], **close)
-        assert layer.gate.tau.shape == (case["experts"],)
+        np.testing.assert_allclose(layer.gate.tau.grad.numpy(), wanted["tau"][some], **close)
+        assert layer.gate.tau.shape == (len(some),)
     kept = np.ones(shape, dtype=bool).ravel() if real is None else real
-    for e in range(case["experts"]):
+    assert list(rec.report().modules) == [f"experts.{e}.w" for e in some]
+    for e in some:
         hits = (index.numpy() == e) & kept[:, None]
         found = rec.report().modules[f"experts.{e}.w"]
         assert found.positions == hits.sum()

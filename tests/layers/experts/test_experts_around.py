@@ -132,12 +132,14 @@ def test_folded_without_gates_and_back(method):
     model, (x, index) = plain(method), inputs()
     h = model(x, index)
     folding = tokengate.fold(model, [(x, index)])
-    assert folding.names("merged") == ["experts.w"]
+    assert folding.names("merged") == [f"experts.{e}.w" for e in range(4)]
     assert type(model.experts) is Experts
     torch.testing.assert_close(model(x, index), h)
     folding.undo()
     assert torch.equal(model(x, index), h)
-    with pytest.warns(tokengate.errors.StillGatedWarning, match="saw no position"):
+    with pytest.warns(
+        tokengate.errors.StillGatedWarning, match=r"'experts.3.w' \(no position was seen"
+    ):
         tokengate.merge_and_unload(make(), [inputs()])
 
 

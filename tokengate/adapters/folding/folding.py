@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.adapters.folding.merging import all_merged
+from tokengate.adapters.folding.deciding import FoldedLayer as FoldedLayer
+from tokengate.adapters.folding.deciding import decided
+from tokengate.adapters.folding.merging import merged_weights
 from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
 from tokengate.arguments import positive, switch
@@ -19,7 +21,10 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.changing import changing, exclusive
+from tokengate.layers.experts.folded_experts import experts_as_folded
+from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import (
+    Folded,
     as_folded,
     fold_layers,
     folded,
@@ -29,37 +34,19 @@ from tokengate.layers.folded import (
 from tokengate.layers.following import follow, unfollow
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import adapter_names
-from tokengate.layers.patched import module_names, require_layers
-from tokengate.linears.accelerate_hooks import is_offloaded
-from tokengate.linears.linear_like import LinearLike, LinearSlice, groups_of, holder, whole
-from tokengate.linears.quantised import is_quantised, unreadable
+from tokengate.layers.patched import require_layers
 from tokengate.patching.wrappers import check_can_fold
-from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
-from tokengate.sharding import is_absent, is_sharded, numbers_here
-
-
-@dataclass(frozen=True)
-class FoldedLayer:
-    """What `fold` did to one layer."""
-
-    sparsity: float
-    """Share of the positions seen that its gate left unmodified."""
-    action: str
-    """"merged", "dropped" or "kept"."""
-    reason: str
-    error: float | None = None
-    """Of a merged layer: ||difference|| / ||h|| on random inputs, h being W0 x + M(x); of a
-    quantised one, with W0 x as its library computes it. Rounding, mostly.
-    """
+from tokengate.sharding import is_sharded, numbers_here
+from tokengate.training.checks.left_out import look_again
 
 
 class Folding:
     """What `fold` did; print it for a table.
 
     Attributes:
-        layers: every layer that was patched, by name.
+        layers: every layer that was patched, by name; experts one by one, as reports name them.
         error: ||difference|| / ||output|| over the batches, of the model's first output; None
             where `fold` was given a report instead.
         is_final: whether there is no way back, as after `merge_and_unload`.
@@ -127,7 +114,8 @@ def fold(
     one is the base layer again; the rest stay gated. On what was seen the model computes what it
     did, but for the rounding of the merged weights to W0's dtype; on other data, a gate that would
     have decided otherwise is gone. (Section 5 of the paper: many of its DoRA modules end at 0 % or
-    100 %.)
+    100 %.) Of experts in a 3-D parameter each is folded, or kept, by itself; one that saw no
+    position is kept.
 
     It can be undone, by the folding's `undo` or by `unpatch`, which gives W0 back bit for bit: the
     other weight of a merged layer is kept beside it, at the cost of its memory. `save` writes what
@@ -186,22 +174,27 @@ def fold(
     threshold = 1.0 if force is None else force
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     done: dict[str, FoldedLayer] = {}
-    merged: dict[str, Tensor] = {}
+    entries: dict[str, Folded] = {}
     for name, layer in patched.items():
-        done[name] = _decide(name, layer, seen, threshold, owners, dequantise)
-        if done[name].action == "merged" and name in partly and force is None:
-            done[name] = replace(done[name], action="kept", reason="open in part at some positions")
-        if done[name].action == "merged":
-            merged[name], error = all_merged(name, layer, safe)
-            done[name] = replace(done[name], error=error)
+        in_part = force is None and name in partly
+        own = decided(name, layer, seen, threshold, owners, dequantise, in_part)
+        merged, errors = merged_weights(own, layer, safe)
+        done |= {each: replace(own[each], error=errors.get(each)) for each in own}
+        actions = [each.action for each in own.values()]
+        if isinstance(layer, GatedExperts) and set(actions) != {"kept"}:
+            entries[name] = experts_as_folded(layer, actions, merged)
+        elif actions != ["kept"] and not isinstance(layer, GatedExperts):
+            entries[name] = as_folded(layer, merged)
     folding = Folding(model, done, None)
-    entries = {
-        name: as_folded(patched[name], merged.get(name))
-        for name, each in done.items()
-        if each.action != "kept"
-    }
     with unchanged_if_interrupted(model, entries.values()):
         fold_layers(model, entries)
+        look_again(
+            p
+            for each in entries.values()
+            for part in (each.modification, each.gate)
+            if part is not None and not each.is_plain
+            for p in part.parameters()
+        )
         _settle(model)
         if batches is not None:
             folding.error = output_error(model, batches)
@@ -246,44 +239,6 @@ def _may_open_in_part(layer: Gated) -> bool:
     return isinstance(gate, FirmGate) and any(t is None or t > 0 for t in numbers_here([gate.tau]))
 
 
-def _decide(
-    name: str,
-    layer: Gated,
-    seen: SparsityReport,
-    threshold: float,
-    owners: Counter[int],
-    dequantise: bool,
-) -> FoldedLayer:
-    found = [seen.modules.get(own) for own in module_names(name, layer)]
-    if None in found:
-        raise TokenGateError(
-            f"fold was given a report without {name!r}, which is patched: record the model as it "
-            "is now."
-        )
-    modules = cast(list[ModuleSparsity], found)
-    positions = sum(module.positions for module in modules)
-    if not positions:
-        return FoldedLayer(modules[0].sparsity, "kept", "no position was seen")
-    closed = 1 - sum(module.modified for module in modules) / positions
-    # Of experts that saw no position nothing is known, but where there is no gate.
-    if layer.gate is not None and not all(module.positions for module in modules):
-        idle = sum(not module.positions for module in modules)
-        return FoldedLayer(closed, "kept", f"{idle} of its experts saw no position")
-    if closed >= threshold:
-        return FoldedLayer(closed, "dropped", f"closed at {_portion(closed)}")
-    if 1 - closed < threshold:
-        return FoldedLayer(closed, "kept", "open at some positions, closed at others")
-    reason = _unmergeable(layer, owners)
-    if reason is not None:
-        return FoldedLayer(closed, "kept", f"open at {_portion(1 - closed)}, but {reason}")
-    if is_quantised(cast(LinearLike, layer)) and not dequantise:
-        raise TokenGateError(
-            f"fold would merge {name!r}, whose weight is quantised and could hold the sum only "
-            "rounded: pass dequantise=True to make it dense, or load the base without quantisation."
-        )
-    return FoldedLayer(closed, "merged", f"open at {_portion(1 - closed)}")
-
-
 def _check_gate(name: str, layer: Gated) -> None:
     """A gate with a NaN for its tau is open everywhere, but nobody has decided so."""
     for key, value in {} if layer.gate is None else layer.gate.state_dict().items():
@@ -293,29 +248,3 @@ def _check_gate(name: str, layer: Gated) -> None:
                 "gate decides nothing: set it anew with calibrate, or go back to the last adapter "
                 "before training diverged."
             )
-
-
-def _portion(value: float) -> str:
-    return "every position" if value == 1 else f"{100 * value:.1f} % of the positions"
-
-
-def _unmergeable(layer: Gated, owners: Counter[int]) -> str | None:
-    if not layer.modification.linear:
-        return f"{type(layer.modification).__name__} is no matrix"
-    linear = whole(cast(LinearLike, layer))
-    if groups_of(linear) > 1:
-        return "M(x) reads all channels and a grouped convolution does not"
-    weight = holder(linear)
-    if is_sharded(weight) or is_absent(weight):
-        return "its weight is sharded"
-    if weight.is_meta or is_offloaded(getattr(linear, "weight_holder", linear)):
-        return "its weight is elsewhere"
-    if owners[id(weight)] != 1:
-        made = "made of others" if owners[id(weight)] == 0 else "another module's, too"
-        return f"its weight is {made}"
-    if is_quantised(linear):
-        if isinstance(layer, LinearSlice):
-            return "it is a slice of a quantised layer"
-        if (reason := unreadable(linear)) is not None:
-            return f"W0 is what {reason}"
-    return None

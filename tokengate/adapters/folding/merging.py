@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokengate.adapters.folding.deciding import FoldedLayer
 from tokengate.adapters.weights import all_finite
 from tokengate.errors import TokenGateError
 from tokengate.kernels.gated_sum import without_bias
@@ -21,18 +23,32 @@ from tokengate.linears.quantised import is_quantised
 _COLUMNS = 256
 
 
-def all_merged(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
-    """`merged_weight_of` a layer, or of all experts in one, with the largest error."""
+def merged_weights(
+    decided: Mapping[str, FoldedLayer], layer: Any, safe: bool
+) -> tuple[Tensor | None, dict[str, float]]:
+    """`merged_weight_of` a layer, or stacked of the experts that are merged, and the errors.
+
+    Args:
+        decided: what to do with it, or with each of its experts, by name.
+        layer: it.
+        safe: as for `fold`.
+    """
+    merged = [at for at, each in enumerate(decided.values()) if each.action == "merged"]
+    names = list(decided)
+    if not merged:
+        return None, {}
     if not isinstance(layer, StackedLinear):
-        return merged_weight_of(name, layer, safe)
-    found = []
+        weight, error = merged_weight_of(names[0], layer, safe)
+        return weight, {names[0]: error}
+    gated: Any = layer
+    weights, errors = [], {}
     with torch.no_grad():
-        gated: Any = layer
-        for linear, modification in zip(layer.each(), gated.modification.each(), strict=True):
-            linear.modification = modification
-            found.append(merged_weight_of(name, linear, safe))
-    weights, errors = zip(*found, strict=True)
-    return torch.stack(weights), max(errors)
+        linears, modifications = layer.each(), gated.modification.each()
+        for at in merged:
+            linears[at].modification = modifications[at]
+            weight, errors[names[at]] = merged_weight_of(names[at], linears[at], safe)
+            weights.append(weight)
+    return torch.stack(weights), errors
 
 
 def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tokengate.adapters.folding.deciding import FoldedLayer
 from tokengate.adapters.folding.folding import Folding, check_one_adapter, fold
 from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
@@ -61,11 +62,7 @@ def merge_and_unload(
         unpatch(model)
         return folding
     kept = folding.names("kept")
-    shown = (
-        f"{name!r} (open at {100 * (1 - folding.layers[name].sparsity):.1f} %: "
-        f"{folding.layers[name].reason})"
-        for name in kept
-    )
+    shown = (f"{name!r} ({_said(folding.layers[name])})" for name in kept)
     warnings.warn(
         f"merge_and_unload left {len(kept)} of {len(folding.layers)} layers as they were patched: "
         f"{listed(shown)}; fold nearly decided gates with force=0.95, or keep tokengate beside "
@@ -74,6 +71,11 @@ def merge_and_unload(
         stacklevel=3,
     )
     return folding
+
+
+def _said(layer: FoldedLayer) -> str:
+    seen = layer.sparsity == layer.sparsity  # a NaN where nothing was
+    return f"open at {100 * (1 - layer.sparsity):.1f} %: {layer.reason}" if seen else layer.reason
 
 
 def _open_everywhere(model: nn.Module) -> SparsityReport:

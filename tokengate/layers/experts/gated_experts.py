@@ -31,15 +31,21 @@ class GatedExperts(Gated, StackedLinear):
     """h = W0_e x + S M_e(x) (eq. 2), with e the expert of each row, `(N, k) -> (N, d)`.
 
     Never constructed: `patch` gives a `StackedLinear` this class. Its modification and gate hold
-    those of all experts: A `(E, r, k)`, B `(E, d, r)`, tau `(E,)`.
+    those of all its experts: A `(E, r, k)`, B `(E, d, r)`, tau `(E,)`. Rows of experts that are
+    none of its own stay what they are.
     """
 
     _own_class = StackedLinear
 
-    def names_of_experts(self, name: str) -> list[str]:
-        """Of this projection, `mlp.experts.up_proj`, that of each: `mlp.experts.3.up_proj`."""
-        owner = name.removesuffix(self.key)
-        return [f"{owner}{expert}.{self.key}" for expert in range(self.num_experts)]
+    def be_of(
+        self, experts: tuple[int, ...], modification: Modification, gate: Gate | None
+    ) -> None:
+        """From now on it is of these experts, with what its only adapter is for them."""
+        self.experts = experts
+        for part, module in (("modification", modification), ("gate", gate)):
+            for adapter in (self._adapters or {}).values():
+                setattr(adapter, part, module)
+            self._modules[part] = None if module is None else module.train(self.training)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, out: Tensor, bias: Tensor | None, whose: Whose, routing: Routing
@@ -57,7 +63,7 @@ class GatedExperts(Gated, StackedLinear):
             self._reached = True
         call: _Call | None = routing.calls.get(self.key)
         if call is None:  # told once for all products of the owner's call
-            states = routing.positions(whose, self.num_experts)
+            states = routing.positions(whose, len(self.held))
             call = routing.calls[self.key] = _Call(self, self._told_of(states), states.shape[:-1])
         if call.adapter is None:
             return out
@@ -69,14 +75,29 @@ class GatedExperts(Gated, StackedLinear):
             given = (input != 0).any(-1)
             rows.real = given if rows.real is None else rows.real & given
         if whose.expert is not None:
-            return call.of_one(int(whose.expert), rows)
-        if whose.ids is None:
-            return call.of_all(_groups(whose, self.num_experts, len(input)), rows)
-        ids, order = whose.ids.sort()
-        experts = torch.arange(self.num_experts, device=ids.device)
-        groups = Groups(torch.searchsorted(ids, experts, right=True), len(ids))
-        h = call.of_all(groups, rows.at(order))
+            expert = int(whose.expert)
+            return call.of_one(self.experts.index(expert), rows) if expert in self.experts else out
+        if whose.ids is None and self.is_of_all:
+            return call.of_all(_groups(whose, self.num_experts, input), rows)
+        ids, order = self._numbers_of(whose, input).sort()
+        rows = rows.at(order)
+        ends = torch.searchsorted(
+            ids, torch.arange(self.num_experts, device=ids.device), right=True
+        )
+        if not self.is_of_all:
+            own = ids < self.num_experts
+            rows.inside = own if rows.inside is None else rows.inside * own
+        h = call.of_all(Groups(ends, len(ids), not self.is_of_all), rows)
         return torch.zeros_like(h).index_copy(0, order, h)
+
+    def _numbers_of(self, whose: Whose, x: Tensor) -> Tensor:
+        """Which of its experts each row is of, `(N,)`; as many as it has for those of others."""
+        ids = _groups(whose, len(self.held), x).of_row if whose.ids is None else whose.ids
+        if self.is_of_all:
+            return ids
+        numbers = dict(zip(self.experts, range(self.num_experts), strict=True))
+        every = [numbers.get(expert, self.num_experts) for expert in range(len(self.held))]
+        return torch.tensor(every, device=ids.device)[ids]
 
 
 @dataclass(eq=False)
@@ -238,8 +259,8 @@ def _each(found: Changed, of: Callable[[Tensor], Tensor]) -> Changed:
     )
 
 
-def _groups(whose: Whose, experts: int, rows: int) -> Groups:
+def _groups(whose: Whose, experts: int, x: Tensor) -> Groups:
     if whose.ends is not None:
-        return Groups(whose.ends, rows)
+        return Groups(whose.ends, len(x))
     assert whose.rows is not None
-    return Groups(torch.arange(1, experts + 1) * whose.rows, rows)
+    return Groups(torch.arange(1, experts + 1, device=x.device) * whose.rows, len(x))

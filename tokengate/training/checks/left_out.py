@@ -2,13 +2,14 @@
 
 It is looked at before the second step: in the first one another optimiser, as one for the taus
 alone, may not have been called yet. Only what has a gradient tells; and only an optimiser that
-holds a parameter of the model, so that one with parts of its own, as under ZeRO, says nothing.
+holds a parameter of the model, so that one with parts of its own, as under ZeRO, says nothing. And
+again after `fold`, where experts that stay gated have parameters of their own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import LeftOutWarning, listed
 from tokengate.gates.optimizer_steps import is_part
-from tokengate.layers.patched import ROOTS, layers
+from tokengate.layers.folded import folded
+from tokengate.layers.patched import ROOTS, layers, own_parameters
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.training.checks.thawed import REMEDY, thawed
 from tokengate.training.following import followed
@@ -39,9 +41,17 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         return
     own, held = _ids(optimizer), {i for each in list(_STEPS) for i in _ids(each) | followed(each)}
     for model in list(ROOTS):
-        if not own.isdisjoint(map(id, model.parameters())):
+        there = {id(p) for p in model.parameters()} | own_parameters(folded(model).values())
+        if not own.isdisjoint(there):
             for said in _found(model, held, own):
                 warnings.warn(f"{type(optimizer).__name__} {said}.", LeftOutWarning, stacklevel=4)
+
+
+def look_again(parameters: Iterable[nn.Parameter]) -> None:
+    """Of the optimisers that hold any of these, which are the model's no more."""
+    replaced = {id(p) for p in parameters}
+    for optimizer in [each for each in list(_STEPS) if not replaced.isdisjoint(_ids(each))]:
+        _STEPS[optimizer] = 0
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -59,9 +69,9 @@ def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
     ]
     if left:
         yield (
-            f"leaves out {listed(map(repr, left))} of this {kind}, which patch has added and which "
-            "nothing moves: make the optimizer after patch, of tokengate.param_groups(model, lr), "
-            "or set requires_grad_(False) on what shall stay"
+            f"leaves out {listed(map(repr, left))} of this {kind}, which patch or fold has added "
+            "and which nothing moves: make the optimizer after that, of "
+            "tokengate.param_groups(model, lr), or set requires_grad_(False) on what shall stay"
         )
     moved = [name for name, weight in thawed(model).items() if id(weight) in own]
     if moved:
