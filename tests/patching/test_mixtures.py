@@ -202,6 +202,31 @@ def test_what_select_names_of_experts_is_patched_and_nothing_else():
     assert sum(taus) == len(names)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_each_row_by_its_own_adapter(implementation, tmp_path):
+    """Of experts and of attention, in a forward and in what is generated after it."""
+    model, targets, _ = build("qwen3_moe")
+    model.set_experts_implementation(implementation)
+    tokengate.patch(model, [*targets, "q_proj"], rank=2, gate=False)
+    away_from_initialisation(model, 0.3)
+    tokengate.save(model, tmp_path / "other")
+    away_from_initialisation(model, 0.3)
+    tokengate.load(model, tmp_path / "other", name="other")
+    ids = torch.randint(5, 90, (3, 6), generator=torch.Generator().manual_seed(3))
+    alone = {}
+    for name in ("default", None, "other"):
+        with tokengate.use(model, name), torch.no_grad():
+            alone[name] = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    names = list(alone)
+    with tokengate.use(model, names), torch.no_grad():
+        logits = model(ids).logits
+        text_made = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(logits[row], alone[name][0][row], rtol=1e-5, atol=1e-5)
+        assert (logits[row] - alone[names[row - 1]][0][row]).abs().max() > 1e-3
+        assert torch.equal(text_made[row], alone[name][1][row])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])

@@ -13,6 +13,7 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import UnreachedSparsityWarning
 from tokengate.gates.positions import Positions
+from tokengate.gates.score_counts import FineCounts, count_scores, no_counts
 from tokengate.kernels.change import Change
 
 
@@ -154,15 +155,32 @@ def test_a_modification_that_does_nothing_stays_open():
 
 
 def test_memory_does_not_grow_with_the_data():
-    from tokengate.training.calibration import _Ratios
+    counts, sizes = FineCounts(), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = 300 * 2 ** -torch.rand(5000, generator=generator)
+        counts.add(scores, torch.ones(5000, dtype=torch.float64))
+        sizes.append(len(counts.bins))
+    assert sizes[0] > 900
+    assert sizes[-1] <= 1025, "an octave has no more"
+    counts.add(torch.tensor([0.0, torch.inf, torch.nan, 1e30]), torch.ones(4, dtype=torch.float64))
+    assert counts.total == 100_004
+    assert counts.weights[[0, -1]].tolist() == [1, 3]
+    assert counts.bins[[0, -1]].tolist() == [counts.FIRST, counts.LAST]
 
-    ratios = _Ratios()
-    size = ratios._bins.numel()
-    for _ in range(3):
-        ratios.add(torch.rand(1000) * 300, torch.ones(1000, dtype=torch.float64))
-    ratios.add(torch.tensor([0.0, torch.inf, torch.nan, 1e30]), torch.ones(4, dtype=torch.float64))
-    assert ratios._bins.numel() == size < 70_000
-    assert ratios.total == 3004
+
+@given(st.lists(st.floats(-63, 31), min_size=1, max_size=50), st.integers(0, 1000))
+@settings(max_examples=many(25), deadline=None)
+def test_fine_counts_divide_the_bins_of_training(logs, seed):
+    scores = torch.tensor(logs, dtype=torch.float64).exp2()
+    weights = torch.rand(len(logs), generator=torch.Generator().manual_seed(seed)).double()
+    counts, coarse = FineCounts(), no_counts(scores.device)
+    for one, weight in zip(scores.split(7), weights.split(7), strict=True):
+        counts.add(one, weight)
+    count_scores(coarse, scores, None)
+    places = (counts.bins - 1).div(32, rounding_mode="floor") + 1
+    assert torch.equal(places.unique(), coarse.nonzero().flatten())
+    assert counts.total == pytest.approx(weights.sum().item())
 
 
 def test_bad_input_leaves_the_taus_as_they_were():

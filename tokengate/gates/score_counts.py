@@ -1,7 +1,9 @@
 """How often each score was seen, in bins of equal width in its logarithm.
 
 Counts add up over micro-batches and ranks to the bit. So a quantile over all positions of a step
-takes no list of them, and no more memory for more positions.
+takes no list of them, and no more memory for more positions. In training that is a tensor of all
+bins, which compiled code can write to; `FineCounts` divides each of the same bins, and has only
+those in which there is something.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from tokengate.gates.tally import by_sample, weights_of
 # it, and behind them one for what is larger, infinite or no number, and so never closed.
 PER_OCTAVE, LOW, _OCTAVES = 32, -64, 96
 BINS = PER_OCTAVE * _OCTAVES + 2
+# Into how many each of them is divided where it is, 0.07 % each.
+_PARTS = 32
 
 
 def no_counts(device: torch.device) -> Tensor:
@@ -33,10 +37,51 @@ def count_scores(into: Tensor, scores: Tensor, mask: Tensor | None) -> None:
         mask: `(B, T)`, 0 where a position is padding; None for none.
     """
     _, real = by_sample(scores == 0, mask)
-    place = ((scores.detach().to(into.dtype).log2() - LOW) * PER_OCTAVE).floor() + 1
-    # What is no number, too, leaves a gate open.
-    index = place.nan_to_num(BINS, BINS, 0).clamp(0, BINS - 1).long()
+    index = _bins_of(scores.detach().to(into.dtype), PER_OCTAVE)
     into.index_add_(0, index.reshape(-1), weights_of(real).to(into.dtype).reshape(-1))
+
+
+def _bins_of(scores: Tensor, per_octave: int) -> Tensor:
+    place = ((scores.log2() - LOW) * per_octave).floor() + 1
+    last = per_octave * _OCTAVES + 1
+    # What is no number, too, leaves a gate open.
+    return place.nan_to_num(last, last, 0).clamp(0, last).long()
+
+
+class FineCounts:
+    """The same in bins of 0.07 %, of which those are kept in which something was.
+
+    Attributes:
+        bins: which, `(K,)`, ascending; `FIRST` and `LAST` are for what is smaller, and larger.
+        weights: how much was seen in each, `(K,)`.
+        heaviest: the weight of one position.
+    """
+
+    FIRST, LAST = 0, _PARTS * PER_OCTAVE * _OCTAVES + 1
+
+    def __init__(self) -> None:
+        self.bins, self.weights = torch.zeros(0).long(), torch.zeros(0).double()
+        self.heaviest = 0.0
+
+    @property
+    def total(self) -> float:
+        """The weight of all that was seen."""
+        return self.weights.sum().item()
+
+    def add(self, scores: Tensor, weights: Tensor) -> None:
+        """Count scores >= 0, `(...)`, by their `weights`, `(...)`, on the CPU; 0 is nothing."""
+        some = weights > 0
+        new = _bins_of(scores[some].double(), _PARTS * PER_OCTAVE)
+        all_bins = torch.cat([self.bins, new])
+        self.bins, at = all_bins.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        both = torch.cat([self.weights, weights[some].double()])
+        self.weights = torch.zeros(len(self.bins)).double().index_add(0, at, both)
+        self.heaviest = max(self.heaviest, weights.max().item())
+
+    @staticmethod
+    def score_at(place: float) -> float:
+        """The score so far into the bins, of which each is 1 wide."""
+        return float(2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW))
 
 
 def log_quantile(counts: Tensor, share: Tensor | float) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.kernels.eager import is_exported
-from tokengate.layers.calls import RESTRICT, Window, said_of, window_around
+from tokengate.layers.calls import RESTRICT, Window, in_decoder, said_of, window_around
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
@@ -185,6 +185,31 @@ class Region:
             f"a region was given as {what}, which does not fit {name!r}, called with positions of "
             f"shape {tuple(shape)}: {remedy}, {{'pattern': mask}}."
         )
+
+
+class RowsRegion(Region):
+    """Some rows of every batch, for layers whose positions come flattened, as experts' do.
+
+    Args:
+        rows: whether each row is inside.
+    """
+
+    def __init__(self, rows: Sequence[bool]) -> None:
+        super().__init__(list(rows), True)
+
+    def of(self, name: str, shape: torch.Size, window: Window | None) -> Tensor | bool:
+        rows, positions = len(self.where), math.prod(shape)
+        length = shape[-1] if len(shape) == 2 else None if window is None else window.length
+        beams = 1 if not length else positions / (rows * length)
+        if length is None or beams != (int(beams) if in_decoder() else 1):
+            raise TokenGateError(
+                f"tokengate.use was given adapters for {rows} rows, and {name!r}, an expert's, was "
+                f"called with {positions} positions, of rows of {length or 'unknown'} length: pass "
+                "one name, or None, for each row of the batch, and call the model with input_ids, "
+                "or inputs_embeds, of (B, T)."
+            )
+        each = torch.tensor(self.where)
+        return each.repeat_interleave(positions // rows).reshape(shape)
 
 
 class Regional:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokengate.errors import TokenGateError
+from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
@@ -110,25 +111,39 @@ def modified_by_region(
     layer: Any, input: Tensor, out: Tensor, mask: Tensor | None, told: Told
 ) -> tuple[Tensor, Tensor]:
     """The same, of each region's own adapter; all are compared with the base's output."""
-    is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
-    h, w = out, without_bias(out, layer.bias)
+    parts: list[Part] = []
     for name, part in zip(told.choice.regions, told.parts, strict=True):
         adapter = layer.adapter(name)
         if adapter is None:
             continue
-        modification, gate = adapter
         if told.inside is not None:
             part = part * told.inside  # of truths, both
-        x = layer.inputs(modification, input)
-        factors = modification.factors(x, w, layer)
-        m = whole_of(modification, x, w) if factors is None else factors.product(w)
         real = layer.in_own_order(cast(Tensor, counted(mask, part)), out)
-        change = Change(out, layer.bias, m if factors is None else factors)
-        weights = layer.in_own_order(part, out).to(change.dtype)
+        x = layer.inputs(adapter[0], input)
+        parts.append((x, *adapter, layer.in_own_order(part, out), real))
+    return in_regions(layer, out, layer.bias, parts)
+
+
+# Of one adapter the inputs of a layer as it reads them, its modification and gate; how much of
+# M(x) its region lets through, (...); and which positions count, (...), or None.
+Part = tuple[Any, Modification, Gate | None, Tensor, Tensor | None]
+
+
+def in_regions(
+    linear: Any, out: Tensor, bias: Tensor | None, parts: Iterable[Part]
+) -> tuple[Tensor, Tensor]:
+    """h and S of a layer's output, `(..., d)`, to which each part adds its own."""
+    is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
+    h, w = out, without_bias(out, bias)
+    for x, modification, gate, weights, real in parts:
+        factors = modification.factors(x, w, linear)
+        m = whole_of(modification, x, w) if factors is None else factors.product(w)
+        change = Change(out, bias, m if factors is None else factors)
+        weights = weights.to(change.dtype)
         if gate is not None:
             a = gate(Positions(change, x, real))
             weights = torch.where(weights != 0, weights * a, 0)
-        h = Change(h, layer.bias, m).add(weights)
+        h = Change(h, bias, m).add(weights)
         is_open = is_open | (weights.detach() != 0)
     return h, is_open
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.calls import USE, busy_elsewhere, contexts, enter, leave
+from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.named_adapters import hold, let_go, names_of, put_in_use
-from tokengate.layers.patched import all_layers
-from tokengate.layers.regions import Region, Regional, valid_where
+from tokengate.layers.patched import all_layers, may_be_idle
+from tokengate.layers.regions import Region, Regional, RowsRegion, valid_where
 from tokengate.layers.several import Rows
-from tokengate.linears.experts import is_expert
 
 
 class use:
@@ -83,7 +83,7 @@ class use:
                     f"use was given {brief(each)}, and the model's adapters are "
                     f"{', '.join(map(repr, known))}: pass one of these, or None for the base model."
                 )
-        self._model, self._choice = model, _choice(model, name)
+        self._model, self._told = model, _choices(model, self._layers, name)
         for context in contexts():
             other = _PENDING.get(context.owner)
             if other is not None and not set(self._layers).isdisjoint(other._layers):
@@ -126,8 +126,8 @@ class use:
 
     def _begin(self, owner: object) -> None:
         with _SWITCHING:
-            told = dict.fromkeys(self._layers, self._choice)
-            context = enter(USE, told, owner, windows=isinstance(self._choice, Regional))
+            windows = any(isinstance(choice, Regional) for choice in self._told.values())
+            context = enter(USE, dict(self._told), owner, windows=windows)
             for layer in self._layers:
                 hold(layer, self._names, context)
 
@@ -145,8 +145,9 @@ class use:
         """For all threads: there was no context, and nobody can enter it any more."""
         try:
             self._pending = False
-            if self._choice is None or isinstance(self._choice, str):
-                self._switch(self._choice)
+            choice = next(iter(self._told.values()))
+            if choice is None or isinstance(choice, str):
+                self._switch(choice)
             else:
                 warnings.warn(
                     "tokengate.use was given several adapters and was no context, so that they "
@@ -183,21 +184,28 @@ _PENDING: WeakValueDictionary[object, use] = WeakValueDictionary()
 _SWITCHING = threading.RLock()
 
 
-def _choice(model: nn.Module, name: Any) -> Any:
-    """What layers are told: a name or None, `Rows` or `Regional`."""
+def _choices(model: nn.Module, layers: Sequence[nn.Module], name: Any) -> dict[nn.Module, Any]:
+    """What each layer is told: a name or None, `Rows` or `Regional`."""
     if name is None or isinstance(name, str):
-        return name
+        return dict.fromkeys(layers, name)
     patched = all_layers(model)
-    routed = next(filter(is_expert, patched), None)
+    routed = next((n for n, layer in patched.items() if may_be_idle(n, layer)), None)
     if routed is not None:
         raise TokenGateError(
-            f"use was given one name for each row, and {routed!r} is an expert's, which sees "
+            f"use was given several adapters, and {routed!r} is an expert's layer, which sees "
             "positions without their rows: pass one name for all."
         )
-    if not isinstance(name, Mapping):
-        return Rows(list(name))
-    regions = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
-    return Regional({m: n for n, m in patched.items()}, regions)
+    names: dict[nn.Module, str] = {layer: n for n, layer in patched.items()}
+    if isinstance(name, Mapping):
+        given = {n: Region(valid_where("use", w), True).anew() for n, w in name.items()}
+        return dict.fromkeys(layers, Regional(names, given))
+    rows = Rows(list(name))
+    own: dict[str, Region] = {
+        each: RowsRegion([other == each for other in name]) for each in name if each is not None
+    }
+    regional = Regional(names, own)
+    # Experts in a parameter know of their rows which positions they are.
+    return {m: regional if isinstance(m, GatedExperts) else rows for m in layers}
 
 
 def _without_parts_of_layers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -14,14 +13,13 @@ from torch import Tensor, nn
 from tokengate.arguments import share
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.gates.fisher import FisherGate
+from tokengate.gates.score_counts import FineCounts
 from tokengate.kernels.norms import Norms
 from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.measuring import measure
 
-# Bins of log2 r: 1024 to the octave, which is 0.07 %, from 2^-44 to 2^16.
-_FINE, _LOW, _OCTAVES = 1024, -44, 60
 # How far from the share asked for is not worth a word.
 _NEAR = 0.1
 
@@ -87,7 +85,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             "with a SparsitySchedule, while which backward feeds it."
         )
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
-    counted = {each: _Ratios() for own in names.values() for each in own}
+    counted = {each: _Seen() for own in names.values() for each in own}
     taus = {name: tau.detach().clone() for name, (_, tau) in gated.items()}
     try:
         for _, tau in gated.values():
@@ -115,7 +113,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     return dict(chain.from_iterable(pairs))
 
 
-def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
+def _warn_of_misses(counted: Mapping[str, _Seen], sparsity: float) -> None:
     found = {name: seen.miss(sparsity) for name, seen in counted.items() if seen.total}
     missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
     if missed:
@@ -128,51 +126,38 @@ def _warn_of_misses(counted: Mapping[str, _Ratios], sparsity: float) -> None:
         )
 
 
-class _Ratios:
-    """How often each r was seen, to 0.07 %."""
-
-    def __init__(self) -> None:
-        # The first bin is for what is below, the last for what is above, or not a number.
-        self._bins = torch.zeros(_FINE * _OCTAVES + 2, dtype=torch.float64)
-        self._heaviest = 0.0  # weight of one position
-
-    @property
-    def total(self) -> float:
-        return self._bins.sum().item()
+class _Seen(FineCounts):
+    """The scores of one layer, or of one expert."""
 
     def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
         self.add(scores.cpu(), weights.cpu())
 
-    def add(self, ratios: Tensor, weights: Tensor) -> None:
-        place = ((ratios.double().log2() - _LOW) * _FINE).floor() + 1
-        index = place.nan_to_num(math.inf).clamp(0, len(self._bins) - 1).long()
-        self._heaviest = max(self._heaviest, weights.max().item())
-        self._bins += torch.bincount(index.flatten(), weights.flatten(), len(self._bins))
-
     def moved(self) -> bool:
         """Whether r was above 0 anywhere."""
-        return bool(self._bins[1:].any())
+        return bool((self.bins > self.FIRST).any())
 
     def threshold(self, share: float) -> tuple[float, float]:
         """A tau, and the share that it closes, as near to `share` as these positions allow.
 
         It lies between two ratios that were seen, or just beyond the last on a side.
         """
-        at = self._bins[:-1].nonzero().flatten()
-        if share == 0 or not len(at) or not at[-1]:
+        closable = self.bins < self.LAST
+        at = self.bins[closable]
+        if share == 0 or not len(at) or at[-1] == self.FIRST:
             return 0.0, 0.0
-        closed = torch.cat([torch.zeros(1), self._bins[at].cumsum(0)]) / self.total
+        sums = self.weights[closable].cumsum(0)
+        closed = torch.cat([torch.zeros(1), sums]) / self.total
         nearest = int((closed - share).abs().argmin())
-        if nearest == 0 and at[0] == 0:
+        if nearest == 0 and at[0] == self.FIRST:
             return 0.0, 0.0
         around = torch.cat([at[:1] - 2, at, at[-1:] + 2])
-        between = (around[nearest] + around[nearest + 1] - 1).item() / 2
-        return float(2.0 ** (between / _FINE + _LOW)), closed[nearest].item()
+        between = (around[nearest] + around[nearest + 1] + 1).item() / 2
+        return self.score_at(between), closed[nearest].item()
 
     def miss(self, share: float) -> str | None:
         """What keeps `threshold` from `share`, and where that leaves it; None if nothing does."""
         _, closed = self.threshold(share)
-        unclosable = self._bins[-1].item() / self.total
+        unclosable = self.weights[self.bins == self.LAST].sum().item() / self.total
         if share > 1 - unclosable:
             reason = f"W0 x is 0, or next to it, at {_percent(unclosable)}"
         elif abs(closed - share) > _NEAR and self._heaped():
@@ -183,7 +168,7 @@ class _Ratios:
 
     def _heaped(self) -> bool:
         """Whether some r that is not 0 alone was seen at more than one position."""
-        return bool((self._bins.max() > 1.5 * self._heaviest) and self._bins[1:].any())
+        return bool((self.weights.max() > 1.5 * self.heaviest) and self.moved())
 
 
 def _percent(share: float) -> str:

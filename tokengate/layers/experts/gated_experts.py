@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -22,7 +22,8 @@ from tokengate.layers.calls import RECORD, contexts, said_of
 from tokengate.layers.experts.products import Whose
 from tokengate.layers.experts.routing import Routing
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.several import Told, counted, whole_of
+from tokengate.layers.regions import Regional
+from tokengate.layers.several import Part, Rows, Told, counted, in_regions, whole_of
 from tokengate.linears.experts import StackedLinear
 from tokengate.methods.base import Modification
 
@@ -65,7 +66,7 @@ class GatedExperts(Gated, StackedLinear):
         if call is None:  # told once for all products of the owner's call
             states = routing.positions(whose, len(self.held))
             call = routing.calls[self.key] = _Call(self, self._told_of(states), states.shape[:-1])
-        if call.adapter is None:
+        if not call.adapters:
             return out
         rows = _Rows(input, out, bias)
         if call.needs_places:
@@ -123,11 +124,12 @@ class _Rows:
     def put(self, call: _Call) -> None:
         """What is said of the positions, at the rows."""
         if self.places is None:
-            if call.told.inside is not None:
+            if call.told.inside is not None or call.parts is not None:
+                asked = "restrict" if call.parts is None else "use of several adapters"
                 raise TokenGateError(
-                    "restrict was asked of experts whose forward is not given the experts of each "
-                    "position, (T, K), so that nobody knows which position a row is: restrict "
-                    "other layers, {'pattern': mask}."
+                    f"{asked} was asked of experts whose forward is not given the experts of each "
+                    "position, (T, K), so that nobody knows which position a row is: name other "
+                    "layers, {'pattern': mask}, or one adapter."
                 )
             return
         if call.told.inside is not None:
@@ -149,38 +151,53 @@ class _Call:
 
     def __init__(self, layer: GatedExperts, told: Told, shape: torch.Size) -> None:
         self.layer, self.told, self.shape = layer, told, shape
-        named = isinstance(told.choice, str)
-        self.adapter = layer.adapter(told.choice) if named else None
+        # Of several adapters, where each acts; None where there is one, everywhere.
+        self.parts: list[Tensor] | None = None
+        names = [told.choice] if isinstance(told.choice, str) else []
+        if isinstance(told.choice, Regional):
+            names = [name for name in told.choice.regions if layer.adapter(name) is not None]
+            by_name = dict(zip(told.choice.regions, told.parts, strict=True))
+            self.parts = [by_name[name] for name in names]
+        elif isinstance(told.choice, Rows):
+            raise TokenGateError(
+                "experts were patched within tokengate.use of one adapter for each row, of which "
+                "they know nothing: leave the context, and enter it anew."
+            )
+        found = map(layer.adapter, names)
+        self.adapters = [adapter for adapter in found if adapter is not None]
         # A mask of other positions than these is of none.
         fits = told.mask is not None and told.mask.numel() == shape.numel()
         self.mask = told.mask if fits else None
         self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
-        counts = layer.training and self.gate is not None and self.gate.counts_scores
+        of_positions = (self.parts, self.mask, told.inside)
         self.needs_places = bool(
-            counts or self.observers or self.mask is not None or told.inside is not None
+            self.counts or self.observers or any(each is not None for each in of_positions)
         )
 
     @property
-    def modification(self) -> Modification:
-        """Of all experts."""
-        assert self.adapter is not None
-        return self.adapter[0]
-
-    @property
-    def gate(self) -> Gate | None:
-        """Of all experts."""
-        return None if self.adapter is None else self.adapter[1]
+    def counts(self) -> bool:
+        """Whether a gate counts the scores; of several adapters none does."""
+        gate = self.adapters[0][1] if self.adapters and self.parts is None else None
+        return self.layer.training and gate is not None and gate.counts_scores
 
     @cached_property
-    def each(self) -> list[tuple[Any, Modification, Gate | None]]:
-        """The layer, modification and gate of each expert."""
+    def each(self) -> list[tuple[Any, list[tuple[Modification, Gate | None]]]]:
+        """Of each expert the layer, and the adapters' modifications and gates."""
         layers = self.layer.each()
-        gates = [None] * len(layers) if self.gate is None else cast(Any, self.gate).each()
-        return list(zip(layers, cast(Any, self.modification).each(), gates, strict=True))
+        adapters = []
+        for modification, gate in self.adapters:
+            gates = [None] * len(layers) if gate is None else cast(Any, gate).each()
+            adapters.append(list(zip(cast(Any, modification).each(), gates, strict=True)))
+        return list(zip(layers, map(list, zip(*adapters, strict=True)), strict=True))
 
     def of_one(self, expert: int, rows: _Rows) -> Tensor:
         """The changed rows of one expert."""
-        linear, modification, gate = self.each[expert]
+        linear, adapters = self.each[expert]
+        if self.parts is not None:
+            h, is_open = in_regions(linear, rows.out, rows.bias, self._at_rows(rows, adapters))
+            self._tell([expert], None, rows, Changed(h, is_open, None, None))
+            return h
+        ((modification, gate),) = adapters
         w = without_bias(rows.out, rows.bias) if modification.reads_w else rows.out
         factors = modification.factors(rows.x, w, linear)
         m = whole_of(modification, rows.x, w) if factors is None else factors
@@ -189,9 +206,24 @@ class _Call:
         self._tell([expert], None, rows, found)
         return found.h
 
+    def _at_rows(
+        self, rows: _Rows, adapters: list[tuple[Modification, Gate | None]]
+    ) -> Iterator[Part]:
+        """What each adapter adds to one expert's rows, and where."""
+        assert self.parts is not None
+        assert rows.places is not None
+        for (modification, gate), part in zip(adapters, self.parts, strict=True):
+            weights = part.reshape(-1)[rows.places]
+            weights = weights if rows.inside is None else weights * rows.inside
+            real = weights != 0
+            real = real if rows.real is None else real & (rows.real != 0)
+            yield rows.x, modification, gate, weights, real
+
     def of_all(self, groups: Groups, rows: _Rows) -> Tensor:
         """The changed rows of several experts."""
-        modification, gate = self.modification, self.gate
+        if self.parts is not None:
+            return self._one_by_one(groups, rows)
+        ((modification, gate),) = self.adapters
         if not modification.stacks or not (gate is None or gate.stacks):
             return self._one_by_one(groups, rows)
         maps = modification.maps(cast(Any, self.layer), rows.out.dtype)
@@ -214,9 +246,7 @@ class _Call:
         self, experts: Iterable[int], groups: Groups | None, rows: _Rows, found: Changed
     ) -> None:
         """Tell observers and the gate, expert by expert, of its positions."""
-        gate = self.gate
-        counts = self.layer.training and gate is not None and gate.counts_scores
-        if not (self.observers or counts):
+        if not (self.observers or self.counts):
             return
         told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
         for expert in experts:
@@ -229,8 +259,8 @@ class _Call:
             for observer in told:
                 scores = [of.scores] if observer.scores else []
                 observer.of(expert).tell(of.is_open, of.h, real, of.norms, *scores)
-            if counts:
-                cast(Gate, gate).count(of.scores, real)
+            if self.counts:
+                cast(Gate, self.adapters[0][1]).count(of.scores, real)
 
     def _at_positions(self, rows: _Rows, found: Changed) -> tuple[Changed, Tensor | None]:
         """The same by samples, (B, T), with something in the shape of h; and what is real."""
