@@ -95,6 +95,11 @@ def config_path(folder: Path) -> Path:
 
 
 def _read(folder: Path) -> SavedAdapter:
+    if folder.is_file():
+        raise TokenGateError(
+            f"{str(folder)!r} is a file: pass the folder that tokengate.save wrote, e.g. "
+            f"{str(folder.parent)!r}."
+        )
     for path in (folder, config_path(folder), folder / WEIGHTS):
         if not path.exists():
             raise TokenGateError(
