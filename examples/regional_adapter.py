@@ -124,15 +124,17 @@ def main() -> None:
     figure = Figure(figsize=(6.4, 7.9), layout="constrained")
     figure.suptitle("Two adapters in one forward, each in a region of its own")
     axes = figure.subplots(len(rows), 4)
-    region = torch.stack([disc[0], band[0]]).float().reshape(2, GRID, GRID)
-    centres = (PATCH * (torch.arange(GRID) + 0.5) - 0.5).numpy()
+    # By pixels, with nothing around them, so that an outline is closed and runs along the patches.
+    region = torch.stack([disc[0], band[0]]).float().reshape(2, 1, GRID, GRID)
+    region = F.pad(F.interpolate(region, size=SIDE), (1, 1, 1, 1))[:, 0]
+    at = torch.arange(-1, SIDE + 1).numpy()
     for (name, row), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, picture in zip(line, row, strict=True):
             ax.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
             if name.startswith("both"):
                 for each, colour in zip(region.numpy(), ("tab:orange", "tab:cyan"), strict=True):
-                    ax.contour(centres, centres, each, levels=[0.5], colors=colour)
+                    ax.contour(at, at, each, levels=[0.5], colors=colour, linewidths=2)
             ax.set(xticks=[], yticks=[])
     outlines = [Line2D([], [], color=colour) for colour in ("tab:orange", "tab:cyan")]
     names = [f"where {name!r} is in use" for name in STYLES]

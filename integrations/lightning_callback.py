@@ -226,14 +226,14 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
             return
         if self.allocator is not None and self._orthogonality:
             _add_penalty(pl_module, self._orthogonality, _still_scaled_by(trainer, optimizer))
-        self._stepped = None if self.sparsity_schedule is None else self.sparsity_schedule.step
+        self._stepped = None if self.sparsity_schedule is None else self.sparsity_schedule.steps
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the step, if one was taken."""
         stepped, self._stepped = self._stepped, None
-        if self.sparsity_schedule is not None and stepped == self.sparsity_schedule.step:
+        if self.sparsity_schedule is not None and stepped == self.sparsity_schedule.steps:
             self.sparsity_schedule.skip_step()  # as a GradScaler did
         if self._recorder is None or not trainer._logger_connector.should_update_logs:
             return

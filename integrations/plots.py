@@ -197,11 +197,10 @@ def trajectories(
         ax.set_ylabel(label)
     for ax in grid.flat:
         ax.grid(alpha=0.3)
-    for title, row in (("projection", "tau"), ("sparsity", "sparsity (%)")):
-        if row in rows:
-            lines, labels = grid[rows.index(row), 0].get_legend_handles_labels()
-            place = "outside right upper" if row == "tau" else "outside right lower"
-            figure.legend(lines, labels, title=title, loc=place, fontsize=8)
+    named = [grid[rows.index(row), 0] for row in ("tau", "sparsity (%)") if row in rows]
+    handles = [ax.get_legend_handles_labels() for ax in named]
+    lines, labels = (list(itertools.chain(*each)) for each in zip(*handles, strict=True))
+    figure.legend(lines, labels, loc="outside center right", fontsize=8)
     figure.suptitle("tau of every gate, and what it leaves unmodified", fontsize=11)
     return figure
 

@@ -40,6 +40,12 @@ def patched(*targets, **options):
     return tokengate.patch(Net(), [*targets] or ["q_proj"], **{"rank": 2, **options})
 
 
+def schedule(model, **options):
+    """A SparsitySchedule of it and an optimizer."""
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    return tokengate.SparsitySchedule(model, optimizer, **options)
+
+
 def ddp(model):
     """`model` in DistributedDataParallel; whoever calls it ends the process group."""
     place = Path("store").absolute()
@@ -65,6 +71,7 @@ def response_to(code):
     here = {
         "torch": torch, "nn": nn, "tokengate": tokengate, "re": re, "train": train, "ddp": ddp,
         "model": Net(), "base": Net(), "batch": torch.ones(2, 3, 8), "patched": patched,
+        "schedule": schedule,
     }  # fmt: skip
     if "folder" in code or '"ours"' in code or '"theirs"' in code:
         prepare()
@@ -109,7 +116,7 @@ def test_each_mistake_is_right_or_said_in_one_sentence(row, tmp_path, monkeypatc
 
 
 def test_there_are_those_asked_for_and_ten_more():
-    assert len(ROWS) >= 35
+    assert len(ROWS) >= 100
     assert sum(row["response"] == RIGHT for row in ROWS) >= 4
 
 

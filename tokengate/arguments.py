@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import numbers
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 from tokengate.errors import TokenGateError, brief
 
 _LARGEST = 3.4e38
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def finite(name: str, value: float) -> float:
@@ -99,6 +102,66 @@ def did_you_mean(word: Any, words: Iterable[str]) -> str:
 
 def _bare(word: str) -> str:
     return re.sub(r"[\s_-]", "", word).casefold()
+
+
+def check_word(
+    asked: str, name: str, value: Any, same: Mapping[str, str], otherwise: Mapping[str, str]
+) -> None:
+    """An error if an argument's `name` is another library's word for what `asked` takes.
+
+    Args:
+        asked: the function that was called, for the error.
+        name: of the argument that it does not have.
+        value: of it.
+        same: what is the same here by another name.
+        otherwise: of what is said in another way, the end of the sentence.
+    """
+    shown = brief(value)
+    if name in same:
+        raise TokenGateError(
+            f"{asked} was given {name}={shown}, which is called {same[name]} here: did you mean "
+            f"{same[name]}={shown}?"
+        )
+    if name in otherwise:
+        raise TokenGateError(
+            f"{asked} was given {name}={shown}, which is no option here: {otherwise[name]}."
+        )
+
+
+def in_our_words(
+    same: Mapping[str, str] | None = None, otherwise: Mapping[str, str] | None = None
+) -> Callable[[_Function], _Function]:
+    """For a function whose arguments others call differently: see `check_word`.
+
+    It answers names that neither it nor others have, too, and more arguments than it takes by
+    position, each in a sentence. Of a class, decorate its `__init__`.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        asked = function.__qualname__.removesuffix(".__init__")
+        parameters = inspect.signature(function).parameters
+        ours = [name for name in parameters if name != "self"]
+        places = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in [each for each in kwargs if each not in parameters]:
+                check_word(asked, name, kwargs[name], same or {}, otherwise or {})
+                raise TokenGateError(
+                    f"{asked} was given {name}={brief(kwargs[name])}, which is no option of it"
+                    f"{did_you_mean(name, ours)}: its options are {', '.join(ours)}."
+                )
+            if len(args) > len(places):
+                taken = " and ".join(place for place in places if place != "self")
+                raise TokenGateError(
+                    f"{asked} was given {brief(args[len(places)])} beside {taken}, which are all "
+                    "that it takes by position: leave it out, or name it."
+                )
+            return function(*args, **kwargs)
+
+        return cast(_Function, checked)
+
+    return decorate
 
 
 def betas(value: tuple[float, float]) -> tuple[float, float]:

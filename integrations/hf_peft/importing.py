@@ -15,7 +15,7 @@ from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
 from tokengate.adapters.weights import DTYPES
-from tokengate.arguments import finite, non_negative, switch
+from tokengate.arguments import finite, in_our_words, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
@@ -26,6 +26,12 @@ from tokengate.patching.wrappers import check_can_patch
 from tokengate.patterns import Pattern
 
 
+@in_our_words(
+    otherwise={
+        "adapter_name": "leave it out, import, tokengate.save, and name it in tokengate.load",
+        "is_trainable": "leave it out, as what is imported is trainable",
+    },
+)
 @exclusive
 def import_peft(
     model: nn.Module,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokengate import TokenGateError
 from tokengate.adapters.folder import CONFIG as OURS
-from tokengate.adapters.folder import read_config
+from tokengate.adapters.folder import check_no_file, read_config
 from tokengate.adapters.weights import DTYPES, Weights, open_weights
 from tokengate.arguments import count, positive, share, switch
 from tokengate.errors import brief
@@ -186,6 +186,7 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder / OURS!s} is ours, which tokengate.load reads as it is: pass a folder that "
             "PEFT wrote."
         )
+    check_no_file(folder)
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if path.exists():
             continue

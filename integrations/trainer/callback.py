@@ -130,6 +130,8 @@ class TokenGateCallback(TrainerCallback):
         self._gradients = Gradients(non_negative("orthogonality", orthogonality))
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
+        if target_sparsity is not None:
+            share("target_sparsity", target_sparsity)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", target_warmup)
         self._details = switch("details", details)

@@ -56,6 +56,14 @@ def test_links_lead_to_files(name):
     assert [target for target in found if not (ROOT / here / target).exists()] == []
 
 
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_files_that_are_named_are_there(name):
+    found = re.findall(
+        r"\b((?:tests|examples|docs)/[\w/*.]+\.(?:pyi?|jsonl?|md|png))\b", page(name)
+    )
+    assert [path for path in found if not list(ROOT.glob(path))] == []
+
+
 def test_links_are_found():
     assert links("[a](b/c.md#d) ![e](f.png) [g](https://h.i) [j](#k)") == ["b/c.md", "f.png"]
     assert len(links(page("README.md"))) > 15

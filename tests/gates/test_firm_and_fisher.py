@@ -281,7 +281,7 @@ def test_calibrate_says_what_stands_in_its_way():
     model = tokengate.patch(Net(), ["fc1"], rank=2, gate="fisher")
     away_from_initialisation(model)
     batches = [torch.randn(2, 4, 8)]
-    with one_sentence("whose Q is 0", "train with a SparsitySchedule"):
+    with one_sentence("no gradient", "train with a SparsitySchedule"):
         tokengate.calibrate(model, batches)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
     schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 10)

@@ -235,7 +235,7 @@ def test_a_skipped_step_is_no_step_of_anything(pl, tmp_path):
     trainer.callbacks.append(Overflows())
     trainer.fit(module_of(pl, net), batches(8))
     assert scaler.get_scale() == 512.0
-    assert own.allocator.step == own.sparsity_schedule.step == own.following.begun == 7
+    assert own.allocator.steps == own.sparsity_schedule.steps == own.following.begun == 7
     assert all(layer.gate._seen is None for layer in tokengate.layers(net).values())
     assert all(p.isfinite().all() for p in net.parameters())
 
@@ -261,7 +261,7 @@ def test_resumed_bit_for_bit(both, tmp_path):
     again, other = resumable(both, tmp_path, "whole", ckpt=checkpoint)
     assert set(own.allocator.ranks.values()) != {4}
     assert other.allocator.ranks == own.allocator.ranks
-    assert other.allocator.step == own.allocator.step == 16
+    assert other.allocator.steps == own.allocator.steps == 16
     assert other.sparsity_schedule.thresholds == own.sparsity_schedule.thresholds
     assert min(own.sparsity_schedule.thresholds.values()) > 0
     for name, value in whole.state_dict().items():

@@ -185,9 +185,8 @@ def test_trajectories_are_the_history_s():
     assert all(line.get_xdata().tolist() == [0, 10, 20] for line in tau.lines)
     colours = [line.get_color() for line in tau.lines]
     assert colours[0] == colours[1] == sparsity.lines[0].get_color() != colours[2] == colours[3]
-    legend, bold = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
-    assert [text.get_text() for text in bold.get_texts()] == ["mean of all"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj", "mean of all"]
     (labelled,) = [line for line in sparsity.lines if line.get_label() == "mean of all"]
     assert labelled.get_linewidth() > max(x.get_linewidth() for x in sparsity.lines[:-1])
     # The scale of shares is always the same.
@@ -206,6 +205,17 @@ def test_trajectories_side_by_side():
     assert lines(figure.axes[3]) == [[102, 112, 122]]
     assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim()
     assert lines(figure.axes[4])[-1] == [100] * 3
+
+
+@pytest.mark.parametrize("titles", [["one"], ["one", "two", "three"]])
+def test_nothing_of_the_trajectories_lies_on_another(titles):
+    figure = plots.trajectories({title: history() for title in titles})
+    plots.pixels(figure)  # which lays it out
+    parts = [figure._suptitle, *figure.legends, *figure.axes]
+    boxes = [part.get_window_extent() for part in parts]
+    assert boxes[0].overlaps(boxes[0])
+    assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_trajectories_leave_out_what_was_not_logged():

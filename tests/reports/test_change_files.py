@@ -48,6 +48,13 @@ def test_m_and_s_are_what_the_layers_added(tmp_path, method):
     assert after["modules"] == before["modules"]
 
 
+@pytest.mark.parametrize("wanted", ["q_proj", ["q_proj"], ["*.q_proj"], "blocks.*.q_proj"])
+def test_modules_are_chosen_as_targets_are(tmp_path, wanted):
+    (file,) = tokengate.export_changes(patched(), [torch.randn(1, 2, 8)], tmp_path, modules=wanted)
+    names = {"blocks.0.q_proj", "blocks.1.q_proj"}
+    assert set(load_file(file)) == names | {f"{name}.open" for name in names}
+
+
 def test_tokens_are_beside_it_and_numbers_as_small_as_asked(tmp_path):
     model = away_from_initialisation(tokengate.patch(small_llama(), ["q_proj"], rank=2, gate=False))
     ids = torch.randint(1, 64, (2, 6))
@@ -95,8 +102,8 @@ def test_refusals(tmp_path):
     model, x = patched(), torch.randn(2, 5, 8)
     with one_sentence("without a patched layer"):
         tokengate.export_changes(Net(), [x], tmp_path)
-    with one_sentence("'q_proj'", "tokengate.layers(model)"):
-        tokengate.export_changes(model, [x], tmp_path, modules=["q_proj"])
+    with one_sentence("'k_proj'", "tokengate.layers(model)"):
+        tokengate.export_changes(model, [x], tmp_path, modules=["q_proj", "k_proj"])
     with one_sentence("no module"):
         tokengate.export_changes(model, [x], tmp_path, modules=[])
     with one_sentence("torch.int64", "torch.float16"):

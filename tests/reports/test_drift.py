@@ -160,7 +160,7 @@ def test_plain_tensors_are_features_unless_told_otherwise():
     away_from_initialisation(model)
     batch = torch.randn(2, 5, 8)
     assert tokengate.drift(model, [batch]).measure == "cosine"
-    found = tokengate.drift(model, [batch], measure="kl")
+    found = tokengate.drift(model, [batch], measure="KL")
     assert (found.measure, found.positions) == ("kl", 10)
 
 

@@ -161,6 +161,7 @@ def test_select_keeps_the_highest_of_fisher_unless_told_otherwise():
     scores = {"a": 0.5, "b": 0.1, "c": 0.9, "d": 0.2}
     assert tokengate.select(scores, 0.5, by="fisher") == ["a", "c"]
     assert tokengate.select(scores, 0.5, by="fisher", keep="lowest") == ["b", "d"]
+    assert tokengate.select(scores, 0.5, by="Fisher") == ["a", "c"]
     assert tokengate.select(scores, 0.5) == ["b", "d"]  # as before
 
 

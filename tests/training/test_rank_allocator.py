@@ -91,7 +91,7 @@ def test_what_is_pruned_stays_zero_and_the_rest_is_trained(kind):
             assert (E[~kept] == 0).all()
             assert (E[kept] != before[name][kept]).all()
     assert sum(allocator.ranks.values()) == 4
-    assert allocator.step == 14
+    assert allocator.steps == 14
 
 
 def test_without_it_a_pruned_value_would_grow_again():
@@ -104,7 +104,7 @@ def test_without_it_a_pruned_value_would_grow_again():
     train(model, optimizer, 1)
     grown = [layer.modification.E[pruned[n]] for n, layer in tokengate.layers(model).items()]
     assert torch.cat(grown).any()
-    assert allocator.step == 3
+    assert allocator.steps == 3
 
 
 def test_between_two_allocations_a_pruned_value_may_come_back():
@@ -143,7 +143,7 @@ def test_gradients_are_read_before_the_step():
         allocator = tokengate.RankAllocator(model, optimizer, total_steps=10)
         train(model, optimizer, 10)
         ranks.append({n: mask.tolist() for n, mask in allocator.masks.items()})
-        assert allocator.step == 10  # though torch announces the second kind's steps twice
+        assert allocator.steps == 10  # though torch announces the second kind's steps twice
     assert ranks[0] == ranks[1]
     assert len({tuple(mask) for mask in ranks[0].values()}) > 1
 
@@ -201,7 +201,7 @@ def test_resumes_exactly(cut, tmp_path):
     for step in range(cut, 12):
         train(model, optimizer, 1, seed=step)
     assert resumed.ranks == straight.ranks
-    assert resumed.step == straight.step == 12
+    assert resumed.steps == straight.steps == 12
     for name, value in values(whole).items():
         assert torch.equal(value, values(model)[name]), name
 
@@ -299,7 +299,7 @@ def test_a_layer_that_is_never_reached(penalty):
     before = values(model)
     with pytest.raises(tokengate.TokenGateError, match=r"'blocks\.1\.q_proj' has had no gradient"):
         optimizer.step()
-    assert allocator.step == 2
+    assert allocator.steps == 2
     for name, value in values(model).items():
         assert torch.equal(value, before[name])
 
@@ -380,12 +380,12 @@ def test_a_grad_scaler(fused):
                 scaler.scale(model(x * torch.inf).square().mean()).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                assert allocator.step == 3
+                assert allocator.steps == 3
             optimizer.zero_grad()
             scaler.scale(model(x).square().mean()).backward()
             scaler.step(optimizer)
             scaler.update()
-        assert allocator.step == 8
+        assert allocator.steps == 8
         results.append({n: mask.tolist() for n, mask in allocator.masks.items()})
     assert results[0] == results[1]
     assert not all(all(mask) for mask in results[0].values())
@@ -481,12 +481,12 @@ def test_a_state_of_something_else(change, message):
     before = allocator.state_dict()
     with pytest.raises(tokengate.TokenGateError, match=message):
         allocator.load_state_dict(change(before))
-    assert allocator.step == 0
+    assert allocator.steps == 0
     assert list(allocator.masks) == list(before["masks"])
 
 
 def test_it_says_what_it_is():
     model = adalora()
     allocator = tokengate.RankAllocator(model, optimizer_of(model), total_steps=10)
-    assert repr(allocator) == "RankAllocator(step=0, budget=16, layers=4, target_step=7)"
+    assert repr(allocator) == "RankAllocator(steps=0, budget=16, layers=4, target_step=7)"
     assert "target_rank=2" in repr(model)

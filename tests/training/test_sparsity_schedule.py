@@ -230,7 +230,7 @@ def test_micro_batches_are_one_step(gate):
         model, optimizer = net(gate)
         schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 20)
         ends.append(train(model, optimizer, 20, parts))
-        assert schedule.step == 20
+        assert schedule.steps == 20
     assert ends[0].min() > 1e-5
     torch.testing.assert_close(*ends, rtol=1e-3, atol=0)
 
@@ -285,7 +285,7 @@ def test_detached():
     train(model, optimizer, 3)
     schedule.detach()
     before = train(model, optimizer, 1, start=3)
-    assert schedule.step == 3
+    assert schedule.steps == 3
     assert not torch.equal(before, train(model, optimizer, 1, start=4)), "tau learns again"
     tokengate.SparsitySchedule(model, optimizer, 0.6, 10)
 
@@ -301,7 +301,7 @@ def test_nobody_leads_copies_nor_what_a_lost_schedule_led(gate):
         its_own = torch.optim.AdamW(tokengate.param_groups(other, lr=1e-2))
         tokengate.SparsitySchedule(other, its_own, 0.6, 10)
         train(other, its_own, 2)
-    assert schedule.step == 3
+    assert schedule.steps == 3
     del schedule, optimizer
     gc.collect()
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
@@ -311,7 +311,7 @@ def test_nobody_leads_copies_nor_what_a_lost_schedule_led(gate):
     first.detach()
     assert all(layer.gate.is_led for layer in tokengate.layers(model).values())
     train(model, optimizer, 3)
-    assert (first.step, second.step) == (3, 3)
+    assert (first.steps, second.steps) == (3, 3)
 
 
 def test_evaluation_and_what_is_computed_again_do_not_count():
@@ -337,14 +337,14 @@ def test_skipped_steps_change_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 10)
     for factor in (1.0, float("inf"), 1.0):
-        step, before = schedule.step, scaler.get_scale()
+        step, before = schedule.steps, scaler.get_scale()
         optimizer.zero_grad()
         scaler.scale(model(torch.randn(4, 5, 6)).square().mean() * factor).backward()
         scaler.step(optimizer)
         scaler.update()
         if scaler.get_scale() < before:
             schedule.skip_step()
-        assert schedule.step - step == (factor == 1.0)
+        assert schedule.steps - step == (factor == 1.0)
         assert not any(layer.gate._seen.any() for layer in tokengate.layers(model).values())
     assert all(layer.gate.Q.isfinite().all() for layer in tokengate.layers(model).values())
 

@@ -88,6 +88,15 @@ def _state(folder: Path) -> list[tuple[int, ...] | None]:
     return found
 
 
+def check_no_file(folder: Path) -> None:
+    """An error if what was passed as an adapter's folder is one of its files."""
+    if folder.is_file():
+        raise TokenGateError(
+            f"{str(folder)!r} is a file: pass the folder with all of the adapter, "
+            f"{str(folder.parent)!r}."
+        )
+
+
 def config_path(folder: Path) -> Path:
     """The configuration of an adapter of ours; under its old name where it has no other."""
     old = folder / OLD_CONFIG
@@ -95,6 +104,7 @@ def config_path(folder: Path) -> Path:
 
 
 def _read(folder: Path) -> SavedAdapter:
+    check_no_file(folder)
     for path in (folder, config_path(folder), folder / WEIGHTS):
         if not path.exists():
             raise TokenGateError(

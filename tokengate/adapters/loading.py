@@ -12,6 +12,7 @@ from tokengate.adapters.fitting import Fit
 from tokengate.adapters.folder import SavedAdapter, read_adapter
 from tokengate.adapters.saving import trained_beside
 from tokengate.adapters.source import local
+from tokengate.arguments import in_our_words
 from tokengate.errors import DifferentBaseWarning, TokenGateError, listed
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew
@@ -30,6 +31,14 @@ from tokengate.patching.wrappers import check_can_patch, check_gathered
 from tokengate.sharding import is_absent
 
 
+@in_our_words(
+    same={"adapter_name": "name", "adapter": "name"},
+    otherwise={
+        "is_trainable": "leave it out, as what is loaded is trainable, or call "
+        "requires_grad_(False) on it",
+        "config": "leave it out, as the folder says how to patch",
+    },
+)
 @exclusive
 def load(
     model: nn.Module,
@@ -104,14 +113,14 @@ def load_saved(
         with reading(model, name):
             _replace(model, fit)
     else:
-        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=5)
+        warn_of_mixing(model, _add(model, fit, name or DEFAULT, caller), stacklevel=6)
     if saved.config.base_fingerprint not in ("", fingerprint(model)):
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was saved from a {saved.config.base_class}, "
             f"whose linear layers are not all those of this {class_name(model)}: make sure that "
             "it is the same base.",
             DifferentBaseWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if different := others(model, saved.config.base_values, saved.config.train):
         warnings.warn(
@@ -120,7 +129,7 @@ def load_saved(
             "has, so that it will not do here what it did: give the base the values it had, or "
             'train anew with patch(train="head"), which saves them along.',
             DifferentBaseWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return fit.misfits
 

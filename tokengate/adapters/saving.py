@@ -30,6 +30,7 @@ from tokengate.adapters.folder import (
     with_digest,
 )
 from tokengate.adapters.weights import DTYPES, all_finite
+from tokengate.arguments import in_our_words
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
 from tokengate.gates.base import Gate, PenalisedGate
@@ -52,6 +53,13 @@ from tokengate.sharding import gathered, is_divided, present
 _DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@in_our_words(
+    same={"adapter_name": "name", "adapter": "name"},
+    otherwise={
+        "safe_serialization": "leave it out, as all is written as safetensors",
+        "selected_adapters": "save one after the other, by name=",
+    },
+)
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -86,6 +94,8 @@ def save(
             holds a model, or an adapter that is not ours.
         OSError: the folder cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"save was given a {type(model).__name__}: pass a torch.nn.Module.")
     if name is not None:
         check_name(name)
     if report is not None and not isinstance(report, SparsityReport):

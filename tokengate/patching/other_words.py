@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.arguments import check_word
+from tokengate.errors import TokenGateError
 from tokengate.gates.registry import options_of
 from tokengate.linears.by_name import is_from
 
@@ -19,6 +20,7 @@ SAME = {
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "targets",
+    "target_parameters": "targets",
     "target": "targets",
     "exclude_modules": "exclude",
     "modules_to_save": "train",
@@ -43,6 +45,15 @@ OTHERWISE = {
     "adapter_name": "leave it out, and name an adapter in tokengate.load(model, folder, name=...)",
     "config": "pass what is in it, each as an argument of patch",
     "peft_config": "pass what is in it, each as an argument of patch",
+    "name": "leave it out, and name an adapter in tokengate.load(model, folder, name=...)",
+    "layers": 'pass globs as targets, e.g. targets=["*.layers.[01].*.q_proj"]',
+    "dtype": "leave it out, as a modification has the dtype of its layer: call model.to(dtype)",
+    "device": "leave it out, as a modification lies beside its layer: call model.to(device)",
+    "tinit": "pass it to tokengate.RankAllocator as initial_warmup",
+    "tfinal": "pass it to tokengate.RankAllocator as final_warmup",
+    "deltaT": "pass it to tokengate.RankAllocator as interval",
+    "total_step": "pass it to tokengate.RankAllocator as total_steps",
+    "orth_reg_weight": "add that times tokengate.orthogonality(model) to the loss",
     "trainable_token_indices": "name the embedding, which is then trained whole: train=[...]",
     "lr": "pass it to tokengate.param_groups(model, lr=...)",
     "s": "pass it to tokengate.param_groups(model, lr=..., s=...)",
@@ -57,18 +68,8 @@ _METHODS = {"LORA": "lora", "ADALORA": "adalora"}
 def check_words(kind: type, options: Mapping[str, Any]) -> None:
     """An error, which says how it is said here, if what `kind` does not take is another's word."""
     for name, value in options.items():
-        if name in options_of(kind):
-            continue
-        if name in SAME:
-            raise TokenGateError(
-                f"patch was given {name}={brief(value)}, which is called {SAME[name]} here: did "
-                f"you mean {SAME[name]}={brief(value)}?"
-            )
-        if name in OTHERWISE:
-            raise TokenGateError(
-                f"patch was given {name}={brief(value)}, which is no option here: "
-                f"{OTHERWISE[name]}."
-            )
+        if name not in options_of(kind):
+            check_word("patch", name, value, SAME, OTHERWISE)
 
 
 def check_no_config(*given: Any) -> None:

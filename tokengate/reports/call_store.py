@@ -153,21 +153,30 @@ class KeptCalls(Mapping[str, list[Tensor]]):
         store: CallStore | None,
         read: Callable[[CallStore, str, int], Tensor],
         has: Callable[[CallStore, str], bool] = lambda store, name: True,
+        what: str = "positions",
     ) -> None:
-        self._store, self._read, self._has = store, read, has
+        self._kept, self._read, self._has, self._what = store, read, has, what
+
+    @property
+    def _store(self) -> CallStore:
+        if self._kept is None:
+            how = "positions=True" + ", ratios=True" * (self._what == "ratios")
+            raise TokenGateError(
+                f"no {self._what} were recorded: run the model inside `with tokengate.record("
+                f"model, {how}):`."
+            )
+        return self._kept
 
     def __getitem__(self, name: str) -> list[Tensor]:
-        store = self._store
-        if store is None or name not in self:
+        if name not in self:
             raise KeyError(name)
-        return [self._read(store, name, call) for call in range(store.count(name))]
+        return [self._read(self._store, name, call) for call in range(self._store.count(name))]
 
     def __contains__(self, name: object) -> bool:
         return any(name == own for own in self)
 
     def __iter__(self) -> Iterator[str]:
-        store = self._store
-        return iter([] if store is None else [n for n in store.names if self._has(store, n)])
+        return iter([n for n in self._store.names if self._has(self._store, n)])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)  # list(self) would ask for the length

@@ -52,7 +52,7 @@ class Recorder:
 
     Attributes:
         positions: with `record(positions=True)`, for every module the list of its S, one boolean
-            tensor of shape `(...)` on the CPU for each call; otherwise empty. A module's list is
+            tensor of shape `(...)` on the CPU for each call; otherwise an error. A module's list is
             made when it is asked for.
         ratios: with `record(positions=True, ratios=True)`, the same of r = ||M(x)|| / ||W0 x||
             (eq. 4) in float16, for every module that has a gate: to 0.05 % from 6e-5 on and to
@@ -90,7 +90,7 @@ class Recorder:
         self._calls = store
         self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
         self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
-            store, CallStore.ratios, CallStore.has_ratios
+            store if ratios else None, CallStore.ratios, CallStore.has_ratios, "ratios"
         )
 
     @property

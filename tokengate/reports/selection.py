@@ -69,9 +69,6 @@ def select(
         TokenGateError: an argument is wrong; a module was never called and has no sparsity; all of
             fisher's scores are 0, as those of an untrained model are.
     """
-    if keep is None:
-        keep = "highest" if by == "fisher" else "lowest"
-    keep = choice("keep", keep, ("lowest", "highest"))
     if not 0 < finite("fraction", fraction) <= 1:
         raise TokenGateError(
             f"fraction={brief(fraction)} is not in (0, 1]: pass a share of the modules, e.g. 0.5."
@@ -82,7 +79,11 @@ def select(
             f"by={by!r} was asked, which no report has: pass "
             f"tokengate.modification_norms(model, batches).{_NORMS[by]} in place of the report."
         )
-    if choice("by", by, ("sparsity", "fisher", "random")) == "random":
+    by = choice("by", by, ("sparsity", "fisher", "random"))
+    if keep is None:
+        keep = "highest" if by == "fisher" else "lowest"
+    keep = choice("keep", keep, ("lowest", "highest"))
+    if by == "random":
         draw = random.Random(count("seed", seed, least=0))
         numbers = {name: draw.random() for name in numbers}
     if by == "fisher" and isinstance(report, SparsityReport):

@@ -81,8 +81,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     unfed = [repr(n) for n, g in gates.items() if isinstance(g, FisherGate) and not g.Q.any()]
     if len(unfed) == len(gates):
         raise TokenGateError(
-            f"calibrate was asked of {listed(unfed)}, whose Q is 0, so that every score is: train "
-            "with a SparsitySchedule, while which backward feeds it."
+            f"calibrate was asked of {listed(unfed)}, to which no gradient has shown what the loss "
+            "hangs on: train with a SparsitySchedule, under which backward feeds their Q."
         )
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
     counted = {each: _Seen() for own in names.values() for each in own}

@@ -15,6 +15,7 @@ from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.sharding import divided_as, gathered
 from tokengate.training.importance import Importance
 from tokengate.training.orthogonality import adalora_layers
+from tokengate.training.wrapped_optimizers import NO_STEP
 
 # Whose rank an allocator lowers.
 LED: WeakSet[nn.Module] = WeakSet()
@@ -61,7 +62,7 @@ class RankAllocator:
         beta2: decay rate of the uncertainty.
 
     Attributes:
-        step: optimiser steps seen.
+        steps: optimiser steps seen.
         masks: for every layer a boolean tensor `(rank,)`, of experts `(E, rank)`: which singular
             values are kept.
 
@@ -111,7 +112,7 @@ class RankAllocator:
         )
         self._check_optimizer(optimizer)
         LED.update(self._modifications.values())
-        self.step = 0
+        self.steps = 0
         self.masks = {
             name: torch.ones(m.E.shape, dtype=torch.bool, device=m.E.device)
             for name, m in self._modifications.items()
@@ -121,6 +122,14 @@ class RankAllocator:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def step(self) -> None:
+        """Schedulers want this call; here `optimizer.step()` is one.
+
+        Raises:
+            TokenGateError: always.
+        """
+        raise TokenGateError(NO_STEP.format("RankAllocator"))
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -132,11 +141,11 @@ class RankAllocator:
         """Singular values that the schedule allows over all layers, after the steps seen."""
         initial = sum(m.E.numel() for m in self._modifications.values())
         final = int(self._schedule["final_budget"])
-        if self.step <= self._first:
+        if self.steps <= self._first:
             return initial
-        if self.step >= self._last:
+        if self.steps >= self._last:
             return final
-        left = 1 - (self.step - self._first) / (self._last - self._first)
+        left = 1 - (self.steps - self._first) / (self._last - self._first)
         return int((initial - final) * left**3 + final)
 
     def detach(self) -> None:
@@ -154,7 +163,7 @@ class RankAllocator:
             return {n: {f: gathered(t) for f, t in own.items()} for n, own in layers.items()}
 
         state = {
-            "step": self.step,
+            "step": self.steps,
             "schedule": self._schedule,
             "masks": self.masks,
             "sensitivity": whole(self._importance.sensitivity),
@@ -201,7 +210,7 @@ class RankAllocator:
             copies = {k: t.to(factors[k].device, copy=True) for k, t in tensors.items()}
             return {k: divided_as(t, factors[k]) for k, t in copies.items()}
 
-        self.step = int(state["step"])
+        self.steps = int(state["step"])
         self.masks = {
             name: mask.to(self.masks[name].device, copy=True)
             for name, mask in state["masks"].items()
@@ -211,7 +220,7 @@ class RankAllocator:
 
     def __repr__(self) -> str:
         return (
-            f"RankAllocator(step={self.step}, budget={self.budget}, "
+            f"RankAllocator(steps={self.steps}, budget={self.budget}, "
             f"layers={len(self.masks)}, target_step={self._last})"
         )
 
@@ -249,7 +258,7 @@ class RankAllocator:
         # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf > 0)
-        step = self.step + 1
+        step = self.steps + 1
         if self._skipped or step > self._last:
             return
         reached = self._importance.read(getattr(optimizer, "grad_scale", None))
@@ -276,17 +285,17 @@ class RankAllocator:
         if self._skipped or not self._pending:
             return
         self._pending = False
-        self.step += 1
-        if self.step < self._last:
+        self.steps += 1
+        if self.steps < self._last:
             self._importance.update()
-        allocates = self._allocates_at(self.step)
+        allocates = self._allocates_at(self.steps)
         if allocates:
             self._allocate()
-        if allocates or self.step > self._last:
+        if allocates or self.steps > self._last:
             for name, modification in self._modifications.items():
                 E = modification.E
                 E.masked_fill_(divided_as(~self.masks[name], E), 0.0)
-        if self.step >= self._last:
+        if self.steps >= self._last:
             self._importance.sensitivity, self._importance.uncertainty = {}, {}
 
     def _allocate(self) -> None:

@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from tokengate.errors import TokenGateError
 from tokengate.gates.optimizer_steps import nothing
 
+#: What is said to whoever calls `step()` of what hooks itself into an optimiser.
+NO_STEP = "{} was asked for a step(), which optimizer.step() takes along: leave the call out."
+
 
 def hooked_in(optimizer: Any) -> Iterator[Optimizer]:
     """It, and what it wraps; without Accelerate's and Lightning's wrappers, which have no hooks."""

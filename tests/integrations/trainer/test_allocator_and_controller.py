@@ -68,7 +68,7 @@ def test_the_allocator_s_options(tmp_path):
     options = {"initial_warmup": 1, "final_warmup": 2}
     callback = TokenGateCallback(allocator=options)
     made, _ = trained(tmp_path, language_model("adalora", target_rank=1), callback)
-    assert callback.allocator.step == made.state.max_steps == 8
+    assert callback.allocator.steps == made.state.max_steps == 8
     assert sum(callback.allocator.ranks.values()) == 6
     for name, layer in tokengate.layers(made.model).items():
         assert int((layer.modification.E != 0).sum()) == callback.allocator.ranks[name]
@@ -83,7 +83,7 @@ def test_a_wanted_sparsity(tmp_path, warmup):
         callback = TokenGateCallback(s=5e-3, target_sparsity=0.9, target_warmup=warmup)
         made, path = trainer(tmp_path, callback=callback, **saving)
         made.train(resume_from_checkpoint=resume)
-        assert callback.sparsity_schedule.step == 8
+        assert callback.sparsity_schedule.steps == 8
         assert callback.sparsity_schedule.thresholds.keys() == tokengate.layers(made.model).keys()
         assert not hooks(made.optimizer)
         ends.append(values(made.model))

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokengate.adapters.folding.deciding import FoldedLayer
 from tokengate.adapters.folding.folding import Folding, check_one_adapter, fold
+from tokengate.arguments import in_our_words
 from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.changing import exclusive
@@ -21,6 +22,13 @@ from tokengate.reports.report import SparsityReport
 from tokengate.sharding import numbers_here
 
 
+@in_our_words(
+    otherwise={
+        "safe_merge": "leave it out, as safe=True is the default",
+        "adapter_names": "call tokengate.use(model, name) before, with the one that is meant",
+        "progressbar": "leave it out",
+    },
+)
 @exclusive
 def merge_and_unload(
     model: nn.Module,
@@ -68,7 +76,7 @@ def merge_and_unload(
         f"{listed(shown)}; fold nearly decided gates with force=0.95, or keep tokengate beside "
         "the model.",
         StillGatedWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return folding
 

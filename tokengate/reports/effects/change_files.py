@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -24,6 +24,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.layers.regions import Regional
 from tokengate.layers.several import Rows
 from tokengate.linears.experts import StackedLinear
+from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.reports.call_store import content_of
 
 # How safetensors calls what is written here.
@@ -39,7 +40,7 @@ def export_changes(
     batches: Iterable[Any],
     folder: str | Path,
     *,
-    modules: Collection[str] | None = None,
+    modules: Any = None,
     dtype: torch.dtype | None = None,
     limit: int = 2**30,
 ) -> list[Path]:
@@ -64,7 +65,8 @@ def export_changes(
         model: a patched model.
         batches: what it is called with: dicts by keyword, tuples by position.
         folder: of the files, `batch-00000.safetensors` and so on; made if it is not there.
-        modules: names of those to write; None for all.
+        modules: those to write, by names, globs or regular expressions, as `patch` takes targets;
+            None for all.
         dtype: to write M(x) in; None for its own.
         limit: the bytes that all of it may take together: 1 GiB, if not told otherwise.
 
@@ -79,18 +81,12 @@ def export_changes(
     """
     patched = require_layers(model, "export_changes")
     check_batches("export_changes", batches)
-    unknown = [name for name in modules or () if name not in patched]
-    if unknown or (modules is not None and not modules):
-        raise TokenGateError(
-            f"export_changes was asked for {brief(unknown[0]) if unknown else 'no module'}: pass "
-            "names of tokengate.layers(model), or None for all."
-        )
     if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
         raise TokenGateError(
             f"dtype={brief(dtype)} was asked for M(x): pass torch.float32, torch.float16 or "
             "torch.bfloat16, or None for its own."
         )
-    chosen = {n: layer for n, layer in patched.items() if modules is None or n in modules}
+    chosen = patched if modules is None else _chosen(patched, as_patterns("modules", modules))
     held = [name for name, layer in chosen.items() if isinstance(layer, StackedLinear)]
     if held:
         raise TokenGateError(
@@ -113,6 +109,21 @@ def export_changes(
     if not files:
         raise TokenGateError("export_changes was given no batch: pass one or more.")
     return files
+
+
+def _chosen(patched: Mapping[str, Gated], wanted: list[Pattern]) -> dict[str, Gated]:
+    for pattern in wanted:
+        if not any(matches(pattern, name) for name in patched):
+            raise TokenGateError(
+                f"export_changes was asked for {show(pattern)}, which is no patched layer: pass "
+                f"names of tokengate.layers(model), or None for all; {nearest(pattern, patched)}."
+            )
+    if not wanted:
+        raise TokenGateError(
+            "export_changes was asked for no module: pass names of tokengate.layers(model), or "
+            "None for all."
+        )
+    return {n: layer for n, layer in patched.items() if any(matches(p, n) for p in wanted)}
 
 
 class _Writer:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokengate.arguments import in_our_words
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import evaluating, run
 from tokengate.layers.patched import require_layers
@@ -85,6 +86,7 @@ class Comparison:
         )
 
 
+@in_our_words(otherwise={"base": "leave it out, as the base is in the model"})
 def compare(
     model: nn.Module, batch: Any, *, ids: Tensor | None = None, shift: bool | None = None
 ) -> Comparison:
@@ -113,8 +115,9 @@ def compare(
     tokens = given.get("input_ids") if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
         raise TokenGateError(
-            f"compare was given {brief(tokens)} as tokens: pass a batch with input_ids of shape "
-            "(B, T), or the tokens that the logits predict as ids=."
+            f"compare found no tokens (B, T) in {brief(batch if tokens is None else tokens)}: pass "
+            "one batch with input_ids, as tokenizer(texts, return_tensors='pt') gives it, or the "
+            "tokens that the logits predict as ids=."
         )
     if shift is None:
         shift = "MaskedLM" not in type(inside(model)).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokengate.arguments import choice, share
+from tokengate.arguments import choice, in_our_words, share
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.patched import require_layers
@@ -43,6 +43,7 @@ class Drift:
         return f"{self.measure} to the base {self.mean:.4g}{unit} ({self.positions} positions)"
 
 
+@in_our_words(otherwise={"base": "leave it out, as the base is in the model"})
 def drift(
     model: nn.Module,
     batches: Iterable[Any],
@@ -77,7 +78,7 @@ def drift(
     """
     require_layers(model, "drift")
     check_batches("drift", batches)
-    choice("measure", measure, ("auto", *_MEASURES))
+    measure = choice("measure", measure, ("auto", *_MEASURES))
     if scale != 1.0:
         share("scale", scale)
     total, count, used = 0.0, 0, measure

@@ -45,17 +45,46 @@ def fisher_scores(
     Raises:
         TokenGateError: no layer is patched; there are no batches; there is no loss.
     """
-    require_layers(model, "fisher_scores")
-    check_batches("fisher_scores", batches)
     sums = dict.fromkeys(require_layers(model, "fisher_scores"), 0.0)
+    check_batches("fisher_scores", batches)
+    loss = checked(loss)
     count = 0
     for batch in batches:
         count += 1
-        for name, calls in _gradients(model, batch, loss or loss_of).items():
+        for name, calls in _gradients(model, batch, loss).items():
             sums[name] += sum(float(g.double().square().sum()) for g in calls)
     if not count:
         raise TokenGateError("fisher_scores was given no batches: pass at least one.")
     return {name: total / count for name, total in sums.items()}
+
+
+def checked(loss: Loss | None) -> Loss:
+    """`loss`, or what the model returns as its own; what it is given, and returns, is looked at.
+
+    Raises:
+        TokenGateError: it is no function of a model and a batch, or, in a call, returns something
+            else than a tensor of one element.
+    """
+    if loss is None or loss is loss_of:
+        return loss_of
+    example = "e.g. loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
+    if any(str(getattr(x, "__module__", "")).startswith("torch.nn.") for x in (loss, type(loss))):
+        raise TokenGateError(
+            f"loss={getattr(loss, '__name__', brief(loss))} was given, which takes outputs and "
+            f"targets: pass a function of the model and a batch, {example}."
+        )
+
+    def of_one_element(model: nn.Module, batch: Any) -> Tensor:
+        found = loss(model, batch)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+            raise TokenGateError(
+                f"loss= returned a {type(found).__name__}{shape}, which is no tensor of one "
+                f"element: pass a function that returns one, with its gradients, {example}."
+            )
+        return found
+
+    return of_one_element
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:

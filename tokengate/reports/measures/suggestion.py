@@ -15,7 +15,7 @@ from tokengate.errors import TokenGateError
 from tokengate.layers.batches import check_batches, keeping_modes
 from tokengate.layers.patched import all_layers
 from tokengate.patching.patch import patch, unpatch
-from tokengate.reports.measures.fisher_scores import Loss, fisher_scores, loss_of
+from tokengate.reports.measures.fisher_scores import Loss, checked, fisher_scores
 from tokengate.reports.selection import select
 
 _RANK = 8
@@ -69,18 +69,18 @@ def suggest(
     check_batches("suggest", batches)
     count("steps", steps)
     positive("lr", lr)
-    batches = list(batches)
+    batches, loss = list(batches), checked(loss)
     if all_layers(model):
         scores = fisher_scores(model, batches, loss)
         if not any(scores.values()):
-            with _trained_a_little(model, batches, loss or loss_of, steps, lr):
+            with _trained_a_little(model, batches, loss, steps, lr):
                 scores = fisher_scores(model, batches, loss)
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             patch(model, targets, "lora", rank=_RANK, gate=False, train=train)
         try:
-            with _trained_a_little(model, batches, loss or loss_of, steps, lr):
+            with _trained_a_little(model, batches, loss, steps, lr):
                 scores = fisher_scores(model, batches, loss)
         finally:
             unpatch(model)

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengate.arguments import count, finite, share, switch
+from tokengate.arguments import count, finite, in_our_words, share, switch
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, brief
-from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.living import lead, lead_no_more, leader_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.gates.threshold import TokenGate
-from tokengate.layers.patched import require_layers
 from tokengate.sharding import local_part
+from tokengate.training.leading.led_gates import gates_to_lead
 from tokengate.training.leading.quantile_tracker import QuantileTracker
-from tokengate.training.wrapped_optimizers import hooked_in
+from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
 # The share of a training in which the wanted sparsity rises to the target, and how far that which
 # the last thresholds close may be from it without a word.
@@ -65,13 +64,14 @@ class SparsitySchedule:
             from where they are; None for never.
 
     Attributes:
-        step: optimiser steps seen.
+        steps: optimiser steps seen.
 
     Raises:
         TokenGateError: no layer has a gate with a threshold; something else leads them already; a
             number is out of its range. In the first step: no position was seen.
     """
 
+    @in_our_words({"sparsity": "target", "target_sparsity": "target"})
     def __init__(
         self,
         model: nn.Module,
@@ -95,7 +95,7 @@ class SparsitySchedule:
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
-        self._gates = _gates_of(model)
+        self._gates = gates_to_lead(model)
         inside = next(iter(hooked_in(optimizer)), None)
         if inside is None:
             raise TokenGateError(
@@ -103,7 +103,7 @@ class SparsitySchedule:
                 "torch.optim.Optimizer, or what wraps one."
             )
         self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
-        self.step = 0
+        self.steps = 0
         # On one device, however many the model is on.
         self._device = self._thresholds[0].device
         layers = len(self._gates) if switch("per_layer", per_layer) else 1
@@ -141,8 +141,16 @@ class SparsitySchedule:
     def wanted(self) -> float:
         """The share that the thresholds of the next forward are to close."""
         rise = max(1.0, _RISE * (self.total_steps - self._warmup))
-        x = min(1.0, max(0.0, (self.step - self._warmup) / rise))
+        x = min(1.0, max(0.0, (self.steps - self._warmup) / rise))
         return self.target * (1 - (1 - x) ** 3)
+
+    def step(self) -> None:
+        """Schedulers want this call; here `optimizer.step()` is one.
+
+        Raises:
+            TokenGateError: always.
+        """
+        raise TokenGateError(NO_STEP.format("SparsitySchedule"))
 
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
@@ -159,7 +167,7 @@ class SparsitySchedule:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on as if it had not stopped, but for the model's."""
         return {
-            "step": self.step,
+            "step": self.steps,
             "layers": list(self._gates),
             "folded": self._folded.clone(),
             "thresholds": self._log_thresholds.clone(),
@@ -184,13 +192,13 @@ class SparsitySchedule:
                 "the state to load is of a schedule with another per_layer: make this one as that "
                 "one was made."
             )
-        self.step = int(state["step"])
+        self.steps = int(state["step"])
         self._folded.copy_(state["folded"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
-        if self.step >= self._last:
+        if self.steps >= self._last:
             self._release()
-        if self._learns and self.step > self._last:  # taus have gone on by themselves
+        if self._learns and self.steps > self._last:  # taus have gone on by themselves
             for threshold, found in zip(self._thresholds, self._found, strict=True):
                 local_part(threshold).data.copy_(found)
         else:
@@ -201,12 +209,12 @@ class SparsitySchedule:
     ) -> Arguments | None:
         if is_part(optimizer, kwargs):
             return None
-        step = self.step
+        step = self.steps
 
         def look() -> None:
-            if self.step == step:  # of a closure's calls the first
+            if self.steps == step:  # of a closure's calls the first
                 self._look(optimizer)
-            if not (self._learns and self.step > self._last):
+            if not (self._learns and self.steps > self._last):
                 for threshold in self._thresholds:
                     threshold.grad = None  # no optimiser touches a parameter without a gradient
 
@@ -219,20 +227,20 @@ class SparsitySchedule:
         if found_inf is not None and bool(found_inf > 0):
             self.skip_step()
             return
-        self.step += 1
-        if self.step > self._last:
+        self.steps += 1
+        if self.steps > self._last:
             return
         learnt = [gate for gate in self._gates.values() if isinstance(gate, TokenGate)]
         taus = [gate.tau for gate in learnt if gate.tau.requires_grad]
         skipped = any(gate.skipped for gate in self._gates.values())
-        if self.step == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
+        if self.steps == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
             raise TokenGateError(
                 f"no gradient of tau was seen in any of the {len(taus)} gates that the "
                 "SparsitySchedule leads: call loss.backward() before optimizer.step(); under "
                 "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
             )
         seen, fed = self._collected()
-        if self.step == 1 and not bool(seen.any()):
+        if self.steps == 1 and not bool(seen.any()):
             raise TokenGateError(
                 f"SparsitySchedule saw no position in any of its {len(self._gates)} layers before "
                 "the first optimizer.step(): call the model in training mode, and "
@@ -244,7 +252,7 @@ class SparsitySchedule:
         self._tracker.add(counts)
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._write()
-        if self.step == self._last:
+        if self.steps == self._last:
             self._warn_of_a_miss()
             self._release()
 
@@ -308,23 +316,3 @@ class SparsitySchedule:
             UnreachedSparsityWarning,
             stacklevel=4,
         )
-
-
-def _gates_of(model: nn.Module) -> dict[str, Gate]:
-    gates = {
-        name: layer.gate
-        for name, layer in require_layers(model, "SparsitySchedule").items()
-        if layer.gate is not None and layer.gate.threshold is not None
-    }
-    if not gates:
-        raise TokenGateError(
-            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
-            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
-        )
-    for name, gate in gates.items():
-        if gate.is_led:
-            raise TokenGateError(
-                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
-                "interrupted Trainer's callback is callback.sparsity_schedule)."
-            )
-    return gates
