@@ -299,7 +299,9 @@ def test_what_is_wrong_is_said():
     model = Net()
     for method, rank, found in (("lora", 2, "LoRA has one of 3"), (Whole, 4, "Whole has no fact")):
         with one_sentence(f"rank={rank} was given to a FisherGate", found):
-            tokengate.patch(model, ["fc1"], method, rank=3, gate="fisher", gate_options={"rank": rank})
+            tokengate.patch(
+                model, ["fc1"], method, rank=3, gate="fisher", gate_options={"rank": rank}
+            )
     assert not tokengate.layers(model), "it was refused in the first forward only"
     layer = layer_of("lora", "fisher", gate_options={"rank": 3})
     assert isinstance(layer.gate, FisherGate)

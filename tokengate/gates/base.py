@@ -62,6 +62,8 @@ class Gate(KeepsFloat32):
     s: float | None = None
     relative: bool = False
     """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
+    # Its threshold at first.
+    _first: float = 0.0
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
     # What its scores are counted in, see `score_counts`.
@@ -94,6 +96,8 @@ class Gate(KeepsFloat32):
         """A gate of this kind for a layer."""
         gate = cls(linear, **options)
         gate.options = dict(options)
+        if gate.threshold is not None and not gate.threshold.is_meta:
+            gate._first = float(gate.threshold.detach().max())
         return gate
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
