@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.living import leader_of, remember_gate
+from tokengate.gates.living import forget_holders, leader_of, remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.kernels.eager import is_exported
@@ -114,6 +114,11 @@ class Gate(KeepsFloat32):
         fresh = type(self).beside(linear, **self.options)
         write_over(self.parameters(recurse=False), fresh.parameters(recurse=False))
         write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module's; assigning one comes by here."""
+        super().register_parameter(name, param)
+        forget_holders()
 
     @property
     def threshold(self) -> Tensor | None:

@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from tokengate.arguments import count, finite, share, switch
-from tokengate.errors import TokenGateError, UnreachedSparsityWarning, brief
+from tokengate.errors import (
+    TokenGateError,
+    UnreachedSparsityWarning,
+    UselessGateWarning,
+    brief,
+)
 from tokengate.gates.base import Gate
 from tokengate.gates.living import tau_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import share_below
 from tokengate.gates.threshold import TokenGate
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
 from tokengate.training.leading.led_gates import LedGates
 from tokengate.training.leading.quantile_tracker import QuantileTracker
@@ -94,7 +100,9 @@ class SparsitySchedule:
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
-        gates = _gates_of(model)
+        patched = require_layers(model, "SparsitySchedule")
+        gates = _gates_of(model, patched)
+        self._modifications = [patched[name].modification for name in gates]
         if learn_from is not None:
             _refuse_unlearnt(gates, learn_from)
         inside = next(iter(hooked_in(optimizer)), None)
@@ -235,6 +243,8 @@ class SparsitySchedule:
                 "the first optimizer.step(): call the model in training mode, and "
                 "loss.backward(), before it."
             )
+        if self.step == 1:
+            self._say_if_others_train(optimizer)
         if fed:
             scale = getattr(optimizer, "grad_scale", None)
             self._led.fold(fed, loss_scale() if scale is None else scale)
@@ -252,6 +262,19 @@ class SparsitySchedule:
             self._warn_of_a_miss()
             self._led.end(self)
 
+    def _say_if_others_train(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parts = [*self._modifications, *self._led.by_name.values()]
+        trained = [id(p) for part in parts for p in part.parameters() if p.grad is not None]
+        if held and trained and held.isdisjoint(trained):
+            warnings.warn(
+                f"SparsitySchedule was given an {type(optimizer).__name__} that holds no parameter "
+                f"of the {len(self._modifications)} layers that it leads: give it the optimizer "
+                "that trains them, whose steps it counts.",
+                UselessGateWarning,
+                stacklevel=5,
+            )
+
     def _warn_of_a_miss(self) -> None:
         closed = float(self._tracker.share_below(self._log_thresholds).mean())
         if abs(closed - self.target) <= _NEAR:
@@ -264,10 +287,10 @@ class SparsitySchedule:
         )
 
 
-def _gates_of(model: nn.Module) -> dict[str, Gate]:
+def _gates_of(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:
     gates = {
         name: layer.gate
-        for name, layer in require_layers(model, "SparsitySchedule").items()
+        for name, layer in patched.items()
         if layer.gate is not None and layer.gate.threshold is not None
     }
     if not gates:
