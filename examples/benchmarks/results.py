@@ -17,7 +17,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rounds import Measurements
-from variants import BASE, PEFT, UNGATED
+from variants import BASE, PEFT, THRESHOLD, UNGATED
 
 matplotlib.use("Agg")
 
@@ -58,7 +58,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def table(found: Found, unit: str) -> str:
     """Markdown: medians with quartiles, and ratios of medians."""
     measured = next(iter(found.values()))
-    others = [name for name in (PEFT, UNGATED, BASE) if name in measured]
+    others = [name for name in (PEFT, UNGATED, BASE, THRESHOLD) if name in measured]
     head = ["case", "variant", f"{unit} (quartiles)", *(f"/ {name}" for name in others)]
     lines = [head, [":--", ":--", "--:", *["--:"] * len(others)]]
     for case, variants in found.items():

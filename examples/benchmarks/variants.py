@@ -22,6 +22,8 @@ BASE, GATED, UNGATED, PEFT, SAME_DTYPE = (
     "PEFT",
     "PEFT, same dtype",
 )
+# A gate, beside those that cost what it costs.
+THRESHOLD = "threshold"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SCALE = 0.5
 LEARNING_RATE, ORTHOGONALITY = 1e-4, 0.5

@@ -296,8 +296,13 @@ def test_calibrate_says_what_stands_in_its_way():
 def test_what_is_wrong_is_said():
     with one_sentence("k=1 is not above 1"):
         tokengate.patch(Net(), ["fc1"], gate="firm", gate_options={"k": 1})
-    layer = layer_of("lora", "fisher", gate_options={"rank": 2})
-    with one_sentence("rank=2 was given to a FisherGate", "one of 3"):
-        layer(torch.randn(1, 6, dtype=torch.float64))
+    model = Net()
+    for method, rank, found in (("lora", 2, "LoRA has one of 3"), (Whole, 4, "Whole has no fact")):
+        with one_sentence(f"rank={rank} was given to a FisherGate", found):
+            tokengate.patch(
+                model, ["fc1"], method, rank=3, gate="fisher", gate_options={"rank": rank}
+            )
+    assert not tokengate.layers(model), "it was refused in the first forward only"
+    layer = layer_of("lora", "fisher", gate_options={"rank": 3})
     assert isinstance(layer.gate, FisherGate)
     assert not isinstance(layer.gate, FirmGate)

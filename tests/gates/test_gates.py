@@ -314,9 +314,10 @@ def test_an_unregistered_gate_is_not_saved(own, tmp_path):
 def test_what_wants_a_threshold_says_so():
     model = tokengate.patch(Net(), ["q_proj"], gate="random")
     x = torch.randn(1, 3, 8)
-    with one_sentence("whose layers have no gates with a threshold"):
+    what = "whose layers have no gates with a threshold", "patch it with gate='threshold', 'firm'"
+    with one_sentence(*what):
         tokengate.calibrate(model, [(x,)])
-    with one_sentence("whose layers have no gates with a threshold"):
+    with one_sentence(*what):
         tokengate.History(model)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
     assert len(optimizer.param_groups) == 1

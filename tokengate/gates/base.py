@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import non_negative
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.living import leader_of, remember_gate
+from tokengate.gates.living import forget_holders, leader_of, remember_gate
 from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.kernels.eager import is_exported
@@ -62,6 +62,8 @@ class Gate(KeepsFloat32):
     s: float | None = None
     relative: bool = False
     """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
+    # Its threshold at first.
+    _first: float = 0.0
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
     # What its scores are counted in, see `score_counts`.
@@ -94,6 +96,8 @@ class Gate(KeepsFloat32):
         """A gate of this kind for a layer."""
         gate = cls(linear, **options)
         gate.options = dict(options)
+        if gate.threshold is not None and not gate.threshold.is_meta:
+            gate._first = float(gate.threshold.detach().max())
         return gate
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
@@ -110,6 +114,11 @@ class Gate(KeepsFloat32):
         fresh = type(self).beside(linear, **self.options)
         write_over(self.parameters(recurse=False), fresh.parameters(recurse=False))
         write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module's; assigning one comes by here."""
+        super().register_parameter(name, param)
+        forget_holders()
 
     @property
     def threshold(self) -> Tensor | None:

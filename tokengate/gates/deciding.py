@@ -57,7 +57,8 @@ def changed(
         positions = Positions(change, x, real)
         a = gate(positions)
         if wants_scores or (gate.counts_scores and gate.training):
-            scores = gate.scores(positions)
+            with torch.no_grad():
+                scores = gate.scores(Positions(change.undropped(), x, real))
     if inside is not None and inside.dtype != torch.bool:  # weights
         a = inside.to(change.dtype) * (1.0 if a is None else a)
     h = change.add(a)

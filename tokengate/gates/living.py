@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from tokengate.gates.base import Gate
@@ -15,12 +18,21 @@ _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
 # Beside the gates, so that a copy of one is led by nobody, nor is one whose leader is gone.
 _leaders: weakref.WeakKeyDictionary[Gate, weakref.ref[object]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+# Rises with each gate that is made and each parameter that one is given.
+_changes, _changed = itertools.count(1), 0
 
 
 def remember_gate(gate: Gate) -> None:
     """From now on `gate` is found by its parameters."""
     with _lock:
         _gates.add(gate)
+    forget_holders()
+
+
+def forget_holders() -> None:
+    """A gate has a new parameter: which optimiser holds it is to be found out anew."""
+    global _changed
+    _changed = next(_changes)
 
 
 def lead(gate: Gate, leader: object) -> None:
@@ -56,3 +68,58 @@ def tau_of(gate: Gate) -> nn.Parameter | None:
 def living_taus() -> dict[int, Gate]:
     """Whose tau a parameter is, by the parameter's id."""
     return {id(tau): gate for gate in living() if (tau := tau_of(gate)) is not None}
+
+
+def any_led(taus: Iterable[nn.Parameter]) -> bool:
+    """Whether somebody leads a gate with one of these."""
+    gates = living_taus()
+    return any(leader_of(gates[id(tau)]) is not None for tau in taus if id(tau) in gates)
+
+
+class _Held(NamedTuple):
+    key: tuple[int, tuple[int, ...]]
+    # The module that has it, by what name, the parameter's id, and whose it is.
+    own: list[tuple[weakref.ref[nn.Module], str, int, weakref.ref[Gate]]]
+
+
+# What was found last of an optimiser, while neither side has changed.
+_held: weakref.WeakKeyDictionary[Optimizer, _Held] = weakref.WeakKeyDictionary()
+
+
+def held_by(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
+    """The parameters of gates that an optimiser holds, in its order, the same on every rank.
+
+    It is asked in every step, of optimisers that have nothing to do with gates as well: so gates
+    are listed when something is new only.
+    """
+    own: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
+    key = _changed, tuple(map(id, own))
+    known = _held.get(optimizer)
+    found = None if known is None or known.key != key else _as_known(known)
+    if known is None or found is None:
+        owners = {
+            id(p): (weakref.ref(module), name, id(p), weakref.ref(gate))
+            for gate in living()
+            for module in gate.modules()
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+        known = _held[optimizer] = _Held(key, [owners[i] for i in key[1] if i in owners])
+        found = _as_known(known)
+    return found or []
+
+
+def _as_known(known: _Held) -> list[tuple[Gate, nn.Parameter]] | None:
+    found = []
+    for module, name, identity, gate in known.own:
+        has, whose = module(), gate()
+        p = None if has is None else has._parameters.get(name)
+        if p is None or id(p) != identity or whose is None:
+            return None
+        found.append((whose, p))
+    return found
+
+
+def taus_held_by(optimizer: Optimizer) -> dict[int, Gate]:
+    """Whose tau a parameter is that an optimiser holds, by the parameter's id."""
+    return {id(p): gate for gate, p in held_by(optimizer) if tau_of(gate) is p}

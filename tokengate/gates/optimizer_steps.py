@@ -1,11 +1,55 @@
-"""Where in an optimiser's step its gradients are there: before it, or within, from its closure."""
+"""Who watches the steps of all optimisers; and where in a step its gradients are there.
+
+That is before it, or within, from its closure. They are called for every step of every optimiser,
+also of those that have nothing to do with gates: so all of them by one hook.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Watcher = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+
+_BEFORE: list[Watcher] = []
+_AFTER: list[Watcher] = []
+
+
+def watch_steps(before: Watcher | None = None, after: Watcher | None = None) -> None:
+    """Have them called before and after the steps of all optimisers, as torch's hooks are."""
+    _BEFORE.extend([] if before is None else [before])
+    _AFTER.extend([] if after is None else [after])
+
+
+# Left out of graphs, which warn of nothing and could keep no count.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    changed = None
+    for watch in _BEFORE:
+        found = watch(optimizer, args, kwargs)
+        if found is not None:
+            changed = args, kwargs = found
+    return changed
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for watch in _AFTER:
+        watch(optimizer, args, kwargs)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def nothing() -> None:

@@ -14,45 +14,33 @@ import warnings
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import NonFiniteWarning
-from tokengate.gates.living import living
-from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
+from tokengate.gates.living import held_by
+from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients, watch_steps
 from tokengate.kernels.eager import is_captured
 from tokengate.sharding import anywhere, local_part, numbers_here
 
 if TYPE_CHECKING:
-    from tokengate.gates.base import Gate
+    pass
 
 
-# Left out of graphs, which could keep no count.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
     if getattr(optimizer, "found_inf", None) is not None:
         return None  # a GradScaler has looked, and a fused optimiser leaves such a step out itself
     changed = once_there_are_gradients(args, kwargs, lambda: _skip(optimizer))
-    if changed is None or not _held(optimizer):
+    if changed is None or not held_by(optimizer):
         return None
     _skip(optimizer)  # what was there before the closure, by which some optimisers step, too
     return changed
 
 
-def _held(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
-    """The parameters of gates that this optimiser moves."""
-    owners = {id(p): gate for gate in living() for p in gate.parameters()}
-    # In the optimiser's order, which is the same on every rank.
-    own = (p for group in optimizer.param_groups for p in group["params"])
-    return [(owners[id(p)], p) for p in own if id(p) in owners]
-
-
 def _skip(optimizer: Optimizer) -> None:
-    held = [(gate, p) for gate, p in _held(optimizer) if p.grad is not None]
+    held = [(gate, p) for gate, p in held_by(optimizer) if p.grad is not None]
     gradients = [p.grad for _, p in held if p.grad is not None]
     if not held:
         return
@@ -77,7 +65,7 @@ def _skip(optimizer: Optimizer) -> None:
             "skipped, now and whenever it happens again, and counted in the gate's `skipped`; look "
             "at the loss and at the inputs, or lower the learning rate.",
             NonFiniteWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
 
 
@@ -87,4 +75,4 @@ def _size(gradient: Tensor) -> Tensor:
     return local if local.numel() < 2 else local.abs().amax()
 
 
-register_optimizer_step_pre_hook(_before_step)
+watch_steps(_before_step)

@@ -151,6 +151,11 @@ class Change:
             return None
         return self._selected[1]
 
+    def undropped(self) -> Change:
+        """As it would be without dropout, for its sizes: what is evaluated later has none."""
+        plain = self.m.undropped if isinstance(self.m, Factors) else None
+        return self if plain is None else Change(self.out, self.bias, plain())
+
     def multiplied_out(self) -> Tensor:
         """M(x) itself, `(..., out_features)`; to be asked for before `add`."""
         return self._whole() if isinstance(self.m, Factors) else self.m

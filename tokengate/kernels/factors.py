@@ -33,12 +33,14 @@ class Factors:
         up: `(out_features, rank)`; with groups those of each layer, `(E, out_features, rank)`.
         gain: `(out_features,)`, or None for 0; with groups `(E, out_features)`.
         groups: whose the positions are, `(N,)`, where they are of several layers.
+        undropped: gives them as they would be without dropout; None where there is none.
     """
 
     z: Tensor
     up: Tensor
     gain: Tensor | None = None
     groups: Groups | None = None
+    undropped: Callable[[], Factors] | None = None
 
     def product(self, w: Tensor) -> Tensor:
         """M(x), multiplied out: `(..., out_features) -> (..., out_features)`.

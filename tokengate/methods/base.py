@@ -101,9 +101,14 @@ class Modification(KeepsFloat32):
         return self
 
     @property
+    def has_factors(self) -> bool:
+        """Whether it may give M(x) in factors."""
+        return type(self).factors is not _no_factors
+
+    @property
     def factor_rank(self) -> int | None:
         """The size of z, where M(x) has factors and the method an attribute `rank` of that size."""
-        rank = None if type(self).factors is _no_factors else getattr(self, "rank", None)
+        rank = getattr(self, "rank", None) if self.has_factors else None
         return rank if isinstance(rank, int) else None
 
     def factors(self, x: Tensor, w: Tensor, linear: nn.Linear | None) -> Factors | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -34,22 +35,28 @@ class Maps:
 
     def factors(self, x: Tensor | Patches, training: bool) -> Factors:
         """M(x) in factors: `(..., in_features) -> (..., rank)`, and what is around it."""
+        plain = partial(self.factors, x, False) if training and self.dropout else None
         if isinstance(x, Patches):
             with without_autocast(x.x.device):
-                return self._factors(x.product(self.down, self.dropout, training, self.up.dtype))
-        return self._factors(dropped_linear(x, self.down, self.dropout, training, self.up.dtype))
+                z = x.product(self.down, self.dropout, training, self.up.dtype)
+        else:
+            z = dropped_linear(x, self.down, self.dropout, training, self.up.dtype)
+        return self._factors(z, plain)
 
     def grouped(self, x: Tensor, training: bool, groups: Groups) -> Factors:
         """The same of several layers, each of which has its own rows: `(N, in_features)`."""
-        dtype = self.up.dtype
-        z = grouped_linear(x, self.down, self.dropout, training, dtype, groups)
-        return self._factors(z, groups)
+        plain = partial(self.grouped, x, False, groups) if training and self.dropout else None
+        z = grouped_linear(x, self.down, self.dropout, training, self.up.dtype, groups)
+        return self._factors(z, plain, groups)
 
     def branch(self, x: Tensor, training: bool) -> tuple[Tensor, Factors]:
         """x for the base layer, and `factors`; see `branched_linear`."""
+        plain = partial(self.factors, x, False) if training and self.dropout else None
         x, z = branched_linear(x, self.down, self.dropout, training)
-        return x, self._factors(z)
+        return x, self._factors(z, plain)
 
-    def _factors(self, z: Tensor, groups: Groups | None = None) -> Factors:
+    def _factors(
+        self, z: Tensor, plain: Callable[[], Factors] | None, groups: Groups | None = None
+    ) -> Factors:
         z = z if self.activation is None else self.activation(z)
-        return Factors(z, self.up, self.gain, groups)
+        return Factors(z, self.up, self.gain, groups, plain)

@@ -9,7 +9,9 @@ from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
+from tokengate.gates.fisher import FisherGate
 from tokengate.gates.registry import GATES, check_options, options_of
+from tokengate.methods.base import Modification
 from tokengate.patching.options import options_by_layer
 
 
@@ -60,12 +62,23 @@ def gates_by_layer(
 
 
 def build_gate(
-    planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Linear, rank: int | None
+    planned: tuple[type[Gate], dict[str, Any]] | None, linear: nn.Linear, beside: Modification
 ) -> Gate | None:
-    """The planned gate of a layer, whose method has factors of this rank, or None."""
+    """The planned gate of a layer that has this modification, or None.
+
+    Raises:
+        TokenGateError: an option is wrong, or a rank that was given is not the method's.
+    """
     if planned is None:
         return None
     kind, options = planned
+    rank, given = beside.factor_rank, options.get("rank")
+    known = rank is not None or not beside.has_factors
+    if issubclass(kind, FisherGate) and given is not None and known and given != rank:
+        raise TokenGateError(
+            f"rank={brief(given)} was given to a {kind.__name__}, and {type(beside).__name__} has "
+            f"{'no factors' if rank is None else f'one of {rank}'}: leave rank out of gate_options."
+        )
     if rank is not None and "rank" in options_of(kind):
         options = {"rank": rank, **options}
     return kind.beside(linear, **options)

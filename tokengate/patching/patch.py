@@ -187,7 +187,7 @@ def _built(
 
     def both(one: Any) -> tuple[Modification, Gate | None]:
         modification = build(kind, one, options)
-        return modification, build_gate(gate, one, modification.factor_rank)
+        return modification, build_gate(gate, one, modification)
 
     if not isinstance(layer, StackedLinear):
         return both(layer)

@@ -199,7 +199,7 @@ def _gates(model: nn.Module) -> dict[str, Any]:
     if not gates:
         raise TokenGateError(
             f"History was asked of a {type(model).__name__} whose layers have no gates with a "
-            "threshold: patch it without gate=False."
+            "threshold: patch it with gate='threshold', 'firm' or 'fisher'."
         )
     return gates
 

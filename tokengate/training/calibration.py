@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     if not gated:
         raise TokenGateError(
             f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "
-            "threshold: patch it without gate=False."
+            "threshold: patch it with gate='threshold', 'firm' or 'fisher'."
         )
     gates = {name: layer.gate for name, (layer, _) in gated.items() if layer.gate is not None}
     if led := [repr(name) for name, gate in gates.items() if gate.is_led]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
-from tokengate.gates.living import living_taus, tau_of
+from tokengate.gates.living import any_led, tau_of
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
 from tokengate.training.param_groups import slope, tau_rule
@@ -287,8 +287,8 @@ class Following:
         return state
 
     def _say_if_none(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
-        led = {id_ for id_, gate in living_taus().items() if gate.is_led}  # without gradients
-        self._moved |= bool(gradients) or not led.isdisjoint(map(id, self.taus.values()))
+        # Led ones have no gradients.
+        self._moved = self._moved or bool(gradients) or any_led(self.taus.values())
         if self._moved:
             return
         held = (p for group in optimizer.param_groups for p in group["params"])

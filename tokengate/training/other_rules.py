@@ -13,17 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from tokengate.errors import OtherRuleWarning, TokenGateError, brief
 from tokengate.gates.base import Gate
-from tokengate.gates.living import living_taus
+from tokengate.gates.living import taus_held_by
+from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.training.following import followed
 from tokengate.training.tau_adam import TauAdam
 from tokengate.training.wrapped_optimizers import other_numbers
@@ -39,21 +35,18 @@ _REMEDY = (
 )
 
 
-# Left out of graphs, which warn of nothing.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for group, _own in _moved(optimizer):
         _check_numbers(optimizer, group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """Where a closure has made gradients, too; a step without any tells nothing."""
     for group, own in _moved(optimizer):
         found = _other_rule(optimizer, group, [gate for gate, has_moved in own if has_moved])
         if found is not None:
             _TOLD.add(optimizer)
-            warnings.warn(f"{found}: {_REMEDY}.", OtherRuleWarning, stacklevel=4)
+            warnings.warn(f"{found}: {_REMEDY}.", OtherRuleWarning, stacklevel=5)
             return
 
 
@@ -61,7 +54,7 @@ def _moved(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[tuple[Ga
     """The groups with taus, whose these are, and whether each has a gradient."""
     if optimizer in _TOLD or isinstance(optimizer, TauAdam):
         return
-    taus = living_taus()
+    taus = taus_held_by(optimizer)
     apart = followed(optimizer) if taus else set()
     for group in optimizer.param_groups if taus else ():
         own = [p for p in group["params"] if id(p) in taus and id(p) not in apart]
@@ -76,7 +69,7 @@ def _other_rule(optimizer: Optimizer, group: dict[str, Any], own: list[Gate]) ->
     name = type(optimizer).__name__
     lr = group.get("lr")
     at = "" if lr is None or isinstance(lr, Tensor) else f" at learning rate {lr:g}"
-    taus = living_taus()
+    taus = taus_held_by(optimizer)
     if any(id(p) not in taus for p in group["params"]):
         return f"{name} moves {len(own)} taus{at} in a group with other parameters"
     if not any(_ADAM.fullmatch(kind.__name__) for kind in type(optimizer).__mro__):
@@ -110,5 +103,4 @@ def _check_numbers(optimizer: Optimizer, group: dict[str, Any]) -> None:
         )
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+watch_steps(_before_step, _after_step)

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import LeftOutWarning, listed
-from tokengate.gates.optimizer_steps import is_part
+from tokengate.gates.optimizer_steps import is_part, watch_steps
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import ROOTS, layers, own_parameters
 from tokengate.methods.adalora import AdaLoRA
@@ -31,8 +29,6 @@ from tokengate.training.rank_allocator import LED
 _STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
-# Left out of graphs, which warn of nothing.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if is_part(optimizer, kwargs):
         return
@@ -44,7 +40,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         there = {id(p) for p in model.parameters()} | own_parameters(folded(model).values())
         if not own.isdisjoint(there):
             for said in _found(model, held, own):
-                warnings.warn(f"{type(optimizer).__name__} {said}.", LeftOutWarning, stacklevel=4)
+                warnings.warn(f"{type(optimizer).__name__} {said}.", LeftOutWarning, stacklevel=5)
 
 
 def look_again(parameters: Iterable[nn.Parameter]) -> None:
@@ -91,4 +87,4 @@ def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
         )
 
 
-register_optimizer_step_pre_hook(_before_step)
+watch_steps(_before_step)

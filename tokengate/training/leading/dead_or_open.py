@@ -9,18 +9,19 @@ counted in these alone, so that the others cost nothing.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokengate.errors import TokenGateError, UselessGateWarning
 from tokengate.gates.base import Gate, LedGate
-from tokengate.gates.living import living, tau_of
+from tokengate.gates.living import leader_of, living, tau_of
+from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import ROOTS, layers
 from tokengate.sharding import local_part, numbers_here
 from tokengate.training.following import followed
@@ -35,7 +36,7 @@ _ALL = 0.99
 # How many steps an optimiser has taken, and which ones have been told of.
 _STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _TOLD: WeakSet[Optimizer] = WeakSet()
-# Of which gates it was said that nobody leads them.
+# Of which gates it was said that nobody leads them, or who does not.
 _TOLD_OF: WeakSet[Gate] = WeakSet()
 _REMEDY = (
     "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to "
@@ -45,9 +46,6 @@ _REMEDY = (
 Own = list[tuple[nn.Parameter, Gate]]
 
 
-# Left out of graphs, which warn of nothing.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     if not any(map(_moves, optimizer.param_groups)):
         return  # as in the step by which torch makes an optimiser's state
@@ -73,15 +71,29 @@ def _moves(group: dict[str, Any]) -> bool:
 
 
 def _refuse_stillborn(optimizer: Optimizer) -> None:
-    """A tau above 0 whose gradient is 0, without lambda's part: all is closed, and nothing else."""
+    """A tau above 0 before what is 0 and has gradients of 0, without lambda's part: all is closed.
+
+    A tau that is not trained has no gradient of its own, and no other way to move.
+    """
     own = {id(p) for group in optimizer.param_groups for p in group["params"]} | followed(optimizer)
     taus = [tau for gate in living() if not gate.is_led and (tau := tau_of(gate)) is not None]
     given = [tau for tau in taus if tau.grad is not None and id(tau) in own]
     gradients = numbers_here(tau.grad for tau in given if tau.grad is not None)
     pairs = zip(numbers_here(given), gradients, strict=True)
-    found = [(tau, gradient) for tau, gradient in pairs if tau is not None and tau > 0]
+    found = [(tau, bool(gradient)) for tau, gradient in pairs if tau is not None and tau > 0]
+    frozen = [
+        (gate.threshold, layer.modification)
+        for layer in _layers_of(own)
+        if (gate := layer.gate) is not None and not gate.is_led and tau_of(gate) is None
+        and gate.threshold is not None and not gate.threshold.is_meta
+    ]  # fmt: skip
+    numbers = iter(numbers_here(tau for tau, _ in frozen))
+    for threshold, modification in frozen:
+        largest = max(next(numbers) or 0 for _ in range(threshold.numel() or 1))
+        if largest > 0 and (stays := _stays_0(modification)) is not None:
+            found.append((largest, not stays))
     # One layer alone may have seen no position in this step, as an expert.
-    if found and all(gradient == 0 for _, gradient in found):
+    if found and not any(lives for _, lives in found):
         raise TokenGateError(
             f"tau is {found[0][0]:g} in front of {len(found)} modifications that are 0 everywhere, "
             "as new ones are: all positions are closed, and nothing ever gets a gradient; patch "
@@ -90,23 +102,58 @@ def _refuse_stillborn(optimizer: Optimizer) -> None:
         )
 
 
+def _stays_0(modification: nn.Module) -> bool | None:
+    """Whether a part that is 0, as makes M(x) so, has a gradient of 0; None without gradients."""
+    trained = [p for p in modification.parameters() if p.grad is not None]
+    if not trained:
+        return None
+    zeros = [p for p in trained if not bool(local_part(p.detach()).any())]
+    return any(not bool(local_part(p.grad).any()) for p in zeros if p.grad is not None)
+
+
+def _layers_of(held: set[int]) -> list[Gated]:
+    """The patched layers of the models of which somebody holds a parameter."""
+    models = [m for m in list(ROOTS) if not held.isdisjoint(map(id, m.parameters()))]
+    return [layer for model in models for layer in layers(model).values()]
+
+
 def _tell_of_unled(optimizer: Optimizer) -> None:
     # Such a gate has no parameter, so its model's tell whose it is.
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    models = [m for m in list(ROOTS) if not held.isdisjoint(map(id, m.parameters()))]
-    gates = dict.fromkeys(layer.gate for model in models for layer in layers(model).values())
+    found = _layers_of(held)
+    gates = dict.fromkeys(layer.gate for layer in found)
     led = [gate for gate in gates if isinstance(gate, LedGate) and gate.trained]
     unled = [g for g in led if not g.is_led and g not in _TOLD_OF and _closes_nothing(g)]
     if unled:
-        _TOLD_OF.update(unled)  # once, whoever else takes a step
-        warnings.warn(
-            f"{len(unled)} gates, e.g. {type(unled[0]).__name__}, have been trained for {_LEAD} "
-            f"steps of {type(optimizer).__name__} with a threshold of 0, which closes nothing, and "
-            "no SparsitySchedule leads them: make one with tokengate.SparsitySchedule(model, "
-            "optimizer, target, total_steps).",
-            UselessGateWarning,
-            stacklevel=5,
+        _tell(
+            optimizer,
+            unled,
+            "with a threshold of 0, which closes nothing, and no SparsitySchedule leads them: make "
+            "one with tokengate.SparsitySchedule(model, optimizer, target, total_steps)",
         )
+    moved = [la for la in found if not held.isdisjoint(map(id, la.modification.parameters()))]
+    waiting = [
+        gate
+        for gate in dict.fromkeys(layer.gate for layer in moved)
+        if gate is not None and gate not in _TOLD_OF and getattr(leader_of(gate), "step", None) == 0
+    ]
+    if waiting:
+        _tell(
+            optimizer,
+            waiting,
+            "and the optimizer of the SparsitySchedule that leads them has taken none, so that it "
+            "closes nothing: make it with the optimizer that trains them",
+        )
+
+
+def _tell(optimizer: Optimizer, gates: Sequence[Gate], found: str) -> None:
+    _TOLD_OF.update(gates)  # once, whoever else takes a step
+    warnings.warn(
+        f"{len(gates)} gates, e.g. {type(gates[0]).__name__}, have been trained for {_LEAD} "
+        f"steps of {type(optimizer).__name__} {found}.",
+        UselessGateWarning,
+        stacklevel=7,
+    )
 
 
 def _closes_nothing(gate: LedGate) -> bool:
@@ -143,4 +190,4 @@ def _look(optimizer: Optimizer, own: Own, step: int) -> None:
     )
 
 
-register_optimizer_step_pre_hook(_before_step)
+watch_steps(_before_step)

@@ -1,34 +1,128 @@
-"""Which gates a SparsitySchedule may lead."""
+"""The gates that a schedule leads: what a step has shown them, and what they are given."""
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from tokengate.errors import TokenGateError
+import torch
+from torch import Tensor
+
 from tokengate.gates.base import Gate
-from tokengate.layers.patched import require_layers
+from tokengate.gates.fisher import FisherGate
+from tokengate.gates.living import lead, lead_no_more, leader_of
+from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.sharding import anywhere, gathered, local_part
 
 
-def gates_to_lead(model: nn.Module) -> dict[str, Gate]:
-    """Those with a threshold, by layer.
+class LedGates:
+    """Several gates, led together.
 
-    Raises:
-        TokenGateError: there is none, or one is led already.
+    Args:
+        gates: by the name of their layer; of experts one has a threshold for each.
     """
-    gates = {
-        name: layer.gate
-        for name, layer in require_layers(model, "SparsitySchedule").items()
-        if layer.gate is not None and layer.gate.threshold is not None
-    }
-    if not gates:
-        raise TokenGateError(
-            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
-            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
+
+    def __init__(self, gates: Mapping[str, Gate]) -> None:
+        self.by_name = dict(gates)
+        self.thresholds: list[Tensor] = [g.threshold for g in gates.values()]  # type: ignore
+        # On one device, however many the model is on.
+        self.device = self.thresholds[0].device
+        # How many modules a gate decides for: one, or all experts.
+        self._sizes = [threshold.numel() for threshold in self.thresholds]
+        # How often each of them has averaged what backward gave it.
+        self.folded = no_counts(self.device).new_zeros(sum(self._sizes))
+        self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
+
+    def begin(self, leader: object) -> None:
+        """From now on they are led, count their scores and are fed."""
+        for gate, threshold in zip(self.by_name.values(), self.thresholds, strict=True):
+            gate._seen = no_counts(threshold.device)
+            lead(gate, leader)
+            if isinstance(gate, FisherGate):
+                gate.start_feeding()
+
+    def end(self, leader: object) -> None:
+        """No more; but for those that another one leads since."""
+        for gate in [gate for gate in self.by_name.values() if leader_of(gate) is leader]:
+            lead_no_more(gate)
+            gate.set_pace(gate.relative)
+            if isinstance(gate, FisherGate):
+                gate.stop_feeding()
+
+    def are_set(self) -> bool:
+        """Whether a threshold was trained, loaded or calibrated; all ranks must ask."""
+        pairs = zip(self.by_name.values(), self._found, strict=True)
+        changed = (
+            any(t > 0 and not math.isclose(t, gate._first, rel_tol=1e-6) for t in found.tolist())
+            for gate, found in pairs
         )
-    for name, gate in gates.items():
-        if gate.is_led:
-            raise TokenGateError(
-                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
-                "interrupted Trainer's callback is callback.sparsity_schedule)."
-            )
-    return gates
+        return any(anywhere(changed, self.thresholds))
+
+    def closed(self, seen: Tensor) -> Tensor:
+        """The share that the thresholds close of what was seen, `(gates, BINS)`; all modules alike.
+
+        Where M(x) is 0 everywhere that is nothing: such a threshold is of no use yet.
+        """
+        shares = []
+        for own, threshold in zip(seen, self.thresholds, strict=True):
+            log = gathered(threshold.detach()).reshape(-1).to(own).clamp(min=0).log2()
+            shares.append(share_below(own.expand(len(log), -1), log) * own[1:-1].any())
+        return torch.cat(shares).mean()
+
+    def write(self, log_values: Tensor) -> None:
+        """Give each the threshold 2^value, or all the same: `(gates,)` or `(1,)`."""
+        values = log_values.exp2().expand(len(self.by_name))
+        with torch.no_grad():
+            for threshold, value in zip(self.thresholds, values, strict=True):
+                own = local_part(threshold)
+                if own.numel():  # else another rank has it
+                    own.copy_(value)
+
+    def restore(self) -> None:
+        """The thresholds as they were found."""
+        for threshold, found in zip(self.thresholds, self._found, strict=True):
+            local_part(threshold).data.copy_(found)
+
+    def forget(self) -> None:
+        """What was counted and fed since the last step."""
+        for gate in self.by_name.values():
+            for seen in (gate._seen, getattr(gate, "_fed", None)):
+                if seen is not None:
+                    seen.zero_()
+
+    def collected(self) -> tuple[Tensor, list[Tensor]]:
+        """What all ranks have counted since the last step, `(gates, BINS)`, and fed."""
+        gates = list(self.by_name.values())
+        seen = torch.stack([g._seen.to(self.device) for g in gates if g._seen is not None])
+        fed = [g._fed.to(seen) for g in gates if isinstance(g, FisherGate) and g._fed is not None]
+        flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+            if len(flat):
+                torch.distributed.all_reduce(flat)
+        self.forget()
+        parts = torch.split(flat, [each.numel() for each in fed])
+        return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
+
+    def fold(self, fed: list[Tensor], scale: Any) -> None:
+        """Let each average what it was fed, by gradients that are multiplied by `scale`."""
+        told = iter(fed)
+        times = torch.split(self.folded, self._sizes)
+        for gate, folded in zip(self.by_name.values(), times, strict=True):
+            if isinstance(gate, FisherGate):
+                new = next(told)
+                if scale is not None and gate._unit is None:  # which has been divided out
+                    new[..., :-1] /= torch.as_tensor(scale).to(new) ** 2
+                folded += (new[..., -1] > 0).view_as(folded)
+                gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
+
+    def shares(self, seen: Tensor) -> Tensor:
+        """The counts of every gate as shares, `(gates, BINS)`."""
+        total = seen.sum(-1, keepdim=True)
+        return seen / torch.where(total > 0, total, 1)
+
+    def together(self, seen: Tensor) -> Tensor:
+        """Those of all, where every module weighs alike, `(1, BINS)`."""
+        weights = seen.new_tensor(self._sizes).unsqueeze(-1)
+        return (self.shares(seen) * weights).sum(0, keepdim=True)

@@ -15,13 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from tokengate.gates.base import Gate
-from tokengate.gates.living import living_taus
+from tokengate.gates.living import taus_held_by
+from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.gates.score_counts import log_quantile
 from tokengate.sharding import local_part
 from tokengate.training.following import followed
@@ -33,7 +30,7 @@ _BEFORE: WeakKeyDictionary[Optimizer, dict[nn.Parameter, Tensor]] = WeakKeyDicti
 
 def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
     """The taus that the steps of this optimiser move, and whose they are."""
-    taus = living_taus()
+    taus = taus_held_by(optimizer)
     # One that holds taus which follow it leaves them to that which moves them.
     apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
     for group in optimizer.param_groups if taus else ():
@@ -47,19 +44,19 @@ def _paced(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
     return ((p, gate) for p, gate in moved_by(optimizer) if gate.relative and not gate.is_led)
 
 
-# Left out of graphs, as what else watches optimisers.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    held = {p: local_part(p).clone() for p, _ in _paced(optimizer)}
+    held = {p: local_part(p).detach().clone() for p, _ in _paced(optimizer)}
     if held and optimizer not in _BEFORE:  # a step that calls its parent class's is announced twice
         _BEFORE[optimizer] = held
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    before = _BEFORE.pop(optimizer, {})
+    if before := _BEFORE.pop(optimizer, None):
+        _pace(optimizer, before)
+
+
+@torch.no_grad()
+def _pace(optimizer: Optimizer, before: dict[nn.Parameter, Tensor]) -> None:
     own = [(p, gate) for p, gate in _paced(optimizer) if p in before and gate._seen is not None]
     if not own:
         return
@@ -77,5 +74,4 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
             gate._seen.zero_()
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+watch_steps(_before_step, _after_step)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengate.gates.score_counts import BINS, PER_OCTAVE, log_quantile
+from tokengate.gates.score_counts import BINS, LOW, PER_OCTAVE, log_quantile, share_below
 
-# Over what share of a training's steps is averaged, and over how many at least and at most.
-_WINDOW, _LEAST, _MOST = 0.1, 2.0, 100.0
+# By which powers of its number a step is weighed: of so many steps so far that is an average over
+# the last half, quarter, tenth and 28th. And by which one how far each of these was off.
+_POWERS, _MEMORY = (1.0, 3.0, 9.0, 27.0), 3.0
 
 
 class QuantileTracker:
@@ -18,43 +19,82 @@ class QuantileTracker:
 
     Scores grow with M(x), quickly at first. An average of their quantiles would lag behind, and
     more so the fewer steps there are. So their size, the median of those above 0, is followed by a
-    line in log size over log steps, to which later steps contribute more; at first M(x) is as large
-    as steps are many, and later grows more slowly. And their distribution relative to it is
-    averaged.
+    line in log size over log steps; at first M(x) is as large as steps are many, and later grows
+    more slowly. And their distribution relative to what the line had foretold is averaged: where
+    the line is off for long, the distribution makes up for it.
+
+    How many steps are worth averaging depends on how many positions a step has and on how the
+    scores change. So there are averages over several shares of the steps so far, from a half to a
+    28th, and for each it is known how far its quantiles were off in the steps that came after
+    them. That which was off least is believed.
 
     Args:
         series: how many distributions are followed.
-        total_steps: of the training; how long is averaged follows from it.
         device: where.
     """
 
-    def __init__(self, series: int, total_steps: int, device: torch.device) -> None:
+    def __init__(self, series: int, device: torch.device) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._kept = 1 - 1 / min(_MOST, max(_LEAST, _WINDOW * total_steps))
-        self._shape = torch.zeros(series, BINS, dtype=self.dtype, device=device)
+        self._powers = torch.tensor(_POWERS, dtype=self.dtype, device=device).unsqueeze(-1)
+        zeros = torch.zeros(len(_POWERS), series, dtype=self.dtype, device=device)
+        # Of each average: shares by bin, relative to the line.
+        self._shape = zeros.unsqueeze(-1).repeat(1, 1, BINS)
         # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
         # step and of the size, the variance of the one and the covariance of both.
-        self._line = torch.zeros(6, series, dtype=self.dtype, device=device)
+        self._line = zeros.repeat(6, 1, 1)
+        # Sums of squares of how far the quantiles were off.
+        self._errors = zeros
 
-    def add(self, counts: Tensor) -> None:
-        """Those of a step, `(series, BINS)`; a series without any learns nothing."""
+    def add(self, counts: Tensor, wanted: float) -> None:
+        """Those of a step, `(series, BINS)`; a series without any learns nothing.
+
+        Args:
+            counts: of the scores.
+            wanted: the share whose quantile was asked for.
+        """
+        counted = counts.sum(-1, keepdim=True)
+        counts = (counts / torch.where(counted > 0, counted, 1)).expand_as(self._shape)
         above = counts.clone()
-        above[:, 0] = above[:, -1] = 0
+        above[..., 0] = above[..., -1] = 0
         some = above.sum(-1) > 0
         size = torch.where(some, log_quantile(above, 0.5), 0)
         told, total, x, y, xx, xy = self._line
+        at = torch.where(told < 2, size, self._size())
+        off = torch.where(some & (told >= 2), share_below(counts, self._quantiles(wanted)), wanted)
         told = told + 1
-        total = self._kept * total + 1
+        self._errors = (1 - 1 / told) ** _MEMORY * self._errors + (off - wanted).square()
+        total = (1 - 1 / told) ** self._powers * total + 1
         weight = 1 / total
         dx, dy = told.log2() - x, size - y
         rest = 1 - weight
         line = [told, total, x + weight * dx, y + weight * dy]
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
         self._line = torch.where(some, torch.stack(line), self._line)
-        counted = counts.sum(-1, keepdim=True)
-        here = _moved(counts / torch.where(counted > 0, counted, 1), -size)
+        here = _moved(counts, -at)
         mixed = self._shape + weight.unsqueeze(-1) * (here - self._shape)
         self._shape = torch.where(counted > 0, mixed, self._shape)
+
+    def quantile(self, share: float) -> Tensor:
+        """log2 of the score below which `share` lies at the next step, `(series,)`.
+
+        Where `share` and more are 0, it is the least score that there is, or none, whichever is
+        nearer; none while all are.
+        """
+        return self._believed(self._quantiles(share))
+
+    def share_below(self, log_scores: Tensor) -> Tensor:
+        """The share that lies below these at the next step, `(series,)`."""
+        return self._believed(share_below(self._shape, log_scores - self._size()))
+
+    def _believed(self, values: Tensor) -> Tensor:
+        """Of each series, of `(averages, series)`, that of the average which was off least."""
+        return values.gather(0, self._errors.argmin(0, keepdim=True)).squeeze(0)
+
+    def _quantiles(self, share: float) -> Tensor:
+        found = log_quantile(self._shape, share) + self._size()
+        zero = self._shape[..., 0]
+        nearer = (zero > share) & (zero < min(1 - 1e-9, 2 * share))
+        return torch.where(nearer, float(LOW), found)
 
     def _size(self) -> Tensor:
         """log2 of the size at the next step."""
@@ -62,18 +102,6 @@ class QuantileTracker:
         slope = xy / torch.where(xx > 0, xx, 1)
         found: Tensor = y + slope * ((told + 1).log2() - x)
         return found
-
-    def quantile(self, share: float) -> Tensor:
-        """log2 of the score below which `share` lies at the next step, `(series,)`."""
-        return log_quantile(self._shape, share) + self._size()
-
-    def counts(self) -> Tensor:
-        """Shares by bin, relative to the size, `(series, BINS)`."""
-        return self._shape
-
-    def relative(self, log_scores: Tensor) -> Tensor:
-        """`log_scores`, `(series,)`, in the bins of `counts`, at the next step."""
-        return log_scores - self._size()
 
     def state_dict(self) -> dict[str, Any]:
         """All that it knows."""
@@ -85,15 +113,15 @@ class QuantileTracker:
             tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"shape": self._shape, "line": self._line}
+        return {"shape": self._shape, "line": self._line, "errors": self._errors}
 
 
 def _moved(counts: Tensor, by: Tensor) -> Tensor:
-    """Counts of scores that are all multiplied by 2^`by`: `(series, BINS), (series,)`.
+    """Counts of scores that are all multiplied by 2^`by`: `(..., BINS), (...)`.
 
     The first and the last bin stay; what would leave the others stays in the outermost of them.
     """
-    inner = counts[:, 1:-1]
+    inner = counts[..., 1:-1]
     bins = by.unsqueeze(-1) * PER_OCTAVE
     low = bins.floor()
     at = torch.arange(inner.shape[-1], device=counts.device) + low.long()
@@ -101,4 +129,4 @@ def _moved(counts: Tensor, by: Tensor) -> Tensor:
     last = inner.shape[-1] - 1
     moved.scatter_add_(-1, at.clamp(0, last), inner * (1 - (bins - low)))
     moved.scatter_add_(-1, (at + 1).clamp(0, last), inner * (bins - low))
-    return torch.cat([counts[:, :1], moved, counts[:, -1:]], -1)
+    return torch.cat([counts[..., :1], moved, counts[..., -1:]], -1)

@@ -6,19 +6,25 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokengate.arguments import count, finite, in_our_words, share, switch
-from tokengate.errors import TokenGateError, UnreachedSparsityWarning, brief
-from tokengate.gates.fisher import FisherGate
-from tokengate.gates.living import lead, lead_no_more, leader_of
+from tokengate.errors import (
+    TokenGateError,
+    UnreachedSparsityWarning,
+    UselessGateWarning,
+    brief,
+)
+from tokengate.gates.base import Gate
+from tokengate.gates.living import tau_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
-from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.gates.score_counts import share_below
 from tokengate.gates.threshold import TokenGate
-from tokengate.sharding import local_part
-from tokengate.training.leading.led_gates import gates_to_lead
+from tokengate.layers.gated_linear import Gated
+from tokengate.layers.patched import require_layers
+from tokengate.training.leading.led_gates import LedGates
 from tokengate.training.leading.quantile_tracker import QuantileTracker
-from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
+from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in, loss_scale
 
 # The share of a training in which the wanted sparsity rises to the target, and how far that which
 # the last thresholds close may be from it without a word.
@@ -95,32 +101,30 @@ class SparsitySchedule:
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
-        self._gates = gates_to_lead(model)
+        patched = require_layers(model, "SparsitySchedule")
+        gates = _gates_of(model, patched)
+        self._modifications = [patched[name].modification for name in gates]
+        if learn_from is not None:
+            _refuse_unlearnt(gates, learn_from)
         inside = next(iter(hooked_in(optimizer)), None)
         if inside is None:
             raise TokenGateError(
                 f"SparsitySchedule was given {brief(optimizer)} as the optimizer: pass a "
                 "torch.optim.Optimizer, or what wraps one."
             )
-        self._thresholds: list[Tensor] = [g.threshold for g in self._gates.values()]  # type: ignore
         self.steps = 0
-        # On one device, however many the model is on.
-        self._device = self._thresholds[0].device
-        layers = len(self._gates) if switch("per_layer", per_layer) else 1
-        self._tracker = QuantileTracker(layers, self.total_steps, self._device)
-        # How many modules a gate decides for: one, or all experts.
-        self._sizes = [threshold.numel() for threshold in self._thresholds]
-        self._folded = self._tracker.counts().new_zeros(sum(self._sizes))
-        self._sparsity = torch.full((), torch.nan, device=self._device)
+        self._led = LedGates(gates)
+        layers = len(gates) if switch("per_layer", per_layer) else 1
+        self._tracker = QuantileTracker(layers, self._led.device)
+        self._sparsity = torch.full((), torch.nan, device=self._led.device)
         # The thresholds in use, as log2, one for each layer or one.
-        self._log_thresholds = self._tracker.counts().new_full((layers,), -torch.inf)
-        for gate, threshold in zip(self._gates.values(), self._thresholds, strict=True):
-            gate._seen = no_counts(threshold.device)
-            lead(gate, self)
-            if isinstance(gate, FisherGate):
-                gate.start_feeding()
-        self._found = [local_part(threshold).detach().clone() for threshold in self._thresholds]
-        self._write()
+        self._log_thresholds = torch.full_like(self._tracker.quantile(0), -torch.inf)
+        # The share that is closed before the first step.
+        self._start = 0.0
+        self._continues = self._led.are_set()
+        self._led.begin(self)
+        if not self._continues:
+            self._led.write(self._log_thresholds)
         self._hook = inside.register_step_pre_hook(self._before_step)
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = inside._optimizer_step_pre_hooks
@@ -134,15 +138,18 @@ class SparsitySchedule:
     @property
     def thresholds(self) -> dict[str, float]:
         """That of every layer, as this has set it last."""
-        values = self._log_thresholds.exp2().expand(len(self._gates))
-        return dict(zip(self._gates, values.tolist(), strict=True))
+        values = self._log_thresholds.exp2().expand(len(self._led.by_name))
+        return dict(zip(self._led.by_name, values.tolist(), strict=True))
 
     @property
     def wanted(self) -> float:
         """The share that the thresholds of the next forward are to close."""
+        return self._wanted(self.steps)
+
+    def _wanted(self, step: int) -> float:
         rise = max(1.0, _RISE * (self.total_steps - self._warmup))
-        x = min(1.0, max(0.0, (self.steps - self._warmup) / rise))
-        return self.target * (1 - (1 - x) ** 3)
+        x = min(1.0, max(0.0, (step - self._warmup) / rise))
+        return self._start + (self.target - self._start) * (1 - (1 - x) ** 3)
 
     def step(self) -> None:
         """Schedulers want this call; here `optimizer.step()` is one.
@@ -155,21 +162,19 @@ class SparsitySchedule:
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
         self._hook.remove()
-        self._release()
+        self._led.end(self)
 
     def skip_step(self) -> None:
         """Forget what was counted for a step that is not taken: it is no part of the next one."""
-        for gate in self._gates.values():
-            for seen in (gate._seen, getattr(gate, "_fed", None)):
-                if seen is not None:
-                    seen.zero_()
+        self._led.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on as if it had not stopped, but for the model's."""
         return {
             "step": self.steps,
-            "layers": list(self._gates),
-            "folded": self._folded.clone(),
+            "start": self._start,
+            "layers": list(self._led.by_name),
+            "folded": self._led.folded.clone(),
             "thresholds": self._log_thresholds.clone(),
             "tracker": self._tracker.state_dict(),
         }
@@ -180,8 +185,8 @@ class SparsitySchedule:
         Raises:
             TokenGateError: it is of other layers, or of a schedule with another `per_layer`.
         """
-        if list(state["layers"]) != list(self._gates):
-            other = sorted({*state["layers"]} ^ {*self._gates})
+        if list(state["layers"]) != list(self._led.by_name):
+            other = sorted({*state["layers"]} ^ {*self._led.by_name})
             raise TokenGateError(
                 "the state to load and this schedule differ in the layer "
                 f"{brief(other[0] if other else state['layers'][0])}: load it into a model that is "
@@ -192,17 +197,16 @@ class SparsitySchedule:
                 "the state to load is of a schedule with another per_layer: make this one as that "
                 "one was made."
             )
-        self.steps = int(state["step"])
-        self._folded.copy_(state["folded"])
+        self.steps, self._start = int(state["step"]), float(state["start"])
+        self._led.folded.copy_(state["folded"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
         if self.steps >= self._last:
-            self._release()
+            self._led.end(self)
         if self._learns and self.steps > self._last:  # taus have gone on by themselves
-            for threshold, found in zip(self._thresholds, self._found, strict=True):
-                local_part(threshold).data.copy_(found)
-        else:
-            self._write()
+            self._led.restore()
+        elif self.steps:
+            self._led.write(self._log_thresholds)
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,7 +219,7 @@ class SparsitySchedule:
             if self.steps == step:  # of a closure's calls the first
                 self._look(optimizer)
             if not (self._learns and self.steps > self._last):
-                for threshold in self._thresholds:
+                for threshold in self._led.thresholds:
                     threshold.grad = None  # no optimiser touches a parameter without a gradient
 
         return once_there_are_gradients(args, kwargs, look)
@@ -230,84 +234,58 @@ class SparsitySchedule:
         self.steps += 1
         if self.steps > self._last:
             return
-        learnt = [gate for gate in self._gates.values() if isinstance(gate, TokenGate)]
-        taus = [gate.tau for gate in learnt if gate.tau.requires_grad]
-        skipped = any(gate.skipped for gate in self._gates.values())
+        gates = self._led.by_name.values()
+        taus = [
+            gate.tau for gate in gates if isinstance(gate, TokenGate) and gate.tau.requires_grad
+        ]
+        skipped = any(gate.skipped for gate in gates)
         if self.steps == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
             raise TokenGateError(
                 f"no gradient of tau was seen in any of the {len(taus)} gates that the "
                 "SparsitySchedule leads: call loss.backward() before optimizer.step(); under "
                 "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
             )
-        seen, fed = self._collected()
+        seen, fed = self._led.collected()
         if self.steps == 1 and not bool(seen.any()):
             raise TokenGateError(
-                f"SparsitySchedule saw no position in any of its {len(self._gates)} layers before "
+                f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
                 "the first optimizer.step(): call the model in training mode, and "
                 "loss.backward(), before it."
             )
-        self._fold(fed)
-        counts = self._by_threshold(seen)
+        if self.steps == 1:
+            self._say_if_others_train(optimizer)
+        if fed:
+            scale = getattr(optimizer, "grad_scale", None)
+            self._led.fold(fed, loss_scale() if scale is None else scale)
+        one = len(self._log_thresholds) == 1
+        counts = self._led.together(seen) if one else self._led.shares(seen)
         self._sparsity = share_below(counts, self._log_thresholds).mean()
-        self._tracker.add(counts)
+        wanted = self._wanted(self.steps - 1)
+        if self.steps == 1 and self._continues:
+            self._sparsity = self._led.closed(seen)
+            self._start = wanted = float(self._sparsity)
+        self._tracker.add(counts, wanted)
         self._log_thresholds = self._tracker.quantile(self.wanted)
-        self._write()
+        self._led.write(self._log_thresholds)
         if self.steps == self._last:
             self._warn_of_a_miss()
-            self._release()
+            self._led.end(self)
 
-    def _collected(self) -> tuple[Tensor, list[Tensor]]:
-        """What all ranks have counted and fed since the last step, by layer."""
-        gates = list(self._gates.values())
-        seen = torch.stack(
-            [gate._seen.to(self._device) for gate in gates if gate._seen is not None]
-        )
-        fed = [g._fed.to(seen) for g in gates if isinstance(g, FisherGate) and g._fed is not None]
-        flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
-            if len(flat):
-                torch.distributed.all_reduce(flat)
-        self.skip_step()
-        parts = torch.split(flat, [each.numel() for each in fed])
-        return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
-
-    def _fold(self, fed: list[Tensor]) -> None:
-        told = iter(fed)
-        times = torch.split(self._folded, self._sizes)
-        for gate, folded in zip(self._gates.values(), times, strict=True):
-            if isinstance(gate, FisherGate):
-                new = next(told)
-                folded += (new[..., -1] > 0).view_as(folded)
-                gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
-
-    def _by_threshold(self, seen: Tensor) -> Tensor:
-        """The counts behind each threshold, `(layers or 1, BINS)`; every module weighs alike."""
-        total = seen.sum(-1, keepdim=True)
-        shares = seen / torch.where(total > 0, total, 1)
-        if len(self._log_thresholds) > 1:
-            return shares
-        return (shares * shares.new_tensor(self._sizes).unsqueeze(-1)).sum(0, keepdim=True)
-
-    def _write(self) -> None:
-        values = self._log_thresholds.exp2().expand(len(self._gates))
-        with torch.no_grad():
-            for threshold, value in zip(self._thresholds, values, strict=True):
-                own = local_part(threshold)
-                if own.numel():  # else another rank has it
-                    own.copy_(value)
-
-    def _release(self) -> None:
-        # Not those that another one leads since.
-        for gate in [gate for gate in self._gates.values() if leader_of(gate) is self]:
-            lead_no_more(gate)
-            gate.set_pace(gate.relative)
-            if isinstance(gate, FisherGate):
-                gate.stop_feeding()
+    def _say_if_others_train(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parts = [*self._modifications, *self._led.by_name.values()]
+        trained = [id(p) for part in parts for p in part.parameters() if p.grad is not None]
+        if held and trained and held.isdisjoint(trained):
+            warnings.warn(
+                f"SparsitySchedule was given an {type(optimizer).__name__} that holds no parameter "
+                f"of the {len(self._modifications)} layers that it leads: give it the optimizer "
+                "that trains them, whose steps it counts.",
+                UselessGateWarning,
+                stacklevel=5,
+            )
 
     def _warn_of_a_miss(self) -> None:
-        closed = float(share_below(self._tracker.counts(), self._tracker.relative(
-            self._log_thresholds)).mean())  # fmt: skip
+        closed = float(self._tracker.share_below(self._log_thresholds).mean())
         if abs(closed - self.target) <= _NEAR:
             return
         warnings.warn(
@@ -315,4 +293,35 @@ class SparsitySchedule:
             f"{closed:.0%}.",
             UnreachedSparsityWarning,
             stacklevel=4,
+        )
+
+
+def _gates_of(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:
+    gates = {
+        name: layer.gate
+        for name, layer in patched.items()
+        if layer.gate is not None and layer.gate.threshold is not None
+    }
+    if not gates:
+        raise TokenGateError(
+            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
+            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
+        )
+    for name, gate in gates.items():
+        if gate.is_led:
+            raise TokenGateError(
+                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
+                "interrupted Trainer's callback is callback.sparsity_schedule)."
+            )
+    return gates
+
+
+def _refuse_unlearnt(gates: dict[str, Gate], learn_from: float) -> None:
+    unlearnt = [(name, gate) for name, gate in gates.items() if tau_of(gate) is None]
+    if unlearnt:
+        name, gate = unlearnt[0]
+        raise TokenGateError(
+            f"learn_from={learn_from} was asked of {len(unlearnt)} gates, e.g. that of {name!r}, "
+            f"whose threshold nothing trains ({type(gate).__name__}): leave learn_from out, or "
+            'patch with gate="threshold" and a tau that is trainable.'
         )
