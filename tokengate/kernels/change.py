@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class Change:
         self.groups = None if factors is None else factors.groups
         eager = self.groups is None and is_eager(out, *parts)
         self._quick = eager and factors is not None
-        self._fused = eager and kernels_for(out, *parts, factors and factors.gain) is not None
+        self._fused = eager and kernels_for(out, *parts) is not None
         if factors is not None and self._quick:
             factors.check(out)
             # Through a view autograd would copy.
@@ -127,7 +129,8 @@ class Change:
                 # Sizes are constants to derivatives that are carried forward, too.
                 return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
         parts = (self.out, self.bias, self.m.z, self.m.up, self.m.gain)
-        out, bias, z, up, gain = [None if part is None else part.detach() for part in parts]
+        constant: Any = [None if part is None else part.detach() for part in parts]
+        out, bias, z, up, gain = constant
         with without_autocast(self.out.device):
             if gain is None:
                 return norms_of_product(z, up), norms_without_bias(out, bias)

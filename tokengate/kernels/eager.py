@@ -24,10 +24,7 @@ def is_eager(*tensors: Tensor) -> bool:
         return False
     if _is_tracing() or forward_ad._current_level >= 0:
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_meta:
-            return False
-    return True
+    return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]
 
 
 def is_exported() -> bool:

@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from tokengate.gates.base import Gate
-from tokengate.gates.living import living_taus
+from tokengate.gates.living import living, living_taus
 from tokengate.gates.score_counts import log_quantile
 from tokengate.sharding import local_part
 from tokengate.training.following import followed
@@ -44,6 +44,8 @@ def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
 
 def _paced(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
     """The taus that this optimiser moves in these units."""
+    if not any(gate.relative for gate in living()):
+        return iter(())
     return ((p, gate) for p, gate in moved_by(optimizer) if gate.relative and not gate.is_led)
 
 
