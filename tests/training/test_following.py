@@ -553,7 +553,7 @@ def test_beside_a_schedule_and_an_allocator(order, held):
                 return loss
 
             optimizer.step(closure)
-        assert controlled.step == 10
+        assert controlled.steps == 10
         paths.append((numbers(model), torch.tensor([*controlled.thresholds.values()])))
     for one, other in zip(*paths, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)

@@ -3,6 +3,7 @@
 `test_sparsity_schedule.py` simulates how scores grow; here they do as they do.
 """
 
+import itertools
 import math
 
 import torch
@@ -16,8 +17,7 @@ import tokengate
 
 def net(hidden):
     sizes = [12, *[24] * hidden]
-    pairs = zip(sizes, sizes[1:], strict=False)
-    blocks = [part for k, d in pairs for part in (nn.Linear(k, d), nn.Tanh())]
+    blocks = [part for k, d in itertools.pairwise(sizes) for part in (nn.Linear(k, d), nn.Tanh())]
     return nn.Sequential(*blocks, nn.Linear(24, 5))
 
 

@@ -56,7 +56,7 @@ def changed(
     if gate is not None:
         positions = Positions(change, x, real)
         a = gate(positions)
-        if wants_scores or (gate.counts_scores and gate.training):
+        if wants_scores or (gate.training and gate.counts_scores):
             with torch.no_grad():
                 scores = gate.scores(Positions(change.undropped(), x, real))
     if inside is not None and inside.dtype != torch.bool:  # weights
@@ -103,5 +103,7 @@ class Observer:
 
 def wanted(observers: Iterable[Observer]) -> tuple[bool, bool]:
     """Whether any of them wants norms, and scores."""
-    told = list(observers)
-    return any(each.norms for each in told), any(each.scores for each in told)
+    norms = scores = False
+    for observer in observers:
+        norms, scores = norms or observer.norms, scores or observer.scores
+    return norms, scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
 from tokengate.kernels.gated_sum import (
     GatedSum,
     SizeOfProduct,
+    Step,
     gated_sum,
     norm_from_gram,
     norms_of_product,
@@ -41,31 +44,28 @@ class Change:
         self, out: Tensor, bias: Tensor | None, m: Tensor | Factors, in_place: bool = False
     ) -> None:
         self.out, self.bias, self.m = out, bias, m
-        self.groups = m.groups if isinstance(m, Factors) else None
-        self._quick = isinstance(m, Factors) and not m.groups and is_eager(out, m.z, m.up)
-        if isinstance(m, Factors) and self._quick:
-            m.check(out)
+        factors = m if isinstance(m, Factors) else None
+        parts = (m,) if factors is None else (factors.z, factors.up)
+        #: What a and mu are computed in: float32, or float64.
+        self.dtype = accumulation_dtype(out, *parts)
+        self.groups = None if factors is None else factors.groups
+        eager = self.groups is None and is_eager(out, *parts)
+        self._quick = eager and factors is not None
+        self._fused = eager and kernels_for(out, *parts) is not None
+        if factors is not None and self._quick:
+            factors.check(out)
             # Through a view autograd would copy.
             plain = out.is_contiguous() and out._base is None and not is_watched()
-            in_place = in_place and m.gain is None and plain
+            in_place = in_place and factors.gain is None and plain
         self._in_place = in_place
-        parts = (m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
-        eager = self._quick if isinstance(m, Factors) else is_eager(out, m)
-        self._fused = eager and kernels_for(out, *parts) is not None
         self._at_once: Sizes | None = None
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
-        self._selected: tuple[Tensor, Tensor] | None = None
+        self._step: Step | None = None
         #: Is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`; of M(x) without
         #: factors with m and dL/dm_i.
         self.learn: Learn | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What a and mu are computed in: float32, or float64."""
-        parts = (self.m.z, self.m.up) if isinstance(self.m, Factors) else (self.m,)
-        return accumulation_dtype(self.out, *parts)
 
     def norms(self) -> tuple[Norms, Norms]:
         """||m_i|| and ||w_i||, `(...)` each, without gradients; to be asked for before `add`."""
@@ -128,28 +128,28 @@ class Change:
                 w = without_bias(self.out.detach(), self.bias)
                 # Sizes are constants to derivatives that are carried forward, too.
                 return norms(m.detach(), self.dtype), norms(w.detach(), self.dtype)
-        with torch.no_grad(), without_autocast(self.out.device):
-            z, up, gain = self.m.z, self.m.up, self.m.gain
+        parts = (self.out, self.bias, self.m.z, self.m.up, self.m.gain)
+        constant: Any = [None if part is None else part.detach() for part in parts]
+        out, bias, z, up, gain = constant
+        with without_autocast(self.out.device):
             if gain is None:
-                return norms_of_product(z, up), norms_without_bias(self.out, self.bias)
-            self._product, of_m, of_w = product_with_gain(self.out, z, self.bias, up, gain)
+                return norms_of_product(z, up), norms_without_bias(out, bias)
+            self._product, of_m, of_w = product_with_gain(out, z, bias, up, gain)
             return of_m, of_w
 
-    def selects(self, a: Tensor, is_open: Tensor) -> None:
-        """That `a` is 1 where `is_open` and 0 elsewhere, so that it need not be multiplied by."""
-        self._selected = (a, is_open)
+    def steps(self, step: Step) -> None:
+        """Weights that are a step, which the sum can then teach itself."""
+        self._step = step
 
     def opened(self, a: Tensor) -> Tensor:
         """Where a is not 0, as booleans, `(...)`."""
         if a.dtype == torch.bool:
             return a
-        known = self._selection(a)
-        return a.detach() != 0 if known is None else known
+        step = self._step_of(a)
+        return a.detach() != 0 if step is None else step.is_open
 
-    def _selection(self, a: Tensor | None) -> Tensor | None:
-        if self._selected is None or self._selected[0] is not a:
-            return None
-        return self._selected[1]
+    def _step_of(self, a: Tensor | None) -> Step | None:
+        return self._step if self._step is not None and self._step.a is a else None
 
     def undropped(self) -> Change:
         """As it would be without dropout, for its sizes: what is evaluated later has none."""
@@ -191,9 +191,14 @@ class Change:
                     if self._fused:
                         return fused_sum(out, bias, *factors, a, self._in_place)
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
-                ways = (self._in_place, self._selection(a), self.learn)
+                step = self._step_of(a)
+                tau = taught = None
+                if step is not None:
+                    a, tau, taught = step.is_open, step.tau, step.taught
                 function = FusedSum if self._fused else GatedSum
-                return applied(function, out, bias, *factors, a, product, *ways)
+                ways = (tau, self._in_place, taught, self.learn)
+                summed: Tensor = function.apply(out, bias, *factors, a, product, *ways)
+                return summed
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:

@@ -24,7 +24,7 @@ from tokengate.kernels.precision import without_autocast
 Learn: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Factors:
     """M(x_i) = up z_i + gain * w_i, in the dtype of `w`.
 

@@ -17,14 +17,13 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_for(*tensors: Tensor | None) -> Any:
+def kernels_for(first: Tensor, *others: Tensor | None) -> Any:
     """`tokengate.kernels.triton`, if that takes these tensors, which are eager ones; or None."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    device = present[0].device
+    device = first.device
     kernels = _on(device)
     if kernels is None:
         return None
-    for tensor in present:
+    for tensor in (first, *[other for other in others if other is not None]):
         if tensor.device != device or tensor.dtype not in _DTYPES or not tensor.numel():
             return None
         if tensor.layout != torch.strided or tensor.is_nested:

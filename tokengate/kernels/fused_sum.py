@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.fused import kernels_for
-from tokengate.kernels.gated_sum import GatedSum, gradient_of_up
+from tokengate.kernels.gated_sum import GatedSum, Teach, gradient_of_up
 from tokengate.kernels.norms import Norms
 
 
@@ -54,8 +54,9 @@ class FusedSum(GatedSum):
         gain: Tensor | None,
         a: Tensor | None,
         product: Tensor | None,
+        tau: Tensor | None,
         in_place: bool,
-        is_open: Tensor | None,
+        taught: Teach | None,
         learn: Learn | None,
     ) -> Tensor:
         h = fused_sum(out, bias, z, up, gain, a, in_place)
@@ -63,7 +64,7 @@ class FusedSum(GatedSum):
             ctx.mark_dirty(out)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.selects, ctx.learn = False, learn
+        ctx.taught, ctx.learn = None, learn
         return h
 
     @staticmethod
@@ -101,7 +102,7 @@ class FusedSum(GatedSum):
             gradient_of_up(weighted, rows) if needs_up else None,
             grad_gain,
             mu.view(a.shape) if needs_a else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

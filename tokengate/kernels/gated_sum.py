@@ -8,8 +8,9 @@ a few rows at a time, while a processor's cache holds them, and added once the g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,26 @@ from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
 _BLOCK = 2**18
 # Elements of a product that takes no longer than to start the operations it saves.
 _SMALL = 2**14
+
+
+Teach: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Step:
+    """Weights that are 1 or 0, and learn: what `GatedSum` need not ask a node of their own.
+
+    Attributes:
+        a: they, as numbers, whose node in the graph is asked where something else was made of them.
+        is_open: they, as booleans.
+        tau: what learns.
+        taught: of mu, `(...)`, the gradient of tau.
+    """
+
+    a: Tensor
+    is_open: Tensor
+    tau: Tensor
+    taught: Teach
 
 
 class GatedSum(torch.autograd.Function):
@@ -43,18 +64,18 @@ class GatedSum(torch.autograd.Function):
         gain: Tensor | None,
         a: Tensor | None,
         product: Tensor | None,
+        tau: Tensor | None,
         in_place: bool,
-        is_open: Tensor | None,
+        taught: Teach | None,
         learn: Learn | None,
     ) -> Tensor:
-        selection = a if is_open is None else is_open
-        h = gated_sum(out, bias, z, up, gain, selection, product, in_place)
+        h = gated_sum(out, bias, z, up, gain, a, product, in_place)
         written = out if in_place else product
         if written is not None:
             ctx.mark_dirty(written)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.selects, ctx.learn = is_open is not None, learn
+        ctx.taught, ctx.learn = taught, learn
         return h
 
     @staticmethod
@@ -62,8 +83,6 @@ class GatedSum(torch.autograd.Function):
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         grad_out, grad_bias, grad_up, grad_gain, mu = grad, *[None] * 4
-        if ctx.selects and not torch.is_grad_enabled():  # else its gradients have one to a
-            a = a != 0
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
         if ctx.learn is not None:
@@ -71,7 +90,7 @@ class GatedSum(torch.autograd.Function):
         weighted_z, grad_z = _weighted(a, z if needs_up else None, down if needs_z else None)
         if weighted_z is not None:
             grad_up = gradient_of_up(weighted_z.reshape(-1, z.shape[-1]), rows)
-        if needs_a:
+        if needs_a or ctx.taught is not None:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
             # No vecdot: where backward runs within autocast, that would sum in 16 bits.
@@ -86,7 +105,8 @@ class GatedSum(torch.autograd.Function):
             grad_out = grad_out.view(grad.shape)
             if mu is not None:
                 mu = mu + mu_of_w.view(mu.shape)
-        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None, None, None
+        grad_tau = None if ctx.taught is None else ctx.taught(mu)
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, grad_tau, *[None] * 3
 
 
 def gated_sum(
@@ -140,8 +160,8 @@ def product_with_gain(
     for block in _blocks(out):
         w = without_bias(out[block], bias)
         torch.mul(w, gain, out=m[block]).addmm_(z[block], up.T)
-        of_m.append(norms(m[block], dtype))
-        of_w.append(norms(w, dtype))
+        of_m.append(norms(m[block], dtype, True))
+        of_w.append(norms(w, dtype, True))
     norms_of_m, norms_of_w = (reshaped(_joined(p), lambda n: n.view(at)) for p in (of_m, of_w))
     return product, norms_of_m, norms_of_w
 
@@ -212,9 +232,9 @@ def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
     """||w_i||: `(..., C) -> (...), (...)`."""
     dtype = accumulation_dtype(out)
     if bias is None or out.numel() <= _BLOCK:
-        return norms(without_bias(out, bias), dtype)
+        return norms(without_bias(out, bias), dtype, True)
     rows = out.reshape(-1, out.shape[-1])
-    parts = [norms(without_bias(rows[block], bias), dtype) for block in _blocks(rows)]
+    parts = [norms(without_bias(rows[block], bias), dtype, True) for block in _blocks(rows)]
     return reshaped(_joined(parts), lambda n: n.view(out.shape[:-1]))
 
 
@@ -227,7 +247,7 @@ def norms_of_product(z: Tensor, up: Tensor) -> Norms:
     rank = up.shape[1]
     is_small = z.numel() <= rank * rank or z.numel() // rank * len(up) <= _SMALL
     if is_small or z.dtype == torch.float64:
-        return norms(F.linear(z, up), accumulation_dtype(z))
+        return norms(F.linear(z, up), accumulation_dtype(z), True)
     if z.device.type == "cpu":
         square, bound = _from_gram(z, up, torch.float32)
         least, largest = bound.aminmax()  # both are NaN where one of them is

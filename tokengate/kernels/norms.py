@@ -19,20 +19,23 @@ _STEPS, _WIDE = (64, 32, 16), (512, 256, 128)
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """What norms, mu and g are summed in: float32, or float64 if any tensor is float64."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
-def norms(x: Tensor, dtype: torch.dtype) -> Norms:
+def norms(x: Tensor, dtype: torch.dtype, eager: bool = False) -> Norms:
     """`(..., C) -> (...), (...)`: n, summed in `dtype`, and p, powers of two or 1; ||x_i|| = n p.
 
     The squares of bfloat16 and float32 numbers beyond 1e19 or below 1e-23 leave float32's range.
     Where such numbers can matter, each position is first scaled by a power of two, which is exact.
+    To know whether they do, values are looked at, if x `is_eager`, as who has asked may say.
     """
     if x.dtype == torch.float16 or x.numel() == 0:  # its squares fit float32
         return plain_norms(x, dtype)
     # Elsewhere to look at values would be to wait for them.
-    if x.dtype != torch.float64 and x.device.type == "cpu" and is_eager(x):
+    if x.device.type == "cpu" and x.dtype != torch.float64 and (eager or is_eager(x)):
         found = plain_norms(x, dtype)
         if in_range(found) or not x.any():  # as M(x) is before it is trained
             return found
@@ -49,11 +52,8 @@ def plain_norms(x: Tensor, dtype: torch.dtype) -> Norms:
 
 def in_range(norms: Norms) -> bool:
     """Whether no square that matters has left float32's range on the way to these plain norms."""
-    norm, _ = norms
-    few = norm.numel() <= 16
-    # Both of aminmax are NaN where one number is.
-    sizes = norm.flatten().tolist() if few else [each.item() for each in norm.aminmax()]
-    return all(1e-15 < size < 1e18 for size in sizes)
+    least, largest = norms[0].aminmax()  # both are NaN where one number is
+    return least.item() > 1e-15 and largest.item() < 1e18
 
 
 def ratios(of_m: Norms, of_w: Norms) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+_nothing = contextlib.nullcontext()
+
 
 def trainable_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of what is trained beside `weight`: float32, or float64 for a float64 base."""
@@ -18,13 +20,14 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """Within this context what is computed keeps the dtypes that were chosen for it."""
     if autocasts(device):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _nothing
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast chooses dtypes on `device` at the moment."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 class KeepsFloat32(nn.Module):

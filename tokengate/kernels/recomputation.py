@@ -20,6 +20,7 @@ _Told = TypeVar("_Told")
 # Forwards that may wait for their backward at a time, as in a pipeline; and of each how many
 # positions, about, and numbers of a position tell it from others.
 _WAITING, _POSITIONS, _CHANNELS = 32, 256, 2
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @dataclass
@@ -96,8 +97,7 @@ def _in_checkpoint() -> bool:
     """Whether what is computed now may be computed again: always, where torch does not tell."""
     if not torch.is_grad_enabled():
         return _in_reentrant_checkpoint()
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks is None or hooks(True) is not None
+    return _hooks is None or _hooks(True) is not None
 
 
 def _in_reentrant_checkpoint() -> bool:

@@ -124,8 +124,11 @@ def awaits_backward(layer: nn.Module) -> None:
 
 def said_of(layer: nn.Module, kind: str) -> list[Any]:
     """What the contexts of this kind say of a layer, from the first entered on."""
-    contexts = (c for c in _CONTEXTS.get() if c.kind == kind and not c.ended)
-    return [c.layers[layer] for c in contexts if layer in c.layers]
+    contexts = _CONTEXTS.get()
+    if not contexts:
+        return []
+    holding = (c for c in contexts if c.kind == kind and not c.ended)
+    return [c.layers[layer] for c in holding if layer in c.layers]
 
 
 @dataclass(eq=False)
@@ -231,6 +234,8 @@ def fits(mask: Tensor, input: Tensor) -> bool:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.running: list[Running] = []
+        # Those of them that say which positions are whose, in the same order.
+        self.telling: list[Running] = []
 
 
 _THREAD = _Thread()
@@ -246,6 +251,8 @@ def running() -> Sequence[Running]:
 def begin(call: Running) -> None:
     """A forward begins."""
     _THREAD.running.append(call)
+    if call.tells or call.others:
+        _THREAD.telling.append(call)
     if len(_THREAD.running) == 1 and not torch.compiler.is_compiling():
         _RUNNING[threading.get_ident()] = _THREAD.running
 
@@ -254,6 +261,8 @@ def end(call: Running) -> None:
     """It ends, if it has begun."""
     if _THREAD.running and _THREAD.running[-1] is call:
         _THREAD.running.pop()
+    if _THREAD.telling and _THREAD.telling[-1] is call:
+        _THREAD.telling.pop()
     if not _THREAD.running and not torch.compiler.is_compiling():
         _RUNNING.pop(threading.get_ident(), None)
 
@@ -271,7 +280,7 @@ def same(input: Tensor, states: Tensor) -> bool:
 
 def left_on(states: Tensor | None) -> Left | None:
     """What a module that has ended says of its output, where none that runs says anything."""
-    if states is None or any(call.tells for call in _THREAD.running):
+    if states is None or (_THREAD.telling and any(call.tells for call in _THREAD.telling)):
         return None
     left = getattr(states, LEFT, None)
     if left is None and not torch.compiler.is_compiling() and states._base is not None:
@@ -293,12 +302,12 @@ def in_decoder() -> bool:
 
 def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:
     """The padding mask of a layer's positions, `(B, T)`, and whether its input is the others."""
-    for call in _THREAD.running:  # the outermost first: those inside are not given their mask
+    for call in _THREAD.telling:  # the outermost first: those inside are not given their mask
         for states, mask in call.others:
             if same(input, states) and call.is_about(layer):
                 return mask, True
     guess = None
-    for call in reversed(_THREAD.running):
+    for call in reversed(_THREAD.telling):
         if not call.is_about(layer):
             continue
         if (of_others := call.apart(layer, input)) is not None:

@@ -118,7 +118,7 @@ class Gated(Swapped):
             input = kwargs.pop(first_parameter(self._own_class), None)  # type: ignore[arg-type]
             if input is None:
                 return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        own = cast(LinearLike, self)
+        own: Any = self
         if is_unbatched(own, input):
             return self.forward(input.unsqueeze(0), *args, **kwargs).squeeze(0)
         if not torch.compiler.is_compiling() and not self._reached:
@@ -131,11 +131,12 @@ class Gated(Swapped):
         x, factors = input, None
         if adapter is not None and self._keeps_nothing() and not _moved(adapter[0]):
             # M(x) in factors, where that can be begun before the base layer.
-            x, factors = adapter[0].factors_before(input, cast(nn.Linear, self))
+            x, factors = adapter[0].factors_before(input, own)
         output: Tensor = super().forward(x, *args, **kwargs)
         out = by_position(own, output)
-        mask, norms, scores = self._fitting(told.mask, out), None, None
-        observers: list[Observer] = said_of(self, RECORD) if contexts() else []
+        mask = None if told.mask is None else self._fitting(told.mask, out)
+        norms = scores = None
+        observers: list[Observer] = said_of(self, RECORD)
         if observers and is_exported():
             raise TokenGateError(
                 "an export was asked within tokengate.record, which counts what runs in Python: "
@@ -149,7 +150,8 @@ class Gated(Swapped):
             h, is_open = modified_by_rows(self, input, out, mask, told)
         else:
             h, is_open = modified_by_region(self, input, out, mask, told)
-        mask = counted(mask, told.inside)
+        if told.inside is not None:
+            mask = counted(mask, told.inside)
         seen, at = h, is_open
         if self._sequence_first and h.dim() == 3:
             seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
@@ -184,12 +186,12 @@ class Gated(Swapped):
             check_resident(modification)
         w = without_bias(out, self.bias) if modification.reads_w else out
         x = self.inputs(modification, input)
-        real = counted(mask, inside)
+        real = mask if inside is None else counted(mask, inside)
         if factors is None:
             factors = modification.factors(x, w, cast(LinearLike, self))
         m = whole_of(modification, x, w) if factors is None else factors
         change = Change(out, self.bias, m, self._keeps_nothing() and inside is None)
-        for observer in said_of(self, RECORD) if contexts() else []:
+        for observer in said_of(self, RECORD):
             if observer.change is not None:
                 observer.change(change.multiplied_out())
         return changed(
@@ -237,9 +239,7 @@ class Gated(Swapped):
         swapped = self._sequence_first and mask.dim() == 2
         return (mask.T if swapped else mask).reshape(out.shape[:-1])
 
-    def _fitting(self, mask: Tensor | None, out: Tensor) -> Tensor | None:
-        if mask is None:
-            return None
+    def _fitting(self, mask: Tensor, out: Tensor) -> Tensor | None:
         mask = mask.to(out.device)  # of a model over several devices
         if self._sequence_first:
             return mask if out.shape[:-1] == mask.T.shape else None

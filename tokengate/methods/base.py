@@ -138,11 +138,11 @@ class Modification(KeepsFloat32):
             x: the layer's input, `(..., in_features)`.
             linear: the base layer; one of PyTorch's own, which do not keep that gradient.
         """
+        if self.reads_w or not torch.is_grad_enabled() or not is_eager(x) or x.numel() < _LARGE:
+            return x, None
         weight = linear.weight
         if (
-            self.reads_w
-            or not (torch.is_grad_enabled() and is_eager(x, weight) and x.requires_grad)
-            or x.numel() < _LARGE
+            not (x.requires_grad and is_eager(weight))
             or x.dtype != weight.dtype
             or autocasts(x.device)
             # The base layer says what is wrong with an input.

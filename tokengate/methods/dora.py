@@ -25,6 +25,8 @@ from tokengate.sharding import divided_as, is_absent, is_sharded, present
 
 # Rows whose lengths differ by more are another W0's, not one that was cast or quantised.
 _FAR = 0.01
+# Elements of a W0 that is as large as the intermediate results without which its norms are had.
+_SMALL = 2**14
 
 
 @register("dora")
@@ -34,9 +36,9 @@ class DoRA(LoRA):
     `(..., in_features) -> (..., out_features)`.
 
     c = magnitude / the norm of each row of W0 + scale B A. The norm is a constant in backward
-    (section 4.3 there); the bias is never scaled. No matrix of W0's size is made: the norm comes
-    from products of size r, in W0's dtype, and c - 1 = (magnitude - norm) / norm from float32. A
-    quantised W0 is dequantised a few rows at a time.
+    (section 4.3 there); the bias is never scaled. No matrix of W0's size is made, unless that is
+    small: the norm comes from products of size r, in W0's dtype, and c - 1 = (magnitude - norm) /
+    norm from float32. A quantised W0 is dequantised a few rows at a time.
 
     Dropout acts on the low-rank path alone. Hugging Face PEFT, in training with dropout, also
     multiplies W0 with the dropped input a second time and takes that for w in the first term;
@@ -132,6 +134,12 @@ class DoRA(LoRA):
         """
         # Autocast would copy all of W0 to 16 bits.
         with without_autocast(holder(linear).device):
+            weight = in_memory(linear) if self.B.dim() == 2 else None
+            if weight is not None and weight.numel() <= _SMALL and weight.dtype == self.B.dtype:
+                up = block_diagonal(self.B, self.groups)
+                whole = torch.addmm(weight, up, self.A, alpha=self.scale)
+                norm: Tensor = torch.linalg.vector_norm(whole, dim=-1).detach()
+                return norm
             B = block_diagonal(self.scale * self.B, self.groups)
             squares, cross = row_squares_and_products(linear, self.A.mT)
             own = B @ (self.A @ self.A.mT)

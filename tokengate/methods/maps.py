@@ -15,7 +15,7 @@ from tokengate.kernels.precision import without_autocast
 from tokengate.linears.convolution import Patches
 
 
-@dataclass(frozen=True)
+@dataclass
 class Maps:
     """M(x) = up act(down drop(x)) + gain * w. Of several layers, with one dimension more in front.
 

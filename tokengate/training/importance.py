@@ -54,6 +54,7 @@ class Importance:
     def update(self) -> None:
         """After a step: its gradients, times what the values have become."""
         beta1, beta2 = self._betas
+        found: list[tuple[Tensor, ...]] = []
         for name, gradients in self.gradients.items():
             if name not in self.sensitivity:
                 if "E" not in gradients:  # it was never called and has no importance yet
@@ -62,14 +63,22 @@ class Importance:
                 self.sensitivity[name] = zeros
                 self.uncertainty[name] = {f: z.clone() for f, z in zeros.items()}
             for factor, parameter in self.factors(name).items():
-                smoothed = self.sensitivity[name][factor]
-                if factor in gradients:  # which are copies, and used up here
-                    now = gradients[factor].mul_(parameter).abs_().nan_to_num_(nan=0.0, posinf=0.0)
-                else:
-                    now = torch.zeros_like(smoothed)
-                smoothed.lerp_(now, 1 - beta1)
-                self.uncertainty[name][factor].lerp_(now.sub_(smoothed).abs_(), 1 - beta2)
+                # The gradients are copies, and used up here.
+                now = gradients[factor] if factor in gradients else torch.zeros_like(parameter)
+                averages = self.sensitivity[name][factor], self.uncertainty[name][factor]
+                found.append((now, parameter, *averages))
         self.gradients = {}
+        if not found:
+            return
+        changes, values, smoothed, uncertain = (list(each) for each in zip(*found, strict=True))
+        torch._foreach_mul_(changes, values)
+        torch._foreach_abs_(changes)
+        for change in changes:
+            change.nan_to_num_(nan=0.0, posinf=0.0)
+        torch._foreach_lerp_(smoothed, changes, 1 - beta1)
+        torch._foreach_sub_(changes, smoothed)
+        torch._foreach_abs_(changes)
+        torch._foreach_lerp_(uncertain, changes, 1 - beta2)
 
     def scores(self, name: str) -> Tensor:
         """One score for each singular value of a layer, `(rank,)`; of experts, `(E, rank)`."""

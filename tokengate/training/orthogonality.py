@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +45,17 @@ def orthogonality(model: nn.Module) -> Tensor:
     Raises:
         TokenGateError: no layer of the model has an AdaLoRA.
     """
-    distances = []
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for modification in adalora_layers(model, "orthogonality").values():
         P, Q = gathered(modification.P), gathered(modification.Q)
         with without_autocast(P.device):  # 16 bits would round what is nearly orthogonal to it
-            grams = (P.mT @ P, Q @ Q.mT)
-        for gram in grams:
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            # Of each expert one, where there are several.
-            distances.append(torch.linalg.vector_norm(gram - identity, dim=(-2, -1)).reshape(-1))
+            grams = [P.mT @ P, Q @ Q.mT]
+        alike.setdefault((P.device, P.dtype, grams[0].shape), []).extend(grams)
+    distances = []
+    for (device, dtype, shape), grams in alike.items():  # in one, as many operations as of one take
+        identity = torch.eye(shape[-1], dtype=dtype, device=device)
+        # Of each expert one, where there are several.
+        far = torch.linalg.vector_norm(torch.stack(grams) - identity, dim=(-2, -1))
+        distances.append(far.flatten())
     # A model may be spread over devices.
     return torch.cat([d.to(distances[0].device) for d in distances]).mean()

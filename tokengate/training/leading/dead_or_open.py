@@ -54,8 +54,10 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         _tell_of_unled(optimizer)
     if step == 1:
         _refuse_stillborn(optimizer)
+    if optimizer in _TOLD or not (step in _LOOKS or step + 1 in _LOOKS):
+        return
     own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
-    if not own or optimizer in _TOLD:
+    if not own:
         return
     if step in _LOOKS:
         _look(optimizer, own, step)
