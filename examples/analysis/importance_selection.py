@@ -204,7 +204,7 @@ def table(args: argparse.Namespace, scores: dict[Run, list[float]]) -> str:
 
 def draw(args: argparse.Namespace, scores: dict[Run, list[float]], path: Path) -> None:
     """Figure 8: the score over the share of modules; beside it the other rows of Table 4."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.2, 3.8), layout="constrained")
     swept = sorted({args.percent, *args.sweep} - {100})
     found = [scores[Run(LOW, percent)] for percent in swept] + [scores[Run(ALL)]]
     bars(axes, [*swept, 100], found, "lowest sparsity first", fmt="o-")
@@ -218,7 +218,7 @@ def draw(args: argparse.Namespace, scores: dict[Run, list[float]], path: Path) -
     axes.set_ylim(None, 100)
     axes.set_title("Which modules to adapt: mean and deviation over the seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside center right", fontsize=8)  # beside the bars, on none
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

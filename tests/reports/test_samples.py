@@ -84,7 +84,8 @@ def test_without_a_gate_there_is_no_r():
     assert rec.sample(0).ratios == {}
     with tokengate.record(patched(), ratios=True) as without_positions:
         pass
-    assert not without_positions.ratios
+    with one_sentence("no ratios were recorded", "positions=True, ratios=True"):
+        list(without_positions.ratios)
 
 
 def test_nothing_is_measured_when_nobody_asks(monkeypatch):
@@ -95,7 +96,8 @@ def test_nothing_is_measured_when_nobody_asks(monkeypatch):
     with tokengate.record(model, positions=True) as rec:
         model(torch.randn(2, 3, 8))
     assert not measured
-    assert not rec.ratios
+    with one_sentence("no ratios were recorded", "positions=True, ratios=True"):
+        list(rec.ratios)
     assert rec.sample(0).ratios is None
     with tokengate.record(model, ratios=True), tokengate.record(model, ratios=True):
         model(torch.randn(2, 3, 8))
