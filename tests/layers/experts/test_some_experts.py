@@ -26,10 +26,10 @@ def away(model):
     return model
 
 
-def make(targets, way="grouped", inputs=5, **options):
+def make(targets, way="grouped", sizes=(6, 5), rank=2, **options):
     torch.manual_seed(0)
-    model = Mixture(Experts(4, 6, inputs, way=way))
-    return away(tokengate.patch(model, targets, rank=2, experts=AXES, **options))
+    model = Mixture(Experts(4, *sizes, way=way))
+    return away(tokengate.patch(model, targets, rank=rank, experts=AXES, **options))
 
 
 def batch(inputs=5):
@@ -116,9 +116,10 @@ def test_slices_of_some():
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
 def test_rows_of_others_are_the_bases_bit_for_bit(method, way, dtype, monkeypatch):
     """Also where torch's own kernel multiplies, which leaves rows of nobody as memory was."""
-    real = torch.nn.functional.grouped_mm
+    real, calls = torch.nn.functional.grouped_mm, []
 
     def leaves_the_rest(left, right, *, offs):
+        calls.append(left)
         out = real(left, right, offs=offs)
         if left.dim() == 2 and right.dim() == 3:
             out[offs[-1] :] = torch.nan
@@ -126,16 +127,16 @@ def test_rows_of_others_are_the_bases_bit_for_bit(method, way, dtype, monkeypatc
 
     kernels = types.SimpleNamespace(grouped_mm=leaves_the_rest)
     monkeypatch.setattr("tokengate.kernels.groups.F", kernels)
-    model = make(["experts.1.w", "experts.2.w"], way, 8, method=method).to(dtype)
+    model = make(["experts.1.w", "experts.2.w"], way, (8, 8), 8, method=method).to(dtype)
     x, index = batch(8)
     x = x.to(dtype)
-    x[0, 0] = torch.inf
+    x[0, 0, 0] = torch.inf
     with tokengate.disabled(model):
         base = model(x, index)
     h = model(x, index)
     own = (index == 1) | (index == 2)
     assert torch.equal(h[~own].nan_to_num(7), base[~own].nan_to_num(7))
-    x[0, 0] = 0.5
+    x[0, 0, 0] = 0.5
     states = x.clone().requires_grad_()
     h = model(states, index)
     with tokengate.disabled(model):
@@ -143,6 +144,7 @@ def test_rows_of_others_are_the_bases_bit_for_bit(method, way, dtype, monkeypatc
     assert changed[own].all() or (method == "adapter" and changed.any())  # whose units may be off
     h.float().square().sum().backward()
     assert states.grad.isfinite().all()
+    assert bool(calls) is (way != "linear")
     (layer,) = tokengate.layers(model).values()
     for parameter in layer.modification.parameters():
         assert len(parameter) == 2
