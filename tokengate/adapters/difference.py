@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokengate.adapters.folder import SavedAdapter
-from tokengate.adapters.inspection import describe_layer
+from tokengate.adapters.inspection import describe_layer, tau_range
 from tokengate.files.text_table import lines, text_table
 
 # Of a layer's description, what is no option and compared on its own, or follows from the rest.
@@ -82,10 +82,10 @@ def difference_text(found: dict[str, Any]) -> str:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         said.append(f"options of {names[0]}{more}: {text}")
     rows = [
-        [name, each["distance"], *each.get("tau", (None, None))]
+        [name, each["distance"], *map(_shown, each.get("tau", (None, None)))]
         for part in ("layers", "trained_beside")
         for name, each in found[part].items()
-        if each["distance"] != 0 or len(set(each.get("tau", ()))) > 1
+        if each["distance"] != 0 or each.get("tau", [0])[0] != each.get("tau", [0])[-1]
     ]
     equal = len(found["layers"]) + len(found["trained_beside"]) - len(rows)
     equals = f"{equal} with equal values"
@@ -93,6 +93,10 @@ def difference_text(found: dict[str, Any]) -> str:
         table = text_table(["values", "|b - a| / |a|", "tau in a", "tau in b"], rows)
         equals = f"\n{table}\n\n{equals}"
     return f"{lines(said)}\n{equals}"
+
+
+def _shown(tau: Any) -> Any:
+    return tau_range(tau) if isinstance(tau, list) else tau
 
 
 def _same_changes(options: dict[str, dict[str, list[Any]]]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from tokengate.methods.registry import METHODS
 def describe(saved: SavedAdapter) -> dict[str, Any]:
     """Methods, ranks, taus and sizes, ready for JSON."""
     layers = {name: describe_layer(saved, name) for name in saved.config.layers}
-    taus = [layer["tau"] for layer in layers.values() if layer["tau"] is not None]
+    taus = _taus(layers.values())
     files = [saved.folder / WEIGHTS, config_path(saved.folder), saved.folder / CARD]
     return {
         "folder": str(saved.folder),
@@ -31,14 +31,14 @@ def describe(saved: SavedAdapter) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
         "bytes": {p.name: p.stat().st_size for p in files if p.exists()},
         "trained_beside": {n: list(saved.tensors[n].shape) for n in saved.config.train},
-        "gated_layers": len(taus),
+        "gated_layers": sum(layer["tau"] is not None for layer in layers.values()),
         "tau": _distribution(taus),
         "layers": layers,
     }
 
 
 def describe_layer(saved: SavedAdapter, name: str) -> dict[str, Any]:
-    """One layer; tau is None without a gate."""
+    """One layer; tau is None without a gate, and of experts a list."""
     layer = saved.config.layers[name]
     tau = saved.tensors.get(f"{name}.gate.tau")
     return {
@@ -46,11 +46,12 @@ def describe_layer(saved: SavedAdapter, name: str) -> dict[str, Any]:
         **sizes(layer.in_features, layer.out_features),
         "options": all_options(layer.method, layer.options),
         "parameters": sum(t.numel() for t in saved.under(f"{name}.modification.").values()),
-        "tau": None if tau is None else tau.item(),
+        "tau": None if tau is None else tau.item() if tau.numel() == 1 else tau.tolist(),
         "gate": layer.gate,
         "penalty": layer.penalty,
         "s": layer.s,
         "slices": layer.slices,
+        "experts": layer.experts,
     }
 
 
@@ -107,8 +108,17 @@ def _projection(name: str) -> str:
     return ".".join(parts[last + 1 :])
 
 
+def _taus(layers: Iterable[dict[str, Any]]) -> list[float]:
+    own = (layer["tau"] for layer in layers if layer["tau"] is not None)
+    return [tau for each in own for tau in (each if isinstance(each, list) else [each])]
+
+
 def _range(layers: Iterable[dict[str, Any]]) -> str | None:
-    taus = [layer["tau"] for layer in layers if layer["tau"] is not None]
+    return tau_range(_taus(layers))
+
+
+def tau_range(taus: list[float]) -> str | None:
+    """From the least to the largest; None of none."""
     if not taus:
         return None
     low, high = f"{min(taus):.4g}", f"{max(taus):.4g}"

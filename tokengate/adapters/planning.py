@@ -50,7 +50,11 @@ def count_patched(model: nn.Module) -> dict[str, Any]:
         "trainable": trainable,
         "trainable_share": trainable / total,
         "modifications": sum(layer["parameters"] for layer in layers.values()),
-        "taus": sum(isinstance(layer.gate, TokenGate) for layer in patched.values()),
+        "taus": sum(
+            layer.gate.tau.numel()
+            for layer in patched.values()
+            if isinstance(layer.gate, TokenGate)
+        ),
         "trained_beside": {name: list(p.shape) for name, p in beside.items()},
         "frozen_dtypes": dtypes,
         "bytes": {

@@ -1,6 +1,7 @@
 """Some experts of a projection: named one by one, as reports and `select` do."""
 
 import re
+import types
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ def away(model):
     return model
 
 
-def make(targets, way="grouped", inputs=5, **options):
+def make(targets, way="grouped", sizes=(6, 5), rank=2, **options):
     torch.manual_seed(0)
-    model = Mixture(Experts(4, 6, inputs, way=way))
-    return away(tokengate.patch(model, targets, rank=2, experts=AXES, **options))
+    model = Mixture(Experts(4, *sizes, way=way))
+    return away(tokengate.patch(model, targets, rank=rank, experts=AXES, **options))
 
 
 def batch(inputs=5):
@@ -113,23 +114,37 @@ def test_slices_of_some():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["linear", "batched", "grouped"])
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "adapter"])
-def test_rows_of_others_are_the_bases_bit_for_bit(method, way, dtype):
+def test_rows_of_others_are_the_bases_bit_for_bit(method, way, dtype, monkeypatch):
     """Also where torch's own kernel multiplies, which leaves rows of nobody as memory was."""
-    model = make(["experts.1.w", "experts.2.w"], way, 8, method=method).to(dtype)
+    real, calls = torch.nn.functional.grouped_mm, []
+
+    def leaves_the_rest(left, right, *, offs):
+        calls.append(left)
+        out = real(left, right, offs=offs)
+        if left.dim() == 2 and right.dim() == 3:
+            out[offs[-1] :] = torch.nan
+        return out
+
+    kernels = types.SimpleNamespace(grouped_mm=leaves_the_rest)
+    monkeypatch.setattr("tokengate.kernels.groups.F", kernels)
+    model = make(["experts.1.w", "experts.2.w"], way, (8, 8), 8, method=method).to(dtype)
     x, index = batch(8)
     x = x.to(dtype)
-    x[0, 0] = torch.inf
+    x[0, 0, 0] = torch.inf
     with tokengate.disabled(model):
         base = model(x, index)
     h = model(x, index)
     own = (index == 1) | (index == 2)
     assert torch.equal(h[~own].nan_to_num(7), base[~own].nan_to_num(7))
-    x[0, 0] = 0.5
-    h = model(x, index)
+    x[0, 0, 0] = 0.5
+    states = x.clone().requires_grad_()
+    h = model(states, index)
     with tokengate.disabled(model):
         changed = (h != model(x, index)).any(-1)
     assert changed[own].all() or (method == "adapter" and changed.any())  # whose units may be off
     h.float().square().sum().backward()
+    assert states.grad.isfinite().all()
+    assert bool(calls) is (way != "linear")
     (layer,) = tokengate.layers(model).values()
     for parameter in layer.modification.parameters():
         assert len(parameter) == 2
@@ -178,6 +193,22 @@ def test_saved_and_loaded(tmp_path, method):
             tokengate.load(other, tmp_path / "some", **target)
     with pytest.raises(tokengate.TokenGateError, match="is of expert 3, and the model has 3"):
         tokengate.load(Mixture(Experts(3, 6, 5)), tmp_path / "some")
+
+
+def test_adapters_of_experts_are_described_and_compared(tmp_path, capsys):
+    from tokengate.command_line import main
+
+    for name, experts in (("one", (1, 3)), ("other", (0, 3))):
+        model = make([f"experts.{e}.w" for e in experts])
+        (layer,) = tokengate.layers(model).values()
+        layer.gate.tau.data = torch.tensor([0.1, 0.25])
+        tokengate.save(model, tmp_path / name)
+    assert not main(["inspect", str(tmp_path / "one")])
+    said = capsys.readouterr().out
+    assert "1 gated" in said
+    assert "0.1 to 0.25" in said
+    main(["diff", str(tmp_path / "one"), str(tmp_path / "other")])
+    assert "experts [1, 3] in a, [0, 3] in b" in capsys.readouterr().out
 
 
 def test_nothing_is_made_of_the_size_of_an_expert():
