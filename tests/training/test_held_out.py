@@ -5,16 +5,16 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
-from drawing import many
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(hidden):
@@ -65,27 +65,27 @@ def trained(
 
 
 DRAWN = {
-    "target": st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
-    "steps": st.sampled_from([20, 40, 60]),
-    "batch": st.sampled_from([(8, 30), (4, 60), (16, 15), (16, 30)]),
-    "rank": st.sampled_from([4, 8, 16]),
-    "noise": st.sampled_from([0.0, 1.0, 3.0]),
-    "lr": st.sampled_from([1e-3, 3e-3, 1e-2]),
-    "decays": st.booleans(),
-    "gate": st.sampled_from(["threshold", "firm", "fisher"]),
-    "method": st.sampled_from(["lora", "dora", "adalora", "adapter"]),
-    "hidden": st.sampled_from([1, 2, 3]),
-    "dropout": st.sampled_from([0.0, 0.1]),
-    "per_layer": st.booleans(),
-    "seed": st.integers(0, 50),
+    "target": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+    "steps": [20, 40, 60],
+    "batch": [(8, 30), (4, 60), (16, 15), (16, 30)],
+    "rank": [4, 8, 16],
+    "noise": [0.0, 1.0, 3.0],
+    "lr": [1e-3, 3e-3, 1e-2],
+    "decays": [False, True],
+    "gate": ["threshold", "firm", "fisher"],
+    "method": ["lora", "dora", "adalora", "adapter"],
+    "hidden": [1, 2, 3],
+    "dropout": [0.0, 0.1],
+    "per_layer": [False, True],
 }
 
 
-@settings(max_examples=many(5))
-@given(**DRAWN)
-def test_within_003_of_the_target(target, **training):
+@pytest.mark.parametrize("seed", range(6))
+def test_within_003_of_the_target(seed):
     """From 240 positions a layer and step on that are drawn by themselves."""
-    assert abs(trained(target, **training) - target) <= 0.03
+    generator = random.Random(seed)
+    case = {name: generator.choice(values) for name, values in DRAWN.items()}
+    assert abs(trained(**case, seed=seed) - case["target"]) <= 0.03
 
 
 def test_with_dropout_too():
