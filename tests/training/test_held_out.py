@@ -5,19 +5,22 @@
 
 import itertools
 import math
+import random
 
+import pytest
 import torch
-from drawing import many
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import tokengate
+from tokengate.errors import UnreachedSparsityWarning
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(hidden):
     sizes = [12, *[24] * hidden]
-    blocks = [part for k, d in itertools.pairwise(sizes) for part in (nn.Linear(k, d), nn.Tanh())]
+    pairs = itertools.pairwise(sizes)
+    blocks = [part for k, d in pairs for part in (nn.Linear(k, d), nn.Tanh())]
     return nn.Sequential(*blocks, nn.Linear(24, 5))
 
 
@@ -33,7 +36,7 @@ def trained(
     generator = torch.Generator().manual_seed(seed + 1000)
     model, teacher = net(hidden), net(hidden).requires_grad_(False)
     for p, own in zip(teacher.parameters(), model.parameters(), strict=True):
-        p.copy_(own + 0.3 * own.abs().mean() * torch.randn(own.shape, generator=generator) * own)
+        p.copy_(own.detach() * (1 + 0.5 * torch.randn(own.shape, generator=generator)))
     tokengate.patch(model, "all-linear", method, rank=rank, gate=gate, dropout=dropout)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=lr))
     tokengate.SparsitySchedule(model, optimizer, target, steps, **options)
@@ -62,24 +65,48 @@ def trained(
 
 
 DRAWN = {
-    "target": st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
-    "steps": st.sampled_from([20, 40, 60, 100, 140]),
-    "batch": st.sampled_from([(8, 30), (4, 60), (16, 15), (32, 30)]),
-    "rank": st.sampled_from([4, 8, 16]),
-    "noise": st.sampled_from([0.0, 1.0, 3.0]),
-    "lr": st.sampled_from([1e-3, 3e-3, 1e-2]),
-    "decays": st.booleans(),
-    "gate": st.sampled_from(["threshold", "firm", "fisher"]),
-    "method": st.sampled_from(["lora", "dora", "adalora", "adapter"]),
-    "hidden": st.sampled_from([1, 2, 3]),
-    "dropout": st.sampled_from([0.0, 0.1]),
-    "per_layer": st.booleans(),
-    "seed": st.integers(0, 50),
+    "target": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+    "steps": [20, 40, 60],
+    "batch": [(8, 30), (4, 60), (16, 15), (16, 30)],
+    "rank": [4, 8, 16],
+    "noise": [0.0, 1.0, 3.0],
+    "lr": [1e-3, 3e-3, 1e-2],
+    "decays": [False, True],
+    "gate": ["threshold", "firm", "fisher"],
+    "method": ["lora", "dora", "adalora", "adapter"],
+    "hidden": [1, 2, 3],
+    "dropout": [0.0, 0.1],
+    "per_layer": [False, True],
 }
 
 
-@settings(max_examples=many(12))
-@given(**DRAWN)
-def test_within_003_of_the_target(target, **training):
+@pytest.mark.parametrize("seed", range(6))
+def test_within_003_of_the_target(seed):
     """From 240 positions a layer and step on that are drawn by themselves."""
-    assert abs(trained(target, **training) - target) <= 0.03
+    generator = random.Random(seed)
+    case = {name: generator.choice(values) for name, values in DRAWN.items()}
+    assert abs(trained(**case, seed=seed) - case["target"]) <= 0.03
+
+
+def test_with_dropout_too():
+    """The thresholds were those of dropped inputs: +.032 here."""
+    found = trained(0.5, 60, batch=(16, 60), gate="fisher", rank=8, dropout=0.3, seed=1)
+    assert abs(found - 0.5) <= 0.03
+
+
+def test_adalora_of_two_layers_in_sixty_steps():
+    """P and Q become orthogonal meanwhile, so that sizes grow a hundredfold: .026 too many."""
+    misses = [
+        trained(0.5, 60, method="adalora", rank=8, lr=lr, noise=noise, seed=seed) - 0.5
+        for seed, (lr, noise) in enumerate([(1e-2, 0.0), (3e-3, 1.0)])
+    ]
+    assert max(map(abs, misses)) <= 0.03
+
+
+def test_the_nearest_share_where_m_is_0_at_many_positions():
+    """ReLU of a single hidden unit: none was closed though more were nearer."""
+    with pytest.warns(UnreachedSparsityWarning, match="to close 35% .* with (4|5)[0-9]%"):
+        found = trained(0.35, 30, method="adapter", rank=1, batch=(16, 30), seed=3)
+    assert 0.4 < found < 0.6
+    with pytest.warns(UnreachedSparsityWarning, match="to close 15% .* with 0%"):
+        assert trained(0.15, 30, method="adapter", rank=1, batch=(16, 30), seed=3) < 0.1

@@ -11,6 +11,8 @@ import tokengate
 from tokengate.errors import UselessGateWarning
 from tokengate.gates import living
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def made(gate="threshold", method="lora", **options):
     torch.manual_seed(0)

@@ -44,6 +44,8 @@ class SparsitySchedule:
     together: which layers close is decided by their scores. Scores grow with M(x); so the quantile
     is averaged over steps in their growth and their distribution apart (`QuantileTracker`), and
     nothing closes before M(x) has grown. After the last step the thresholds stay as they are.
+    Thresholds that were trained, loaded or calibrated stay so until the first step, and the share
+    goes on from what they close, up or down to the target.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -52,10 +54,10 @@ class SparsitySchedule:
     While it leads them, taus have no gradient of their own: `optimizer.step()` does not see it.
     The rule is not the paper's, which learns tau by eq. 14-22; `learn_from` goes over to it.
 
-    Of a step's forwards those count that gradients come back through, in training mode: no
-    `generate`, no reference. A step that a GradScaler skips is never seen here, so say it:
-    `schedule.skip_step()`, after a `scaler.update()` that lowered the scale. Fused optimisers and
-    `TokenGateCallback` do.
+    Scores are counted without the method's dropout, as they will be evaluated. Of a step's forwards
+    those count that gradients come back through, in training mode: no `generate`, no reference. A
+    step that a GradScaler skips is never seen here, so say it: `schedule.skip_step()`, after a
+    `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
 
     Args:
         model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
@@ -67,14 +69,15 @@ class SparsitySchedule:
             and the target is that of all together.
         warmup_steps: first steps, after which the share begins to rise.
         learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
-            from where they are; None for never.
+            from where they are; None for never. Only of gates that train their threshold.
 
     Attributes:
         steps: optimiser steps seen.
 
     Raises:
         TokenGateError: no layer has a gate with a threshold; something else leads them already; a
-            number is out of its range. In the first step: no position was seen.
+            number is out of its range; `learn_from` of gates that do not learn. In the first step:
+            no position was seen.
     """
 
     @in_our_words({"sparsity": "target", "target_sparsity": "target"})
