@@ -137,7 +137,9 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
     waiting = [
         gate
         for gate in dict.fromkeys(layer.gate for layer in moved)
-        if gate is not None and gate not in _TOLD_OF and getattr(leader_of(gate), "step", None) == 0
+        if gate is not None
+        and gate not in _TOLD_OF
+        and getattr(leader_of(gate), "steps", None) == 0
     ]
     if waiting:
         _tell(
