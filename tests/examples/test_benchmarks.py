@@ -198,6 +198,17 @@ def test_what_was_kept_is_given_back(script, setting):
         assert tensors_after(training) == tensors_after(training)
 
 
+def test_gates_that_are_led_beside_the_papers(run):
+    found = run("gates", "--methods", "lora", "--dtypes", "float32")
+    cases = [case.rsplit(", ", 2)[1:] for case in found["results"]]
+    assert [case[-1] for case in cases] == ["ms", "MiB", "MiB"]
+    assert all(list(case) == ["threshold", "firm", "fisher"] for case in found["results"].values())
+    (counted,) = found["operations"].values()
+    assert 0 < counted["fisher"] <= 1.1 * counted["threshold"]
+    (closed,) = found["sparsity"].values()
+    assert 0.3 < closed < 0.7
+
+
 def test_what_gpus_are_to_confirm_runs_where_there_is_none(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["divided.py", "--steps", "2", "--out", str(tmp_path)])
     script("divided").main()
