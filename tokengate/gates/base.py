@@ -173,7 +173,7 @@ class Gate(KeepsFloat32):
                 f"{type(self).__name__} gave weights of {found} for positions of shape "
                 f"{tuple(positions.shape)}: return one number for each."
             )
-        return a if a.dtype == torch.bool else a.to(positions.dtype)
+        return a if a.dtype in (torch.bool, positions.dtype) else a.to(positions.dtype)
 
     def count(self, scores: Tensor | None, mask: Tensor | None) -> None:
         """Count the scores of one call, samples first, if somebody wants that."""

@@ -94,7 +94,8 @@ class GatedSum(torch.autograd.Function):
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
             # No vecdot: where backward runs within autocast, that would sum in 16 bits.
-            mu = (down.to(dtype) * z.to(dtype)).sum(-1)
+            wide = (down, z) if z.dtype == dtype else (down.to(dtype), z.to(dtype))
+            mu = torch.mul(*wide).sum(-1)
         if gain is not None:
             in_blocks = not torch.is_grad_enabled()  # with gradients of its own, in one
             grad_out, mu_of_w, grad_gain = _through_gain(
@@ -123,15 +124,14 @@ def gated_sum(
 
     `product` is up z + gain w, if that was made before, and becomes the sum.
     """
-    width = out.shape[-1]
-    z = z.reshape(-1, z.shape[-1])
+    width, rank = out.shape[-1], z.shape[-1]
     # What is returned is no view, or the caller might not write over it.
     if gain is None:
         h = out if in_place else out.clone(memory_format=torch.contiguous_format)
-        flat = None if a is None else a.reshape(-1)
-        (weighted,) = _weighted(flat, z)
-        h.view(-1, width).addmm_(weighted, up.T)
+        (weighted,) = _weighted(a, z)
+        h.view(-1, width).addmm_(weighted.reshape(-1, rank), up.T)
         return h
+    z = z.reshape(-1, rank)
     h = torch.empty(out.shape, dtype=out.dtype, device=out.device) if product is None else product
     _add_with_gain(h.view(-1, width), out.reshape(-1, width), z, bias, up, gain, a, product is None)
     return h
@@ -185,13 +185,14 @@ def _add_with_gain(
         if weights is None:
             m.add_(out[block])
             continue
-        weight = weights[block]
+        weight = is_open = weights[block]
         if weight.dtype == torch.bool:
             m.add_(out[block])
         else:
             torch.addcmul(out[block], m, weight.to(m.dtype), out=m)
+            is_open = weight != 0
         # A selection: what is closed is as it was, whatever M(x) is there.
-        torch.where(weight != 0, m, out[block], out=m)
+        torch.where(is_open, m, out[block], out=m)
 
 
 def _through_gain(
@@ -205,7 +206,7 @@ def _through_gain(
     """The gradients of `out`, `(N, C)`, and of `gain`, `(C,)`; between them <gain * G_i, w_i>."""
     dtype = accumulation_dtype(grad)
     wide = gain.to(dtype)
-    at = grad.new_ones(len(grad), dtype=dtype) if a is None else a.flatten().to(dtype)
+    at = None if a is None else a.flatten().to(dtype)
     passed = torch.empty_like(grad) if in_blocks else None
     through: list[Tensor] = []
     mu: list[Tensor] = []
@@ -213,9 +214,11 @@ def _through_gain(
     for block in _blocks(grad) if in_blocks else [slice(None)]:
         products = grad[block].to(dtype) * without_bias(out[block], bias).to(dtype)
         mu.append(products @ wide)
-        grad_gain = grad_gain + at[block] @ products
         part = grad[block]
-        if a is not None:
+        if at is None:
+            grad_gain = grad_gain + products.sum(0)
+        else:
+            grad_gain = grad_gain + at[block] @ products
             part = part * at[block].unsqueeze(-1).to(grad.dtype)
         if passed is None:
             through.append(torch.addcmul(grad[block], part, gain))

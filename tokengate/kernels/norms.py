@@ -70,7 +70,7 @@ def ratios(of_m: Norms, of_w: Norms) -> Tensor:
 def opened(of_m: Norms, of_w: Norms, tau: Tensor) -> Tensor:
     """S of eq. 4 as booleans, `(...)`, from the norms of m and of w; tau is one or `(...)`."""
     (m_norm, m_power), (w_norm, w_power) = of_m, of_w
-    tau = (tau.reshape(()) if tau.numel() == 1 else tau).to(w_norm.dtype)
+    tau = (tau.reshape(()) if tau.dim() > w_norm.dim() else tau).to(w_norm.dtype)
     # The negation, not >=: a comparison with NaN is false, which leaves the gate open.
     return ~(times(m_norm, m_power / w_power) < tau * w_norm)
 
