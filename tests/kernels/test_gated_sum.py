@@ -12,7 +12,7 @@ import tokengate
 from tokengate.gates.positions import Positions
 from tokengate.gates.threshold import TokenGate, opened
 from tokengate.kernels import change as change_module
-from tokengate.kernels import gated_sum
+from tokengate.kernels import gated_sum, gram
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.norms import norms, times
@@ -76,7 +76,7 @@ def test_blocks_are_one(method, bias, gate, monkeypatch):
 )
 def test_squares_out_of_range(method, size, dtype, monkeypatch):
     """Norms whose squares the dtype does not hold decide as those of inputs of usual size."""
-    monkeypatch.setattr(gated_sum, "_SMALL", 0)
+    monkeypatch.setattr(gram, "_SMALL", 0)
     layer = layer_of(method, bias=False, dtype=dtype)
     x = torch.randn(40, 12, dtype=dtype)
     tokengate.calibrate(layer, [(x,)], sparsity=0.5)
@@ -88,19 +88,19 @@ def test_squares_out_of_range(method, size, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_norms_from_products_of_columns(dtype, monkeypatch):
     ways = []
-    quick = gated_sum._from_gram
+    quick = gram._from_gram
     monkeypatch.setattr(
-        gated_sum, "_from_gram", lambda z, up, wide: ways.append(wide) or quick(z, up, wide)
+        gram, "_from_gram", lambda z, up, wide: ways.append(wide) or quick(z, up, wide)
     )
     torch.manual_seed(0)
     z, up = torch.randn(40, 4).to(dtype), torch.randn(10, 4).to(dtype)
-    found = times(*gated_sum.norms_of_product(z, up))
+    found = times(*gram.norms_of_product(z, up))
     exact = (z.double() @ up.double().T).norm(dim=1)
     small = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
     torch.testing.assert_close(found.double(), exact, rtol=small, atol=0)
     assert not ways  # M(x) is small, and measured itself
-    monkeypatch.setattr(gated_sum, "_SMALL", 0)
-    found = times(*gated_sum.norms_of_product(z, up))
+    monkeypatch.setattr(gram, "_SMALL", 0)
+    found = times(*gram.norms_of_product(z, up))
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
     assert ways == ([] if dtype == torch.float64 else [torch.float32])
 
@@ -126,11 +126,11 @@ def test_columns_that_cancel(monkeypatch):
     column = torch.randn(50, 1)
     up = torch.cat([column, column + 1e-4 * torch.randn(50, 1)], dim=1)
     z = torch.randn(30, 1) * torch.tensor([1.0, -1.0])
-    plain = gated_sum._from_gram(z, up, torch.float32)[0].clamp(min=0).sqrt()
+    plain = gram._from_gram(z, up, torch.float32)[0].clamp(min=0).sqrt()
     exact = (z.double() @ up.double().T).norm(dim=1)
     assert (plain / exact - 1).abs().max() > 0.01
-    monkeypatch.setattr(gated_sum, "_SMALL", 0)
-    found, _ = gated_sum.norms_of_product(z, up)
+    monkeypatch.setattr(gram, "_SMALL", 0)
+    found, _ = gram.norms_of_product(z, up)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 

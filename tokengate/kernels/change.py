@@ -13,15 +13,13 @@ from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
 from tokengate.kernels.gated_sum import (
     GatedSum,
-    SizeOfProduct,
     Step,
     gated_sum,
-    norm_from_gram,
-    norms_of_product,
     norms_without_bias,
     product_with_gain,
     without_bias,
 )
+from tokengate.kernels.gram import SizeOfProduct, norm_from_gram, norms_of_product
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms, opened, times
 from tokengate.kernels.precision import without_autocast
 from tokengate.kernels.traced_sum import FactoredSum, WholeSum

@@ -124,11 +124,8 @@ def awaits_backward(layer: nn.Module) -> None:
 
 def said_of(layer: nn.Module, kind: str) -> list[Any]:
     """What the contexts of this kind say of a layer, from the first entered on."""
-    contexts = _CONTEXTS.get()
-    if not contexts:
-        return []
-    holding = (c for c in contexts if c.kind == kind and not c.ended)
-    return [c.layers[layer] for c in holding if layer in c.layers]
+    holding = (c for c in _CONTEXTS.get() if c.kind == kind and layer in c.layers)
+    return [c.layers[layer] for c in holding if not c.ended]
 
 
 @dataclass(eq=False)
@@ -226,16 +223,13 @@ class Left:
 
 def fits(mask: Tensor, input: Tensor) -> bool:
     """Whether a mask `(B, T)` can be of a layer's input, `(B, T, ...)` or `(B T, ...)`."""
-    if input.dim() == 2:
-        return len(input) == mask.numel()
-    return input.shape[:-1] == mask.shape
+    return len(input) == mask.numel() if input.dim() == 2 else input.shape[:-1] == mask.shape
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.running: list[Running] = []
-        # Those of them that say which positions are whose, in the same order.
-        self.telling: list[Running] = []
+        self.telling: list[Running] = []  # those that say which positions are whose
 
 
 _THREAD = _Thread()
@@ -259,10 +253,9 @@ def begin(call: Running) -> None:
 
 def end(call: Running) -> None:
     """It ends, if it has begun."""
-    if _THREAD.running and _THREAD.running[-1] is call:
-        _THREAD.running.pop()
-    if _THREAD.telling and _THREAD.telling[-1] is call:
-        _THREAD.telling.pop()
+    for calls in (_THREAD.running, _THREAD.telling):
+        if calls and calls[-1] is call:
+            calls.pop()
     if not _THREAD.running and not torch.compiler.is_compiling():
         _RUNNING.pop(threading.get_ident(), None)
 
@@ -280,7 +273,7 @@ def same(input: Tensor, states: Tensor) -> bool:
 
 def left_on(states: Tensor | None) -> Left | None:
     """What a module that has ended says of its output, where none that runs says anything."""
-    if states is None or (_THREAD.telling and any(call.tells for call in _THREAD.telling)):
+    if states is None or any(call.tells for call in _THREAD.telling):
         return None
     left = getattr(states, LEFT, None)
     if left is None and not torch.compiler.is_compiling() and states._base is not None:
