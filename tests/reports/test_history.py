@@ -226,7 +226,7 @@ def test_other_files_are_refused(tmp_path, text):
 def test_other_refusals(tmp_path):
     with one_sentence("History", "patch"):
         History(Net())
-    with one_sentence("History", "no gates", "gate=False"):
+    with one_sentence("History", "no gates", "gate='threshold'"):
         History(patched(gate=False))
     with one_sentence("limit=1", ">= 2"):
         History(patched(), limit=1)

@@ -326,7 +326,7 @@ def test_unpatching_within_a_recording_leaves_nothing():
     model = Net()
     keys = sorted(model.blocks[0].q_proj.__dict__)
     tokengate.patch(model, ["q_proj"])
-    with tokengate.record(model) as rec, tokengate.disabled(model):
+    with tokengate.record(model, positions=True) as rec, tokengate.disabled(model):
         tokengate.unpatch(model)
     assert sorted(model.blocks[0].q_proj.__dict__) == keys
     assert not rec.positions
