@@ -5,6 +5,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -75,14 +76,20 @@ def all_differ(found):
                 assert (a - b).abs().max() > 1e-4, (one, other)
 
 
+@pytest.fixture
+def quick_switches():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
 def in_threads(count, work):
-    # Each operation of torch lets the other threads go on. With a switch interval of 10 us, too,
-    # a run seems to have hung: glibc may lose a wakeup (its bug 25847), and there were many.
     with ThreadPoolExecutor(count) as pool:
         return [f.result() for f in [pool.submit(work, seed) for seed in range(count)]]
 
 
-def test_threads_get_their_own_answers_and_counts(one_thread, tmp_path):
+def test_threads_get_their_own_answers_and_counts(quick_switches, one_thread, tmp_path):
     """Eight threads, in each 200 requests of kinds drawn at random."""
     model = several()
     expected, before = answers(model), snapshot(model)
@@ -127,7 +134,7 @@ def test_threads_get_their_own_answers_and_counts(one_thread, tmp_path):
         )
 
 
-def test_padding_of_one_thread_is_not_another_s(one_thread):
+def test_padding_of_one_thread_is_not_another_s(quick_switches, one_thread):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(

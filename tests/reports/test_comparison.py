@@ -127,7 +127,7 @@ def test_models_of_another_kind():
     x, ids = torch.randn(2, 5, 8), torch.randint(3, (2, 5))
     assert tokengate.compare(model, x, ids=ids).effect.kl.shape == (2, 5)
     assert tokengate.compare(model, (x,), ids=ids, shift=False).effect.kl.isnan().sum() == 0
-    with one_sentence("compare", "as tokens", "input_ids"):
+    with one_sentence("compare", "no tokens (B, T)", "input_ids"):
         tokengate.compare(model, x)
     with one_sentence("base_logits", "(2, 5, 3)", "(2, 4)"):
         tokengate.compare(model, x, ids=ids[:, :4])
