@@ -9,6 +9,7 @@ closed, and take their steps in turns, in one process, from the same values.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from functools import partial
 from typing import Any
@@ -81,6 +82,7 @@ def main() -> None:
     options = options.parse_args()
     found: Found = {}
     counted, closed = {}, {}
+    once = argparse.Namespace(seed=options.seed, warmup=0, rounds=1)  # memory is the same each time
     for setting in settings(options):
         each = trainings(setting)
         counted[str(setting)] = {gate: operations(training) for gate, training in each.items()}
@@ -90,7 +92,7 @@ def main() -> None:
         found[f"{setting}, ms"] = timed(steps, options, f"{setting}, ms")
         for case, measure in cases.items():
             measures = {gate: partial(measure, training) for gate, training in each.items()}
-            found[f"{setting}, {case}"] = in_turns(measures, options, f"{setting}, {case}")
+            found[f"{setting}, {case}"] = in_turns(measures, once, f"{setting}, {case}")
     report(found, "number", options, operations=counted, sparsity=closed)
     for setting, numbers in counted.items():
         print(f"operations of a step, {setting}: {numbers}")
