@@ -312,3 +312,33 @@ def test_float32_modification_of_a_16_bit_output_keeps_its_dtype():
 def test_bad_input(arguments, message):
     with pytest.raises(tokengate.TokenGateError, match=message):
         tokengate.token_gate(*arguments(torch.ones(3, 4)))
+
+
+def test_a_gradient_of_a_gradient_reaches_tau():
+    """As through the sum by traced operations; and whoever looks at a is told its gradient."""
+    found = []
+    for traced in (False, True):
+        torch.manual_seed(0)
+        layer = tokengate.patch(torch.nn.Sequential(torch.nn.Linear(6, 5)), ["0"], rank=2, tau=0.3)[
+            0
+        ]
+        layer.double()
+        layer.modification.B.data.normal_()
+        told = []
+
+        def watch(gate, args, a, told=told):
+            a.register_hook(told.append)
+
+        layer.gate.register_forward_hook(watch)
+        x = torch.randn(24, 6, dtype=torch.float64, requires_grad=True)
+        h = layer(x.as_subclass(Traced) if traced else x)
+        (g,) = torch.autograd.grad(h.sin().sum(), x, create_graph=True)
+        g.square().sum().backward()
+        assert told
+        found.append(layer.gate.tau.grad)
+    assert abs(found[0]) > 1e-3
+    torch.testing.assert_close(*found)
+
+
+class Traced(torch.Tensor):
+    """Is no plain tensor, so that a layer takes the way that can be traced."""

@@ -49,9 +49,9 @@ def counted(method, **options):
 
 # Of a step, and of inference: with a gate, and without.
 MOST = {
-    "lora": ((40, 19), (13, 5)),
-    "adalora": ((44, 20), (17, 6)),
-    "dora": ((68, 30), (39, 18)),
+    "lora": ((43, 19), (13, 5)),
+    "adalora": ((47, 20), (17, 6)),
+    "dora": ((71, 30), (39, 18)),
 }
 
 

@@ -201,3 +201,17 @@ def test_who_holds_no_gate_is_not_asked_in_each_step(monkeypatch):
     gate._parameters["tau"] = nn.Parameter(gate.tau.detach().clone())  # as sharding does
     assert len(living.taus_held_by(own)) == 1
     assert listed[0] >= 3
+
+
+def test_a_state_of_no_step_gives_the_first_thresholds_back():
+    model = made()
+    optimizer = adam(model)
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
+    state = schedule.state_dict()
+    train(model, optimizer, 8)
+    assert all(gate.tau > 0 for gate in gates_of(model))
+    schedule.load_state_dict(state)
+    assert all(gate.tau == 0 for gate in gates_of(model))
+    old = {key: value for key, value in state.items() if key != "start"}
+    with one_sentence("of an earlier version", "anew"):
+        schedule.load_state_dict(old)

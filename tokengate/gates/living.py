@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def held_by(optimizer: Optimizer) -> list[tuple[Gate, nn.Parameter]]:
     """
     own: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
     key = _changed, tuple(map(id, own))
-    known = _held.get(optimizer)
+    # FSDP2 puts its own into modules past all that tells of it.
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in own)
+    known = _held.get(optimizer) if plain else None
     found = None if known is None or known.key != key else _as_known(known)
     if known is None or found is None:
         owners = {

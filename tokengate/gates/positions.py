@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors, Learn
-from tokengate.kernels.gated_sum import Step
 from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import Norms, ratios
 
@@ -66,9 +65,9 @@ class Positions:
         """
         self._change.learn = call
 
-    def steps(self, step: Step) -> None:
-        """Of weights that are 1 or 0 what they are, and how they learn; it saves multiplying."""
-        self._change.steps(step)
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That the weights `a` are 1 where `is_open` and 0 elsewhere; it saves multiplying."""
+        self._change.selects(a, is_open)
 
     @property
     def norms(self) -> tuple[Norms, Norms]:

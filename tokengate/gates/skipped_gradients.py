@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,9 +22,6 @@ from tokengate.gates.living import held_by
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients, watch_steps
 from tokengate.kernels.eager import is_captured
 from tokengate.sharding import anywhere, local_part, numbers_here
-
-if TYPE_CHECKING:
-    pass
 
 
 def _before_step(

@@ -7,7 +7,6 @@ Source: "Is It Necessary to Apply Parameter-Efficient Fine-Tuning to All Positio
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,6 @@ from tokengate.gates.registry import register_gate
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
-from tokengate.kernels.gated_sum import Step
 from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import accumulation_dtype
 from tokengate.kernels.norms import opened as opened
@@ -139,16 +137,21 @@ class TokenGate(PenalisedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a_i = S_i of eq. 4, `(...)`."""
-        tau = self.tau
-        learns = torch.is_grad_enabled() and tau.requires_grad and not is_exported()
-        if not learns and not has_tangent(tau):
-            return positions.decided(tau, torch.bool)  # nobody asks for mu
-        dtype, penalty, mask = positions.dtype, self.pull(), positions.mask
-        is_open = positions.decided(tau, dtype)
-        a: Tensor = applied(_Threshold, tau, is_open, penalty, mask, dtype, positions.groups)
+        learns = torch.is_grad_enabled() and self.tau.requires_grad and not is_exported()
+        if not learns and not has_tangent(self.tau):
+            return positions.decided(self.tau, torch.bool)  # nobody asks for mu
+        is_open = positions.decided(self.tau, positions.dtype)
+        a: Tensor = applied(
+            _Threshold,
+            self.tau,
+            is_open,
+            self.pull(),
+            positions.mask,
+            positions.dtype,
+            positions.groups,
+        )
         if is_open.dtype == torch.bool:
-            taught = partial(_gradient_of_tau, tau.shape, tau.dtype, penalty, mask, None, is_open)
-            positions.steps(Step(a, is_open, tau, taught))
+            positions.selects(a, is_open)
         return a
 
     def extra_repr(self) -> str:
@@ -206,21 +209,8 @@ class _Threshold(torch.autograd.Function):
             grad = kernels.direct(*flat, penalty, float(ctx.penalty or 0), dtype)
             return grad.view(shape), *[None] * 5
         penalty = ctx.penalty if penalty is None else penalty
-        grad = _gradient_of_tau(shape, dtype, penalty, mask, ctx.groups, a, mu)
-        return grad, *[None] * 5
-
-
-def _gradient_of_tau(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    penalty: Tensor | float,
-    mask: Tensor | None,
-    groups: Groups | None,
-    is_open: Tensor,
-    mu: Tensor,
-) -> Tensor:
-    g = threshold_direction(mu.detach(), is_open, penalty, mask, groups)
-    return -g.to(dtype).reshape(shape)
+        g = threshold_direction(mu.detach(), a, penalty, mask, ctx.groups)
+        return -g.to(dtype).reshape(shape), *[None] * 5
 
 
 def threshold_direction(
@@ -239,11 +229,9 @@ def threshold_direction(
         padding = mask == 0
         stays, is_open = stays | padding, is_open.masked_fill(padding, 0)
     mu = mu.masked_fill(stays, 0)
-    if isinstance(penalty, Tensor):
-        mu = mu + penalty * is_open
-    elif penalty:
-        mu = mu.add(is_open, alpha=penalty)
-    return mu.sum() if groups is None else groups.sums(mu)
+    if groups is None:
+        return mu.sum() + penalty * is_open.sum(dtype=mu.dtype)
+    return groups.sums(mu) + penalty * groups.sums(is_open.to(mu.dtype))
 
 
 def _check_tensors(w: Tensor, m: Tensor, mask: Tensor | None) -> None:

@@ -13,7 +13,6 @@ from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.fused_sum import FusedSum, Sizes, fused_sum
 from tokengate.kernels.gated_sum import (
     GatedSum,
-    Step,
     gated_sum,
     norms_without_bias,
     product_with_gain,
@@ -60,7 +59,7 @@ class Change:
         # M(x) multiplied out, where its norms took that: the sum may use it up.
         self._product: Tensor | None = None
         self._norms: tuple[Norms, Norms] | None = None
-        self._step: Step | None = None
+        self._selected: tuple[Tensor, Tensor] | None = None
         #: Is called in backward with z and dL/dz_i as if a_i were 1, `(..., rank)`; of M(x) without
         #: factors with m and dL/dm_i.
         self.learn: Learn | None = None
@@ -135,19 +134,21 @@ class Change:
             self._product, of_m, of_w = product_with_gain(out, z, bias, up, gain)
             return of_m, of_w
 
-    def steps(self, step: Step) -> None:
-        """Weights that are a step, which the sum can then teach itself."""
-        self._step = step
+    def selects(self, a: Tensor, is_open: Tensor) -> None:
+        """That `a` is 1 where `is_open` and 0 elsewhere, so that it need not be multiplied by."""
+        self._selected = (a, is_open)
 
     def opened(self, a: Tensor) -> Tensor:
         """Where a is not 0, as booleans, `(...)`."""
         if a.dtype == torch.bool:
             return a
-        step = self._step_of(a)
-        return a.detach() != 0 if step is None else step.is_open
+        known = self._selection(a)
+        return a.detach() != 0 if known is None else known
 
-    def _step_of(self, a: Tensor | None) -> Step | None:
-        return self._step if self._step is not None and self._step.a is a else None
+    def _selection(self, a: Tensor | None) -> Tensor | None:
+        if self._selected is None or self._selected[0] is not a:
+            return None
+        return self._selected[1]
 
     def undropped(self) -> Change:
         """As it would be without dropout, for its sizes: what is evaluated later has none."""
@@ -189,14 +190,9 @@ class Change:
                     if self._fused:
                         return fused_sum(out, bias, *factors, a, self._in_place)
                     return gated_sum(out, bias, *factors, a, product, self._in_place)
-                step = self._step_of(a)
-                tau = taught = None
-                if step is not None:
-                    a, tau, taught = step.is_open, step.tau, step.taught
+                ways = (self._in_place, self._selection(a), self.learn)
                 function = FusedSum if self._fused else GatedSum
-                ways = (tau, self._in_place, taught, self.learn)
-                summed: Tensor = function.apply(out, bias, *factors, a, product, *ways)
-                return summed
+                return applied(function, out, bias, *factors, a, product, *ways)
         if a is None:
             return out + m.product(without_bias(out, bias))
         if product is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.fused import kernels_for
-from tokengate.kernels.gated_sum import GatedSum, Teach, gradient_of_up
+from tokengate.kernels.gated_sum import GatedSum, gradient_of_up
 from tokengate.kernels.norms import Norms
 
 
@@ -54,9 +54,8 @@ class FusedSum(GatedSum):
         gain: Tensor | None,
         a: Tensor | None,
         product: Tensor | None,
-        tau: Tensor | None,
         in_place: bool,
-        taught: Teach | None,
+        is_open: Tensor | None,
         learn: Learn | None,
     ) -> Tensor:
         h = fused_sum(out, bias, z, up, gain, a, in_place)
@@ -64,7 +63,7 @@ class FusedSum(GatedSum):
             ctx.mark_dirty(out)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.taught, ctx.learn = None, learn
+        ctx.selects, ctx.learn = False, learn
         return h
 
     @staticmethod
@@ -102,7 +101,7 @@ class FusedSum(GatedSum):
             gradient_of_up(weighted, rows) if needs_up else None,
             grad_gain,
             mu.view(a.shape) if needs_a else None,
-            *[None] * 5,
+            *[None] * 4,
         )
 
 

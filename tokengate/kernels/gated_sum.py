@@ -8,9 +8,8 @@ a few rows at a time, while a processor's cache holds them, and added once the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +19,6 @@ from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
-
-
-Teach: TypeAlias = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Step:
-    """Weights that are 1 or 0, and learn: what `GatedSum` need not ask a node of their own.
-
-    Attributes:
-        a: they, as numbers, whose node in the graph is asked where something else was made of them.
-        is_open: they, as booleans.
-        tau: what learns.
-        taught: of mu, `(...)`, the gradient of tau.
-    """
-
-    a: Tensor
-    is_open: Tensor
-    tau: Tensor
-    taught: Teach
 
 
 class GatedSum(torch.autograd.Function):
@@ -61,18 +40,18 @@ class GatedSum(torch.autograd.Function):
         gain: Tensor | None,
         a: Tensor | None,
         product: Tensor | None,
-        tau: Tensor | None,
         in_place: bool,
-        taught: Teach | None,
+        is_open: Tensor | None,
         learn: Learn | None,
     ) -> Tensor:
-        h = gated_sum(out, bias, z, up, gain, a, product, in_place)
+        selection = a if is_open is None else is_open
+        h = gated_sum(out, bias, z, up, gain, selection, product, in_place)
         written = out if in_place else product
         if written is not None:
             ctx.mark_dirty(written)
         kept = (None, None) if gain is None else (out, bias)
         ctx.save_for_backward(*kept, z, up, gain, a)
-        ctx.taught, ctx.learn = taught, learn
+        ctx.selects, ctx.learn = is_open is not None, learn
         return h
 
     @staticmethod
@@ -80,6 +59,8 @@ class GatedSum(torch.autograd.Function):
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         grad_out, grad_bias, grad_up, grad_gain, mu = grad, *[None] * 4
+        if ctx.selects and not torch.is_grad_enabled():  # else its gradients have one to a
+            a = a != 0
         rows = grad.reshape(-1, grad.shape[-1])
         down = (rows @ up).view(z.shape)
         if ctx.learn is not None:
@@ -87,7 +68,7 @@ class GatedSum(torch.autograd.Function):
         weighted_z, grad_z = _weighted(a, z if needs_up else None, down if needs_z else None)
         if weighted_z is not None:
             grad_up = gradient_of_up(weighted_z.reshape(-1, z.shape[-1]), rows)
-        if needs_a or ctx.taught is not None:
+        if needs_a:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
             # No vecdot: where backward runs within autocast, that would sum in 16 bits.
@@ -103,8 +84,7 @@ class GatedSum(torch.autograd.Function):
             grad_out = grad_out.view(grad.shape)
             if mu is not None:
                 mu = mu + mu_of_w.view(mu.shape)
-        grad_tau = None if ctx.taught is None else ctx.taught(mu)
-        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, grad_tau, *[None] * 3
+        return grad_out, grad_bias, grad_z, grad_up, grad_gain, mu, None, None, None, None
 
 
 def gated_sum(

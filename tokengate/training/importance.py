@@ -53,7 +53,6 @@ class Importance:
 
     def update(self) -> None:
         """After a step: its gradients, times what the values have become."""
-        beta1, beta2 = self._betas
         found: list[tuple[Tensor, ...]] = []
         for name, gradients in self.gradients.items():
             if name not in self.sensitivity:
@@ -68,8 +67,15 @@ class Importance:
                 averages = self.sensitivity[name][factor], self.uncertainty[name][factor]
                 found.append((now, parameter, *averages))
         self.gradients = {}
-        if not found:
-            return
+        # Some layers may be sharded, and together with others alike alone.
+        alike: dict[Any, list[tuple[Tensor, ...]]] = {}
+        for each in found:
+            alike.setdefault(tuple(map(_kind, each)), []).append(each)
+        for group in alike.values():
+            self._average(group)
+
+    def _average(self, found: list[tuple[Tensor, ...]]) -> None:
+        beta1, beta2 = self._betas
         changes, values, smoothed, uncertain = (list(each) for each in zip(*found, strict=True))
         torch._foreach_mul_(changes, values)
         torch._foreach_abs_(changes)
@@ -88,3 +94,7 @@ class Importance:
         # Gathered before they are averaged, so that the order of summation is one process's.
         s = {f: gathered(self.sensitivity[name][f] * self.uncertainty[name][f]) for f in FACTORS}
         return s["E"] + s["P"].mean(-2) + s["Q"].mean(-1)
+
+
+def _kind(tensor: Tensor) -> tuple[type, Any]:
+    return type(tensor), getattr(tensor, "device_mesh", None)

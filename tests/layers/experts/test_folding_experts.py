@@ -243,6 +243,16 @@ def test_gates_that_fold_by_expert_cannot_be_led():
     assert tuple(each.action for each in tokengate.fold(model, [data]).layers.values()) == ACTIONS
 
 
+def test_experts_whose_ranks_are_led_stay_together():
+    model, data = make(method="adalora"), batch()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=0.1))
+    allocator = tokengate.RankAllocator(model, optimizer, total_steps=10)
+    folding = tokengate.fold(model, [data])
+    assert set(folding.names("kept")) == set(folding.layers)
+    assert "RankAllocator" in folding.layers["experts.0.w"].reason
+    del allocator
+
+
 def test_interrupted_at_every_line_it_is_whole_or_not_at_all():
     from test_interruptions import DETACHING, FOLDING, Interrupted
 

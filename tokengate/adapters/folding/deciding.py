@@ -16,6 +16,7 @@ from tokengate.linears.quantised import is_quantised, unreadable
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_absent, is_sharded
+from tokengate.training.rank_allocator import LED
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _together(layer: GatedExperts, done: dict[str, FoldedLayer]) -> dict[str, Fo
     parts = [*layer.modification.parameters(), *gate.parameters()]
     if gate.is_led:
         reason, all_of = "a SparsitySchedule leads its gate", True
+    elif layer.modification in LED:
+        reason, all_of = "a RankAllocator leads its ranks", True
     elif any(map(is_sharded, parts)):
         reason, all_of = "its modification is sharded, and others of its experts stay gated", True
     else:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.living import lead, lead_no_more, leader_of
 from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, local_part
 
 
@@ -126,3 +128,24 @@ class LedGates:
         """Those of all, where every module weighs alike, `(1, BINS)`."""
         weights = seen.new_tensor(self._sizes).unsqueeze(-1)
         return (self.shares(seen) * weights).sum(0, keepdim=True)
+
+
+def gates_to_lead(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:
+    """The gates with a threshold, by layer; an error without one, or if one is led already."""
+    gates = {
+        name: layer.gate
+        for name, layer in patched.items()
+        if layer.gate is not None and layer.gate.threshold is not None
+    }
+    if not gates:
+        raise TokenGateError(
+            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
+            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
+        )
+    for name, gate in gates.items():
+        if gate.is_led:
+            raise TokenGateError(
+                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
+                "interrupted Trainer's callback is callback.sparsity_schedule)."
+            )
+    return gates

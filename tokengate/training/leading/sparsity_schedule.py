@@ -20,9 +20,8 @@ from tokengate.gates.living import tau_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import share_below
 from tokengate.gates.threshold import TokenGate
-from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
-from tokengate.training.leading.led_gates import LedGates
+from tokengate.training.leading.led_gates import LedGates, gates_to_lead
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in, loss_scale
 
@@ -105,7 +104,7 @@ class SparsitySchedule:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
         patched = require_layers(model, "SparsitySchedule")
-        gates = _gates_of(model, patched)
+        gates = gates_to_lead(model, patched)
         self._modifications = [patched[name].modification for name in gates]
         if learn_from is not None:
             _refuse_unlearnt(gates, learn_from)
@@ -186,8 +185,14 @@ class SparsitySchedule:
         """Go on from `state`, which `state_dict` returned for a model with the same layers.
 
         Raises:
-            TokenGateError: it is of other layers, or of a schedule with another `per_layer`.
+            TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
+                earlier version.
         """
+        if "start" not in state:
+            raise TokenGateError(
+                "the state to load is of a SparsitySchedule of an earlier version, which averaged "
+                "otherwise: finish that training with that version, or begin a schedule anew."
+            )
         if list(state["layers"]) != list(self._led.by_name):
             other = sorted({*state["layers"]} ^ {*self._led.by_name})
             raise TokenGateError(
@@ -208,8 +213,10 @@ class SparsitySchedule:
             self._led.end(self)
         if self._learns and self.steps > self._last:  # taus have gone on by themselves
             self._led.restore()
-        elif self.steps:
+        elif self.steps or not self._continues:
             self._led.write(self._log_thresholds)
+        else:
+            self._led.restore()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -297,26 +304,6 @@ class SparsitySchedule:
             UnreachedSparsityWarning,
             stacklevel=4,
         )
-
-
-def _gates_of(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:
-    gates = {
-        name: layer.gate
-        for name, layer in patched.items()
-        if layer.gate is not None and layer.gate.threshold is not None
-    }
-    if not gates:
-        raise TokenGateError(
-            f"SparsitySchedule was asked of a {type(model).__name__} none of whose layers has a "
-            "gate with a threshold: patch it with gate='threshold', 'firm' or 'fisher'."
-        )
-    for name, gate in gates.items():
-        if gate.is_led:
-            raise TokenGateError(
-                f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
-                "interrupted Trainer's callback is callback.sparsity_schedule)."
-            )
-    return gates
 
 
 def _refuse_unlearnt(gates: dict[str, Gate], learn_from: float) -> None:
