@@ -177,8 +177,10 @@ class Gate(KeepsFloat32):
 
     def count(self, scores: Tensor | None, mask: Tensor | None) -> None:
         """Count the scores of one call, samples first, if somebody wants that."""
-        into = None if scores is None else self._counted()
-        if into is not None and scores is not None and is_learnt_from():
+        if scores is None:
+            return
+        into = self._counted()
+        if into is not None and is_learnt_from():
             count_scores(into, scores, mask)
 
     def _counted(self) -> Tensor | None:

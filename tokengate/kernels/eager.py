@@ -22,7 +22,7 @@ def is_eager(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if _is_tracing() or forward_ad._current_level >= 0:
+    if _is_tracing() or _derives_forward():
         return False
     return not [t for t in tensors if type(t) not in _PLAIN or t.is_meta]
 
@@ -51,18 +51,14 @@ def applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
     Not elsewhere: `torch.compile` traces no function that has a `jvp`. Of what is exported, its
     forward alone.
     """
-    value: Tensor
-    if torch.compiler.is_compiling():
-        value = (function.forward if torch.compiler.is_exporting() else function.apply)(*args)
-        return value
-    if _is_tracing():
-        value = function.forward(*args)
-        return value
-    if forward_ad._current_level >= 0:
+    if is_exported():
+        exported: Tensor = function.forward(*args)
+        return exported
+    if _derives_forward():
         function = _with_jvp(function)
-    elif not torch._C._are_functorch_transforms_active():
+    elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         function = _in_one(function)
-    value = function.apply(*args)
+    value: Tensor = function.apply(*args)
     return value
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from interpreted import kernels
 from models import away_from_initialisation
+from operations import Counter
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokengate
 from tokengate.kernels import fused, fused_sum
@@ -14,31 +14,12 @@ __all__ = ["kernels"]
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "reshape", "select",
-    "slice", "split", "squeeze", "t", "transpose", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
-
 
 class Large(tokengate.Gate):
     """One that reads sizes, with their gradients."""
 
     def weights(self, positions):
         return torch.sigmoid(positions.r.clamp(max=9))
-
-
-class Counter(TorchDispatchMode):
-    """The names of all operations that are no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        name = f.overloadpacket.__name__
-        if name not in VIEWS:
-            self.names.append(name)
-        return f(*args, **(kwargs or {}))
 
 
 def layer_of(method, dtype=torch.float32, **options):

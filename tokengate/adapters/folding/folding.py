@@ -181,9 +181,11 @@ def fold(
         merged, errors = merged_weights(own, layer, safe)
         done |= {each: replace(own[each], error=errors.get(each)) for each in own}
         actions = [each.action for each in own.values()]
-        if isinstance(layer, GatedExperts) and set(actions) != {"kept"}:
+        if set(actions) == {"kept"}:
+            continue
+        if isinstance(layer, GatedExperts):
             entries[name] = experts_as_folded(layer, actions, merged)
-        elif actions != ["kept"] and not isinstance(layer, GatedExperts):
+        else:
             entries[name] = as_folded(layer, merged)
     folding = Folding(model, done, None)
     with unchanged_if_interrupted(model, entries.values()):

@@ -41,20 +41,14 @@ class FoldedExperts(Folded):
         if self.live is None:
             super().put_on()
             return
-        # What they have learnt meanwhile is theirs.
-        for whole, part in zip((self.modification, self.gate), self.live, strict=True):
-            if part is not None:
-                cast(Any, whole).take(part, self._numbers(self.kept))
+        self._take_back()
         self.layer.be_of(self.experts, self.modification, self.gate)
 
     def to_save(self) -> Folded | None:
         """What is merged and what is kept, in one; of what is merged the gate is open."""
         if not self.merged_experts:
             return None
-        if self.live is not None:
-            for whole, part in zip((self.modification, self.gate), self.live, strict=True):
-                if part is not None:
-                    cast(Any, whole).take(part, self._numbers(self.kept))
+        self._take_back()
         experts = tuple(sorted(self.merged_experts + self.kept))
         gate = _some(self.gate, self._numbers(experts)) if self.kept else None
         if gate is not None and gate.threshold is not None:
@@ -64,6 +58,13 @@ class FoldedExperts(Folded):
         return replace(
             self, layer=self.layer.of(experts), modification=modification, gate=gate, live=None
         )
+
+    def _take_back(self) -> None:
+        """What those that are kept have learnt meanwhile is theirs."""
+        parts = (None, None) if self.live is None else self.live
+        for whole, part in zip((self.modification, self.gate), parts, strict=True):
+            if part is not None:
+                cast(Any, whole).take(part, self._numbers(self.kept))
 
     def _numbers(self, experts: Sequence[int]) -> list[int]:
         return [self.experts.index(expert) for expert in experts]

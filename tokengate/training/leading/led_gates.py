@@ -119,15 +119,11 @@ class LedGates:
                 folded += (new[..., -1] > 0).view_as(folded)
                 gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
 
-    def shares(self, seen: Tensor) -> Tensor:
-        """The counts of every gate as shares, `(gates, BINS)`."""
-        total = seen.sum(-1, keepdim=True)
-        return seen / torch.where(total > 0, total, 1)
-
     def together(self, seen: Tensor) -> Tensor:
-        """Those of all, where every module weighs alike, `(1, BINS)`."""
+        """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`."""
+        total = seen.sum(-1, keepdim=True)
         weights = seen.new_tensor(self._sizes).unsqueeze(-1)
-        return (self.shares(seen) * weights).sum(0, keepdim=True)
+        return (seen / torch.where(total > 0, total, 1) * weights).sum(0, keepdim=True)
 
 
 def gates_to_lead(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:

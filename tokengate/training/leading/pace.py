@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.gates.base import Gate
-from tokengate.gates.living import taus_held_by
+from tokengate.gates.living import held_by, tau_of
 from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.gates.score_counts import log_quantile
 from tokengate.sharding import local_part
@@ -30,13 +30,10 @@ _BEFORE: WeakKeyDictionary[Optimizer, dict[nn.Parameter, Tensor]] = WeakKeyDicti
 
 def moved_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:
     """The taus that the steps of this optimiser move, and whose they are."""
-    taus = taus_held_by(optimizer)
+    held = [(tau, gate) for gate, tau in held_by(optimizer) if tau_of(gate) is tau]
     # One that holds taus which follow it leaves them to that which moves them.
-    apart = followed(optimizer) if taus and not isinstance(optimizer, Follower) else set()
-    for group in optimizer.param_groups if taus else ():
-        for p in group["params"]:
-            if id(p) in taus and id(p) not in apart:
-                yield p, taus[id(p)]
+    apart = followed(optimizer) if held and not isinstance(optimizer, Follower) else set()
+    return ((tau, gate) for tau, gate in held if id(tau) not in apart)
 
 
 def _paced(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Gate]]:

@@ -268,7 +268,7 @@ class SparsitySchedule:
             scale = getattr(optimizer, "grad_scale", None)
             self._led.fold(fed, loss_scale() if scale is None else scale)
         one = len(self._log_thresholds) == 1
-        counts = self._led.together(seen) if one else self._led.shares(seen)
+        counts = self._led.together(seen) if one else seen
         self._sparsity = share_below(counts, self._log_thresholds).mean()
         wanted = self._wanted(self.steps - 1)
         if self.steps == 1 and self._continues:
