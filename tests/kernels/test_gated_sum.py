@@ -48,14 +48,14 @@ def test_blocks_are_one(method, bias, gate, monkeypatch):
     if gate:
         assert 0 < whole[1].float().mean() < 1
     blocks = []
-    cut = gated_sum._blocks
+    cut = gated_sum.blocks
 
     def counted(rows):
         parts = list(cut(rows))
         blocks.append(len(parts))
         return parts
 
-    monkeypatch.setattr(gated_sum, "_blocks", counted)
+    monkeypatch.setattr(gated_sum, "blocks", counted)
     monkeypatch.setattr(gated_sum, "_BLOCK", 30)
     found = sums_of(layer, x)
     # Only what is as wide as the output is divided.
@@ -247,3 +247,44 @@ def test_no_signature_is_bound_in_a_step(method, gate, monkeypatch):
     assert not bound
     torch.func.grad(lambda x: layer(x).sum())(x)  # transforms want it: so this can fail
     assert bound
+
+
+def of_size(bias, gain):
+    """A function of its parts to the sizes of M(x), with a weight for each, and those parts."""
+    torch.manual_seed(3)
+    weights = torch.tensor([0.0, 1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
+    parts = {
+        "out": torch.randn(5, 4, dtype=torch.float64),
+        "z": torch.randn(5, 2, dtype=torch.float64),
+        "up": torch.randn(4, 2, dtype=torch.float64),
+        "bias": torch.randn(4, dtype=torch.float64) if bias else None,
+        "gain": torch.randn(4, dtype=torch.float64) if gain else None,
+    }
+    names = [name for name, part in parts.items() if part is not None]
+
+    def f(*values):
+        at = dict(zip(names, values, strict=True))
+        m = Factors(at["z"], at["up"], at.get("gain"))
+        return Change(at["out"], at.get("bias"), m).size_of_m() * weights
+
+    return f, [parts[name].requires_grad_() for name in names]
+
+
+@pytest.mark.parametrize("gain", [False, True], ids=["no gain", "gain"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_sizes_have_their_gradients(bias, gain, monkeypatch):
+    f, parts = of_size(bias, gain)
+    assert torch.autograd.gradcheck(f, parts)
+    assert torch.autograd.gradgradcheck(f, parts)
+    monkeypatch.setattr(gated_sum, "_BLOCK", 8)  # two positions at a time
+    assert torch.autograd.gradcheck(f, parts)
+
+
+def test_positions_whose_size_has_no_gradient_are_not_made_again():
+    f, parts = of_size(bias=False, gain=True)
+    with torch.no_grad():
+        parts[0][0] = torch.nan  # of a weight of 0
+    f(*parts)[1:].sum().backward()
+    assert not parts[2].grad.isnan().any()
+    assert parts[0].grad[1:3].all()
+    assert not parts[0].grad[3].any()

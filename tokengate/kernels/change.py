@@ -81,21 +81,22 @@ class Change:
     def size_of_m(self) -> Tensor:
         """||m_i|| as a plain number in `dtype`, `(...)`, with gradients to M(x).
 
-        Of factors without a gain from the r x r products of up's columns; else M(x) is kept.
+        Of factors M(x) is not kept; where that is compiled, of those without a gain.
         """
         out, m = self.out, self.m
         parts = (out, m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
         if not _derived(*parts):
             return times(*self.norms()[0])
         with without_autocast(out.device):
+            if isinstance(m, Factors) and self._quick:
+                of_w = (None, None) if m.gain is None else (out, self.bias)
+                size = times(*self.norms()[0])
+                found: Tensor = applied(SizeOfProduct, *of_w, m.z, m.up, m.gain, size)
+                return found
             if isinstance(m, Factors) and m.gain is None and m.groups is None:
-                if self._quick:
-                    found: Tensor = applied(SizeOfProduct, m.z, m.up, times(*self.norms()[0]))
-                    return found
                 m.check(out)
                 return norm_from_gram(m.z, m.up).to(self.dtype)
             if isinstance(m, Factors):
-                self._in_place = False  # `out` is kept
                 m = m.product(without_bias(out, self.bias))
             of_m: Tensor = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
             return of_m

@@ -134,7 +134,7 @@ def product_with_gain(
     z = z.reshape(-1, z.shape[-1])
     of_m, of_w = [], []
     dtype = accumulation_dtype(out)
-    for block in _blocks(out):
+    for block in blocks(out):
         w = without_bias(out[block], bias)
         torch.mul(w, gain, out=m[block]).addmm_(z[block], up.T)
         of_m.append(norms(m[block], dtype, True))
@@ -155,7 +155,7 @@ def _add_with_gain(
 ) -> None:
     """Write `out` + a m to `h`, which is m = up z + gain w, or `empty`."""
     weights = None if a is None else a.reshape(-1, 1)
-    for block in _blocks(out):
+    for block in blocks(out):
         m = h[block]
         if empty:
             torch.mul(without_bias(out[block], bias), gain, out=m).addmm_(z[block], up.T)
@@ -188,7 +188,7 @@ def _through_gain(
     through: list[Tensor] = []
     mu: list[Tensor] = []
     grad_gain = torch.zeros_like(wide)
-    for block in _blocks(grad) if in_blocks else [slice(None)]:
+    for block in blocks(grad) if in_blocks else [slice(None)]:
         products = grad[block].to(dtype) * without_bias(out[block], bias).to(dtype)
         mu.append(products @ wide)
         part = grad[block]
@@ -214,7 +214,7 @@ def norms_without_bias(out: Tensor, bias: Tensor | None) -> Norms:
     if bias is None or out.numel() <= _BLOCK:
         return norms(without_bias(out, bias), dtype, True)
     rows = out.reshape(-1, out.shape[-1])
-    parts = [norms(without_bias(rows[block], bias), dtype, True) for block in _blocks(rows)]
+    parts = [norms(without_bias(rows[block], bias), dtype, True) for block in blocks(rows)]
     return reshaped(_joined(parts), lambda n: n.view(out.shape[:-1]))
 
 
@@ -239,7 +239,7 @@ def _weighted(a: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     return [None if x is None else (a.to(x.dtype) * x).masked_fill_(closed, 0) for x in tensors]
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
+def blocks(rows: Tensor) -> Iterator[slice]:
     """Of `(N, C)`: as many rows at a time as a cache holds; on a GPU all of them."""
     size = max(1, len(rows))
     if rows.device.type == "cpu":

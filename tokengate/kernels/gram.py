@@ -1,4 +1,4 @@
-"""||up z_i|| of a product that is not made: from the r x r products of up's columns."""
+"""||m_i|| of a product that is not kept, of most not even made: from the r x r products of `up`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.kernels.gated_sum import blocks, without_bias
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
 
 # Elements of a product that takes no longer than to start the operations it saves.
@@ -44,32 +45,85 @@ def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
 
 
 class SizeOfProduct(torch.autograd.Function):
-    """||up z_i||, `(..., rank), (C, rank), (...) -> (...)`, which is given: its gradients.
+    """||m_i|| of m = up z + gain w, w = out - bias, `(...)`, given as `size`: its gradients.
 
-    With c_i = dL/d||m_i|| / ||m_i||, 0 where m_i is: dL/dz_i = c_i up' up z_i and dL/dup = up
-    sum_i c_i z_i z_i', r x r products, for which nothing is kept that the sum does not keep.
+    With c_i = dL/d||m_i|| / ||m_i||, 0 where m_i is, dL/dm_i = c_i m_i. Nothing is kept that the
+    sum does not keep: m is made again, a few positions at a time, of those that have a gradient;
+    without a gain (then `out` and `bias` are None, too) not even that: dL/dz_i = c_i up' up z_i and
+    dL/dup = up sum_i c_i z_i z_i', r x r products.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, up: Tensor, size: Tensor) -> Tensor:
-        ctx.save_for_backward(z, up, size)
+    def forward(
+        ctx: Any,
+        out: Tensor | None,
+        bias: Tensor | None,
+        z: Tensor,
+        up: Tensor,
+        gain: Tensor | None,
+        size: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(out, bias, z, up, gain, size)
         return size.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, up, size = ctx.saved_tensors
+        out, bias, z, up, gain, size = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient that has gradients
-            size = norm_from_gram(z, up).to(size.dtype)
+            size = _size(out, bias, z, up, gain).to(size.dtype)
         some = size > 0
         c = torch.where(some, grad / torch.where(some, size, 1), 0).reshape(-1, 1)
+        if gain is not None:
+            return *_through_product(c, out, bias, z, up, gain, ctx.needs_input_grad), None
         rows, wide = z.reshape(-1, z.shape[-1]).to(c.dtype), up.to(c.dtype)
-        gram = wide.T @ wide
         grad_z = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_z = (c * (rows @ gram)).to(z.dtype).view(z.shape)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
+            grad_z = (c * (rows @ (wide.T @ wide))).to(z.dtype).view(z.shape)
+        if ctx.needs_input_grad[3]:
             grad_up = (wide @ ((c * rows).T @ rows)).to(up.dtype)
-        return grad_z, grad_up, None
+        return None, None, grad_z, grad_up, None, None
+
+
+def _size(
+    out: Tensor | None, bias: Tensor | None, z: Tensor, up: Tensor, gain: Tensor | None
+) -> Tensor:
+    if out is None or gain is None:
+        return norm_from_gram(z, up)
+    m = F.linear(z, up) + gain * without_bias(out, bias)
+    size: Tensor = torch.linalg.vector_norm(m, dim=-1, dtype=accumulation_dtype(m))
+    return size
+
+
+def _through_product(
+    c: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    up: Tensor,
+    gain: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of out, bias, z, up and gain from dL/dm_i = c_i m_i; c is `(N, 1)`."""
+    flat, low = out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1])
+    at: Any = blocks(flat)
+    if torch.is_grad_enabled():  # gradients of what has none, too, and in one
+        at = [slice(None)]
+    elif c.device.type == "cpu":  # elsewhere to ask which have one would be to wait
+        some = c.view(-1).nonzero().view(-1)
+        at = [some[block] for block in blocks(flat[: len(some)])] if len(some) else []
+    grad_w = torch.zeros_like(flat) if needs[0] or needs[1] else None
+    grad_z, grad_up, grad_gain = torch.zeros_like(low), torch.zeros_like(up), torch.zeros_like(gain)
+    for rows in at:
+        w = without_bias(flat[rows], bias)
+        m = (c[rows] * torch.addmm(gain * w, low[rows], up.T)).to(out.dtype)
+        if grad_w is not None:
+            grad_w[rows] = gain * m
+        grad_z[rows] = m @ up
+        grad_up = grad_up + m.T @ low[rows]
+        grad_gain = grad_gain + (m * w).sum(0)
+    grad_bias = None if grad_w is None or bias is None else -grad_w.sum(0).to(bias.dtype)
+    grad_out = None if grad_w is None else grad_w.view(out.shape)
+    return grad_out, grad_bias, grad_z.view(z.shape), grad_up, grad_gain
 
 
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

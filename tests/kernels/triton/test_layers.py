@@ -266,6 +266,6 @@ def test_what_is_traced_sees_operations():
 
 
 def test_gated_sum_of_blocks_is_not_asked(monkeypatch):
-    monkeypatch.setattr(gated_sum, "_blocks", None)
+    monkeypatch.setattr(gated_sum, "blocks", None)
     x = torch.randn(3, 12)
     results(layer_of("dora", 12, 10, rank=2, bias=True), x, torch.ones(3, 10))
