@@ -189,9 +189,11 @@ def planned() -> list[Cell]:
         for variant in main:
             for task in quick:
                 add(task, variant, rank=rank)
-    for task in slow:
+    for tuned in (False, True):
         for variant in (*main, *rest):
-            add(task, variant)
+            for task in slow:
+                add(task, variant, tuned=tuned)
+    for task in slow:
         for variant in ("ungated", "threshold", "fisher"):
             add(task, variant, method="dora")
     for variant in ("ungated", "threshold", "fisher"):

@@ -209,14 +209,14 @@ def test_a_caller_may_write_over_the_output(method, bias):
 @pytest.mark.parametrize("gain", [False, True], ids=["plain", "gain"])
 @pytest.mark.parametrize("kind", ["factors", "whole", "traced"])
 def test_gradients_of_fractional_weights(gain, kind, monkeypatch):
-    """a in (0, 1) is an input like any other: its gradient is mu, also of the second order."""
+    """a in [0, 1) is an input like any other: its gradient is mu, also of the second order."""
     torch.manual_seed(0)
 
     def leaf(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     w, z, up, factor, m = leaf(3, 5), leaf(3, 2), leaf(5, 2), leaf(5), leaf(3, 5)
-    a = torch.rand(3, dtype=torch.float64).mul(0.8).add(0.1).requires_grad_()
+    a = torch.tensor([0.3, 0.0, 0.8], dtype=torch.float64, requires_grad=True)
     if kind == "traced":
         monkeypatch.setattr(change_module, "is_eager", lambda *tensors: False)
 
