@@ -182,8 +182,9 @@ def _passed_on(grad: Tensor, a: Tensor) -> Tensor:
     a = a.unsqueeze(-1)
     if a.dtype == torch.bool:
         return torch.where(a, grad, torch.zeros_like(grad))
-    # But what is finite is a product: its own derivative to a is `grad`, at closed positions too.
-    kept = (a != 0) | grad.isfinite()
+    kept = a != 0
+    if torch.is_grad_enabled():  # what has a derivative to a, which is `grad` where that is finite
+        kept = kept | grad.isfinite()
     return torch.where(kept, a.to(grad.dtype) * grad, torch.zeros_like(grad))
 
 
