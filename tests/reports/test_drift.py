@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import Net, away_from_initialisation, padded_bert, small_llama, snapshot
+from models import Net, away_from_initialisation, one_sentence, padded_bert, small_llama, snapshot
 from torch import nn
 
 import tokengate
@@ -162,6 +162,22 @@ def test_plain_tensors_are_features_unless_told_otherwise():
     assert tokengate.drift(model, [batch]).measure == "cosine"
     found = tokengate.drift(model, [batch], measure="KL")
     assert (found.measure, found.positions) == ("kl", 10)
+
+
+@pytest.mark.parametrize("measure", ["kl", "cosine"])
+def test_outputs_of_one_number_are_no_distributions_and_no_directions(measure):
+    """Both were 0, or 2 where a sign changes, whatever else did."""
+    model = tokengate.patch(nn.Sequential(nn.Linear(4, 1)), "all-linear", gate=False)
+    away_from_initialisation(model)
+    batch = torch.randn(6, 4)
+    with one_sentence(f"measure='{measure}' was asked of outputs of one number each"):
+        tokengate.drift(model, [batch], measure=measure)
+    found = tokengate.drift(model, [batch])
+    with torch.no_grad(), tokengate.disabled(model):
+        base = model(batch)
+    assert found.measure == "difference"
+    assert found.mean == pytest.approx((model(batch) - base).abs().mean().item(), rel=1e-6)
+    assert found.mean > 0
 
 
 def test_nothing_is_left_behind():

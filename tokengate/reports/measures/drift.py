@@ -60,7 +60,7 @@ def drift(
     What a gate spares a model of forgetting, a smaller modification does, too: so compare a gated
     model with an ungated one at a `scale` with the same score. A head that was trained along is
     part of both models. Outputs with `logits` are distributions over their last axis, one at each
-    position; those with one column are numbers, as are logits of several labels; all others, and
+    position; outputs of one column are numbers, as are logits of several labels; all others, and
     plain tensors, are features, unless `measure` says otherwise. Of positions only real ones count:
     by `attention_mask` (in encoder-decoders the decoder's), or, without one, where labels are not
     -100.
@@ -74,7 +74,8 @@ def drift(
 
     Raises:
         TokenGateError: no layer is patched; there are no batches, or no position in them is real;
-            an output or a mask has another shape; an argument is wrong.
+            an output or a mask has another shape; `measure` says nothing of outputs of one number;
+            an argument is wrong.
     """
     require_layers(model, "drift")
     check_batches("drift", batches)
@@ -88,13 +89,18 @@ def drift(
                 before = run(model, batch)
             with _scaled(model, scale):
                 after = run(model, batch)
-            used = _measure_of(model, before) if used == "auto" else used
             base, adapted = ((output or _found)(each) for each in (before, after))
             if not isinstance(base, Tensor) or base.dim() not in (2, 3):
                 found = f"a shape {tuple(base.shape)}" if isinstance(base, Tensor) else brief(base)
                 raise TokenGateError(
                     f"drift found an output of {found}: pass output=, which returns a tensor "
                     "(batch, numbers) or (batch, positions, numbers)."
+                )
+            used = _measure_of(model, before, base) if used == "auto" else used
+            if used != "difference" and base.shape[-1] == 1:
+                raise TokenGateError(
+                    f"measure={used!r} was asked of outputs of one number each, of which it tells "
+                    'nothing: pass measure="difference".'
                 )
             real = _real(model, batch, base) if base.dim() == 3 else None
             base, adapted = (each if real is None else each[real] for each in (base, adapted))
@@ -129,14 +135,14 @@ def _scaled(model: nn.Module, scale: float) -> contextlib.AbstractContextManager
     return restrict(model, lambda name, shape: torch.full(shape, scale))
 
 
-def _measure_of(model: nn.Module, output: Any) -> str:
+def _measure_of(model: nn.Module, output: Any, compared: Tensor) -> str:
     """What can be said of this output: distributions, numbers or features."""
     logits = _part(output, "logits")
-    if logits is None:
-        return "cosine"
     several = getattr(getattr(model, "config", None), "problem_type", None)
-    numbers = logits.shape[-1] == 1 or several == "multi_label_classification"
-    return "difference" if numbers else "kl"
+    of_labels = logits is not None and several == "multi_label_classification"
+    if compared.shape[-1] == 1 or of_labels:
+        return "difference"
+    return "cosine" if logits is None else "kl"
 
 
 def _part(output: Any, name: str) -> Tensor | None:
