@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -27,13 +28,14 @@ class FisherGate(LedGate):
     z is the input in the method's low-rank space and g its gradient as if a_i were 1 (for LoRA
     z = A x and g = scale B' dL/dh). If position i were closed, the loss would change by mu_i =
     <g_i, z_i> to first order; s_i^2 is the mean of its square over the gradients that there are, by
-    which it is known before backward. So s has one unit in all layers, and one T is for all of
-    them, where r = ||m|| / ||w|| says nothing of which layers matter.
+    which it is known before backward. So s has one unit in all layers, that of g's mean over them,
+    and one T is for all of them, where r = ||m|| / ||w|| says nothing of which layers matter.
 
-    Q is `(rank, rank)`, averaged over the real positions of a step, open or closed, and over steps:
-    with 0.9, corrected for its start, and from 40 on over about the last quarter of them. It is fed
-    by backward, while a `SparsitySchedule` leads the gate, which averages it over ranks; then it
-    stays. It is saved with the adapter. While it is 0, as M(x) is at first, nothing is closed.
+    Q is `(rank, rank)`, averaged over the real positions of a step, open or closed, in units of the
+    mean of E[||g||^2] over all layers in that step, and over steps: with 0.9, corrected for its
+    start, and from 40 on over about the last quarter of them. It is fed by backward, while a
+    `SparsitySchedule` leads the gate, which averages it over ranks; then it stays. It is saved with
+    the adapter. While it is 0, as M(x) is at first, nothing is closed.
 
     Of methods without factors (a `forward` of one's own) s_i is r_i rms(mu) / rms(r), and Q is
     `(1, 1)`: the same unit, without telling positions apart otherwise than r does.
@@ -99,8 +101,6 @@ class FisherGate(LedGate):
             return
         with without_autocast(g.device):
             g = g.detach().to(fed.dtype)
-            if self._unit is not None:
-                g = g / self._unit.to(fed)
             if r is None:
                 vectors, sizes = g.reshape(-1, g.shape[-1]), None
             else:
@@ -124,6 +124,12 @@ class FisherGate(LedGate):
     def stop_feeding(self) -> None:
         """Q stays as it is."""
         self._fed = None
+
+    @staticmethod
+    def size_of(fed: Tensor) -> Tensor:
+        """E[||g||^2] of a step, from what it has fed: `(..., rank^2 + 1) -> (...)`."""
+        rank = math.isqrt(fed.shape[-1] - 1)
+        return fed[..., : -1 : rank + 1].sum(-1) / fed[..., -1]
 
     @torch.no_grad()
     def fold(self, fed: Tensor, folded: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,17 +106,23 @@ class LedGates:
         parts = torch.split(flat, [each.numel() for each in fed])
         return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
 
-    def fold(self, fed: list[Tensor], scale: Any) -> None:
-        """Let each average what it was fed, by gradients that are multiplied by `scale`."""
-        told = iter(fed)
-        times = torch.split(self.folded, self._sizes)
-        for gate, folded in zip(self.by_name.values(), times, strict=True):
-            if isinstance(gate, FisherGate):
-                new = next(told)
-                if scale is not None and gate._unit is None:  # which has been divided out
-                    new[..., :-1] /= torch.as_tensor(scale).to(new) ** 2
-                folded += (new[..., -1] > 0).view_as(folded)
-                gate.fold(new.to(gate.Q.device), folded.clamp(min=1).to(gate.Q.device))
+    def fold(self, fed: list[Tensor]) -> None:
+        """Let each average what it was fed, in units of this step's mean over all of them.
+
+        A step of a smaller batch, of another scale of the loss or with one large loss would
+        otherwise outweigh all others.
+        """
+        gates = [gate for gate in self.by_name.values() if isinstance(gate, FisherGate)]
+        sizes = [gate.size_of(new) for gate, new in zip(gates, fed, strict=True)]
+        flat = torch.cat([size.flatten() for size in sizes])
+        flat = flat[flat.isfinite() & (flat > 0)]
+        if not len(flat):  # as M(x) = 0 is before it is trained
+            return
+        times = dict(zip(self.by_name.values(), torch.split(self.folded, self._sizes), strict=True))
+        for gate, new in zip(gates, fed, strict=True):
+            new[..., :-1] /= flat.mean()
+            times[gate] += (new[..., -1] > 0).view_as(times[gate])
+            gate.fold(new.to(gate.Q.device), times[gate].clamp(min=1).to(gate.Q.device))
 
     def together(self, seen: Tensor) -> Tensor:
         """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`."""

@@ -23,7 +23,7 @@ from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.training.leading.led_gates import LedGates, gates_to_lead
 from tokengate.training.leading.quantile_tracker import QuantileTracker
-from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in, loss_scale
+from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
 # The share of a training in which the wanted sparsity rises to the target, and how far that which
 # the last thresholds close may be from it without a word.
@@ -265,8 +265,7 @@ class SparsitySchedule:
         if self.steps == 1:
             self._say_if_others_train(optimizer)
         if fed:
-            scale = getattr(optimizer, "grad_scale", None)
-            self._led.fold(fed, loss_scale() if scale is None else scale)
+            self._led.fold(fed)
         one = len(self._log_thresholds) == 1
         counts = self._led.together(seen) if one else seen
         self._sparsity = share_below(counts, self._log_thresholds).mean()
