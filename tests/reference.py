@@ -358,13 +358,13 @@ def fisher(gs, mask=None):
     return total / len(real)
 
 
-def smoothed(values, decay, share):
-    """A moving average, corrected for its start, later over a share of all steps so far."""
+def smoothed(values, decay):
+    """A moving average of what comes step by step, corrected for its start."""
     average = 0.0
     for step, value in enumerate(values, start=1):
-        weight = min((1 - decay) / (1 - decay**step), 1 / (share * step))
-        average = (1 - weight) * average + weight * value
-    return average
+        average = decay * average + (1 - decay) * value
+        corrected = average / (1 - decay**step)
+    return corrected
 
 
 def fisher_gate(z, Q, T):

@@ -131,13 +131,46 @@ def test_a_gate_that_does_nothing_is_told_of_once(options, words):
 
 
 @pytest.mark.parametrize("gate", ["firm", "fisher"])
-def test_a_gate_that_nobody_leads_is_told_of_once(gate):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_gate_that_nobody_leads_is_told_of_once(gate, loaded):
+    """Not told of was one with a threshold, as loaded: M(x) grew past it, .6 closed became 0."""
     model = made(gate=gate)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    if loaded:
+        schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 40)
+        train(model, optimizer, 40)
+        schedule.detach()
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
     with pytest.warns(UselessGateWarning, match="no SparsitySchedule leads") as told:
         path, _ = train(model, optimizer, 12)
     assert len(told) == 1
-    assert set(path) == {0.0}
+    assert (path[0] > 0.5) == loaded
+    assert set(path) == {0.0} or loaded
+
+
+def test_a_model_may_be_trained_in_evaluation_mode():
+    """As `from_pretrained` returns it: no r was counted, and tau stayed 0 without a word."""
+    taus = []
+    for training in (True, False):
+        model = made().train(training)
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2, total_steps=20))
+        train(model, optimizer, 20)
+        taus.append([layer.gate.tau.item() for layer in tokengate.layers(model).values()])
+    assert taus[0] == taus[1]
+    assert min(taus[1]) > 0
+    model = made(gate="fisher").eval()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 20)
+    path, _ = train(model, optimizer, 20)
+    assert path[0] == 0 < path[-1] < 1
+
+
+def test_all_closed_in_a_short_training_is_told_of():
+    """It was looked at step 16 first."""
+    model = made(penalty=1.0)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=1.0))
+    with pytest.warns(UselessGateWarning, match="after 4 steps of AdamW .* closes all"):
+        train(model, optimizer, 5)
 
 
 def test_of_experts_too_it_is_told_and_others_gates_are_not_meant():

@@ -215,3 +215,52 @@ def test_a_state_of_no_step_gives_the_first_thresholds_back():
     old = {key: value for key, value in state.items() if key != "start"}
     with one_sentence("of an earlier version", "anew"):
         schedule.load_state_dict(old)
+
+
+def test_one_threshold_is_not_for_scores_of_two_kinds():
+    """One layer was open wholly and another closed, with the share of both together as asked."""
+    model = made({"0": "fisher", "2": "threshold"})
+    optimizer = adam(model)
+    with one_sentence("asked to lead FisherGate and TokenGate by one threshold", "per_layer=True"):
+        tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 10, per_layer=True)
+    path = train(model, optimizer, 10)
+    assert path[0] == 0
+    assert path[-1] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_schedule_that_has_ended_holds_nothing_that_another_one_leads():
+    """The second one's taus had no gradients when it had handed them over."""
+    model = made()
+    optimizer = adam(model, s=1e-3)
+    first = tokengate.SparsitySchedule(model, optimizer, 0.3, 10)
+    train(model, optimizer, 12)
+    assert first.steps == 12
+    tokengate.SparsitySchedule(model, optimizer, 0.6, 10, learn_from=0.5)
+    train(model, optimizer, 6)
+    handed_over = [gate.tau.item() for gate in gates_of(model)]
+    train(model, optimizer, 4)
+    assert first.steps == 12
+    assert all(g.tau.item() != tau for g, tau in zip(gates_of(model), handed_over, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*'unused' of ModuleDict was patched but never called")
+def test_a_layer_that_is_never_called_is_not_missed_in_the_share():
+    """It counted as open: "ended with 30%"."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)})
+    tokengate.patch(model, "all-linear", rank=2)
+    optimizer = adam(model)
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 60, per_layer=True)
+    for _ in range(60):
+        x = torch.randn(16, 5, 6)
+        optimizer.zero_grad()
+        (model["used"](x) - x[..., :3]).square().mean().backward()
+        optimizer.step()
+    assert schedule.sparsity == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_warmup_as_long_as_all_is_refused():
+    model = made()
+    with one_sentence("warmup_steps=10 was given for total_steps=10", "pass fewer"):
+        tokengate.SparsitySchedule(model, adam(model), 0.5, 10, warmup_steps=10)

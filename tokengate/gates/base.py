@@ -211,7 +211,7 @@ class LedGate(Gate):
 
     def forward(self, positions: Positions) -> Tensor:
         """As every gate's."""
-        if self.training and not self.trained and not torch.compiler.is_compiling():
+        if not self.trained and not torch.compiler.is_compiling():
             self._trained[0] = torch.is_grad_enabled()
         return super().forward(positions)
 

@@ -13,6 +13,7 @@ from tokengate.gates.base import Gate
 from tokengate.gates.positions import Positions
 from tokengate.kernels.change import Change
 from tokengate.kernels.norms import Norms
+from tokengate.kernels.recomputation import is_learnt_from
 
 
 class Changed(NamedTuple):
@@ -56,7 +57,7 @@ def changed(
     if gate is not None:
         positions = Positions(change, x, real)
         a = gate(positions)
-        if wants_scores or (gate.training and gate.counts_scores):
+        if wants_scores or (gate.counts_scores and is_learnt_from()):
             with torch.no_grad():
                 scores = gate.scores(Positions(change.undropped(), x, real))
     if inside is not None and inside.dtype != torch.bool:  # weights

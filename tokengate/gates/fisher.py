@@ -15,10 +15,8 @@ from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.precision import without_autocast
 
-# Decay rate of Q's average over optimiser steps at first, and the share of all steps so far that it
-# is over at least: ten steps tell so little of the gradients that the share which one T closes went
-# to and fro by .017 (standard deviation, a ViT to turned pictures), and by .003 with a quarter.
-_DECAY, _SHARE = 0.9, 1 / 4
+# Decay rate of Q's average over optimiser steps.
+_DECAY = 0.9
 
 
 @register_gate("fisher")
@@ -32,10 +30,10 @@ class FisherGate(LedGate):
     and one T is for all of them, where r = ||m|| / ||w|| says nothing of which layers matter.
 
     Q is `(rank, rank)`, averaged over the real positions of a step, open or closed, in units of the
-    mean of E[||g||^2] over all layers in that step, and over steps: with 0.9, corrected for its
-    start, and from 40 on over about the last quarter of them. It is fed by backward, while a
-    `SparsitySchedule` leads the gate, which averages it over ranks; then it stays. It is saved with
-    the adapter. While it is 0, as M(x) is at first, nothing is closed.
+    mean of E[||g||^2] over all layers in that step, and with 0.9 over steps, corrected for its
+    start. It is fed by backward, while a `SparsitySchedule` leads the gate, which averages it over
+    ranks; then it stays. It is saved with the adapter. While it is 0, as M(x) is at first, nothing
+    is closed.
 
     Of methods without factors (a `forward` of one's own) s_i is r_i rms(mu) / rms(r), and Q is
     `(1, 1)`: the same unit, without telling positions apart otherwise than r does.
@@ -70,7 +68,7 @@ class FisherGate(LedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a, `(...)`, as booleans; a NaN leaves the gate open."""
-        if self._fed is not None and self.training and torch.is_grad_enabled():
+        if self._fed is not None and torch.is_grad_enabled():
             r = None
             if self.rank is None:
                 with torch.no_grad():
@@ -138,7 +136,6 @@ class FisherGate(LedGate):
         new = (fed[..., :-1] / torch.where(total > 0, total, 1)).to(self.Q.dtype)
         known = (total > 0) & new.isfinite().all(-1, keepdim=True)
         # From its first value on, as Adam's averages are after their correction.
-        quick, slow = (1 - _DECAY) / (1 - _DECAY**folded), 1 / (_SHARE * folded)
-        weight = torch.minimum(quick, slow).to(self.Q.dtype).view(known.shape)
+        weight = ((1 - _DECAY) / (1 - _DECAY**folded)).to(self.Q.dtype).view(known.shape)
         change = torch.where(known, weight * (new - self.Q.flatten(-2)), 0)
         self.Q.add_(change.view_as(self.Q))

@@ -104,8 +104,15 @@ def log_quantile(counts: Tensor, share: Tensor | float) -> Tensor:
 def share_below(counts: Tensor, log_score: Tensor) -> Tensor:
     """The share of what was counted that lies below a score: `(..., BINS), (...) -> (...)`."""
     total = counts.sum(-1)
-    place = ((log_score.unsqueeze(-1) - LOW) * PER_OCTAVE + 1).clamp(0, BINS - 1)
+    place = (log_score.unsqueeze(-1) - LOW) * PER_OCTAVE + 1
+    place = place.nan_to_num(0).clamp(0, BINS - 1)  # no number is below one that is none
     at = place.floor().long()
     before = counts.cumsum(-1).gather(-1, at) - counts.gather(-1, at)
     below = (before + counts.gather(-1, at) * (place - at)).squeeze(-1)
     return below / torch.where(total > 0, total, 1)
+
+
+def mean_of_counted(shares: Tensor, counts: Tensor) -> Tensor:
+    """The mean of those shares of what has counted anything: `(S,), (S, BINS) -> ()`."""
+    some = counts.sum(-1) > 0
+    return (shares * some).sum() / some.sum()

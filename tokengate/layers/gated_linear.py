@@ -160,7 +160,7 @@ class Gated(Swapped):
         for observer in observers:
             if not observer.trained or is_learnt_from():
                 observer.tell(at, seen, mask, norms, *([scores] if observer.scores else []))
-        if self.training and adapter is not None and adapter[1] is not None:
+        if adapter is not None and adapter[1] is not None:
             adapter[1].count(scores, mask)
         return as_output(own, h, output)
 

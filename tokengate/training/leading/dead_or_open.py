@@ -28,7 +28,7 @@ from tokengate.training.following import followed
 from tokengate.training.leading.pace import moved_by
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
-_LOOKS, _PATIENCE = (16, 64, 256, 1024), 64
+_LOOKS, _PATIENCE = (4, 16, 64, 256, 1024), 64
 # At which step somebody should have begun to lead what does not learn.
 _LEAD = 8
 # What is all positions: some that are never closed, where w is 0, are in every batch.
@@ -125,13 +125,14 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
     found = _layers_of(held)
     gates = dict.fromkeys(layer.gate for layer in found)
     led = [gate for gate in gates if isinstance(gate, LedGate) and gate.trained]
-    unled = [g for g in led if not g.is_led and g not in _TOLD_OF and _closes_nothing(g)]
+    unled = [g for g in led if not g.is_led and g not in _TOLD_OF]
     if unled:
         _tell(
             optimizer,
             unled,
-            "with a threshold of 0, which closes nothing, and no SparsitySchedule leads them: make "
-            "one with tokengate.SparsitySchedule(model, optimizer, target, total_steps)",
+            "and no SparsitySchedule leads them, so that their thresholds stay where they are "
+            "while M(x) grows, and those of 0 close nothing: make one with "
+            "tokengate.SparsitySchedule(model, optimizer, target, total_steps)",
         )
     moved = [la for la in found if not held.isdisjoint(map(id, la.modification.parameters()))]
     waiting = [
@@ -158,11 +159,6 @@ def _tell(optimizer: Optimizer, gates: Sequence[Gate], found: str) -> None:
         UselessGateWarning,
         stacklevel=7,
     )
-
-
-def _closes_nothing(gate: LedGate) -> bool:
-    thresholds = numbers_here([] if gate.threshold is None else [gate.threshold])
-    return bool(thresholds) and all(value is not None and value <= 0 for value in thresholds)
 
 
 def _look(optimizer: Optimizer, own: Own, step: int) -> None:

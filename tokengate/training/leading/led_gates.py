@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class LedGates:
             gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
                 gate.stop_feeding()
+
+    def have(self, gates: Iterable[Gate]) -> bool:
+        """Whether one of these is among them."""
+        return not set(self.by_name.values()).isdisjoint(gates)
 
     def are_set(self) -> bool:
         """Whether a threshold was trained, loaded or calibrated; all ranks must ask."""
@@ -131,8 +135,11 @@ class LedGates:
         return (seen / torch.where(total > 0, total, 1) * weights).sum(0, keepdim=True)
 
 
-def gates_to_lead(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate]:
-    """The gates with a threshold, by layer; an error without one, or if one is led already."""
+def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -> dict[str, Gate]:
+    """The gates with a threshold, by layer; an error without one, or if one is led already.
+
+    If they are led `together`, also if their scores are not of one kind.
+    """
     gates = {
         name: layer.gate
         for name, layer in patched.items()
@@ -149,4 +156,10 @@ def gates_to_lead(model: nn.Module, patched: dict[str, Gated]) -> dict[str, Gate
                 f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
                 "interrupted Trainer's callback is callback.sparsity_schedule)."
             )
+    kinds = {type(gate).scores: type(gate).__name__ for gate in gates.values()}
+    if together and len(kinds) > 1:
+        raise TokenGateError(
+            f"SparsitySchedule was asked to lead {' and '.join(kinds.values())} by one threshold, "
+            "and their scores have different units: pass per_layer=True, or patch with one gate."
+        )
     return gates

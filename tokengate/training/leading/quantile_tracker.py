@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengate.gates.score_counts import BINS, LOW, PER_OCTAVE, log_quantile, share_below
+from tokengate.gates.score_counts import (
+    BINS,
+    LOW,
+    PER_OCTAVE,
+    log_quantile,
+    mean_of_counted,
+    share_below,
+)
 
 # By which powers of its number a step is weighed: of so many steps so far that is an average over
 # the last half, quarter, tenth and 28th. And by which one how far each of these was off.
@@ -83,8 +90,9 @@ class QuantileTracker:
         return self._believed(self._quantiles(share))
 
     def share_below(self, log_scores: Tensor) -> Tensor:
-        """The share that lies below these at the next step, `(series,)`."""
-        return self._believed(share_below(self._shape, log_scores - self._size()))
+        """The share that lies below these at the next step, on average over what was counted."""
+        shares = self._believed(share_below(self._shape, log_scores - self._size()))
+        return mean_of_counted(shares, self._shape[0])
 
     def _believed(self, values: Tensor) -> Tensor:
         """Of each series, of `(averages, series)`, that of the average which was off least."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from tokengate.errors import (
 from tokengate.gates.base import Gate
 from tokengate.gates.living import tau_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
-from tokengate.gates.score_counts import share_below
+from tokengate.gates.score_counts import mean_of_counted, share_below
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.training.leading.led_gates import LedGates, gates_to_lead
@@ -28,6 +29,8 @@ from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 # The share of a training in which the wanted sparsity rises to the target, and how far that which
 # the last thresholds close may be from it without a word.
 _RISE, _NEAR = 0.6, 0.03
+# Those that have ended, and hold the thresholds where they are.
+_ENDED: WeakSet[SparsitySchedule] = WeakSet()
 
 
 class SparsitySchedule:
@@ -54,7 +57,7 @@ class SparsitySchedule:
     The rule is not the paper's, which learns tau by eq. 14-22; `learn_from` goes over to it.
 
     Scores are counted without the method's dropout, as they will be evaluated. Of a step's forwards
-    those count that gradients come back through, in training mode: no `generate`, no reference. A
+    those count that gradients may come back through: no `generate`, no reference. A
     step that a GradScaler skips is never seen here, so say it: `schedule.skip_step()`, after a
     `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
 
@@ -74,9 +77,9 @@ class SparsitySchedule:
         steps: optimiser steps seen.
 
     Raises:
-        TokenGateError: no layer has a gate with a threshold; something else leads them already; a
-            number is out of its range; `learn_from` of gates that do not learn. In the first step:
-            no position was seen.
+        TokenGateError: no layer has a gate with a threshold; something else leads them already;
+            they compare different things, and are not led `per_layer`; a number is out of its
+            range; `learn_from` of gates that do not learn. In the first step: no position was seen.
     """
 
     @in_our_words({"sparsity": "target", "target_sparsity": "target"})
@@ -99,12 +102,17 @@ class SparsitySchedule:
             )
         self.total_steps = count("total_steps", total_steps)
         self._warmup = count("warmup_steps", warmup_steps, least=0)
+        if self._warmup >= self.total_steps:
+            raise TokenGateError(
+                f"warmup_steps={warmup_steps} was given for total_steps={total_steps}, so that "
+                "nothing would ever close: pass fewer."
+            )
         self._last = self.total_steps
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
         self._learns = learn_from is not None
         patched = require_layers(model, "SparsitySchedule")
-        gates = gates_to_lead(model, patched)
+        gates = gates_to_lead(model, patched, together=not switch("per_layer", per_layer))
         self._modifications = [patched[name].modification for name in gates]
         if learn_from is not None:
             _refuse_unlearnt(gates, learn_from)
@@ -116,7 +124,7 @@ class SparsitySchedule:
             )
         self.steps = 0
         self._led = LedGates(gates)
-        layers = len(gates) if switch("per_layer", per_layer) else 1
+        layers = len(gates) if per_layer else 1
         self._tracker = QuantileTracker(layers, self._led.device)
         self._sparsity = torch.full((), torch.nan, device=self._led.device)
         # The thresholds in use, as log2, one for each layer or one.
@@ -124,6 +132,8 @@ class SparsitySchedule:
         # The share that is closed before the first step.
         self._start = 0.0
         self._continues = self._led.are_set()
+        for other in [each for each in list(_ENDED) if each._led.have(gates.values())]:
+            other.detach()
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
@@ -259,8 +269,8 @@ class SparsitySchedule:
         if self.steps == 1 and not bool(seen.any()):
             raise TokenGateError(
                 f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
-                "the first optimizer.step(): call the model in training mode, and "
-                "loss.backward(), before it."
+                "the first optimizer.step(): call the model, with gradients, and loss.backward() "
+                "before it."
             )
         if self.steps == 1:
             self._say_if_others_train(optimizer)
@@ -268,7 +278,7 @@ class SparsitySchedule:
             self._led.fold(fed)
         one = len(self._log_thresholds) == 1
         counts = self._led.together(seen) if one else seen
-        self._sparsity = share_below(counts, self._log_thresholds).mean()
+        self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self._wanted(self.steps - 1)
         if self.steps == 1 and self._continues:
             self._sparsity = self._led.closed(seen)
@@ -279,6 +289,7 @@ class SparsitySchedule:
         if self.steps == self._last:
             self._warn_of_a_miss()
             self._led.end(self)
+            _ENDED.add(self)
 
     def _say_if_others_train(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -294,7 +305,7 @@ class SparsitySchedule:
             )
 
     def _warn_of_a_miss(self) -> None:
-        closed = float(self._tracker.share_below(self._log_thresholds).mean())
+        closed = float(self._tracker.share_below(self._log_thresholds))
         if abs(closed - self.target) <= _NEAR:
             return
         warnings.warn(
