@@ -212,7 +212,7 @@ def test_a_state_of_no_step_gives_the_first_thresholds_back():
     assert all(gate.tau > 0 for gate in gates_of(model))
     schedule.load_state_dict(state)
     assert all(gate.tau == 0 for gate in gates_of(model))
-    old = {key: value for key, value in state.items() if key != "start"}
+    old = {key: value for key, value in state.items() if key != "called"}
     with one_sentence("of an earlier version", "anew"):
         schedule.load_state_dict(old)
 
@@ -264,3 +264,35 @@ def test_a_warmup_as_long_as_all_is_refused():
     model = made()
     with one_sentence("warmup_steps=10 was given for total_steps=10", "pass fewer"):
         tokengate.SparsitySchedule(model, adam(model), 0.5, 10, warmup_steps=10)
+
+
+class Now(nn.Module):
+    """Two layers, of which the second is called now and then."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, both=True):
+        h = self.first(x)
+        return 0.2 * self.second(h) if both else h
+
+
+@pytest.mark.filterwarnings("ignore:.*'second' of Now was patched but never called")
+def test_what_is_called_in_few_steps_counts_like_what_is_called_in_all():
+    """Its scores were next to nothing in the counts: far more were closed, or fewer."""
+    torch.manual_seed(0)
+    model = tokengate.patch(Now(), "all-linear", rank=4)
+    optimizer = adam(model)
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 200)
+    goal = torch.randn(6, 6)
+    for step in range(200):
+        x = torch.randn(8, 10, 6)
+        optimizer.zero_grad()
+        (model(x, both=step % 2 == 1) - x @ goal).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad(), tokengate.record(model.eval()) as rec:
+        model(torch.randn(100, 10, 6))
+    shares = rec.report().by_module
+    assert abs(shares["first"] - shares["second"]) > 0.1
+    assert rec.report().sparsity == pytest.approx(0.5, abs=0.05)

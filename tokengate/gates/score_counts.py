@@ -84,6 +84,12 @@ class FineCounts:
         return float(2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW))
 
 
+def shares_of(counts: Tensor) -> Tensor:
+    """In each bin the share of all that was counted; 0 where nothing was: `(..., BINS)`."""
+    total = counts.sum(-1, keepdim=True)
+    return counts / torch.where(total > 0, total, 1)
+
+
 def log_quantile(counts: Tensor, share: Tensor | float) -> Tensor:
     """log2 of the score below which a share of what was counted lies, `(..., BINS) -> (...)`.
 

@@ -12,7 +12,7 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.living import lead, lead_no_more, leader_of
-from tokengate.gates.score_counts import no_counts, share_below
+from tokengate.gates.score_counts import no_counts, share_below, shares_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, local_part
 
@@ -33,6 +33,8 @@ class LedGates:
         self._sizes = [threshold.numel() for threshold in self.thresholds]
         # How often each of them has averaged what backward gave it.
         self.folded = no_counts(self.device).new_zeros(sum(self._sizes))
+        # In how many steps each has seen a position.
+        self.called = no_counts(self.device).new_zeros(len(self._sizes))
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
 
     def begin(self, leader: object) -> None:
@@ -128,11 +130,16 @@ class LedGates:
             times[gate] += (new[..., -1] > 0).view_as(times[gate])
             gate.fold(new.to(gate.Q.device), times[gate].clamp(min=1).to(gate.Q.device))
 
-    def together(self, seen: Tensor) -> Tensor:
-        """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`."""
-        total = seen.sum(-1, keepdim=True)
-        weights = seen.new_tensor(self._sizes).unsqueeze(-1)
-        return (seen / torch.where(total > 0, total, 1) * weights).sum(0, keepdim=True)
+    def together(self, seen: Tensor, steps: int) -> Tensor:
+        """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`.
+
+        Over all steps, of which there were so many: one that is called in few of them, as an
+        expert or with layer drop, weighs as much more in those.
+        """
+        shares = shares_of(seen)
+        self.called += shares.sum(-1).round()
+        weights = seen.new_tensor(self._sizes) * steps / self.called.clamp(min=1)
+        return (shares * weights.unsqueeze(-1)).sum(0, keepdim=True) / sum(self._sizes)
 
 
 def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -> dict[str, Gate]:

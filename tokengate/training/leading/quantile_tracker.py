@@ -14,6 +14,7 @@ from tokengate.gates.score_counts import (
     log_quantile,
     mean_of_counted,
     share_below,
+    shares_of,
 )
 
 # By which powers of its number a step is weighed: of so many steps so far that is an average over
@@ -56,11 +57,11 @@ class QuantileTracker:
         """Those of a step, `(series, BINS)`; a series without any learns nothing.
 
         Args:
-            counts: of the scores.
+            counts: of the scores; their sum, 1 in most steps, is what the step weighs.
             wanted: the share whose quantile was asked for.
         """
-        counted = counts.sum(-1, keepdim=True)
-        counts = (counts / torch.where(counted > 0, counted, 1)).expand_as(self._shape)
+        weighs = counts.sum(-1)
+        counts = shares_of(counts).expand_as(self._shape)
         above = counts.clone()
         above[..., 0] = above[..., -1] = 0
         some = above.sum(-1) > 0
@@ -70,8 +71,8 @@ class QuantileTracker:
         off = torch.where(some & (told >= 2), share_below(counts, self._quantiles(wanted)), wanted)
         told = told + 1
         self._errors = (1 - 1 / told) ** _MEMORY * self._errors + (off - wanted).square()
-        total = (1 - 1 / told) ** self._powers * total + 1
-        weight = 1 / total
+        total = (1 - 1 / told) ** self._powers * total + weighs
+        weight = weighs / torch.where(total > 0, total, 1)
         dx, dy = told.log2() - x, size - y
         rest = 1 - weight
         line = [told, total, x + weight * dx, y + weight * dy]
@@ -79,7 +80,7 @@ class QuantileTracker:
         self._line = torch.where(some, torch.stack(line), self._line)
         here = _moved(counts, -at)
         mixed = self._shape + weight.unsqueeze(-1) * (here - self._shape)
-        self._shape = torch.where(counted > 0, mixed, self._shape)
+        self._shape = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shape)
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)`.

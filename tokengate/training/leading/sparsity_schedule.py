@@ -19,7 +19,7 @@ from tokengate.errors import (
 from tokengate.gates.base import Gate
 from tokengate.gates.living import tau_of
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
-from tokengate.gates.score_counts import mean_of_counted, share_below
+from tokengate.gates.score_counts import mean_of_counted, share_below, shares_of
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
 from tokengate.training.leading.led_gates import LedGates, gates_to_lead
@@ -187,6 +187,7 @@ class SparsitySchedule:
             "start": self._start,
             "layers": list(self._led.by_name),
             "folded": self._led.folded.clone(),
+            "called": self._led.called.clone(),
             "thresholds": self._log_thresholds.clone(),
             "tracker": self._tracker.state_dict(),
         }
@@ -198,7 +199,7 @@ class SparsitySchedule:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
                 earlier version.
         """
-        if "start" not in state:
+        if "called" not in state:
             raise TokenGateError(
                 "the state to load is of a SparsitySchedule of an earlier version, which averaged "
                 "otherwise: finish that training with that version, or begin a schedule anew."
@@ -217,6 +218,7 @@ class SparsitySchedule:
             )
         self.steps, self._start = int(state["step"]), float(state["start"])
         self._led.folded.copy_(state["folded"])
+        self._led.called.copy_(state["called"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
         if self.steps >= self._last:
@@ -277,7 +279,7 @@ class SparsitySchedule:
         if fed:
             self._led.fold(fed)
         one = len(self._log_thresholds) == 1
-        counts = self._led.together(seen) if one else seen
+        counts = self._led.together(seen, self.steps) if one else shares_of(seen)
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self._wanted(self.steps - 1)
         if self.steps == 1 and self._continues:
