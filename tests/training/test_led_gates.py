@@ -274,13 +274,12 @@ class Now(nn.Module):
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x, both=True):
-        h = self.first(x)
-        return 0.2 * self.second(h) if both else h
+        return [layer(x) for layer in ([self.first, self.second] if both else [self.first])]
 
 
 @pytest.mark.filterwarnings("ignore:.*'second' of Now was patched but never called")
 def test_what_is_called_in_few_steps_counts_like_what_is_called_in_all():
-    """Its scores were next to nothing in the counts: far more were closed, or fewer."""
+    """Its scores were next to nothing in the counts."""
     torch.manual_seed(0)
     model = tokengate.patch(Now(), "all-linear", rank=4)
     optimizer = adam(model)
@@ -289,7 +288,7 @@ def test_what_is_called_in_few_steps_counts_like_what_is_called_in_all():
     for step in range(200):
         x = torch.randn(8, 10, 6)
         optimizer.zero_grad()
-        (model(x, both=step % 2 == 1) - x @ goal).square().mean().backward()
+        sum((y - x @ goal).square().mean() for y in model(x, both=step % 3 == 2)).backward()
         optimizer.step()
     with torch.no_grad(), tokengate.record(model.eval()) as rec:
         model(torch.randn(100, 10, 6))
