@@ -78,7 +78,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     check_present(model, "verify")
     patched = {n: m for n, m in require_layers(model, "verify").items() if not may_be_idle(n, m)}
     check_trainable(model)
-    with _as_it_was(model):
+    with as_it_was(model):
         for training, gradients in ((False, False), (False, True), (True, True)):
             mode = "training" if training else "evaluation"
             mode += "" if gradients else " without gradients"
@@ -298,7 +298,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
