@@ -177,6 +177,14 @@ def test_a_share_is_refused_before_anything_runs():
         tokengate.suggest(Net(), batches(), 40, loss=lambda model, batch: 1 / 0)
 
 
+def test_without_gradients_there_are_no_scores():
+    model = tokengate.patch(Net(), "all-linear", rank=2)
+    with torch.no_grad():
+        assert tokengate.fisher_scores(model, batches(), of_net)
+    with torch.inference_mode(), one_sentence("fisher_scores was called under torch.inference"):
+        tokengate.fisher_scores(model, batches(), of_net)
+
+
 class Checkpointed(Net):
     def __init__(self, reentrant):
         super().__init__()

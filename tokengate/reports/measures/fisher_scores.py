@@ -55,6 +55,11 @@ def fisher_scores(
 def scores_of(asked: str, model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, float]:
     """`fisher_scores`, of a loss that was checked, for the function that was called."""
     sums = dict.fromkeys(require_layers(model, asked), 0.0)
+    if torch.is_inference_mode_enabled():
+        raise TokenGateError(
+            f"{asked} was called under torch.inference_mode, where nothing has gradients: call it "
+            "outside of it."
+        )
     count, hangs = 0, False
     for batch in check_batches(asked, batches):
         count += 1
