@@ -26,6 +26,14 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def drawing_apart(model: nn.Module) -> Iterator[None]:
+    """After this context random numbers go on as if none had been drawn in it, where `model` is."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context nothing is dropped and nothing kept for backward; then all is as was."""
     with keeping_modes(model), torch.no_grad():

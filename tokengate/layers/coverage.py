@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.gates.optimizer_steps import is_part
-from tokengate.layers.batches import keeping_modes
+from tokengate.layers.batches import drawing_apart, keeping_modes
 from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
@@ -78,7 +78,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     check_present(model, "verify")
     patched = {n: m for n, m in require_layers(model, "verify").items() if not may_be_idle(n, m)}
     check_trainable(model)
-    with as_it_was(model):
+    with _as_it_was(model):
         for training, gradients in ((False, False), (False, True), (True, True)):
             mode = "training" if training else "evaluation"
             mode += "" if gradients else " without gradients"
@@ -298,7 +298,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
+def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -306,9 +306,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     unseen = [module for module in model.modules() if module.__dict__.get(SEEN) is False]
     for module in unseen:
         module.__dict__[SEEN] = True
-    devices = [t.device for t in gradients if t.device.type == "cuda"]
     try:
-        with keeping_modes(model), torch.random.fork_rng(devices=set(devices)):
+        with keeping_modes(model), drawing_apart(model):
             yield
     finally:
         with torch.no_grad():

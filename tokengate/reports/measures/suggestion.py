@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, positive
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import check_batches
-from tokengate.layers.coverage import as_it_was
+from tokengate.layers.batches import check_batches, drawing_apart, keeping_modes
 from tokengate.layers.patched import all_layers
 from tokengate.patching.patch import patch, unpatch
 from tokengate.reports.measures.fisher_scores import (
@@ -55,8 +54,7 @@ def suggest(
     a sixteenth, are tried where the loss has not fallen. It has to be: on a small LLaMA, of the
     scores' sum that the best 40 % of the layers had after 136 steps, those had 0.37 to 0.52 that
     gradients name before the first step, by several rules; 0.89 those after 16 steps, 0.96 those
-    after 32. Nothing is left behind: no gradient, no buffer that `loss` changes, no random number
-    that it draws.
+    after 32. Nothing is left behind, no gradient and no random number, also none that `loss` draws.
 
     Args:
         model: patched or not.
@@ -87,7 +85,7 @@ def suggest(
             "chooses from as they are: leave it out, or call tokengate.unpatch(model) first."
         )
     batches, loss = list(check_batches("suggest", batches)), checked(loss)
-    with as_it_was(model):
+    with drawing_apart(model):
         if is_patched:
             scores = scores_of("suggest", model, batches, loss)
             if any(scores.values()):
@@ -119,28 +117,29 @@ def _trained_a_little(
             "modifications are 0: set requires_grad_(True) on their parameters, or pass the model "
             "that was trained."
         )
-    kept = [p.detach().clone() for p in trained]
-    model.eval()
+    kept: list[tuple[Tensor, Tensor | None]] = [(p.detach().clone(), p.grad) for p in trained]
     try:
-        check_finite("suggest", before := _mean(model, batches, loss))
-        for share in _CALMER:
-            _train(model, trained, itertools.islice(itertools.cycle(batches), steps), loss,
-                   share * lr)  # fmt: skip
-            after = _mean(model, batches, loss)
-            if after < before:
-                break
-            _put_back(trained, kept)
-        else:
-            found = f"went from {before:.4g} to {after:.4g}: pass a smaller lr"
-            if after == before:
-                found = (
-                    f"stayed at {before:.4g}, as where gates close all positions or nothing is "
-                    "left to be learned: patch with tau=0, pass a larger lr"
+        with keeping_modes(model):
+            model.eval()
+            check_finite("suggest", before := _mean(model, batches, loss))
+            for share in _CALMER:
+                _train(model, trained, itertools.islice(itertools.cycle(batches), steps), loss,
+                       share * lr)  # fmt: skip
+                after = _mean(model, batches, loss)
+                if after < before:
+                    break
+                _put_back(trained, kept)
+            else:
+                found = f"went from {before:.4g} to {after:.4g}: pass a smaller lr"
+                if after == before:
+                    found = (
+                        f"stayed at {before:.4g}, as where gates close all positions or nothing is "
+                        "left to be learned: patch with tau=0, pass a larger lr"
+                    )
+                raise TokenGateError(
+                    f"suggest trained for {steps} steps at lr={lr:g} and less, and the loss "
+                    f"{found}, or train the model some steps by yourself before."
                 )
-            raise TokenGateError(
-                f"suggest trained for {steps} steps at lr={lr:g} and less, and the loss {found}, "
-                "or train the model some steps by yourself before."
-            )
         yield
     finally:
         _put_back(trained, kept)
@@ -166,9 +165,10 @@ def _train(
 
 
 @torch.no_grad()
-def _put_back(trained: list[nn.Parameter], kept: list[Tensor]) -> None:
-    for parameter, value in zip(trained, kept, strict=True):
+def _put_back(trained: list[nn.Parameter], kept: list[tuple[Tensor, Tensor | None]]) -> None:
+    for parameter, (value, gradient) in zip(trained, kept, strict=True):
         parameter.copy_(value)
+        parameter.grad = gradient
 
 
 @torch.no_grad()
