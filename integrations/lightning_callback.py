@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative
+from tokengate.arguments import count, non_negative, wanted_sparsity
 from tokengate.integrations.live_logging import tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
@@ -100,6 +100,8 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
+        if target_sparsity is not None:
+            wanted_sparsity("target_sparsity", target_sparsity)
         self._warmup = count("target_warmup", target_warmup, least=0)
         self.following: Following | None = None
         self.allocator: RankAllocator | None = None

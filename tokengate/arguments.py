@@ -43,12 +43,24 @@ def positive(name: str, value: float) -> float:
     return number
 
 
-def share(name: str, value: float) -> float:
-    """`value` as a float, if it lies in [0, 1)."""
+def share(name: str, value: float, *, whole: bool = False) -> float:
+    """`value` as a float, if it lies in [0, 1), or is 1 where that may be `whole`."""
     number = finite(name, value)
-    if not 0 <= number < 1:
+    if not (0 <= number < 1 or (whole and number == 1)):
+        end = "]" if whole else ")"
         raise TokenGateError(
-            f"{name}={brief(value)} is not in [0, 1): pass a share, e.g. {name}=0.1."
+            f"{name}={brief(value)} is not in [0, 1{end}: pass a share, e.g. {name}=0.1."
+        )
+    return number
+
+
+def wanted_sparsity(name: str, value: float) -> float:
+    """`value` as a float, if a training can be led there: some are closed, and some are not."""
+    number = finite(name, value)
+    if not 0 < number < 1:
+        raise TokenGateError(
+            f"{name}={brief(value)} is not between 0 and 1: pass the share of positions that is to "
+            "be left unmodified, e.g. 0.6."
         )
     return number
 
@@ -60,6 +72,19 @@ def count(name: str, value: int, least: int = 1) -> int:
             f"{name}={brief(value)} is not a whole number >= {least}: pass e.g. {name}=8."
         )
     return int(value)
+
+
+def function(name: str, value: Any, *takes: str, example: str) -> None:
+    """An error if `value` cannot be called with as many arguments, which are named for it."""
+    try:
+        inspect.signature(value).bind(*takes)
+    except ValueError:
+        pass  # built in, with a signature that nobody knows
+    except TypeError:
+        raise TokenGateError(
+            f"{name}={brief(value)} is no function of {' and '.join(takes)}: pass e.g. "
+            f"{name}={example}."
+        ) from None
 
 
 def switch(name: str, value: bool) -> bool:

@@ -25,7 +25,7 @@ from transformers import (
 
 import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, share, switch
+from tokengate.arguments import count, non_negative, share, switch, wanted_sparsity
 from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
@@ -131,7 +131,7 @@ class TokenGateCallback(TrainerCallback):
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
         if target_sparsity is not None:
-            share("target_sparsity", target_sparsity)
+            wanted_sparsity("target_sparsity", target_sparsity)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", target_warmup)
         self._details = switch("details", details)

@@ -333,3 +333,5 @@ def test_refusals(pl, tmp_path):
         trainer_of(pl, callback(pl), tmp_path).fit(head, batches())
     with pytest.raises(tokengate.TokenGateError, match="eps=0 is not above 0"):
         callback(pl, eps=0)
+    with pytest.raises(tokengate.TokenGateError, match=r"target_sparsity=0\.0 is not between"):
+        callback(pl, target_sparsity=0.0)

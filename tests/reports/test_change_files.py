@@ -72,6 +72,8 @@ def test_tokens_are_beside_it_and_numbers_as_small_as_asked(tmp_path):
     assert found[f"{name}.open"].all()  # without a gate it is added everywhere
     (whole,) = tokengate.export_changes(model, [batch], tmp_path, modules=[name])
     torch.testing.assert_close(load_file(whole)[name].bfloat16(), found[name])
+    (by_position,) = tokengate.export_changes(model, [tuple(batch.values())], tmp_path)
+    assert {"input_ids", "attention_mask"} < set(load_file(by_position))
 
 
 def test_a_layer_that_is_called_twice_and_slices(tmp_path):

@@ -88,6 +88,16 @@ def test_a_language_model_beside_its_base(left):
     assert (found.effect.kl[0, 1:] > 0).all()
 
 
+def test_a_tuple_is_what_it_is_by_name():
+    """Its tokens were not found, and its padding was not known."""
+    model = away_from_initialisation(tokengate.patch(small_llama(), ["q_proj"], rank=2))
+    by_name = batch(left=False)
+    found, wanted = (tokengate.compare(model, b) for b in (tuple(by_name.values()), by_name))
+    assert not wanted.real.all()
+    assert torch.equal(found.real, wanted.real)
+    torch.testing.assert_close(found.effect.kl, wanted.effect.kl, equal_nan=True)
+
+
 def test_before_training_nothing_has_changed():
     model = tokengate.patch(small_llama(), ["q_proj"], rank=2)
     before = snapshot(model)

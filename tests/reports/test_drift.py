@@ -1,6 +1,7 @@
 """How far an adapted model is from its base: against loops in float64, over real positions."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,9 +150,71 @@ def test_what_the_base_rules_out_adds_nothing_and_what_is_broken_is_seen():
     def masked(output):
         return output["logits"].index_fill(1, torch.tensor([2]), -torch.inf)
 
-    assert 0 < tokengate.drift(model, [batch], output=masked).mean < math.inf
+    assert 0 < tokengate.drift(model, [batch], output=masked, measure="kl").mean < math.inf
     nn.init.constant_(model.fc.modification.B, math.nan)
-    assert math.isnan(tokengate.drift(model, [batch], output=masked).mean)
+    assert math.isnan(tokengate.drift(model, [batch], output=masked, measure="kl").mean)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_numbers_in_several_columns_are_no_distribution(problem, wrapped):
+    torch.manual_seed(0)
+    model = Predicts(3)
+    model.config = SimpleNamespace(problem_type=problem)
+    away_from_initialisation(tokengate.patch(model, ["fc"], gate=False))
+    batch = {"x": torch.randn(5, 4)}
+    with torch.no_grad():
+        after = model(**batch)["logits"]
+        with tokengate.disabled(model):
+            before = model(**batch)["logits"]
+    asked = torch.optim.swa_utils.AveragedModel(model) if wrapped else model
+    found = tokengate.drift(asked, [batch])
+    assert found.measure == "difference"
+    assert found.mean == pytest.approx((after - before).abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("output", "measure"),
+    [
+        (lambda output: output.logits, "kl"),
+        (lambda output: output.logits[:, -1], "kl"),
+        (lambda output: output.hidden_states[-1], "cosine"),
+        (lambda output: output.logits[..., :5], "cosine"),
+        (lambda output: output.logits[..., :1], "difference"),
+    ],
+)
+def test_what_output_returns_are_features_but_for_logits_themselves(output, measure):
+    model = adapted_llama()
+    batch = {**padded_ids(), "output_hidden_states": True}
+    found = tokengate.drift(model, [batch], output=output)
+    assert found.measure == measure
+    assert found == tokengate.drift(model, [batch], output=output, measure=measure)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_the_mask_of_a_batch_by_position_counts_as_by_name(kind):
+    model, batch = adapted_llama(), padded_ids()
+    everywhere = tokengate.drift(model, [{"input_ids": batch["input_ids"]}])
+    by_name = tokengate.drift(model, [batch])
+    assert (everywhere.positions, by_name.positions) == (21, 15)
+    assert tokengate.drift(model, [kind(batch.values())]) == by_name
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert tokengate.drift(averaged, [kind(batch.values())]) == by_name
+
+
+class Draws(Predicts):
+    """Also in evaluation."""
+
+    def forward(self, x):
+        return super().forward(x + torch.rand_like(x))
+
+
+def test_what_a_model_draws_is_no_drift():
+    model, batch = tokengate.patch(Draws(3), ["fc"], gate=False), {"x": torch.randn(5, 4)}
+    assert not torch.equal(model(**batch)["logits"], model(**batch)["logits"])
+    state = torch.get_rng_state()
+    assert tokengate.drift(model, [batch]).mean == 0.0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_plain_tensors_are_features_unless_told_otherwise():
@@ -194,8 +257,15 @@ def test_nothing_is_left_behind():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: tokengate.drift(m, []), "no real position"),
-        (lambda m: tokengate.drift(m, [{"x": torch.randn(2, 4)}], scale=1.5), "scale=1.5"),
+        (lambda m: tokengate.drift(m, []), "drift was given no batches"),
+        (lambda m: tokengate.drift(m, iter(())), "drift was given no batches"),
+        (lambda m: tokengate.drift(m, [{"x": torch.randn(0, 4)}]), "no real position"),
+        (lambda m: tokengate.drift(m, [{"x": torch.ones(2, 4)}], scale=1.5), r"not in \[0, 1\]"),
+        (
+            lambda m: tokengate.drift(m, [{"x": torch.ones(2, 4)}], output="logits"),
+            "no function of",
+        ),
+        (lambda m: tokengate.drift(m, [torch.ones(2, 4)], output=lambda: 0), "no function of"),
         (lambda m: tokengate.drift(m, [{"x": torch.randn(2, 4)}], measure="l2"), "measure='l2'"),
         (lambda m: tokengate.drift(m, [{"x": torch.randn(2, 3, 2, 4)}]), "pass output="),
         (

@@ -242,7 +242,7 @@ def test_a_rate_at_which_the_loss_does_not_fall_is_lowered_and_at_last_refused()
         return adam(parameters, lr)
 
     before = snapshot(model)
-    with mock.patch("torch.optim.Adam", counted):
+    with mock.patch("tokengate.reports.measures.suggestion.Follower", counted):
         tokengate.suggest(model, [batch], loss=of_paths, steps=1, lr=20.0)
         assert rates == [20.0, 5.0, 1.25]
         with pytest.raises(tokengate.TokenGateError, match="pass a smaller lr"):

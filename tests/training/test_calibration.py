@@ -196,7 +196,7 @@ def test_bad_input_leaves_the_taus_as_they_were():
     refused("sparsity=1.0 is not in", batches(), 1.0)
     refused("calibrate was given", torch.randn(2, 3, 8))
     refused("calibrate was given", {"x": 1})
-    refused("saw no position of 'blocks.0.q_proj'", [])
+    refused("calibrate was given no batches", [])
     with pytest.raises(RuntimeError):
         tokengate.calibrate(model, [*batches(2), torch.randn(2, 3, 7)])
     assert snapshot(model) == before

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.layers.padding import signature_of
+from tokengate.names import inside
 
 
 @contextlib.contextmanager
@@ -21,6 +23,14 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def drawing_apart(model: nn.Module) -> Iterator[None]:
+    """After this context random numbers go on as if none had been drawn in it, where `model` is."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 @contextlib.contextmanager
@@ -40,12 +50,34 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def check_batches(asked: str, batches: Any) -> None:
-    """An error, which names the function that was called, if these cannot be iterated over."""
+def named(model: nn.Module, batch: Any) -> Mapping[str, Any]:
+    """What `run` calls the model with, by the names of its forward's parameters."""
+    if isinstance(batch, Mapping):
+        return batch
+    given = batch if isinstance(batch, (list, tuple)) else (batch,)
+    return dict(zip(signature_of(inside(model)).names, given, strict=False))
+
+
+def check_batches(asked: str, batches: Any) -> Iterator[Any]:
+    """They, one by one; else an error, which names the function that was called.
+
+    At once, if these cannot be iterated over; in the end, if there was none.
+    """
     if not isinstance(batches, Iterable) or isinstance(
         batches, (str, bytes, Mapping, torch.Tensor)
     ):
         raise TokenGateError(
             f"{asked} was given {brief(batches)}: pass several batches, e.g. a DataLoader or a "
             "list of what the model is called with."
+        )
+    return _at_least_one(asked, batches)
+
+
+def _at_least_one(asked: str, batches: Iterable[Any]) -> Iterator[Any]:
+    count = 0
+    for count, batch in enumerate(batches, 1):  # noqa: B007
+        yield batch
+    if not count:
+        raise TokenGateError(
+            f"{asked} was given no batches: pass at least one, and an iterator only once."
         )

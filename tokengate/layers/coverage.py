@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.gates.optimizer_steps import is_part
-from tokengate.layers.batches import keeping_modes
+from tokengate.layers.batches import drawing_apart, keeping_modes
 from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
@@ -306,9 +306,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     unseen = [module for module in model.modules() if module.__dict__.get(SEEN) is False]
     for module in unseen:
         module.__dict__[SEEN] = True
-    devices = [t.device for t in gradients if t.device.type == "cuda"]
     try:
-        with keeping_modes(model), torch.random.fork_rng(devices=set(devices)):
+        with keeping_modes(model), drawing_apart(model):
             yield
     finally:
         with torch.no_grad():

@@ -69,10 +69,7 @@ def select(
         TokenGateError: an argument is wrong; a module was never called and has no sparsity; all of
             fisher's scores are 0, as those of an untrained model are.
     """
-    if not 0 < finite("fraction", fraction) <= 1:
-        raise TokenGateError(
-            f"fraction={brief(fraction)} is not in (0, 1]: pass a share of the modules, e.g. 0.5."
-        )
+    check_fraction(fraction)
     numbers = _numbers(report)
     if by in _NORMS:
         raise TokenGateError(
@@ -106,6 +103,14 @@ def select(
     ranked = sorted(numbers, key=lambda name: numbers[name] * (1 if keep == "lowest" else -1))
     kept = set(ranked[: max(1, round(fraction * len(ranked)))])
     return [FullName(name) for name in numbers if name in kept]
+
+
+def check_fraction(fraction: float) -> None:
+    """An error if it is no share of modules to select."""
+    if not 0 < finite("fraction", fraction) <= 1:
+        raise TokenGateError(
+            f"fraction={brief(fraction)} is not in (0, 1]: pass a share of the modules, e.g. 0.5."
+        )
 
 
 def _numbers(report: Any) -> Mapping[str, float]:

@@ -48,7 +48,7 @@ def measure(
         TokenGateError: these are no batches; `use` was given rows; a layer saw no position, or
             numbers that are not finite at a real one.
     """
-    check_batches(asked, batches)
+    batches = check_batches(asked, batches)
     if any(isinstance(c, Rows | Regional) for m in patched.values() for c in said_of(m, USE)[-1:]):
         raise TokenGateError(
             f"{asked} was asked of a model whose rows have their own adapters: call "

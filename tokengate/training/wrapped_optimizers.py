@@ -104,6 +104,9 @@ class WithZeroGrad:
 
 
 class Follower(torch.optim.Adam):
-    """Its steps are a part of another's, which tells of layers that are not trained."""
+    """Its steps train nothing by themselves: it is another's to tell what is not trained.
+
+    They are a part of another's; or of a trial, after which all is put back.
+    """
 
     follows = True

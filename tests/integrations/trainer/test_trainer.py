@@ -243,6 +243,8 @@ def test_refused(tmp_path):
         TokenGateCallback().on_train_begin(made.args, state, None, **context)
     for options in (
         {"s": -1.0},
+        {"target_sparsity": 0.0},
+        {"target_sparsity": 1},
         {"betas": (1.0, 0.9)},
         {"schedule": 1},
         {"orthogonality": -0.1},

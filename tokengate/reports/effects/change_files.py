@@ -17,7 +17,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_atomically
 from tokengate.files.text_table import size
 from tokengate.gates.deciding import Observer
-from tokengate.layers.batches import check_batches, evaluating, run
+from tokengate.layers.batches import check_batches, evaluating, named, run
 from tokengate.layers.calls import RECORD, USE, in_context, said_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
@@ -80,7 +80,7 @@ def export_changes(
         OSError: a file cannot be written.
     """
     patched = require_layers(model, "export_changes")
-    check_batches("export_changes", batches)
+    batches = check_batches("export_changes", batches)
     if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
         raise TokenGateError(
             f"dtype={brief(dtype)} was asked for M(x): pass torch.float32, torch.float16 or "
@@ -106,8 +106,6 @@ def export_changes(
         write_atomically(path, partial(writer.write, model, batch))
         left -= writer.written
         files.append(path)
-    if not files:
-        raise TokenGateError("export_changes was given no batch: pass one or more.")
     return files
 
 
@@ -149,8 +147,9 @@ class _Writer:
         }
         data = path.with_name("data")
         with open(data, "wb") as self._data:
-            for name in _INPUTS if isinstance(batch, Mapping) else ():
-                if isinstance(given := batch.get(name), Tensor) and given.dtype in _DTYPES:
+            inputs = named(model, batch)
+            for name in _INPUTS:
+                if isinstance(given := inputs.get(name), Tensor) and given.dtype in _DTYPES:
                     self._add(name, given)
             with evaluating(model), in_context(RECORD, observers):
                 run(model, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import in_our_words
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import evaluating, run
+from tokengate.layers.batches import evaluating, named, run
 from tokengate.layers.patched import require_layers
 from tokengate.names import inside
 from tokengate.patching.disabled import disabled
@@ -111,7 +111,7 @@ def compare(
         TokenGateError: no layer is patched; there are no tokens, or no logits for each of them.
     """
     require_layers(model, "compare")
-    given = batch if isinstance(batch, Mapping) else {}
+    given = named(model, batch)
     tokens = given.get("input_ids") if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
         raise TokenGateError(

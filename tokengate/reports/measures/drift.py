@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokengate.arguments import choice, in_our_words, share
+from tokengate.arguments import choice, function, in_our_words, share
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import check_batches, evaluating, run
+from tokengate.layers.batches import check_batches, drawing_apart, evaluating, named, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
+from tokengate.names import inside
 from tokengate.patching.disabled import disabled
 
 # Positions at a time: each has a hundred thousand numbers in a large language model.
 _ROWS = 1024
+# Problems of transformers' classifiers whose logits are a number in each column.
+_NUMBERS = ("multi_label_classification", "regression")
 # Where features stand in outputs, the first that is there.
 _FEATURES = ("sentence_embedding", "last_hidden_state", "image_embeds", "pooler_output")
 
@@ -59,18 +62,19 @@ def drift(
 
     What a gate spares a model of forgetting, a smaller modification does, too: so compare a gated
     model with an ungated one at a `scale` with the same score. A head that was trained along is
-    part of both models. Outputs with `logits` are distributions over their last axis, one at each
-    position; outputs of one column are numbers, as are logits of several labels; all others, and
-    plain tensors, are features, unless `measure` says otherwise. Of positions only real ones count:
-    by `attention_mask` (in encoder-decoders the decoder's), or, without one, where labels are not
-    -100.
+    part of both models. Outputs' `logits` are distributions over their last axis, one at each
+    position; outputs of one column are numbers, as are logits of several labels or of a regression;
+    all others, and plain tensors, are features, unless `measure` says otherwise. Of positions only
+    real ones count: by `attention_mask` (in encoder-decoders the decoder's), or, without one, where
+    labels are not -100. What the model draws at random is the same on both sides.
 
     Args:
         model: a patched model.
         batches: what the model is called with: dicts by keyword, tuples by position.
         scale: M(x) is multiplied by it, in [0, 1]; see `restrict`, which this is.
         measure: "auto", "kl", "cosine" or "difference".
-        output: from what the model returns to the tensor to compare, `(B, C)` or `(B, T, C)`.
+        output: from what the model returns to the tensor to compare, `(B, C)` or `(B, T, C)`;
+            logits that it computes anew are features to "auto".
 
     Raises:
         TokenGateError: no layer is patched; there are no batches, or no position in them is real;
@@ -78,16 +82,17 @@ def drift(
             an argument is wrong.
     """
     require_layers(model, "drift")
-    check_batches("drift", batches)
+    batches = check_batches("drift", batches)
     measure = choice("measure", measure, ("auto", *_MEASURES))
-    if scale != 1.0:
-        share("scale", scale)
+    share("scale", scale, whole=True)
+    if output is not None:
+        function("output", output, "what the model returns", example="lambda output: output.logits")
     total, count, used = 0.0, 0, measure
     with evaluating(model):
         for batch in batches:
-            with disabled(model):
+            with drawing_apart(model), disabled(model):
                 before = run(model, batch)
-            with _scaled(model, scale):
+            with drawing_apart(model), _scaled(model, scale):  # the same random numbers
                 after = run(model, batch)
             base, adapted = ((output or _found)(each) for each in (before, after))
             if not isinstance(base, Tensor) or base.dim() not in (2, 3):
@@ -137,12 +142,23 @@ def _scaled(model: nn.Module, scale: float) -> contextlib.AbstractContextManager
 
 def _measure_of(model: nn.Module, output: Any, compared: Tensor) -> str:
     """What can be said of this output: distributions, numbers or features."""
-    logits = _part(output, "logits")
-    several = getattr(getattr(model, "config", None), "problem_type", None)
-    of_labels = logits is not None and several == "multi_label_classification"
-    if compared.shape[-1] == 1 or of_labels:
+    if compared.shape[-1] == 1:
         return "difference"
-    return "cosine" if logits is None else "kl"
+    logits = _part(output, "logits")
+    if logits is None or not _some_of(logits, compared):
+        return "cosine"
+    problem = _configured(model, "problem_type")
+    return "difference" if problem in _NUMBERS else "kl"
+
+
+def _some_of(logits: Tensor, compared: Tensor) -> bool:
+    """Whether they are these logits, or a view of some positions of them."""
+    same = logits.untyped_storage().data_ptr() == compared.untyped_storage().data_ptr()
+    return same and logits.shape[-1] == compared.shape[-1]
+
+
+def _configured(model: nn.Module, name: str) -> Any:
+    return getattr(getattr(inside(model), "config", None), name, None)
 
 
 def _part(output: Any, name: str) -> Tensor | None:
@@ -166,12 +182,10 @@ def _found(output: Any) -> Tensor:
 
 def _real(model: nn.Module, batch: Any, base: Tensor) -> Tensor | None:
     """Which positions of an output `(B, T, C)` are real, `(B, T)`; None where all are."""
-    if not isinstance(batch, Mapping):
-        return None
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    mask, labels = batch.get("decoder_attention_mask" if decodes else "attention_mask"), None
+    given, decodes = named(model, batch), _configured(model, "is_encoder_decoder")
+    mask, labels = given.get("decoder_attention_mask" if decodes else "attention_mask"), None
     if mask is None:
-        labels = batch.get("labels")
+        labels = given.get("labels")
         mask = labels
     if not isinstance(mask, Tensor) or (labels is not None and mask.shape != base.shape[:2]):
         return None

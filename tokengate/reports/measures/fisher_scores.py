@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tokengate.arguments import function
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import check_batches, keeping_modes, run
+from tokengate.layers.batches import check_batches, drawing_apart, keeping_modes, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 
@@ -43,18 +45,32 @@ def fisher_scores(
         all of them smaller alike.
 
     Raises:
-        TokenGateError: no layer is patched; there are no batches; there is no loss.
+        TokenGateError: no layer is patched; there are no batches; there is no loss, or it is no
+            finite number, hangs on no layer or comes through reentrant checkpointing.
     """
-    sums = dict.fromkeys(require_layers(model, "fisher_scores"), 0.0)
-    check_batches("fisher_scores", batches)
-    loss = checked(loss)
-    count = 0
-    for batch in batches:
+    return scores_of("fisher_scores", model, batches, checked(loss))
+
+
+def scores_of(asked: str, model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, float]:
+    """`fisher_scores`, of a loss that was checked, for the function that was called."""
+    sums = dict.fromkeys(require_layers(model, asked), 0.0)
+    if torch.is_inference_mode_enabled():
+        raise TokenGateError(
+            f"{asked} was called under torch.inference_mode, where nothing has gradients: call it "
+            "outside of it."
+        )
+    count, hangs = 0, False
+    for batch in check_batches(asked, batches):
         count += 1
-        for name, calls in _gradients(model, batch, loss).items():
+        found = _gradients(asked, model, batch, loss)
+        hangs |= found is not None
+        for name, calls in (found or {}).items():
             sums[name] += sum(float(g.double().square().sum()) for g in calls)
-    if not count:
-        raise TokenGateError("fisher_scores was given no batches: pass at least one.")
+    if not hangs:
+        raise TokenGateError(
+            f"{asked} found a loss that hangs on no patched layer: compute it, with gradients, of "
+            "what the model returns."
+        )
     return {name: total / count for name, total in sums.items()}
 
 
@@ -65,7 +81,7 @@ def checked(loss: Loss | None) -> Loss:
         TokenGateError: it is no function of a model and a batch, or, in a call, returns something
             else than a tensor of one element.
     """
-    if loss is None or loss is loss_of:
+    if loss is None:
         return loss_of
     example = "e.g. loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
     if any(str(getattr(x, "__module__", "")).startswith("torch.nn.") for x in (loss, type(loss))):
@@ -73,6 +89,7 @@ def checked(loss: Loss | None) -> Loss:
             f"loss={getattr(loss, '__name__', brief(loss))} was given, which takes outputs and "
             f"targets: pass a function of the model and a batch, {example}."
         )
+    function("loss", loss, "a model", "a batch", example=example.removeprefix("e.g. loss="))
 
     def of_one_element(model: nn.Module, batch: Any) -> Tensor:
         found = loss(model, batch)
@@ -103,22 +120,58 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, list[Tensor]]:
-    """a_i mu_i at every position of every call, by layer: dL of a weight of 1 at each of them."""
+def check_finite(asked: str, loss: float) -> None:
+    """An error if a loss is no finite number, for the function that was called."""
+    if not math.isfinite(loss):
+        raise TokenGateError(
+            f"{asked} found a loss of {loss:g}: look at the inputs, and at the labels, "
+            "which may all be -100 in a batch."
+        )
+
+
+def gradients_of(asked: str, loss: Tensor, of: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of `of` alone: what parameters have as .grad stays theirs."""
+    # Nothing inside of it has a part in the graph, and so no gradient, or torch raises an error.
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in _graph(loss)):
+        raise TokenGateError(
+            f"{asked} found reentrant activation checkpointing, through which torch gives no "
+            "gradients of single tensors: pass it use_reentrant=False, or switch it off meanwhile."
+        )
+    return torch.autograd.grad(loss.sum(), of, allow_unused=True)
+
+
+def _graph(loss: Tensor) -> set[Any]:
+    """All that autograd would go through."""
+    found, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(after for after, _ in node.next_functions)
+    return found
+
+
+def _gradients(
+    asked: str, model: nn.Module, batch: Any, loss: Loss
+) -> dict[str, list[Tensor]] | None:
+    """a_i mu_i at every position of every call, by layer: dL of a weight of 1 at each of them.
+
+    None where no such weight has a part in the loss.
+    """
     leaves: dict[str, list[Tensor]] = defaultdict(list)
 
     def weight(name: str, shape: torch.Size) -> Tensor:
         leaves[name].append(torch.ones(shape, requires_grad=True))
         return leaves[name][-1]
 
-    with keeping_modes(model), torch.enable_grad(), restrict(model, weight):
+    with keeping_modes(model), drawing_apart(model), torch.enable_grad(), restrict(model, weight):
         model.eval()
         total = loss(model, batch)
+        check_finite(asked, float(total.detach()))
         flat = [leaf for calls in leaves.values() for leaf in calls]
         if not (flat and total.requires_grad):
-            return {}
-        # Not of parameters: what they have as .grad stays theirs.
-        found = iter(torch.autograd.grad(total.sum(), flat, allow_unused=True))
+            return None
+        found = iter(gradients_of(asked, total, flat))
     return {
         name: [g for g in (next(found) for _ in calls) if g is not None]
         for name, calls in leaves.items()

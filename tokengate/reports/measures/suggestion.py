@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import count, positive
-from tokengate.errors import TokenGateError
-from tokengate.layers.batches import check_batches, keeping_modes
+from tokengate.errors import TokenGateError, brief
+from tokengate.layers.batches import check_batches, drawing_apart, keeping_modes
 from tokengate.layers.patched import all_layers
 from tokengate.patching.patch import patch, unpatch
-from tokengate.reports.measures.fisher_scores import Loss, checked, fisher_scores
-from tokengate.reports.selection import select
+from tokengate.reports.measures.fisher_scores import (
+    Loss,
+    check_finite,
+    checked,
+    gradients_of,
+    scores_of,
+)
+from tokengate.reports.selection import check_fraction, select
+from tokengate.training.wrapped_optimizers import Follower
 
 _RANK = 8
 # Learning rates of the short run, as shares of the one asked for, until the loss falls.
@@ -28,7 +35,7 @@ def suggest(
     batches: Iterable[Any],
     fraction: float = 0.4,
     *,
-    targets: Any = "all-linear",
+    targets: Any = None,
     train: Any = (),
     loss: Loss | None = None,
     steps: int = 32,
@@ -47,13 +54,14 @@ def suggest(
     a sixteenth, are tried where the loss has not fallen. It has to be: on a small LLaMA, of the
     scores' sum that the best 40 % of the layers had after 136 steps, those had 0.37 to 0.52 that
     gradients name before the first step, by several rules; 0.89 those after 16 steps, 0.96 those
-    after 32. Nothing is left behind, no gradient and no random number.
+    after 32. Nothing is left behind, no gradient and no random number, also none that `loss` draws.
 
     Args:
         model: patched or not.
         batches: a few, of what the model is called with, labels among it; or of what `loss` wants.
         fraction: the share of layers to name, in (0, 1]; see `select`.
-        targets: of a model that is not patched, the layers to choose from, as `patch` takes them.
+        targets: of a model that is not patched, the layers to choose from, as `patch` takes them;
+            None for "all-linear".
         train: likewise, what else is to be trained, as a new head.
         loss: of a model and a batch; by default what the model returns as `loss`.
         steps: of an untrained model's run.
@@ -63,27 +71,35 @@ def suggest(
         Full names in the model's order.
 
     Raises:
-        TokenGateError: what `fisher_scores`, `select` and `patch` refuse; the loss does not depend
-            on any of the layers, or does not fall.
+        TokenGateError: what `fisher_scores`, `select` and `patch` refuse; `targets` or `train` of a
+            patched model; the loss does not depend on any of the layers, or does not fall.
     """
-    check_batches("suggest", batches)
+    check_fraction(fraction)
     count("steps", steps)
     positive("lr", lr)
-    batches, loss = list(batches), checked(loss)
-    if all_layers(model):
-        scores = fisher_scores(model, batches, loss)
-        if not any(scores.values()):
-            with _trained_a_little(model, batches, loss, steps, lr):
-                scores = fisher_scores(model, batches, loss)
-    else:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+    is_patched = bool(all_layers(model))
+    if is_patched and (targets is not None or train):
+        name, value = ("train", train) if targets is None else ("targets", targets)
+        raise TokenGateError(
+            f"suggest was given {name}={brief(value)} of a model that is patched, whose layers it "
+            "chooses from as they are: leave it out, or call tokengate.unpatch(model) first."
+        )
+    batches, loss = list(check_batches("suggest", batches)), checked(loss)
+    with drawing_apart(model):
+        if is_patched:
+            scores = scores_of("suggest", model, batches, loss)
+            if any(scores.values()):
+                return select(scores, fraction, by="fisher")
+        else:
             torch.manual_seed(0)
-            patch(model, targets, "lora", rank=_RANK, gate=False, train=train)
+            chosen = "all-linear" if targets is None else targets
+            patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
         try:
             with _trained_a_little(model, batches, loss, steps, lr):
-                scores = fisher_scores(model, batches, loss)
+                scores = scores_of("suggest", model, batches, loss)
         finally:
-            unpatch(model)
+            if not is_patched:
+                unpatch(model)
     return select(scores, fraction, by="fisher")
 
 
@@ -95,11 +111,17 @@ def _trained_a_little(
     gates = [layer.gate for layer in all_layers(model).values() if layer.gate is not None]
     of_gates = {id(p) for gate in gates for p in gate.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in of_gates]
+    if not trained:
+        raise TokenGateError(
+            f"suggest found nothing to train in this patched {type(model).__name__}, whose "
+            "modifications are 0: set requires_grad_(True) on their parameters, or pass the model "
+            "that was trained."
+        )
     kept: list[tuple[Tensor, Tensor | None]] = [(p.detach().clone(), p.grad) for p in trained]
     try:
         with keeping_modes(model):
             model.eval()
-            before = _mean(model, batches, loss)
+            check_finite("suggest", before := _mean(model, batches, loss))
             for share in _CALMER:
                 _train(model, trained, itertools.islice(itertools.cycle(batches), steps), loss,
                        share * lr)  # fmt: skip
@@ -108,10 +130,15 @@ def _trained_a_little(
                     break
                 _put_back(trained, kept)
             else:
+                found = f"went from {before:.4g} to {after:.4g}: pass a smaller lr"
+                if after == before:
+                    found = (
+                        f"stayed at {before:.4g}, as where gates close all positions or nothing is "
+                        "left to be learned: patch with tau=0, pass a larger lr"
+                    )
                 raise TokenGateError(
-                    f"suggest trained for {steps} steps at lr={lr:g} and less, and the loss went "
-                    f"from {before:.4g} to {after:.4g}: pass a smaller lr, or train the model some "
-                    "steps by yourself before."
+                    f"suggest trained for {steps} steps at lr={lr:g} and less, and the loss "
+                    f"{found}, or train the model some steps by yourself before."
                 )
         yield
     finally:
@@ -121,16 +148,17 @@ def _trained_a_little(
 def _train(
     model: nn.Module, trained: list[nn.Parameter], batches: Iterable[Any], loss: Loss, lr: float
 ) -> None:
-    optimizer = torch.optim.Adam(trained, lr) if trained else None
+    # A trial, of which nobody is to be told.
+    optimizer = Follower(trained, lr)
     for batch in batches:
         with torch.enable_grad():
             total = loss(model, batch)
-        if optimizer is None or not total.requires_grad:
+        if not total.requires_grad:
             raise TokenGateError(
                 "suggest found a loss that hangs on no layer that could be modified: pass other "
                 "targets, or a loss with gradients."
             )
-        gradients = torch.autograd.grad(total.sum(), trained, allow_unused=True)
+        gradients = gradients_of("suggest", total, trained)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -145,4 +173,4 @@ def _put_back(trained: list[nn.Parameter], kept: list[tuple[Tensor, Tensor | Non
 
 @torch.no_grad()
 def _mean(model: nn.Module, batches: list[Any], loss: Loss) -> float:
-    return sum(float(loss(model, batch).sum()) for batch in batches) / max(1, len(batches))
+    return sum(float(loss(model, batch).sum()) for batch in batches) / len(batches)

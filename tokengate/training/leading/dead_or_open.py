@@ -26,6 +26,7 @@ from tokengate.layers.patched import ROOTS, layers
 from tokengate.sharding import local_part, numbers_here
 from tokengate.training.following import followed
 from tokengate.training.leading.pace import moved_by
+from tokengate.training.wrapped_optimizers import Follower
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
 _LOOKS, _PATIENCE = (4, 16, 64, 256, 1024), 64
@@ -47,6 +48,8 @@ Own = list[tuple[nn.Parameter, Gate]]
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if isinstance(optimizer, Follower) and not any(moved_by(optimizer)):
+        return  # a trial, which is put back
     if not any(map(_moves, optimizer.param_groups)):
         return  # as in the step by which torch makes an optimiser's state
     step = _STEPS[optimizer] = _STEPS.get(optimizer, 0) + 1

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from tokengate.arguments import count, finite, in_our_words, share, switch
+from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
 from tokengate.errors import (
     TokenGateError,
     UnreachedSparsityWarning,
@@ -94,12 +94,7 @@ class SparsitySchedule:
         warmup_steps: int = 0,
         learn_from: float | None = None,
     ) -> None:
-        self.target = finite("target", target)
-        if not 0 < self.target < 1:
-            raise TokenGateError(
-                f"target={brief(target)} is not between 0 and 1: pass the share of positions that "
-                "is to be left unmodified, e.g. 0.6."
-            )
+        self.target = wanted_sparsity("target", target)
         self.total_steps = count("total_steps", total_steps)
         self._warmup = count("warmup_steps", warmup_steps, least=0)
         if self._warmup >= self.total_steps:
