@@ -295,3 +295,19 @@ def test_what_is_called_in_few_steps_counts_like_what_is_called_in_all():
     shares = rec.report().by_module
     assert abs(shares["first"] - shares["second"]) > 0.1
     assert rec.report().sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_what_is_tried_is_no_part_of_the_training():
+    """suggest and fisher_scores compute losses and gradients, in evaluation mode."""
+    model = away_from_initialisation(made("fisher"))
+    tokengate.SparsitySchedule(model, adam(model), 0.5, 10)
+    x = torch.randn(4, 5, 6)
+
+    def loss(model, batch):
+        return (model(batch) - batch[..., :3]).square().mean()
+
+    tokengate.fisher_scores(model, [x], loss)
+    tokengate.suggest(model, [x], loss=loss)
+    assert not any(gate._seen.any() or gate._fed.any() for gate in gates_of(model))
+    loss(model.eval(), x).backward()
+    assert all(gate._seen.any() and gate._fed.any() for gate in gates_of(model))

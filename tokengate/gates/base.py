@@ -15,7 +15,7 @@ from tokengate.gates.positions import Positions
 from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
-from tokengate.kernels.recomputation import is_learnt_from
+from tokengate.kernels.recomputation import is_learnt_from, is_trial
 from tokengate.linears.linear_like import features_of
 from tokengate.linears.stand_in import stand_in, write_over
 
@@ -212,7 +212,7 @@ class LedGate(Gate):
     def forward(self, positions: Positions) -> Tensor:
         """As every gate's."""
         if not self.trained and not torch.compiler.is_compiling():
-            self._trained[0] = torch.is_grad_enabled()
+            self._trained[0] = torch.is_grad_enabled() and not is_trial()
         return super().forward(positions)
 
 

@@ -14,6 +14,7 @@ from tokengate.gates.base import LedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.precision import without_autocast
+from tokengate.kernels.recomputation import is_trial
 
 # Decay rate of Q's average over optimiser steps.
 _DECAY = 0.9
@@ -68,7 +69,7 @@ class FisherGate(LedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a, `(...)`, as booleans; a NaN leaves the gate open."""
-        if self._fed is not None and torch.is_grad_enabled():
+        if self._fed is not None and torch.is_grad_enabled() and not is_trial():
             r = None
             if self.rank is None:
                 with torch.no_grad():

@@ -7,8 +7,11 @@ which forward it belongs to.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +23,7 @@ _Told = TypeVar("_Told")
 # Forwards that may wait for their backward at a time, as in a pipeline; and of each how many
 # positions, about, and numbers of a position tell it from others.
 _WAITING, _POSITIONS, _CHANNELS = 32, 256, 2
+_TRIAL: ContextVar[bool] = ContextVar("tokengate_trial", default=False)
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -90,7 +94,24 @@ def is_learnt_from() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return not in_backward() and (torch.is_grad_enabled() or _in_reentrant_checkpoint())
+    if in_backward() or is_trial():
+        return False
+    return torch.is_grad_enabled() or _in_reentrant_checkpoint()
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """Within this context what is computed is part of no training, gradients or not."""
+    before = _TRIAL.set(True)
+    try:
+        yield
+    finally:
+        _TRIAL.reset(before)
+
+
+def is_trial() -> bool:
+    """Whether what is computed now is part of no training."""
+    return not torch.compiler.is_compiling() and _TRIAL.get()
 
 
 def _in_checkpoint() -> bool:

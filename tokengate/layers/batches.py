@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.kernels.recomputation import trial
 from tokengate.layers.padding import signature_of
 from tokengate.names import inside
 
@@ -26,10 +27,10 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def drawing_apart(model: nn.Module) -> Iterator[None]:
-    """After this context random numbers go on as if none had been drawn in it, where `model` is."""
+def apart(model: nn.Module) -> Iterator[None]:
+    """A trial: no gate counts what is computed in it, and random numbers then go on as before."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), trial():
         yield
 
 

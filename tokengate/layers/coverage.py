@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.gates.optimizer_steps import is_part
-from tokengate.layers.batches import drawing_apart, keeping_modes
+from tokengate.layers.batches import apart, keeping_modes
 from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
@@ -307,7 +307,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     for module in unseen:
         module.__dict__[SEEN] = True
     try:
-        with keeping_modes(model), drawing_apart(model):
+        with keeping_modes(model), apart(model):
             yield
     finally:
         with torch.no_grad():

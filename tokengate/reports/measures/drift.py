@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokengate.arguments import choice, function, in_our_words, share
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import check_batches, drawing_apart, evaluating, named, run
+from tokengate.layers.batches import apart, check_batches, evaluating, named, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 from tokengate.names import inside
@@ -90,9 +90,9 @@ def drift(
     total, count, used = 0.0, 0, measure
     with evaluating(model):
         for batch in batches:
-            with drawing_apart(model), disabled(model):
+            with apart(model), disabled(model):
                 before = run(model, batch)
-            with drawing_apart(model), _scaled(model, scale):  # the same random numbers
+            with apart(model), _scaled(model, scale):  # the same random numbers
                 after = run(model, batch)
             base, adapted = ((output or _found)(each) for each in (before, after))
             if not isinstance(base, Tensor) or base.dim() not in (2, 3):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, positive
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import check_batches, drawing_apart, keeping_modes
+from tokengate.layers.batches import apart, check_batches, keeping_modes
 from tokengate.layers.patched import all_layers
 from tokengate.patching.patch import patch, unpatch
 from tokengate.reports.measures.fisher_scores import (
@@ -85,7 +85,7 @@ def suggest(
             "chooses from as they are: leave it out, or call tokengate.unpatch(model) first."
         )
     batches, loss = list(check_batches("suggest", batches)), checked(loss)
-    with drawing_apart(model):
+    with apart(model):
         if is_patched:
             scores = scores_of("suggest", model, batches, loss)
             if any(scores.values()):
