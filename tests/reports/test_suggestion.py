@@ -161,7 +161,9 @@ def test_options_of_a_bare_model_are_refused_of_a_patched_one(asked):
     assert len(named) == (2 if "targets" in asked else 8)
 
 
-@pytest.mark.parametrize("loss", ["x", lambda batch: 0, 3.0], ids=str)
+@pytest.mark.parametrize(
+    "loss", ["x", lambda batch: 0, 3.0], ids=["a name", "a function of one", "a number"]
+)
 def test_what_is_no_loss(loss):
     with one_sentence("loss=", "no function of a model and a batch", "cross_entropy"):
         tokengate.suggest(Net(), batches(), loss=loss)
