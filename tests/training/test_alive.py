@@ -165,14 +165,6 @@ def test_a_model_may_be_trained_in_evaluation_mode():
     assert path[0] == 0 < path[-1] < 1
 
 
-def test_all_closed_in_a_short_training_is_told_of():
-    """It was looked at step 16 first."""
-    model = made(penalty=1.0)
-    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4, s=1.0))
-    with pytest.warns(UselessGateWarning, match="after 4 steps of AdamW .* closes all"):
-        train(model, optimizer, 5)
-
-
 def test_of_experts_too_it_is_told_and_others_gates_are_not_meant():
     """The look at step 16 ended in a ValueError: one gate has a tau for each expert."""
     index = torch.arange(20).view(10, 2) % 4

@@ -29,7 +29,7 @@ from tokengate.training.leading.pace import moved_by
 from tokengate.training.wrapped_optimizers import Follower
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
-_LOOKS, _PATIENCE = (4, 16, 64, 256, 1024), 64
+_LOOKS, _PATIENCE = (16, 64, 256, 1024), 64
 # At which step somebody should have begun to lead what does not learn.
 _LEAD = 8
 # What is all positions: some that are never closed, where w is 0, are in every batch.
