@@ -288,3 +288,18 @@ def test_positions_whose_size_has_no_gradient_are_not_made_again():
     assert not parts[2].grad.isnan().any()
     assert parts[0].grad[1:3].all()
     assert not parts[0].grad[3].any()
+
+
+def test_gradients_of_sizes_are_not_summed_in_16_bits(monkeypatch):
+    """Block after block they were, ten times as far off."""
+    monkeypatch.setattr(gated_sum, "_BLOCK", 64)
+    torch.manual_seed(0)
+    parts = [torch.randn(4096, 8), torch.randn(4096, 2), torch.randn(8, 2), torch.randn(8)]
+    parts[0] += 1
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        out, z, up, gain = (part.bfloat16().to(dtype).requires_grad_() for part in parts)
+        Change(out, None, Factors(z, up, gain)).size_of_m().sum().backward()
+        grads.append([up.grad.float(), gain.grad.float()])
+    for wanted, found in zip(*grads, strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 0.004

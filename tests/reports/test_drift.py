@@ -227,6 +227,15 @@ def test_plain_tensors_are_features_unless_told_otherwise():
     assert (found.measure, found.positions) == ("kl", 10)
 
 
+def test_logits_in_another_dtype_are_logits():
+    torch.manual_seed(0)
+    model = tokengate.patch(Predicts(3).bfloat16(), ["fc"], gate=False)
+    away_from_initialisation(model)
+    batch = {"x": torch.randn(5, 4, dtype=torch.bfloat16)}
+    found = tokengate.drift(model, [batch], output=lambda output: output["logits"].float())
+    assert found.measure == "kl"
+
+
 @pytest.mark.parametrize("measure", ["kl", "cosine"])
 def test_outputs_of_one_number_are_no_distributions_and_no_directions(measure):
     """Both were 0, or 2 where a sign changes, whatever else did."""

@@ -27,14 +27,14 @@ class FisherGate(LedGate):
     z is the input in the method's low-rank space and g its gradient as if a_i were 1 (for LoRA
     z = A x and g = scale B' dL/dh). If position i were closed, the loss would change by mu_i =
     <g_i, z_i> to first order; s_i^2 is the mean of its square over the gradients that there are, by
-    which it is known before backward. So s has one unit in all layers, that of g's mean over them,
-    and one T is for all of them, where r = ||m|| / ||w|| says nothing of which layers matter.
+    which it is known before backward. So s has one unit in all layers, and one T is for all of
+    them, where r = ||m|| / ||w|| says nothing of which layers matter.
 
-    Q is `(rank, rank)`, averaged over the real positions of a step, open or closed, in units of the
-    mean of E[||g||^2] over all layers in that step, and with 0.9 over steps, corrected for its
-    start. It is fed by backward, while a `SparsitySchedule` leads the gate, which averages it over
-    ranks; then it stays. It is saved with the adapter. While it is 0, as M(x) is at first, nothing
-    is closed.
+    Q is `(rank, rank)`, averaged over the real positions of a step, open or closed, in a unit in
+    which E[||g||^2] of all its layers together is what it was before (at first 1 on average), and
+    with 0.9 over steps, corrected for its start. It is fed by backward, while a `SparsitySchedule`
+    leads the gate, which averages it over ranks; then it stays. It is saved with the adapter. While
+    it is 0, as M(x) is at first, nothing is closed.
 
     Of methods without factors (a `forward` of one's own) s_i is r_i rms(mu) / rms(r), and Q is
     `(1, 1)`: the same unit, without telling positions apart otherwise than r does.
@@ -123,6 +123,11 @@ class FisherGate(LedGate):
     def stop_feeding(self) -> None:
         """Q stays as it is."""
         self._fed = None
+
+    @property
+    def size(self) -> Tensor:
+        """E[||g||^2] as Q has it, the sum of its diagonal: `(...)`."""
+        return self.Q.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @staticmethod
     def size_of(fed: Tensor) -> Tensor:

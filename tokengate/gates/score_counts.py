@@ -119,6 +119,6 @@ def share_below(counts: Tensor, log_score: Tensor) -> Tensor:
 
 
 def mean_of_counted(shares: Tensor, counts: Tensor) -> Tensor:
-    """The mean of those shares of what has counted anything: `(S,), (S, BINS) -> ()`."""
+    """The mean of those shares of what has counted anything, or 0: `(S,), (S, BINS) -> ()`."""
     some = counts.sum(-1) > 0
-    return (shares * some).sum() / some.sum()
+    return (shares * some).sum() / some.sum().clamp(min=1)

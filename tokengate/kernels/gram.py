@@ -112,7 +112,8 @@ def _through_product(
         some = c.view(-1).nonzero().view(-1)
         at = [some[block] for block in blocks(flat[: len(some)])] if len(some) else []
     grad_w = torch.zeros_like(flat) if needs[0] or needs[1] else None
-    grad_z, grad_up, grad_gain = torch.zeros_like(low), torch.zeros_like(up), torch.zeros_like(gain)
+    grad_z = torch.zeros_like(low)
+    grad_up, grad_gain = torch.zeros_like(up, dtype=c.dtype), torch.zeros_like(gain, dtype=c.dtype)
     for rows in at:
         w = without_bias(flat[rows], bias)
         m = (c[rows] * torch.addmm(gain * w, low[rows], up.T)).to(out.dtype)
@@ -120,10 +121,10 @@ def _through_product(
             grad_w[rows] = gain * m
         grad_z[rows] = m @ up
         grad_up = grad_up + m.T @ low[rows]
-        grad_gain = grad_gain + (m * w).sum(0)
+        grad_gain = grad_gain + (m * w).sum(0, dtype=c.dtype)
     grad_bias = None if grad_w is None or bias is None else -grad_w.sum(0).to(bias.dtype)
     grad_out = None if grad_w is None else grad_w.view(out.shape)
-    return grad_out, grad_bias, grad_z.view(z.shape), grad_up, grad_gain
+    return grad_out, grad_bias, grad_z.view(z.shape), grad_up.to(up.dtype), grad_gain.to(gain.dtype)
 
 
 def _from_gram(z: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,7 @@ class _Call:
     def counts(self) -> bool:
         """Whether a gate counts the scores; of several adapters none does."""
         gate = self.adapters[0][1] if self.adapters and self.parts is None else None
-        return gate is not None and gate.counts_scores
+        return gate is not None and gate.counts_scores and is_learnt_from()
 
     @cached_property
     def each(self) -> list[tuple[Any, list[tuple[Modification, Gate | None]]]]:

@@ -88,11 +88,11 @@ def drift(
     if output is not None:
         function("output", output, "what the model returns", example="lambda output: output.logits")
     total, count, used = 0.0, 0, measure
-    with evaluating(model):
+    with evaluating(model), apart(model):
         for batch in batches:
             with apart(model), disabled(model):
                 before = run(model, batch)
-            with apart(model), _scaled(model, scale):  # the same random numbers
+            with _scaled(model, scale):  # with the same random numbers
                 after = run(model, batch)
             base, adapted = ((output or _found)(each) for each in (before, after))
             if not isinstance(base, Tensor) or base.dim() not in (2, 3):
@@ -152,9 +152,11 @@ def _measure_of(model: nn.Module, output: Any, compared: Tensor) -> str:
 
 
 def _some_of(logits: Tensor, compared: Tensor) -> bool:
-    """Whether they are these logits, or a view of some positions of them."""
+    """Whether they are these logits, in any dtype, or a view of some positions of them."""
     same = logits.untyped_storage().data_ptr() == compared.untyped_storage().data_ptr()
-    return same and logits.shape[-1] == compared.shape[-1]
+    if same or logits.shape != compared.shape:
+        return same and logits.shape[-1] == compared.shape[-1]
+    return torch.equal(logits.to(compared), compared)
 
 
 def _configured(model: nn.Module, name: str) -> Any:

@@ -60,12 +60,12 @@ def scores_of(asked: str, model: nn.Module, batches: Iterable[Any], loss: Loss) 
             "outside of it."
         )
     count, hangs = 0, False
-    for batch in check_batches(asked, batches):
-        count += 1
-        found = _gradients(asked, model, batch, loss)
-        hangs |= found is not None
-        for name, calls in (found or {}).items():
-            sums[name] += sum(float(g.double().square().sum()) for g in calls)
+    with apart(model):
+        for batch in check_batches(asked, batches):
+            count += 1
+            for name, calls in _gradients(asked, model, batch, loss).items():
+                hangs |= bool(calls)
+                sums[name] += sum(float(g.double().square().sum()) for g in calls)
     if not hangs:
         raise TokenGateError(
             f"{asked} found a loss that hangs on no patched layer: compute it, with gradients, of "
@@ -151,26 +151,21 @@ def _graph(loss: Tensor) -> set[Any]:
     return found
 
 
-def _gradients(
-    asked: str, model: nn.Module, batch: Any, loss: Loss
-) -> dict[str, list[Tensor]] | None:
-    """a_i mu_i at every position of every call, by layer: dL of a weight of 1 at each of them.
-
-    None where no such weight has a part in the loss.
-    """
+def _gradients(asked: str, model: nn.Module, batch: Any, loss: Loss) -> dict[str, list[Tensor]]:
+    """a_i mu_i at every position of every call, by layer: dL of a weight of 1 at each of them."""
     leaves: dict[str, list[Tensor]] = defaultdict(list)
 
     def weight(name: str, shape: torch.Size) -> Tensor:
         leaves[name].append(torch.ones(shape, requires_grad=True))
         return leaves[name][-1]
 
-    with keeping_modes(model), apart(model), torch.enable_grad(), restrict(model, weight):
+    with keeping_modes(model), torch.enable_grad(), restrict(model, weight):
         model.eval()
         total = loss(model, batch)
         check_finite(asked, float(total.detach()))
         flat = [leaf for calls in leaves.values() for leaf in calls]
         if not (flat and total.requires_grad):
-            return None
+            return {}
         found = iter(gradients_of(asked, total, flat))
     return {
         name: [g for g in (next(found) for _ in calls) if g is not None]

@@ -91,9 +91,10 @@ def suggest(
             if any(scores.values()):
                 return select(scores, fraction, by="fisher")
         else:
-            torch.manual_seed(0)
             chosen = "all-linear" if targets is None else targets
-            patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
+            with torch.random.fork_rng(range(torch.cuda.device_count())):  # which it seeds all
+                torch.manual_seed(0)
+                patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
         try:
             with _trained_a_little(model, batches, loss, steps, lr):
                 scores = scores_of("suggest", model, batches, loss)

@@ -126,7 +126,8 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
     # Such a gate has no parameter, so its model's tell whose it is.
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = _layers_of(held)
-    gates = dict.fromkeys(layer.gate for layer in found)
+    moved = [la for la in found if not held.isdisjoint(map(id, la.modification.parameters()))]
+    gates = dict.fromkeys(layer.gate for layer in moved)
     led = [gate for gate in gates if isinstance(gate, LedGate) and gate.trained]
     unled = [g for g in led if not g.is_led and g not in _TOLD_OF]
     if unled:
@@ -137,10 +138,9 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
             "while M(x) grows, and those of 0 close nothing: make one with "
             "tokengate.SparsitySchedule(model, optimizer, target, total_steps)",
         )
-    moved = [la for la in found if not held.isdisjoint(map(id, la.modification.parameters()))]
     waiting = [
         gate
-        for gate in dict.fromkeys(layer.gate for layer in moved)
+        for gate in gates
         if gate is not None
         and gate not in _TOLD_OF
         and getattr(leader_of(gate), "steps", None) == 0

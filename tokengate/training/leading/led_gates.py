@@ -16,6 +16,8 @@ from tokengate.gates.score_counts import no_counts, share_below, shares_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, local_part
 
+_STATE = ("folded", "called", "since", "unit")
+
 
 class LedGates:
     """Several gates, led together.
@@ -33,8 +35,13 @@ class LedGates:
         self._sizes = [threshold.numel() for threshold in self.thresholds]
         # How often each of them has averaged what backward gave it.
         self.folded = no_counts(self.device).new_zeros(sum(self._sizes))
-        # In how many steps each has seen a position.
+        # In how many steps each has seen a position, and of how many since the first.
         self.called = no_counts(self.device).new_zeros(len(self._sizes))
+        self.since = torch.zeros_like(self.called)
+        # What E[||g||^2] is measured in; 0 before anything was.
+        self.unit = self.called.new_zeros(())
+        # What no optimiser touches.
+        self.held = list(self.thresholds)
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
 
     def begin(self, leader: object) -> None:
@@ -52,10 +59,6 @@ class LedGates:
             gate.set_pace(gate.relative)
             if isinstance(gate, FisherGate):
                 gate.stop_feeding()
-
-    def have(self, gates: Iterable[Gate]) -> bool:
-        """Whether one of these is among them."""
-        return not set(self.by_name.values()).isdisjoint(gates)
 
     def are_set(self) -> bool:
         """Whether a threshold was trained, loaded or calibrated; all ranks must ask."""
@@ -113,33 +116,54 @@ class LedGates:
         return seen, [part.view_as(each) for part, each in zip(parts, fed, strict=True)]
 
     def fold(self, fed: list[Tensor]) -> None:
-        """Let each average what it was fed, in units of this step's mean over all of them.
+        """Let each average what it was fed, in a unit of this step, by which it is like what is.
 
         A step of a smaller batch, of another scale of the loss or with one large loss would
         otherwise outweigh all others.
         """
         gates = [gate for gate in self.by_name.values() if isinstance(gate, FisherGate)]
-        sizes = [gate.size_of(new) for gate, new in zip(gates, fed, strict=True)]
-        flat = torch.cat([size.flatten() for size in sizes])
-        flat = flat[flat.isfinite() & (flat > 0)]
-        if not len(flat):  # as M(x) = 0 is before it is trained
-            return
+        sizes = torch.cat(
+            [gate.size_of(new).flatten() for gate, new in zip(gates, fed, strict=True)]
+        )
+        so_far = torch.cat([gate.size.flatten().to(sizes) for gate in gates])
+        some = sizes.isfinite() & (sizes > 0)  # not so while M(x) = 0
+        both = some & (so_far > 0)
+        mean = torch.where(some, sizes, 0).sum() / some.sum()
+        like = torch.where(both, sizes, 0).sum() / torch.where(both, so_far, 0).sum()
+        unit = torch.where(both.any(), like, torch.where(self.unit > 0, self.unit, mean))
+        self.unit = torch.where(some.any(), unit, self.unit)
         times = dict(zip(self.by_name.values(), torch.split(self.folded, self._sizes), strict=True))
         for gate, new in zip(gates, fed, strict=True):
-            new[..., :-1] /= flat.mean()
+            new *= some.any()
+            new[..., :-1] /= self.unit.clamp(min=torch.finfo(new.dtype).tiny)
             times[gate] += (new[..., -1] > 0).view_as(times[gate])
             gate.fold(new.to(gate.Q.device), times[gate].clamp(min=1).to(gate.Q.device))
 
-    def together(self, seen: Tensor, steps: int) -> Tensor:
+    def together(self, seen: Tensor) -> Tensor:
         """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`.
 
-        Over all steps, of which there were so many: one that is called in few of them, as an
-        expert or with layer drop, weighs as much more in those.
+        Over all steps since its first one: one that is called in few of them, as an expert or with
+        layer drop, weighs as much more in those.
         """
         shares = shares_of(seen)
         self.called += shares.sum(-1).round()
-        weights = seen.new_tensor(self._sizes) * steps / self.called.clamp(min=1)
+        self.since += self.called > 0
+        weights = seen.new_tensor(self._sizes) * self.since / self.called.clamp(min=1)
         return (shares * weights.unsqueeze(-1)).sum(0, keepdim=True) / sum(self._sizes)
+
+    def let_go(self, gates: Iterable[Gate]) -> None:
+        """Hold the thresholds of these no more."""
+        others = [gate.threshold for gate in gates]
+        self.held = [t for t in self.held if not any(t is other for other in others)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it has counted, and in which unit."""
+        return {name: getattr(self, name).clone() for name in _STATE}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
 
 
 def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -> dict[str, Gate]:

@@ -127,8 +127,8 @@ class SparsitySchedule:
         # The share that is closed before the first step.
         self._start = 0.0
         self._continues = self._led.are_set()
-        for other in [each for each in list(_ENDED) if each._led.have(gates.values())]:
-            other.detach()
+        for other in list(_ENDED):
+            other._led.let_go(gates.values())
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
@@ -181,8 +181,7 @@ class SparsitySchedule:
             "step": self.steps,
             "start": self._start,
             "layers": list(self._led.by_name),
-            "folded": self._led.folded.clone(),
-            "called": self._led.called.clone(),
+            "led": self._led.state_dict(),
             "thresholds": self._log_thresholds.clone(),
             "tracker": self._tracker.state_dict(),
         }
@@ -194,7 +193,7 @@ class SparsitySchedule:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
                 earlier version.
         """
-        if "called" not in state:
+        if "led" not in state:
             raise TokenGateError(
                 "the state to load is of a SparsitySchedule of an earlier version, which averaged "
                 "otherwise: finish that training with that version, or begin a schedule anew."
@@ -212,12 +211,11 @@ class SparsitySchedule:
                 "one was made."
             )
         self.steps, self._start = int(state["step"]), float(state["start"])
-        self._led.folded.copy_(state["folded"])
-        self._led.called.copy_(state["called"])
+        self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
         if self.steps >= self._last:
-            self._led.end(self)
+            self._end()
         if self._learns and self.steps > self._last:  # taus have gone on by themselves
             self._led.restore()
         elif self.steps or not self._continues:
@@ -236,7 +234,7 @@ class SparsitySchedule:
             if self.steps == step:  # of a closure's calls the first
                 self._look(optimizer)
             if not (self._learns and self.steps > self._last):
-                for threshold in self._led.thresholds:
+                for threshold in self._led.held:
                     threshold.grad = None  # no optimiser touches a parameter without a gradient
 
         return once_there_are_gradients(args, kwargs, look)
@@ -274,7 +272,7 @@ class SparsitySchedule:
         if fed:
             self._led.fold(fed)
         one = len(self._log_thresholds) == 1
-        counts = self._led.together(seen, self.steps) if one else shares_of(seen)
+        counts = self._led.together(seen) if one else shares_of(seen)
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self._wanted(self.steps - 1)
         if self.steps == 1 and self._continues:
@@ -285,8 +283,11 @@ class SparsitySchedule:
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
             self._warn_of_a_miss()
-            self._led.end(self)
-            _ENDED.add(self)
+            self._end()
+
+    def _end(self) -> None:
+        self._led.end(self)
+        _ENDED.add(self)
 
     def _say_if_others_train(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
