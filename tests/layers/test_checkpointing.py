@@ -130,10 +130,11 @@ def test_what_runs_without_gradients_is_no_part_of_a_training_step(kind, without
 
 def test_lambda_would_show(monkeypatch):
     """Counted again, a position pulls and is tallied twice."""
-    from tokengate.gates import base as gate
+    from tokengate.gates import base, deciding
     from tokengate.reports import recording
 
-    monkeypatch.setattr(gate, "is_learnt_from", lambda: True)
+    for module in (base, deciding):
+        monkeypatch.setattr(module, "is_learnt_from", lambda: True)
     monkeypatch.setattr(recording, "in_backward", lambda: False)
     again = everything("lora", KINDS["not reentrant"])
     assert {round(t.sum().item(), 6) for t in again["tallies"].values()} == {8}

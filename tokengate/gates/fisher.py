@@ -130,10 +130,10 @@ class FisherGate(LedGate):
         return self.Q.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @staticmethod
-    def size_of(fed: Tensor) -> Tensor:
-        """E[||g||^2] of a step, from what it has fed: `(..., rank^2 + 1) -> (...)`."""
+    def squares(fed: Tensor) -> Tensor:
+        """||g||^2 of a step, summed up, of what it has fed: `(..., rank^2 + 1) -> (...)`."""
         rank = math.isqrt(fed.shape[-1] - 1)
-        return fed[..., : -1 : rank + 1].sum(-1) / fed[..., -1]
+        return fed[..., : -1 : rank + 1].sum(-1)
 
     @torch.no_grad()
     def fold(self, fed: Tensor, folded: Tensor) -> None:

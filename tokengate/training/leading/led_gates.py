@@ -33,8 +33,9 @@ class LedGates:
         self.device = self.thresholds[0].device
         # How many modules a gate decides for: one, or all experts.
         self._sizes = [threshold.numel() for threshold in self.thresholds]
-        # How often each of them has averaged what backward gave it.
-        self.folded = no_counts(self.device).new_zeros(sum(self._sizes))
+        # Those that average what backward gives them, and how often each of their modules has.
+        self._fed = [gate for gate in gates.values() if isinstance(gate, FisherGate)]
+        self.folded = no_counts(self.device).new_zeros(sum(gate.T.numel() for gate in self._fed))
         # In how many steps each has seen a position, and of how many since the first.
         self.called = no_counts(self.device).new_zeros(len(self._sizes))
         self.since = torch.zeros_like(self.called)
@@ -105,7 +106,7 @@ class LedGates:
         """What all ranks have counted since the last step, `(gates, BINS)`, and fed."""
         gates = list(self.by_name.values())
         seen = torch.stack([g._seen.to(self.device) for g in gates if g._seen is not None])
-        fed = [g._fed.to(seen) for g in gates if isinstance(g, FisherGate) and g._fed is not None]
+        fed = [gate._fed.to(seen) for gate in self._fed if gate._fed is not None]
         flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
@@ -121,23 +122,21 @@ class LedGates:
         A step of a smaller batch, of another scale of the loss or with one large loss would
         otherwise outweigh all others.
         """
-        gates = [gate for gate in self.by_name.values() if isinstance(gate, FisherGate)]
-        sizes = torch.cat(
-            [gate.size_of(new).flatten() for gate, new in zip(gates, fed, strict=True)]
-        )
-        so_far = torch.cat([gate.size.flatten().to(sizes) for gate in gates])
+        totals = torch.cat([new[..., -1].flatten() for new in fed])
+        sizes = torch.cat([FisherGate.squares(new).flatten() for new in fed]) / totals
+        so_far = torch.cat([gate.size.flatten().to(sizes) for gate in self._fed])
         some = sizes.isfinite() & (sizes > 0)  # not so while M(x) = 0
         both = some & (so_far > 0)
         mean = torch.where(some, sizes, 0).sum() / some.sum()
         like = torch.where(both, sizes, 0).sum() / torch.where(both, so_far, 0).sum()
         unit = torch.where(both.any(), like, torch.where(self.unit > 0, self.unit, mean))
         self.unit = torch.where(some.any(), unit, self.unit)
-        times = dict(zip(self.by_name.values(), torch.split(self.folded, self._sizes), strict=True))
-        for gate, new in zip(gates, fed, strict=True):
-            new *= some.any()
-            new[..., :-1] /= self.unit.clamp(min=torch.finfo(new.dtype).tiny)
-            times[gate] += (new[..., -1] > 0).view_as(times[gate])
-            gate.fold(new.to(gate.Q.device), times[gate].clamp(min=1).to(gate.Q.device))
+        now = torch.where(some.any(), self.unit, 0)
+        self.folded += totals * now > 0
+        times = torch.split(self.folded.clamp(min=1), [gate.T.numel() for gate in self._fed])
+        for gate, new, folded in zip(self._fed, fed, times, strict=True):
+            new[..., -1] *= now
+            gate.fold(new.to(gate.Q.device), folded.to(gate.Q.device))
 
     def together(self, seen: Tensor) -> Tensor:
         """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`.
