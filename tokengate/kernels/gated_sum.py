@@ -235,10 +235,11 @@ def _weighted(a: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     # A selection: what is closed is 0, whatever it was.
     if a.dtype == torch.bool:
         return [None if x is None else torch.where(a, x, 0) for x in tensors]
-    if torch.is_grad_enabled():  # what has a derivative to a, at closed positions too
-        return [None if x is None else a.to(x.dtype) * x for x in tensors]
+    products = [None if x is None else a.to(x.dtype) * x for x in tensors]
+    if torch.is_grad_enabled():  # these have a derivative to a, at closed positions too
+        return products
     closed = a == 0
-    return [None if x is None else (a.to(x.dtype) * x).masked_fill_(closed, 0) for x in tensors]
+    return [None if each is None else each.masked_fill_(closed, 0) for each in products]
 
 
 def blocks(rows: Tensor) -> Iterator[slice]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import blocks, without_bias
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
 
@@ -89,7 +90,7 @@ def _size(
 ) -> Tensor:
     if out is None or gain is None:
         return norm_from_gram(z, up)
-    m = F.linear(z, up) + gain * without_bias(out, bias)
+    m = Factors(z, up, gain).product(without_bias(out, bias))
     size: Tensor = torch.linalg.vector_norm(m, dim=-1, dtype=accumulation_dtype(m))
     return size
 

@@ -174,7 +174,7 @@ class _Call:
             self.counts or self.observers or any(each is not None for each in of_positions)
         )
 
-    @property
+    @cached_property
     def counts(self) -> bool:
         """Whether a gate counts the scores; of several adapters none does."""
         gate = self.adapters[0][1] if self.adapters and self.parts is None else None

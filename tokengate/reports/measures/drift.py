@@ -74,7 +74,7 @@ def drift(
         scale: M(x) is multiplied by it, in [0, 1]; see `restrict`, which this is.
         measure: "auto", "kl", "cosine" or "difference".
         output: from what the model returns to the tensor to compare, `(B, C)` or `(B, T, C)`;
-            logits that it computes anew are features to "auto".
+            logits that it changes, but for their dtype, are features to "auto".
 
     Raises:
         TokenGateError: no layer is patched; there are no batches, or no position in them is real;

@@ -34,8 +34,8 @@ class LedGates:
         # How many modules a gate decides for: one, or all experts.
         self._sizes = [threshold.numel() for threshold in self.thresholds]
         # Those that average what backward gives them, and how often each of their modules has.
-        self._fed = [gate for gate in gates.values() if isinstance(gate, FisherGate)]
-        self.folded = no_counts(self.device).new_zeros(sum(gate.T.numel() for gate in self._fed))
+        self._fisher = [gate for gate in gates.values() if isinstance(gate, FisherGate)]
+        self.folded = no_counts(self.device).new_zeros(sum(gate.T.numel() for gate in self._fisher))
         # In how many steps each has seen a position, and of how many since the first.
         self.called = no_counts(self.device).new_zeros(len(self._sizes))
         self.since = torch.zeros_like(self.called)
@@ -106,7 +106,7 @@ class LedGates:
         """What all ranks have counted since the last step, `(gates, BINS)`, and fed."""
         gates = list(self.by_name.values())
         seen = torch.stack([g._seen.to(self.device) for g in gates if g._seen is not None])
-        fed = [gate._fed.to(seen) for gate in self._fed if gate._fed is not None]
+        fed = [gate._fed.to(seen) for gate in self._fisher if gate._fed is not None]
         flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
@@ -124,7 +124,7 @@ class LedGates:
         """
         totals = torch.cat([new[..., -1].flatten() for new in fed])
         sizes = torch.cat([FisherGate.squares(new).flatten() for new in fed]) / totals
-        so_far = torch.cat([gate.size.flatten().to(sizes) for gate in self._fed])
+        so_far = torch.cat([gate.size.flatten().to(sizes) for gate in self._fisher])
         some = sizes.isfinite() & (sizes > 0)  # not so while M(x) = 0
         both = some & (so_far > 0)
         mean = torch.where(some, sizes, 0).sum() / some.sum()
@@ -133,8 +133,8 @@ class LedGates:
         self.unit = torch.where(some.any(), unit, self.unit)
         now = torch.where(some.any(), self.unit, 0)
         self.folded += totals * now > 0
-        times = torch.split(self.folded.clamp(min=1), [gate.T.numel() for gate in self._fed])
-        for gate, new, folded in zip(self._fed, fed, times, strict=True):
+        times = torch.split(self.folded.clamp(min=1), [gate.T.numel() for gate in self._fisher])
+        for gate, new, folded in zip(self._fisher, fed, times, strict=True):
             new[..., -1] *= now
             gate.fold(new.to(gate.Q.device), folded.to(gate.Q.device))
 
