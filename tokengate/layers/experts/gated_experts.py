@@ -169,16 +169,13 @@ class _Call:
         fits = told.mask is not None and told.mask.numel() == shape.numel()
         self.mask = told.mask if fits else None
         self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
+        # Whether a gate counts the scores; of several adapters none does.
+        gate = self.adapters[0][1] if self.adapters and self.parts is None else None
+        self.counts = gate is not None and gate.counts_scores and is_learnt_from()
         of_positions = (self.parts, self.mask, told.inside)
         self.needs_places = bool(
             self.counts or self.observers or any(each is not None for each in of_positions)
         )
-
-    @cached_property
-    def counts(self) -> bool:
-        """Whether a gate counts the scores; of several adapters none does."""
-        gate = self.adapters[0][1] if self.adapters and self.parts is None else None
-        return gate is not None and gate.counts_scores and is_learnt_from()
 
     @cached_property
     def each(self) -> list[tuple[Any, list[tuple[Modification, Gate | None]]]]:
