@@ -185,28 +185,26 @@ def planned() -> list[Cell]:
         for variant in rest:
             for task in quick:
                 add(task, variant, tuned=tuned)
-    for rank in (32, 16, 4, 64):
-        for variant in main:
-            for task in quick:
-                add(task, variant, rank=rank)
     for tuned in (False, True):
         for variant in (*main, *rest):
             for task in slow:
                 add(task, variant, tuned=tuned)
-    for task in slow:
+    for tuned in (False, True):
+        for sparsity in (0.8, 0.3, 0.9):
+            for variant in ("fisher", "select", "threshold"):
+                for task in quick:
+                    add(task, variant, tuned=tuned, sparsity=sparsity)
+        for rank in (32, 16, 4, 64):
+            for variant in main:
+                for task in quick:
+                    add(task, variant, tuned=tuned, rank=rank)
+        for rows in (64, 256):
+            for variant in main:
+                for task in quick:
+                    add(task, variant, tuned=tuned, rows=rows)
         for variant in ("ungated", "threshold", "fisher"):
-            add(task, variant, method="dora")
-    for variant in ("ungated", "threshold", "fisher"):
-        for task in quick:
-            add(task, variant, method="dora")
-    for rows in (64, 256):
-        for variant in main:
-            for task in quick:
-                add(task, variant, rows=rows)
-    for sparsity in (0.8, 0.3, 0.9):
-        for variant in ("fisher", "threshold", "select"):
-            for task in quick:
-                add(task, variant, sparsity=sparsity)
+            for task in (*quick, *slow):
+                add(task, variant, tuned=tuned, method="dora")
     return cells
 
 

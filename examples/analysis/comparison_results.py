@@ -171,13 +171,13 @@ def text(found: list[Found]) -> str:
 
 
 def draw(found: list[Found], path: Path) -> None:
-    """Cost over sparsity and over rank, a panel for each task that has some; tuned where it is."""
+    """Cost over sparsity and over rank at one rate for all, a panel for each task that has some."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = rows_of(found, tuned=False) | rows_of(found, tuned=True)
+    rows = rows_of(found, tuned=False)
     tasks = [task for task in TASKS if any(s.task == task for s in rows)]
     shape = {"figsize": (5 * len(tasks), 6.4), "squeeze": False, "layout": "constrained"}
     figure, grid = plt.subplots(2, len(tasks), **shape)
@@ -190,7 +190,11 @@ def draw(found: list[Found], path: Path) -> None:
                     label = VARIANTS[variant].label
                     axes.errorbar(x, y, deviation, fmt="o-", capsize=2, ms=4, label=label)
             axes.axhline(0, color="grey", lw=0.8)
-            axes.set(xlabel=axis, ylabel=f"{TASKS[task].measure} - ungated", title=task)
+            axes.set(
+                xlabel=axis,
+                ylabel=f"{TASKS[task].measure} - ungated",
+                title=f"{task}, one rate for all",
+            )
             axes.grid(alpha=0.3)
         grid[0, column].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
