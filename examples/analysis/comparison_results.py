@@ -198,6 +198,7 @@ def draw(found: list[Found], path: Path) -> None:
             axes.grid(alpha=0.3)
         grid[0, column].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle("One rate for all")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
