@@ -130,6 +130,20 @@ def test_a_gate_that_does_nothing_is_told_of_once(options, words):
     assert path[-1] in (0.0, 1.0)
 
 
+def test_a_dead_layer_beside_one_that_lives_is_told_of():
+    """As where an adapter of fewer layers was loaded: the living one excused it for good."""
+    model = made(tau=0.01)
+    first, second = tokengate.layers(model).values()
+    away_from_initialisation(model)
+    second.modification.B.data.zero_()
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-5))
+    with pytest.warns(UselessGateWarning, match="0 everywhere in 1 of the 2 layers") as told:
+        train(model, optimizer, 20)
+    assert len(told) == 1
+    assert first.modification.B.grad.any()
+    assert not second.modification.B.any()
+
+
 @pytest.mark.parametrize("gate", ["firm", "fisher"])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_gate_that_nobody_leads_is_told_of_once(gate, loaded):
@@ -208,3 +222,28 @@ def test_compiled_code_is_not_compiled_anew_to_be_looked_at():
         compiled(torch.ones(2, 4, 6)).square().mean().backward()
         optimizer.step()
     assert len(graphs) == 1
+
+
+def test_a_new_layer_beside_trained_ones_comes_to_life(tmp_path):
+    """Their threshold closed all of it at once, and for good."""
+
+    def started(targets):
+        torch.manual_seed(0)
+        parts = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)]
+        model = tokengate.patch(nn.Sequential(*parts), targets, rank=4, gate="fisher")
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+        return model, optimizer
+
+    model, optimizer = started(["0", "2"])
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 60)
+    train(model, optimizer, 60)
+    tokengate.save(model, tmp_path)
+    model, optimizer = started("all-linear")
+    tokengate.load(model, tmp_path, strict=False)
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 60)
+    path, _ = train(model, optimizer, 60)
+    assert path[0] > 0.2  # the others', of three layers
+    with tokengate.record(model) as rec:
+        model(torch.randn(8, 10, 6))
+    assert rec.report().modules["4"].sparsity < 0.6
+    assert abs(schedule.sparsity - 0.5) < 0.1

@@ -165,7 +165,7 @@ def _tell(optimizer: Optimizer, gates: Sequence[Gate], found: str) -> None:
 
 
 def _look(optimizer: Optimizer, own: Own, step: int) -> None:
-    closed, largest = [], 0.0
+    closed, largest, lifeless = [], 0.0, 0
     for tau, gate in own:
         seen = gate._seen if gate.relative else gate._looked
         here = local_part(tau.detach()).reshape(-1)
@@ -175,18 +175,22 @@ def _look(optimizer: Optimizer, own: Own, step: int) -> None:
         log = here.clamp(min=0).to(seen).log2()
         closed.append(float(share_below(seen.expand(len(log), -1), log).mean()))
         largest = max(largest, float(here.max()))
+        # r is 0 at all positions: M(x) is, and stays so, since none of them is open.
+        lifeless += closed[-1] == 1 and not bool(seen[1:].any())
     if not closed:
         return
     share = sum(closed) / len(closed)
-    if share > _ALL:
-        found = "closes all positions"
+    if 0 < lifeless < len(closed):
+        found = f"stands before modifications that are 0 everywhere in {lifeless} of"
+    elif share > _ALL:
+        found = "closes all positions in"
     elif share == 0 and step >= _PATIENCE:
-        found = "closes no position"
+        found = "closes no position in"
     else:
         return
     _TOLD.add(optimizer)
     warnings.warn(
-        f"after {step} steps of {type(optimizer).__name__} tau, up to {largest:.2g}, {found} in "
+        f"after {step} steps of {type(optimizer).__name__} tau, up to {largest:.2g}, {found} "
         f"the {len(closed)} layers with a gate: {_REMEDY}.",
         UselessGateWarning,
         stacklevel=6,

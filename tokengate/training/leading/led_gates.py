@@ -81,6 +81,10 @@ class LedGates:
             shares.append(share_below(own.expand(len(log), -1), log) * own[1:-1].any())
         return torch.cat(shares).mean()
 
+    def any_is_new(self, seen: Tensor) -> bool:
+        """Whether M(x) is 0 in all that was seen, `(gates, BINS)`, of one of them."""
+        return bool((seen.any(-1) & ~seen[:, 1:].any(-1)).any())
+
     def write(self, log_values: Tensor) -> None:
         """Give each the threshold 2^value, or all the same: `(gates,)` or `(1,)`."""
         values = log_values.exp2().expand(len(self.by_name))

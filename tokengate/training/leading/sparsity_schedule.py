@@ -47,7 +47,8 @@ class SparsitySchedule:
     is averaged over steps in their growth and their distribution apart (`QuantileTracker`), and
     nothing closes before M(x) has grown. After the last step the thresholds stay as they are.
     Thresholds that were trained, loaded or calibrated stay so until the first step, and the share
-    goes on from what they close, up or down to the target.
+    goes on from what they close, up or down to the target; with one threshold for all from 0 if a
+    layer is new, whose small M(x) that of the others would close for good.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -277,7 +278,8 @@ class SparsitySchedule:
         wanted = self._wanted(self.steps - 1)
         if self.steps == 1 and self._continues:
             self._sparsity = self._led.closed(seen)
-            self._start = wanted = float(self._sparsity)
+            fresh = len(counts) == 1 and self._led.any_is_new(seen)
+            self._start = wanted = 0.0 if fresh else float(self._sparsity)
         self._tracker.add(counts, wanted)
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
