@@ -351,6 +351,8 @@ def test_plan_refuses(transformers, tmp_path, capsys):
     assert "q_prj" in text
     assert "q_proj" in text
     assert "'qq'" in refused(capsys, "plan", tmp_path, "--roles", "qq")
+    timm = ["plan", "timm:vit_tiny_patch16_224", "--targets", "qkv", "--architecture", "Llama"]
+    assert "'Llama' was asked of 'timm:vit_tiny_patch16_224'" in refused(capsys, *timm)
     text = refused(capsys, "plan", tmp_path, "--targets", "q_proj", "--architecture", "Llama")
     assert "no model class 'Llama'" in text
     assert "method='b' is unknown" in refused(
