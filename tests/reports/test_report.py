@@ -82,6 +82,15 @@ def test_adding_up_uneven_reports():
     }
 
 
+def test_what_was_added_up_stays_as_it_was():
+    one = tokengate.SparsityReport({"x": ModuleSparsity(0.5, 1, 2, 1, None)}, {"date": "today"})
+    both = tokengate.SparsityReport({}).merge(one)
+    assert both.about == {"date": "today"}
+    both.about["date"] = "tomorrow"
+    both.modules.clear()
+    assert (one.about, list(one.modules)) == ({"date": "today"}, ["x"])
+
+
 def test_by_sample_and_by_position_are_those_of_the_samples():
     model = patched()
     with tokengate.record(model, positions=True) as rec:
