@@ -136,9 +136,9 @@ def main() -> None:
                 for each, colour in zip(region.numpy(), ("tab:orange", "tab:cyan"), strict=True):
                     ax.contour(at, at, each, levels=[0.5], colors=colour, linewidths=2)
             ax.set(xticks=[], yticks=[])
-    outlines = [Line2D([], [], color=colour) for colour in ("tab:orange", "tab:cyan")]
+    lines = [Line2D([], [], color=colour) for colour in ("tab:orange", "tab:cyan")]
     names = [f"where {name!r} is in use" for name in STYLES]
-    figure.legend(outlines, names, loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(lines, names, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(arguments.output / "regions.png", dpi=110)
     print(f"{arguments.output / 'regions.png'}: two adapters, two regions, one forward")
 

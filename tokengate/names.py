@@ -89,11 +89,11 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule(name)` of an own name, without what wraps it."""
     module = inside(model)
     while name:
-        own = next((n for n, _ in children(module) if f"{name}.".startswith(f"{n}.")), None)
+        found = ((n, m) for n, m in children(module) if f"{name}.".startswith(f"{n}."))
+        own, child = next(found, (None, module))
         if own is None:  # an error in torch's own words
             return module.get_submodule(name)
-        module = inside(dict(children(module))[own])
-        name = name[len(own) + 1 :]
+        module, name = inside(child), name[len(own) + 1 :]
     return module
 
 

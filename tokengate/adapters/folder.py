@@ -111,7 +111,7 @@ def _read(folder: Path) -> SavedAdapter:
                 f"{str(path)!r} does not exist: pass a folder that tokengate.save wrote."
             )
     where = str(config_path(folder))
-    text = _config_text(folder)
+    text = _text(config_path(folder))
     config, belongs_to = _config(text, where)
     with open_weights(folder / WEIGHTS) as weights:
         own = weights.metadata.get(METADATA, "")
@@ -145,10 +145,6 @@ def read_config(path: Path) -> dict[str, Any]:
 def with_digest(own: str, digest: str) -> str:
     """The text of the configuration that belongs to weights which know it as `own`."""
     return own.removesuffix("\n}") + f',\n "{SHA256}": "{digest}"\n}}'
-
-
-def _config_text(folder: Path) -> str:
-    return _text(config_path(folder))
 
 
 def _text(path: Path) -> str:
