@@ -29,7 +29,7 @@ def resumed_from() -> Path | None:
     """The checkpoint that the training which calls goes on from, or None; from the stack, too."""
     for frame in _frames_of_trainers():
         checkpoint = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(checkpoint, str):
+        if isinstance(checkpoint, str | Path):
             return Path(checkpoint)
     return None
 

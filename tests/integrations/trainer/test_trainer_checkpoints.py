@@ -14,6 +14,7 @@ from trainer_runs import language_model, trainer  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer  # noqa: E402
 from tokengate.integrations.trainer.checkpoints import is_whole, last_checkpoint  # noqa: E402
+from tokengate.integrations.trainer.surroundings import resumed_from  # noqa: E402
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
 
@@ -96,6 +97,19 @@ def test_a_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
     # It has saved that one anew, so that there is nothing left to be warned of.
     assert is_whole(tmp_path / "checkpoint-6")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_the_checkpoint_that_is_gone_on_from_is_found_however_it_was_named(tmp_path, kind):
+    class Asking(transformers.Trainer):
+        def __init__(self):
+            """Of a Trainer it has the name alone."""
+
+        def train(self, resume_from_checkpoint=None):
+            return resumed_from()
+
+    assert Asking().train() is Asking().train(True) is None
+    assert Asking().train(kind(tmp_path)) == tmp_path
 
 
 def test_a_state_that_is_half_written_is_none(tmp_path):
