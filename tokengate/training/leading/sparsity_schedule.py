@@ -127,7 +127,7 @@ class SparsitySchedule:
         self._log_thresholds = torch.full_like(self._tracker.quantile(0), -torch.inf)
         # The share that is closed before the first step.
         self._start = 0.0
-        self._continues = self._led.are_set()
+        self._continues = any(self._led.are_set)
         for other in list(_ENDED):
             other._led.let_go(gates.values())
         self._led.begin(self)
