@@ -80,16 +80,17 @@ def push(
             not ours; or huggingface_hub is not installed, or is refused.
     """
     host = _host(f"push to {repository!r} was asked for")
-    sends = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        if sends:
-            there = _asked(repository, lambda: _fetch(host, repository, revision, token, folder))
-            check_no_model(there, repository, "push")
-            check_destination(folder, "push")
+        # First, as all processes do it together: what is refused later, one of them alone knows.
         tokengate.save(model, folder, name=name, report=report)
-        if not sends:
+        if several and distributed.get_rank() > 0:
             return ""
+        there = _asked(repository, lambda: _fetch(host, repository, revision, token, folder))
+        check_no_model(there, repository, "push")
+        check_destination(folder, "push")
         write_card(folder, read_adapter(folder).config, report, repository)
 
         def send() -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative, wanted_sparsity
-from tokengate.integrations.live_logging import tau_scalars
+from tokengate.integrations.live_logging import report_of, tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
@@ -263,16 +263,10 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self._recorder = self._recording.enter_context(tokengate.record(model))
 
     def _report(self) -> SparsityReport | None:
-        """Of all processes; None where none of them had anything to run."""
+        """Of what was recorded, once."""
         self._recording.close()
         recorder, self._recorder = self._recorder, None
-        if recorder is None:
-            return None
-        try:
-            report: SparsityReport = recorder.report(reduce=True)
-        except TokenGateError:
-            return None
-        return None if math.isnan(report.sparsity) else report
+        return report_of(recorder)
 
     @contextlib.contextmanager
     def _clipping(self, precision: Any) -> Iterator[None]:

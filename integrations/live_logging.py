@@ -18,12 +18,25 @@ from typing import Any
 
 from torch import nn
 
+from tokengate import TokenGateError
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.layers.patched import require_layers
 from tokengate.reports.picture import load_plots
+from tokengate.reports.recording import Recorder
 from tokengate.reports.report import SparsityReport
 
 HEATMAP = "sparsity_heatmap"
+
+
+def report_of(recorder: Recorder | None) -> SparsityReport | None:
+    """What was counted on all processes; None where none of them had anything to run."""
+    if recorder is None:
+        return None
+    try:
+        report = recorder.report(reduce=True)
+    except TokenGateError:
+        return None
+    return None if math.isnan(report.sparsity) else report
 
 
 def sparsities(report: SparsityReport) -> dict[str, float]:
@@ -55,9 +68,10 @@ def scalars(model: nn.Module, report: SparsityReport) -> dict[str, float]:
         TokenGateError: no layer of the model is patched.
     """
     found = sparsities(report)
-    gates = [layer.gate for layer in require_layers(model, "scalars").values()]
-    found |= tau_scalars([m.tau for m in report.modules.values()], [g for g in gates if g])
-    penalties = _penalties(model)
+    patched = require_layers(model, "scalars").values()
+    gates = [layer.gate for layer in patched if layer.gate is not None]
+    found |= tau_scalars([m.tau for m in report.modules.values()], gates)
+    penalties = [gate.penalty for gate in gates if isinstance(gate, PenalisedGate)]
     if penalties:
         found["penalty"] = statistics.fmean(penalties)
     return found
@@ -108,9 +122,3 @@ def log_to_tensorboard(
 def pixels(report: SparsityReport) -> Any:
     """The report's heatmap as a numpy array `(height, width, 3)` of 8-bit red, green and blue."""
     return load_plots().pixels(report.plot())
-
-
-def _penalties(model: nn.Module) -> list[float]:
-    gates = [layer.gate for layer in require_layers(model, "scalars").values()]
-    penalised = [gate for gate in gates if isinstance(gate, PenalisedGate)]
-    return [gate.penalty for gate in penalised]

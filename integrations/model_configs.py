@@ -43,6 +43,11 @@ def build(name: str, architecture: str | None = None) -> nn.Module:
         TokenGateError: there is no such configuration, library or class, or the model cannot be
             built without values.
     """
+    if name.startswith(_TIMM) and architecture is not None:
+        raise TokenGateError(
+            f"the architecture {architecture!r} was asked of {name!r}, and is a class of "
+            "transformers: leave it out."
+        )
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values, and there are none

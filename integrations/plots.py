@@ -197,10 +197,12 @@ def trajectories(
         ax.set_ylabel(label)
     for ax in grid.flat:
         ax.grid(alpha=0.3)
-    named = [grid[rows.index(row), 0] for row in ("tau", "sparsity (%)") if row in rows]
-    handles = [ax.get_legend_handles_labels() for ax in named]
-    lines, labels = (list(itertools.chain(*each)) for each in zip(*handles, strict=True))
-    figure.legend(lines, labels, loc="outside center right", fontsize=8)
+    # Every projection once, also one that a later column alone has.
+    named: dict[str, Any] = {}
+    for ax in grid[rows.index("tau") :].flat:
+        for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, line)
+    figure.legend(named.values(), named, loc="outside center right", fontsize=8)
     figure.suptitle("tau of every gate, and what it leaves unmodified", fontsize=11)
     return figure
 

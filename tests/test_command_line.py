@@ -351,6 +351,8 @@ def test_plan_refuses(transformers, tmp_path, capsys):
     assert "q_prj" in text
     assert "q_proj" in text
     assert "'qq'" in refused(capsys, "plan", tmp_path, "--roles", "qq")
+    timm = ["plan", "timm:vit_tiny_patch16_224", "--targets", "qkv", "--architecture", "Llama"]
+    assert "'Llama' was asked of 'timm:vit_tiny_patch16_224'" in refused(capsys, *timm)
     text = refused(capsys, "plan", tmp_path, "--targets", "q_proj", "--architecture", "Llama")
     assert "no model class 'Llama'" in text
     assert "method='b' is unknown" in refused(
@@ -540,6 +542,7 @@ def test_each_command_s_help_has_an_example_that_parses_and_defaults(name, capsy
     assert parser().parse_args(example.split()[1:]).command == name
     if name == "import":
         assert "lambda of every layer (default: 1e-05)" in text
+        assert "of every layer (default: 0.0)" in text
     assert "(default: None)" not in text
     assert "(default: False)" not in text
 
@@ -572,6 +575,13 @@ def test_report(tmp_path, capsys):
     assert 'role="tablist"' in (tmp_path / "report.html").read_text()
     run(capsys, "report", path, "--html", tmp_path / "other.html")
     assert (tmp_path / "other.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+    (tmp_path / "sub").mkdir()
+    before = path.read_bytes()
+    for itself in (path, tmp_path / "." / "sub" / ".." / "report.json"):
+        assert "is the report itself" in refused(capsys, "report", path, "--html", itself)
+    assert path.read_bytes() == before
+    with pytest.raises(SystemExit):  # of two forms one would have been left out, silently
+        main(["report", str(path), "--html", "--json"])
     path.write_text("{}")
     assert "is no report" in refused(capsys, "report", path)
 

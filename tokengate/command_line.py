@@ -98,7 +98,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if default in (None, False, argparse.SUPPRESS) or default == []:
+        # 0 equals False, and is a default.
+        if default is None or default is False or default in (argparse.SUPPRESS, []):
             return action.help
         return f"{action.help} (default: {default})"
 
@@ -139,9 +140,10 @@ def parser() -> argparse.ArgumentParser:
         "report.json --html",
         file="the JSON file",
     )
-    for each in (inspect, diff, plan, report):
+    form = report.add_mutually_exclusive_group()
+    for each in (inspect, diff, plan, form):
         each.add_argument("--json", action="store_true", help="everything, as JSON")
-    report.add_argument(
+    form.add_argument(
         "--html",
         nargs="?",
         const="",

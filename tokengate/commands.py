@@ -18,6 +18,7 @@ from tokengate.adapters.inspection import describe, description_text
 from tokengate.adapters.loading import load
 from tokengate.adapters.planning import count_patched, plan_text
 from tokengate.adapters.saving import save
+from tokengate.errors import TokenGateError
 from tokengate.patching.patch import patch
 from tokengate.reports.report import SparsityReport
 
@@ -90,6 +91,11 @@ def report(given: argparse.Namespace) -> str:
     if given.html is None:
         return _shown(given, found.to_dict(), lambda _: str(found))
     page = Path(given.html or Path(given.file).with_suffix(".html"))
+    if page.exists() and page.samefile(given.file):
+        raise TokenGateError(
+            f"{str(page)!r} is the report itself, which the page would replace: name another file, "
+            "--html PAGE."
+        )
     found.to_html(page)
     return f"{page}: written, to be opened in a browser"
 

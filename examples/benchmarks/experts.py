@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from memory import peak
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokengate
 
@@ -84,51 +84,6 @@ def step_of(model: nn.Module, options: argparse.Namespace) -> Callable[[], None]
     return step
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors that lived at once, beside those that were there before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-        import weakref
-
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self._seen or any(
-                isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == key for a in args
-            ):
-                continue
-            self._seen.add(key)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-def peak(step: Callable[[], None], device: str) -> int:
-    """Of one step, in bytes: as the device counts them, or on a CPU as `Peak` does."""
-    step()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with Peak() as counted:
-        step()
-    return counted.most
-
-
 def main() -> None:
     """Both mixtures, time and memory."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -149,7 +104,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     for kind in ("mixtral", "qwen3_moe"):
         steps = {name: step_of(model, asked) for name, model in variants(kind, asked).items()}
-        peaks = {name: peak(step, asked.device) for name, step in steps.items()}
+        for step in steps.values():  # which makes the optimiser's state
+            step()
+        peaks = {name: peak(step) for name, step in steps.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for round_ in range(asked.rounds + 2):
             for name, step in steps.items():
@@ -169,7 +126,7 @@ def main() -> None:
             share = above / (peaks["PEFT"] - base)
             print(
                 f"  {name:20} {1e3 * statistics.median(own):8.1f} ms ({ratio:.2f} of PEFT's), "
-                f"peak above the base's {above / 2**20:8.1f} MiB ({share:.2f})"
+                f"peak above the base's {above:8.1f} MiB ({share:.2f})"
             )
 
 

@@ -39,6 +39,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import tokengate
 from tokengate.adapters.planning import count_patched, plan_text
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer
+from tokengate.integrations.trainer.checkpoints import is_whole
 from tokengate.integrations.trainer.engines import sharding_of
 from tokengate.sharding import is_divided
 
@@ -280,8 +281,8 @@ def in_order(numbers: Iterable[int], found: Iterable[Any]) -> list[Any]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last that was saved to the end, which trainer_state.json is."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    """The last that was saved to the end; None where there is none, or only one that was not."""
+    whole = filter(is_whole, folder.glob("checkpoint-*"))
     last = max(whole, key=lambda place: int(place.name.split("-")[1]), default=None)
     return last and str(last)
 

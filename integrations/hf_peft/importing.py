@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tokengate import TokenGateError, layers
+from tokengate import TokenGateError, __version__, layers
 from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
@@ -134,7 +133,7 @@ def _as_saved(
     kinds = (adapter.config.get(f"target_{kind}") for kind in ("modules", "parameters"))
     exclude = adapter.config.get("exclude_modules")
     config = AdapterConfig(
-        tokengate_version=version("tokengate"),
+        tokengate_version=__version__,
         base_class=adapter.config.get("base_model_name_or_path") or "",
         base_fingerprint="",  # PEFT does not say
         layers=described,

@@ -26,7 +26,7 @@ from transformers import (
 import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch, wanted_sparsity
-from tokengate.integrations.live_logging import HEATMAP, scalars, sparsities
+from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
@@ -35,7 +35,6 @@ from tokengate.integrations.trainer.sparsity_logs import (
     Recording,
     evaluated,
     log_heatmap,
-    report_of,
     will_be_logged,
 )
 from tokengate.integrations.trainer.surroundings import resumed_from, trainer_that_calls, unwrapped

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import has_length
 
 import tokengate
-from tokengate import SparsityReport, TokenGateError
+from tokengate import SparsityReport
 from tokengate.integrations.live_logging import pixels
 from tokengate.reports.recording import Recorder
 
@@ -71,17 +71,6 @@ def evaluated(logs: Mapping[str, Any]) -> str | None:
     """The prefix of an evaluation's metrics, or None if these are not an evaluation's."""
     prefixes = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]
     return prefixes[0] if prefixes and prefixes[0] != "train" else None
-
-
-def report_of(recorder: Recorder | None) -> SparsityReport | None:
-    """What was counted on all processes; None where none of them had anything to run."""
-    if recorder is None:
-        return None
-    try:
-        report = recorder.report(reduce=True)
-    except TokenGateError:
-        return None
-    return None if math.isnan(report.sparsity) else report
 
 
 def log_heatmap(callbacks: Iterable[Any], name: str, report: SparsityReport, step: int) -> None:

@@ -127,8 +127,11 @@ class TokenGateTrainer(Trainer):
         if self.args.should_save or is_divided(self.model.parameters()):
             tokengate.save(self.model, folder, report=self._callback().report)
         if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            processing = self.processing_class
+            if processing is None:  # as the Trainer does
+                processing = getattr(self.data_collator, "tokenizer", None)
+            if processing is not None:
+                processing.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -1,5 +1,6 @@
 """save and load: what comes back is what was there, or an error that says what is wrong."""
 
+import importlib.metadata
 import json
 import os
 
@@ -168,6 +169,22 @@ def test_what_was_asked_is_on_record(tmp_path):
     assert config["layers"]["blocks.0.fc1"]["method"] == "lora"
     assert (config["format_version"], config["tokengate_version"]) == (1, tokengate.__version__)
     assert config["base_class"] == "models.Net"
+
+
+def test_a_package_that_was_never_installed_saves_what_it_has_trained(tmp_path, monkeypatch):
+    """As from a path, or frozen into a program, where it has no metadata."""
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", absent)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("tokengate")
+    model = tokengate.patch(Net(), ["q_proj"], rank=2)
+    with tokengate.record(model) as rec:
+        model(torch.randn(2, 3, 8))
+    tokengate.save(model, tmp_path, report=rec.report())
+    assert tokengate.load(Net(), tmp_path) == {}
 
 
 def test_a_users_own_method(tmp_path, monkeypatch):

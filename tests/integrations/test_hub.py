@@ -122,6 +122,23 @@ def test_a_repository_of_something_else_is_refused(place, file, text, words):
     assert [path.name for path in (place / "user/net").iterdir()] == [file]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_is_refused_leaves_no_other_waiting_for_it(place, monkeypatch, rank):
+    """`save` gathers what is sharded from all of them, of which the first alone sees the Hub."""
+    (place / "user/net").mkdir(parents=True)
+    (place / "user/net/model.safetensors").write_text("")
+    saves, save = [], tokengate.save
+    monkeypatch.setattr(tokengate, "save", lambda *args, **more: saves.append(save(*args, **more)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    if rank:
+        assert hub.push(trained(), "user/net") == ""
+    else:
+        with one_sentence("user/net", "holds a model"):
+            hub.push(trained(), "user/net")
+    assert len(saves) == 1
+
+
 def test_a_folder_is_meant_before_a_repository(place, tmp_path):
     hub.push(trained(), "user/net")
     tokengate.save(tokengate.patch(base(), ["v_proj"]), "user/net")

@@ -195,6 +195,17 @@ def test_trajectories_are_the_history_s():
     assert sparsity.get_xlabel() == "step"
 
 
+def test_the_legend_has_every_projection_of_every_column():
+    both = {}
+    for name in ("q_proj", "v_proj"):
+        both[name] = tokengate.History(tokengate.patch(Net(), [name], rank=2))
+        both[name].log(1)
+    (legend,) = drawn(plots.trajectories(both)).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
+    colours = [line.get_color() for line in legend.get_lines()]
+    assert colours[0] != colours[1]
+
+
 def test_trajectories_side_by_side():
     both = {"with Adam": history(), "without": history(loss=False, offset=100)}
     figure = drawn(plots.trajectories(both, modules=["blocks.1.q_proj"]))

@@ -12,8 +12,6 @@ from models import Net, away_from_initialisation, one_sentence, small_llama, sna
 import tokengate
 from tokengate.reports.effects.effect import effect_of
 
-NAN = math.nan
-
 
 @given(
     length=st.integers(1, 5), vocabulary=st.integers(1, 4), shift=st.booleans(),

@@ -49,6 +49,17 @@ def test_what_is_kept():
     assert history.sparsity == [0.5, 0.5, None]
 
 
+def test_a_dict_of_it_stays_what_it_was():
+    model = patched()
+    history = History(model)
+    history.log(1, loss=2.0)
+    found = history.to_dict()
+    before = json.dumps(found)
+    history.log(2, loss=1.0)
+    assert history.to_dict() != found
+    assert json.dumps(found) == before
+
+
 def test_of_a_training_it_is_what_each_step_left():
     model = away_from_initialisation(patched(penalty=1e-3))
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-2))

@@ -82,6 +82,15 @@ def test_adding_up_uneven_reports():
     }
 
 
+def test_what_was_added_up_stays_as_it_was():
+    one = tokengate.SparsityReport({"x": ModuleSparsity(0.5, 1, 2, 1, None)}, {"date": "today"})
+    both = tokengate.SparsityReport({}).merge(one)
+    assert both.about == {"date": "today"}
+    both.about["date"] = "tomorrow"
+    both.modules.clear()
+    assert (one.about, list(one.modules)) == ({"date": "today"}, ["x"])
+
+
 def test_by_sample_and_by_position_are_those_of_the_samples():
     model = patched()
     with tokengate.record(model, positions=True) as rec:
@@ -238,7 +247,14 @@ def test_a_tau_that_is_not_finite_can_be_saved_compared_and_counted(tmp_path, ta
     report = tokengate.SparsityReport({"a": good, "b": bad})
     report.save(tmp_path / "report.json")
     loaded = tokengate.SparsityReport.load(tmp_path / "report.json")
-    assert [module.tau for module in loaded.modules.values()] == [0.1, None]
+    text = json.loads((tmp_path / "report.json").read_text())["modules"]["b"]
+    assert (text["tau"], text["broken_tau"]) == (None, str(tau))
+    # What was read is what was saved, in every form.
+    assert str(loaded.modules["b"].tau) == str(tau)
+    assert loaded.to_dict() == report.to_dict()
+    assert loaded.to_csv() == report.to_csv()
+    assert str(loaded.compare(loaded)) == str(report.compare(report))
+    assert loaded.histogram("tau") == report.histogram("tau")
     for each in (report, loaded, report.merge(loaded), loaded.merge(report)):
         assert each.broken_taus == {"b": str(tau)}
         assert f"tau is not finite in b ({tau})" in str(each)

@@ -21,7 +21,7 @@ from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, features_of, is_linear
 from tokengate.names import inside, named_modules, named_parameters
 from tokengate.patching.heads import head, new_parameters
-from tokengate.sharding import gathered, is_flattened, is_sharded
+from tokengate.sharding import gathered, is_absent, is_flattened, is_sharded
 
 # Of each parameter, so many values, from its first to its last.
 _SAMPLED = 64
@@ -120,7 +120,7 @@ def _sampled(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[s
             continue
         if type(parameter.data) is not Tensor and not is_sharded(parameter):
             continue  # quantised, by torchao
-        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        if is_absent(parameter):
             continue  # elsewhere, under ZeRO-3
         flat = gathered(parameter).detach().flatten()
         if not len(flat):

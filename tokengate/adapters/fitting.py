@@ -115,22 +115,11 @@ class Fit:
                 self._reject(name, reason)
             else:
                 wanted[name] = config
-        slices = {
-            name.rpartition(".")[0]: divided
-            for name, config in wanted.items()
-            if (divided := slices_of_config(config)) is not None
-        }
-        if not wanted:
-            return {}
         chosen: dict[str, Any] = {name: others[name] for name in wanted if name in others}
-        if new := [name for name in wanted if name not in others]:
-            owners = {name.rpartition(".")[0] for name in new}
-            given = {FullName(name): each for name, each in slices.items() if name in owners}
-            axes = {
-                FullName(n): each for n, each in axes_of(wanted).items() if n in owners | set(new)
-            }
-            targets = [each for name in new for each in targets_of(name, wanted[name], modules)]
-            chosen |= find_targets(model, targets, None, given or None, axes or None)
+        if new := {name: config for name, config in wanted.items() if name not in others}:
+            targets = [each for n, config in new.items() for each in targets_of(n, config, modules)]
+            axes = {FullName(name): each for name, each in axes_of(new).items()}
+            chosen |= find_targets(model, targets, None, divided_by(new) or None, axes or None)
         found: dict[str, Any] = {}
         for name, layer in chosen.items():
             config = wanted[name]

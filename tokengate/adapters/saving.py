@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from tokengate.names import named_parameters
 from tokengate.patching.patch import asked_of
 from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patching.wrappers import check_gathered
+from tokengate.reports.provenance import version_of
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import gathered, is_divided, present
 
@@ -113,7 +113,7 @@ def _save(model: nn.Module, folder: Path, report: SparsityReport | None) -> None
     tensors = values_of(model, patched, "save")
     base_id, base_revision = origin(model)
     config = AdapterConfig(
-        tokengate_version=version("tokengate"),
+        tokengate_version=version_of("tokengate"),
         base_class=class_name(model),
         base_fingerprint=fingerprint(model),
         layers={name: _layer_config(name, layer) for name, layer in patched.items()},

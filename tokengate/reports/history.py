@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -143,7 +144,9 @@ class History:
         }
         if any(self.skipped):
             found["skipped"] = self.skipped
-        return {**found, "broken": self.broken} if self.broken else found
+        if self.broken:
+            found["broken"] = self.broken
+        return copy.deepcopy(found)  # which `log` does not add to
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all; `History.load` reads it.

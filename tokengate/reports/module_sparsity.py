@@ -17,7 +17,9 @@ from tokengate.reports.tables.sparsity_table import value
 
 #: Taus are numbers of float32, of which no sum is infinite.
 LARGEST_TAU = torch.finfo(torch.float32).max
-_DETAILS = ("ratios", "by_sample", "by_position", "broken_tau")
+_DETAILS = ("ratios", "by_sample", "by_position")
+# What a file has where it is known.
+_OPTIONAL = {*_DETAILS, "broken_tau"}
 _BROKEN = ("nan", "inf", "-inf")
 
 
@@ -36,7 +38,8 @@ class ModuleSparsity:
     """Those of them that the modification was added to."""
     tau: float | None
     """The threshold at the time of the report; None without a gate, and where FSDP2 keeps it on
-    another rank than the one that reports alone. One that is not finite is None in a file."""
+    another rank than the one that reports alone. One that is not finite is None in a file, beside
+    its `broken_tau`."""
     ratios: tuple[int, ...] | None = None
     """With `record(ratios=True)`: how many positions have r where in `histogram.RATIO_EDGES`."""
     by_sample: tuple[float | None, ...] | None = None
@@ -45,26 +48,23 @@ class ModuleSparsity:
     by_position: tuple[tuple[int, int], ...] | None = None
     """With `record(positions=True)`: for each place in the sequence, padding not counted, the
     positions that were there, and those of them that were modified."""
-    broken_tau: str | None = None
-    """"nan", "inf" or "-inf" where tau is not finite, also where it comes from a file."""
 
-    def __post_init__(self) -> None:
-        if self.tau is not None and not math.isfinite(self.tau):
-            object.__setattr__(self, "broken_tau", str(float(self.tau)))
+    @property
+    def broken_tau(self) -> str | None:
+        """A tau that is not finite, as "nan", "inf" or "-inf"."""
+        return None if self.tau is None or math.isfinite(self.tau) else str(float(self.tau))
 
     def merged(self, later: ModuleSparsity) -> ModuleSparsity:
         """What one recording of both would have given. A detail that one alone has is left out."""
         called = [module for module in (self, later) if module.samples]
         samples = self.samples + later.samples
-        last = self if later.tau is None and later.broken_tau is None else later
         summed = sum(whole_grains(module.sparsity * module.samples) for module in called)
         return ModuleSparsity(
             sparsity=summed / samples if samples else math.nan,
             samples=samples,
             positions=self.positions + later.positions,
             modified=self.modified + later.modified,
-            tau=last.tau,
-            broken_tau=last.broken_tau,
+            tau=self.tau if later.tau is None else later.tau,
             ratios=self._joined(later, "ratios", _added),
             by_sample=self._joined(later, "by_sample", operator.add),
             by_position=self._joined(later, "by_position", _added_by_position),
@@ -81,7 +81,8 @@ class ModuleSparsity:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; without the details that were not recorded."""
         found = {**vars(self), "sparsity": value(self.sparsity), "tau": value(self.tau)}
-        return {k: v for k, v in found.items() if k not in _DETAILS or v is not None}
+        found["broken_tau"] = self.broken_tau
+        return {k: v for k, v in found.items() if k not in _OPTIONAL or v is not None}
 
 
 def module_from_dict(found: Any) -> ModuleSparsity:
@@ -93,9 +94,9 @@ def module_from_dict(found: Any) -> ModuleSparsity:
     if not isinstance(found, dict):
         raise ValueError("it is no object")
     names = {field.name for field in fields(ModuleSparsity)}
-    if missing := names - found.keys() - {*_DETAILS}:
+    if missing := names - found.keys() - _OPTIONAL:
         raise ValueError(f"it has no {min(missing)!r}")
-    if unknown := found.keys() - names:
+    if unknown := found.keys() - names - _OPTIONAL:
         raise ValueError(f"it has an unknown {min(unknown)!r}")
     for name, (fits, what) in _CHECKS.items():
         if name in found and not fits(found[name]):
@@ -107,8 +108,12 @@ def module_from_dict(found: Any) -> ModuleSparsity:
     if (found["sparsity"] is None) != (found["samples"] == 0):
         raise ValueError("it has a sparsity without samples, or samples without a sparsity")
     details = {name: _tuple(found.get(name)) for name in _DETAILS}
-    sparsity = math.nan if found["sparsity"] is None else float(found["sparsity"])
-    return ModuleSparsity(**{**found, **details, "sparsity": sparsity})
+    broken = found.get("broken_tau")
+    numbers = {
+        "sparsity": math.nan if found["sparsity"] is None else float(found["sparsity"]),
+        "tau": found["tau"] if broken is None else float(broken),
+    }
+    return ModuleSparsity(**{n: found[n] for n in names & found.keys()} | details | numbers)
 
 
 def _is_count(found: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
@@ -19,7 +18,10 @@ from tokengate.methods.registry import METHODS
 from tokengate.names import inside
 
 # Whose versions change what a model computes; of those only that are in use.
-_LIBRARIES = ("torch", "transformers", "timm", "open_clip", "diffusers", "bitsandbytes", "torchao")
+_LIBRARIES = (
+    "tokengate", "torch", "transformers", "timm", "open_clip", "diffusers", "bitsandbytes",
+    "torchao",
+)  # fmt: skip
 
 
 def name_of_model(model: nn.Module) -> str:
@@ -33,6 +35,11 @@ def name_of_model(model: nn.Module) -> str:
     return f"{kind.__name__} {name}".strip()
 
 
+def version_of(library: str) -> str:
+    """As an imported library says it: only what was installed has metadata that do."""
+    return str(getattr(sys.modules[library], "__version__", "?"))
+
+
 def provenance(
     model: str, parts: Mapping[str, tuple[Modification | None, Gate | None]]
 ) -> dict[str, str]:
@@ -44,7 +51,6 @@ def provenance(
     """
     modifications = [m for m, _ in parts.values() if m is not None]
     gates = [gate for _, gate in parts.values()]
-    libraries = [name for name in _LIBRARIES if name in sys.modules]
     found = {
         "model": model,
         "method": _all(METHODS.name_of(type(m)) or type(m).__name__ for m in modifications),
@@ -55,8 +61,7 @@ def provenance(
         "scale": _all(getattr(m, "scale", None) for m in modifications),
         "lambda": _all(getattr(gate, "penalty", None) for gate in gates),
         "versions": ", ".join(
-            [f"tokengate {version('tokengate')}"]
-            + [f"{name} {getattr(sys.modules[name], '__version__', '?')}" for name in libraries]
+            f"{name} {version_of(name)}" for name in _LIBRARIES if name in sys.modules
         ),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

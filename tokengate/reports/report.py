@@ -163,7 +163,7 @@ class SparsityReport:
         modules = dict(self.modules)
         for name, module in check_report("merge", later).modules.items():
             modules[name] = modules[name].merged(module) if name in modules else module
-        return SparsityReport(modules, later.about or self.about)
+        return SparsityReport(modules, dict(later.about or self.about))
 
     def compare(self, other: SparsityReport) -> ReportDifference:
         """What is different in `other`, by module, the largest change of sparsity first.

@@ -105,7 +105,7 @@ def test_a_run_with_results_is_not_repeated(recipe, monkeypatch, tmp_path, capsy
 def test_what_was_begun_with_other_settings_is_not_gone_on_with(recipe, monkeypatch, tmp_path):
     def interrupted(run):
         (run.folder / "checkpoint-1").mkdir(parents=True)
-        (run.folder / "checkpoint-1" / "trainer_state.json").touch()
+        (run.folder / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
         raise KeyboardInterrupt
 
     def perform(run):
@@ -250,9 +250,12 @@ def test_a_training_goes_on_where_it_was_interrupted(recipe, glue, monkeypatch, 
         glue(tmp_path / "halves", *line)
     folder = tmp_path / "halves" / "cola-lora-on-0"
     (checkpoint,) = folder.glob("checkpoint-*")
-    # A process that is killed while it saves leaves one behind that cannot be read.
+    # A process that is killed while it saves leaves some behind that cannot be read.
     shutil.copytree(checkpoint, folder / "checkpoint-7")
     (folder / "checkpoint-7" / "trainer_state.json").unlink()
+    shutil.copytree(checkpoint, folder / "checkpoint-9")
+    state = folder / "checkpoint-9" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
     found = glue(tmp_path / "halves", *line)["cola-lora-on-0"]
     assert losses(found) == losses(whole)
     assert len(set(losses(found))) == 8

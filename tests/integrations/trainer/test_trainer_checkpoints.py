@@ -1,6 +1,7 @@
 """TokenGateTrainer's checkpoints have the adapter alone, and what goes on from them is exact."""
 
 import pathlib
+import types
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_save_model_is_read_by_load(tmp_path):
     assert not equal(values(other), values(ours.model))
     tokengate.load(other, tmp_path / "kept")
     assert equal(values(other), values(ours.model))
+
+
+@pytest.mark.parametrize("holder", ["processing_class", "data_collator"])
+def test_a_tokenizer_is_kept_whoever_holds_it(tmp_path, holder):
+    """As the Trainer keeps it."""
+
+    class Words:
+        def save_pretrained(self, folder):
+            (pathlib.Path(folder) / "words.json").write_text("{}")
+
+    ours = made(tmp_path)
+    ours.processing_class = None
+    ours.save_model(str(tmp_path / "without"))
+    assert not (tmp_path / "without" / "words.json").exists()
+    held = {"processing_class": Words(), "data_collator": types.SimpleNamespace(tokenizer=Words())}
+    setattr(ours, holder, held[holder])
+    ours.save_model(str(tmp_path / "kept"))
+    assert (tmp_path / "kept" / "words.json").exists()
 
 
 def test_the_best_model_is_given_back(tmp_path):

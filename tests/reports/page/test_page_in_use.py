@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import html_pages
 import pytest
@@ -229,6 +230,16 @@ def test_files_of_what_is_on_the_page(opened):
     assert found["reports"][0]["modules"][Q0]["sparsity"] == 0.5
     assert found["texts"][0]["modified"] == {Q0: [0, 1, 4], V0: [0, 3, 4], Q1: [0, 4]}
     assert found["texts"][0]["kl"] == [None, 0.2, 0.8, 0.1, None]
+
+
+def test_every_tau_is_in_the_file_as_it_is(opened):
+    taus = [0.25, -0.5, math.inf, -math.inf, math.nan]
+    report = SparsityReport(
+        {f"x.{i}.q": ModuleSparsity(0.5, 1, 2, 1, t) for i, t in enumerate(taus)}
+    )
+    page = opened(report.to_html(), accept_downloads=True)
+    rows = list(csv.DictReader(io.StringIO(saved(page, "modules.csv"))))
+    assert [str(float(row["tau"])) for row in rows] == list(map(str, taus))
 
 
 def test_a_spreadsheet_computes_nothing_of_them(opened):

@@ -64,10 +64,12 @@ def export_changes(
     Args:
         model: a patched model.
         batches: what it is called with: dicts by keyword, tuples by position.
-        folder: of the files, `batch-00000.safetensors` and so on; made if it is not there.
+        folder: of the files, `batch-00000.safetensors` and so on; made if it is not there. What an
+            earlier call with more batches wrote stays there.
         modules: those to write, by names, globs or regular expressions, as `patch` takes targets;
             None for all.
-        dtype: to write M(x) in; None for its own.
+        dtype: to write M(x) in, where float16 has what is above 65,504 as infinite; None for its
+            own.
         limit: the bytes that all of it may take together: 1 GiB, if not told otherwise.
 
     Returns:

@@ -13,7 +13,9 @@ const csv = (lines) => lines.map((line) => `${line.map(csvField).join(",")}\n`).
 function modulesCsv() {
   const found = reports.flatMap(({ name }, which) => modules.flatMap((module, n) => {
     const m = said(n, which);
-    return m ? [[...(reports.length > 1 ? [name] : []), module.name, m.sparsity, m.samples, m.positions, m.modified, m.tau === null ? null : Number(m.tau)]] : [];
+    if (!m) return [];
+    const tau = m.tau === null ? null : Number(m.tau.replace("inf", "Infinity"));
+    return [[...(reports.length > 1 ? [name] : []), module.name, m.sparsity, m.samples, m.positions, m.modified, tau]];
   }));
   return csv([[...(reports.length > 1 ? ["report"] : []), "module", "sparsity", "samples", "positions", "modified", "tau"], ...found]);
 }
