@@ -220,6 +220,29 @@ def test_verify_leaves_everything_as_it_was():
     assert snapshot(model) != before  # the batch norm's statistics could have changed
 
 
+class Averaging(nn.Module):
+    """Whose forward puts another tensor in its buffer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.fc(x)
+
+
+def test_verify_gives_buffers_back_that_a_forward_replaces():
+    model, x = tokengate.patch(Averaging(), ["fc"]), torch.randn(8, 4)
+    before = model.mean
+    tokengate.verify(model, x)
+    assert model.mean is before
+    assert not model.mean.any()
+    model(x)
+    assert model.mean.any(), "it can fail"
+
+
 def test_verify_needs_a_patched_model():
     with pytest.raises(tokengate.TokenGateError, match="verify was asked of a Net without"):
         tokengate.verify(Net(), torch.randn(2, 8))

@@ -300,6 +300,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
@@ -310,6 +311,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         with keeping_modes(model), apart(model):
             yield
     finally:
+        for own, before in held:  # a forward may put another in a buffer's place
+            own.clear()
+            own.update(before)
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
