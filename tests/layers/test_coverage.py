@@ -348,6 +348,22 @@ def test_several_calls_in_one_forward_count_each():
     assert rec.report().modules["proj"].positions == 2 * 3 + 5
 
 
+@pytest.mark.filterwarnings("ignore:SGD leaves out")
+def test_an_optimizer_may_be_given_other_parameters_between_its_steps():
+    """As those of other layers in turn: as many as before, beside a layer that stays frozen."""
+    model = tokengate.patch(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), ["*"])
+    first, second, third = (list(layer.modification.parameters()) for layer in model)
+    optimizer = torch.optim.SGD([*first, *second], lr=0.1)
+    for p in first:
+        p.requires_grad_(False)
+    moved = [p.detach().clone() for p in third]
+    for params in ([*first, *second], [*first, *third]):
+        optimizer.param_groups[0]["params"] = params
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    assert any(not torch.equal(p, before) for p, before in zip(third, moved, strict=True))
+
+
 def test_warnings_are_of_their_own_class():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreachedLayerWarning)
