@@ -308,6 +308,22 @@ def test_what_is_wrong_is_said_before_anything_is_changed(arguments, words):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("gate", ["threshold", "sigmoid", "random", "firm", "fisher", "soft"])
+def test_a_single_vector_is_a_position(own, gate):
+    """As a linear layer takes one, `(in_features,)`."""
+    layer, x = layer_of(gate=gate), torch.randn(6, dtype=torch.float64)
+    gradients = []
+    for each in (x, x[None]):
+        layer.zero_grad()
+        h = layer(each)
+        assert h.shape == (*each.shape[:-1], 5)
+        h.square().sum().backward()
+        gradients.append([h.reshape(-1), *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert gradients[0][1].any()
+
+
 def test_weights_of_another_shape_are_refused(own):
     class Wrong(own):
         def weights(self, positions):
