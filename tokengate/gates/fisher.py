@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -114,6 +115,12 @@ class FisherGate(LedGate):
             total = (real.to(fed.dtype) if sizes is None else sizes).sum()
             fed[:-1].add_((vectors.T @ vectors).reshape(-1))
             fed[-1:].add_(total)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FisherGate:
+        super()._apply(fn, recurse)
+        if self._fed is not None and self._fed.device != self.Q.device:
+            self.start_feeding()
+        return self
 
     def start_feeding(self) -> None:
         """From now on backward adds up what `fold` averages."""
