@@ -96,6 +96,27 @@ def test_equals_pytorch_s_operations(method, data):
         )  # fmt: skip
 
 
+class Turned(nn.Linear):
+    """Whose output has its positions side by side in memory, and not its channels."""
+
+    def forward(self, input):
+        return (self.weight @ input.mT).mT + self.bias
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_of_other_strides(method):
+    torch.manual_seed(0)
+    layer, x, grad = Turned(11, 21), torch.randn(6, 11), torch.randn(6, 21)
+    assert layer(x).stride(1) > 1
+    tokengate.patch(layer, "all-linear", method, rank=3)
+    close_some(away_from_initialisation(layer, 0.3), x)
+    found = results(layer, x, grad)
+    wanted = without_kernels(pytest.MonkeyPatch.context, layer, x, grad)
+    assert 0 < found["S"].sum() < 6
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_loop(method):
     layer = layer_of(method, 11, 21, bias=True, rank=3, penalty=0.5)

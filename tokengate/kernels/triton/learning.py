@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokengate.kernels.triton.launching import block_of, operation, wrap_triton
+from tokengate.kernels.triton.launching import block_of, operation, rows_of, wrap_triton
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -166,10 +166,12 @@ def direct(
 def pass_gain(
     grad: Tensor, out: Tensor, bias: Tensor | None, gain: Tensor, a: Tensor | None, needs_mu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of a gain w: the gradient of `out`, `(N, C)`; <gain G_i, w_i>; and of `gain`.
+    """Backward of a gain w, from `grad` and `out`, `(..., C)`: the gradient of `out`, `(N, C)`;
+    <gain G_i, w_i>; and that of `gain`.
 
     The last two in parts that add up, `(parts, N)` and `(parts, C)`, in float32.
     """
+    grad, out = rows_of(grad), rows_of(out)
     n, channels = grad.shape
     grad_out = torch.empty((n, channels), dtype=grad.dtype, device=grad.device)
     block, width = block_of(n, 16, 32), block_of(channels, 16, 128)
