@@ -74,7 +74,7 @@ class FusedSum(GatedSum):
             return GatedSum.backward(ctx, grad)
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         rows, flat_z = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
-        flat = None if a is None else a.reshape(-1).contiguous()
+        flat = None if a is None else a.reshape(-1)
         down = rows @ up
         if ctx.learn is not None:
             ctx.learn(z, down.view(z.shape))
