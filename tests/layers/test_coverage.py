@@ -305,6 +305,11 @@ def test_what_the_source_says():
             "whose owner '0' is a ReadsOnly, which reads the weight itself",
         ),
         (lambda: nn.Sequential(Router(4, 4), nn.Linear(4, 4)), "0", "is a Router and returns a tu"),
+        (
+            lambda: nn.ModuleDict({"w": nn.Linear(4, 4, dtype=torch.complex64)}),
+            "w",
+            r"'0\.w', whose weight is complex",
+        ),
     ],
 )
 def test_refused_at_patch_time_and_left_out_of_all_linear(make, target, message):
