@@ -159,6 +159,22 @@ def test_positions_tell_what_they_say():
     assert Positions(Change(w, None, m), x).z is None
 
 
+@pytest.mark.parametrize("derived", [False, True])
+def test_sizes_have_one_dtype_whatever_the_values_are(derived):
+    """Where what is left of M(x) is near rounding, it is measured in wider numbers."""
+    z, up = torch.randn(300, 4), torch.randn(64, 4)
+    near = up.clone()
+    near[:, 1:] = -up[:, :1] / 3
+    for factor, alike in ((up, torch.randn(300, 4)), (near, 1 + 1e-4 * z)):
+        positions = Positions(
+            Change(torch.randn(300, 64), None, Factors(alike.requires_grad_(derived), factor))
+        )
+        norms = (alike @ factor.T).norm(dim=-1).detach()
+        torch.testing.assert_close(positions.m_norm.detach(), norms, rtol=1e-3, atol=1e-6)
+        assert positions.m_norm.requires_grad == derived
+        assert positions.m_norm.dtype == positions.r.dtype == positions.dtype == torch.float32
+
+
 @pytest.mark.parametrize("gate", ["sigmoid", "random", "soft"])
 def test_it_changes_nothing_at_first_trains_saves_and_loads(own, gate, tmp_path):
     model, base, x = Net(), None, torch.randn(2, 5, 8)
@@ -290,6 +306,22 @@ def test_what_is_wrong_is_said_before_anything_is_changed(arguments, words):
     with one_sentence(*words):
         tokengate.patch(model, ["q_proj"], **arguments)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("gate", ["threshold", "sigmoid", "random", "firm", "fisher", "soft"])
+def test_a_single_vector_is_a_position(own, gate):
+    """As a linear layer takes one, `(in_features,)`."""
+    layer, x = layer_of(gate=gate), torch.randn(6, dtype=torch.float64)
+    gradients = []
+    for each in (x, x[None]):
+        layer.zero_grad()
+        h = layer(each)
+        assert h.shape == (*each.shape[:-1], 5)
+        h.square().sum().backward()
+        gradients.append([h.reshape(-1), *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert gradients[0][1].any()
 
 
 def test_weights_of_another_shape_are_refused(own):
