@@ -302,6 +302,25 @@ def test_weights_of_another_shape_are_refused(own):
         layer(torch.randn(4, 2, 6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("gate", ["soft", "threshold", "firm", "fisher", "sigmoid", "random"])
+def test_a_vector_is_one_position(own, gate):
+    layer = layer_of(gate=gate)
+    x = torch.randn(6, dtype=torch.float64)
+
+    def gradients(h):
+        layer.zero_grad()
+        h.sum().backward()
+        return [p.grad for p in layer.parameters() if p.grad is not None]
+
+    for training in (True, False):
+        layer.train(training)
+        alone, first = layer(x), layer(x.unsqueeze(0))[0]
+        assert torch.equal(alone, first)
+        found = gradients(alone)
+        assert found
+        assert all(map(torch.equal, found, gradients(first)))
+
+
 def test_an_unregistered_gate_is_not_saved(own, tmp_path):
     class Nameless(own):
         pass
