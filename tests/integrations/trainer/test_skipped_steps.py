@@ -55,7 +55,7 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
 
 
 def test_a_skipped_step_is_not_counted(tmp_path):
-    """By an optimiser that is not fused, whose hooks are not run; the schedule ends short of its target."""
+    """By an optimiser that is not fused, whose hooks are not run; the target is not reached."""
 
     class Left(transformers.TrainerCallback):
         """Positions that the schedule has counted, after steps that were taken or skipped."""
