@@ -116,7 +116,7 @@ class RankWarning(_OneLine, UserWarning):
 
 
 class UnreachedSparsityWarning(_OneLine, UserWarning):
-    """No tau closes the share of positions that `calibrate` was asked for."""
+    """No tau closes the share of positions that was asked for, or training ended before it did."""
 
 
 class UselessGateWarning(_OneLine, UserWarning):

@@ -308,22 +308,6 @@ def test_what_is_wrong_is_said_before_anything_is_changed(arguments, words):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("gate", ["threshold", "sigmoid", "random", "firm", "fisher", "soft"])
-def test_a_single_vector_is_a_position(own, gate):
-    """As a linear layer takes one, `(in_features,)`."""
-    layer, x = layer_of(gate=gate), torch.randn(6, dtype=torch.float64)
-    gradients = []
-    for each in (x, x[None]):
-        layer.zero_grad()
-        h = layer(each)
-        assert h.shape == (*each.shape[:-1], 5)
-        h.square().sum().backward()
-        gradients.append([h.reshape(-1), *(p.grad for p in layer.parameters() if p.requires_grad)])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-    assert gradients[0][1].any()
-
-
 def test_weights_of_another_shape_are_refused(own):
     class Wrong(own):
         def weights(self, positions):
@@ -332,6 +316,25 @@ def test_weights_of_another_shape_are_refused(own):
     layer = layer_of(gate=Wrong)
     with one_sentence("Wrong gave weights of shape (4, 1) for positions of shape (4, 2)"):
         layer(torch.randn(4, 2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gate", ["soft", "threshold", "firm", "fisher", "sigmoid", "random"])
+def test_a_vector_is_one_position(own, gate):
+    layer = layer_of(gate=gate)
+    x = torch.randn(6, dtype=torch.float64)
+
+    def gradients(h):
+        layer.zero_grad()
+        h.sum().backward()
+        return [p.grad for p in layer.parameters() if p.grad is not None]
+
+    for training in (True, False):
+        layer.train(training)
+        alone, first = layer(x), layer(x.unsqueeze(0))[0]
+        assert torch.equal(alone, first)
+        found = gradients(alone)
+        assert found
+        assert all(map(torch.equal, found, gradients(first)))
 
 
 def test_an_unregistered_gate_is_not_saved(own, tmp_path):

@@ -167,8 +167,6 @@ class Gate(KeepsFloat32):
                 "outputs but not how a gate learns: call model.eval() first."
             )
         a: Any = self.weights(positions)
-        if isinstance(a, Tensor) and a.shape == (1,) and not positions.shape:
-            a = a.reshape(())  # of a single vector, compared with a parameter of one element
         if not isinstance(a, Tensor) or a.shape != positions.shape:
             found = f"shape {tuple(a.shape)}" if isinstance(a, Tensor) else brief(a)
             raise TokenGateError(
