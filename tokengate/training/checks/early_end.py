@@ -21,7 +21,7 @@ def say_if_early(schedule: SparsitySchedule | None, step: int | None = None) -> 
     if schedule is None:
         return
     step = schedule.steps if step is None else step
-    wanted = schedule._wanted(step)
+    wanted = schedule.wanted_at(step)
     if abs(wanted - schedule.target) > _NEAR:
         warnings.warn(
             f"a SparsitySchedule was to close {schedule.target:.0%} of the positions, and the "
