@@ -27,6 +27,7 @@ from tokengate.integrations.live_logging import report_of, tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
+from tokengate.training.checks.early_end import say_if_early
 from tokengate.training.following import Following
 from tokengate.training.param_groups import tau_rule
 
@@ -188,6 +189,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The taus go on following their optimiser, whose state has theirs when it is saved."""
+        say_if_early(self.sparsity_schedule)
         self._end(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -164,6 +164,39 @@ def test_every_name_of_peft_s_options_is_answered():
     assert not SAME.keys() & OTHERWISE.keys()
 
 
+def test_nothing_of_a_configuration_of_peft_s_is_lost():
+    peft = pytest.importorskip("peft", reason="the test extra is not installed")
+
+    def said(config):
+        with pytest.raises(tokengate.TokenGateError) as error:
+            tokengate.patch(Net(), config)
+        call, _, beside = str(error.value).partition("as in ")[2].partition("; ")
+        here = {"tokengate": tokengate, "model": Net(), "re": re}
+        return list(tokengate.layers(eval(call.removesuffix("."), here)).values()), beside
+
+    common = {"target_modules": ["q_proj"]}
+    layers, beside = said(peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, **common))
+    kind = layers[0].modification
+    assert (kind.rank, kind.target_rank) == (6, 3)  # r, which it has too, is 8 and means nothing
+    assert "total_step=10, pass it to tokengate.RankAllocator" in beside
+    layers, beside = said(
+        peft.LoraConfig(
+            target_modules=r".*\.[qv]_proj", rank_pattern={"q_proj": 4}, bias="all",
+            layer_replication=[[0, 1]], task_type="SEQ_CLS",
+        )
+    )  # fmt: skip
+    assert len(layers) == 4  # a string is a regular expression there
+    for name in ("rank_pattern", "bias", "layer_replication", "task_type"):
+        assert f"{name}=" in beside
+    assert 'train="head"' in beside
+    assert said(peft.LoraConfig(**common))[1] == ""
+    with pytest.raises(tokengate.TokenGateError, match=r"LoHaConfig .* whose method is not here"):
+        tokengate.patch(Net(), peft.LoHaConfig(**common))
+    both = peft.LoraConfig(target_parameters=["experts.w1"], **common)
+    with pytest.raises(tokengate.TokenGateError, match=r"targets=\['q_proj', 'experts.w1'\]"):
+        tokengate.patch(Net(), both)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_an_optimizer_that_another_completes_leaves_nothing_out(apart):
     """As one for the taus alone, or `follow`."""

@@ -104,6 +104,7 @@ def test_public_names():
         "use",
         "verify",
     }
+    assert set(tokengate.__all__) == public - modules  # what `from tokengate import *` gives
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ else:
     sys.modules[__name__].__class__ = _Package
 
     def __getattr__(name: str) -> Any:
-        if not name.startswith("_"):
+        if not name.startswith("_") or name == "__all__":  # of `from tokengate import *`
             found = vars(import_module("tokengate.public"))
-            globals().update({k: v for k, v in found.items() if not k.startswith("_")})
+            public = {k: v for k, v in found.items() if not k.startswith("_")}
+            globals().update(public, __all__=sorted(public))
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]

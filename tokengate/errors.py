@@ -80,7 +80,7 @@ class SkippedModuleWarning(_OneLine, UserWarning):
 
 
 class DifferentBaseWarning(_OneLine, UserWarning):
-    """A model has other linear layers, or another head, than the one an adapter was trained on."""
+    """A model has other layers, another head or running means than an adapter was trained on."""
 
 
 class FrozenHeadWarning(_OneLine, UserWarning):
@@ -116,7 +116,7 @@ class RankWarning(_OneLine, UserWarning):
 
 
 class UnreachedSparsityWarning(_OneLine, UserWarning):
-    """No tau closes the share of positions that `calibrate` was asked for."""
+    """No tau closes the share of positions that was asked for, or training ended before it did."""
 
 
 class UselessGateWarning(_OneLine, UserWarning):

@@ -27,7 +27,7 @@ import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch, wanted_sparsity
 from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, sparsities
-from tokengate.integrations.trainer.checkpoints import read_state, write_state
+from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
 from tokengate.integrations.trainer.penalty_unit import set_unit
@@ -43,6 +43,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
+from tokengate.training.checks.early_end import say_if_early
 from tokengate.training.param_groups import tau_rule
 
 _log = logging.getLogger(__name__)
@@ -348,6 +349,8 @@ class TokenGateCallback(TrainerCallback):
         if self._steps is not None and isinstance(self._engine, FSDP2):
             # Here, where all processes are, and not where one has failed.
             state_of(self._engine.optimizer)[KEY] = self._steps.state()
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        say_if_early(self.sparsity_schedule, step_of(Path(best)) if best else None)
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:

@@ -384,7 +384,7 @@ def test_bad_input_is_refused():
     refused_fold(model, before, "safe=1 is neither", DATA, safe=1)
     refused_fold(model, before, "gone through once", iter(DATA))
     refused_fold(model, before, "pass several batches", ELSEWHERE)
-    refused_fold(model, before, "nothing was recorded", [])
+    refused_fold(model, before, "fold was given no batches", [])
     with pytest.raises(TokenGateError, match="without a patched layer"):
         tokengate.fold(Net(), DATA)
     tokengate.fold(model, DATA)

@@ -13,6 +13,7 @@ from torch import nn
 
 import tokengate
 from tokengate import Slices, TokenGateError
+from tokengate.errors import DifferentBaseWarning
 from tokengate.methods import registry
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
@@ -382,3 +383,31 @@ def test_what_zero_has_divided_is_gathered_to_be_saved(tmp_path, monkeypatch):
     other = fresh()
     tokengate.load(other, tmp_path)
     assert same(values(other), expected)
+
+
+def test_running_means_that_training_moved_are_told_of(tmp_path):
+    """No adapter has them, and outputs in a fresh base were others without a word."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+
+    x = torch.randn(16, 8)
+    model = away_from_initialisation(tokengate.patch(base(), "all-linear", rank=2))
+    model.eval()(x)
+    tokengate.save(model, tmp_path)
+    same = base().eval()
+    tokengate.load(same, tmp_path)  # a warning would be an error
+    torch.testing.assert_close(same(x), model(x))
+    model.train()(x)
+    wanted = model.eval()(x)
+    tokengate.save(model, tmp_path)
+    other = base().eval()
+    with pytest.warns(DifferentBaseWarning, match=r"'1\.running_mean'.*state_dict"):
+        tokengate.load(other, tmp_path)
+    assert not torch.allclose(other(x), wanted)
+    statistics = {n: v for n, v in model.state_dict().items() if n.startswith("1.")}
+    again = base().eval()
+    again.load_state_dict(statistics, strict=False)  # what the warning says
+    tokengate.load(again, tmp_path)
+    torch.testing.assert_close(again(x), wanted)

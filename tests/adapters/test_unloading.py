@@ -136,3 +136,22 @@ def test_of_several_adapters_none_is_merged(tmp_path):
     tokengate.load(model, tmp_path, name="other")
     with one_sentence("merge_and_unload was asked of a model with several adapters"):
         tokengate.merge_and_unload(model)
+    with one_sentence("adapter_names=['other']", "tokengate.save(model, folder, name=...)"):
+        tokengate.merge_and_unload(model, adapter_names=["other"])
+    tokengate.save(model, tmp_path / "alone", name="other")  # which is what both say
+    torch.manual_seed(0)
+    alone = Net()
+    tokengate.load(alone, tmp_path / "alone")
+    tokengate.merge_and_unload(alone)
+    torch.testing.assert_close(alone(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_what_is_merged_without_autograd_can_be_trained(method):
+    """Weights of inference mode never can, and nothing else would say so until then."""
+    model = trained(method=method)
+    with torch.inference_mode():
+        tokengate.merge_and_unload(model, [X])
+    assert not any(p.is_inference() for p in model.parameters())
+    model.requires_grad_(True)(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -159,6 +159,22 @@ def test_positions_tell_what_they_say():
     assert Positions(Change(w, None, m), x).z is None
 
 
+@pytest.mark.parametrize("derived", [False, True])
+def test_sizes_have_one_dtype_whatever_the_values_are(derived):
+    """Where what is left of M(x) is near rounding, it is measured in wider numbers."""
+    z, up = torch.randn(300, 4), torch.randn(64, 4)
+    near = up.clone()
+    near[:, 1:] = -up[:, :1] / 3
+    for factor, alike in ((up, torch.randn(300, 4)), (near, 1 + 1e-4 * z)):
+        positions = Positions(
+            Change(torch.randn(300, 64), None, Factors(alike.requires_grad_(derived), factor))
+        )
+        norms = (alike @ factor.T).norm(dim=-1).detach()
+        torch.testing.assert_close(positions.m_norm.detach(), norms, rtol=1e-3, atol=1e-6)
+        assert positions.m_norm.requires_grad == derived
+        assert positions.m_norm.dtype == positions.r.dtype == positions.dtype == torch.float32
+
+
 @pytest.mark.parametrize("gate", ["sigmoid", "random", "soft"])
 def test_it_changes_nothing_at_first_trains_saves_and_loads(own, gate, tmp_path):
     model, base, x = Net(), None, torch.randn(2, 5, 8)
@@ -300,6 +316,25 @@ def test_weights_of_another_shape_are_refused(own):
     layer = layer_of(gate=Wrong)
     with one_sentence("Wrong gave weights of shape (4, 1) for positions of shape (4, 2)"):
         layer(torch.randn(4, 2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gate", ["soft", "threshold", "firm", "fisher", "sigmoid", "random"])
+def test_a_vector_is_one_position(own, gate):
+    layer = layer_of(gate=gate)
+    x = torch.randn(6, dtype=torch.float64)
+
+    def gradients(h):
+        layer.zero_grad()
+        h.sum().backward()
+        return [p.grad for p in layer.parameters() if p.grad is not None]
+
+    for training in (True, False):
+        layer.train(training)
+        alone, first = layer(x), layer(x.unsqueeze(0))[0]
+        assert torch.equal(alone, first)
+        found = gradients(alone)
+        assert found
+        assert all(map(torch.equal, found, gradients(first)))
 
 
 def test_an_unregistered_gate_is_not_saved(own, tmp_path):

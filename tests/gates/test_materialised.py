@@ -133,3 +133,18 @@ def test_a_random_gate_closes_the_same_positions_from_the_meta_device():
         found.append(rec.positions["blocks.0.q_proj"][0])
     assert torch.equal(torch.as_tensor(found[0]), torch.as_tensor(found[1]))
     assert 0 < torch.as_tensor(found[0]).sum() < 600
+
+
+@pytest.mark.parametrize("gate", ["threshold", "firm", "fisher"])
+def test_what_is_counted_follows_the_gate_to_another_device(gate):
+    """As where a model is moved after its param_groups, or its schedule, were made."""
+    model = tokengate.patch(Net(), ["q_proj", "fc1"], gate=gate)
+    gates = [layer.gate for layer in tokengate.layers(model).values()]
+    for each in gates:
+        each.set_pace(relative=True)
+        if gate == "fisher":
+            each.start_feeding()
+    model.to("meta")
+    model(torch.randn(2, 3, 8, device="meta")).sum().backward()
+    assert all(each._seen.is_meta for each in gates)
+    assert all(each._fed.is_meta for each in gates if gate == "fisher")

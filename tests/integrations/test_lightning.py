@@ -268,6 +268,17 @@ def test_resumed_bit_for_bit(both, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 2
+
+    trainer = trainer_of(pl, callback(pl, target_sparsity=0.5), tmp_path)
+    trainer.callbacks.append(Stops())
+    with pytest.warns(tokengate.errors.UnreachedSparsityWarning, match="step 2 of 8, where"):
+        trainer.fit(module_of(pl, patched()), batches())
+
+
 @pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")
 def test_a_checkpoint_without_the_callback(pl, tmp_path):
     net = patched("adalora", rank=4, target_rank=2)

@@ -220,6 +220,29 @@ def test_verify_leaves_everything_as_it_was():
     assert snapshot(model) != before  # the batch norm's statistics could have changed
 
 
+class Averaging(nn.Module):
+    """Whose forward puts another tensor in its buffer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.fc(x)
+
+
+def test_verify_gives_buffers_back_that_a_forward_replaces():
+    model, x = tokengate.patch(Averaging(), ["fc"]), torch.randn(8, 4)
+    before = model.mean
+    tokengate.verify(model, x)
+    assert model.mean is before
+    assert not model.mean.any()
+    model(x)
+    assert model.mean.any(), "it can fail"
+
+
 def test_verify_needs_a_patched_model():
     with pytest.raises(tokengate.TokenGateError, match="verify was asked of a Net without"):
         tokengate.verify(Net(), torch.randn(2, 8))
@@ -282,6 +305,11 @@ def test_what_the_source_says():
             "whose owner '0' is a ReadsOnly, which reads the weight itself",
         ),
         (lambda: nn.Sequential(Router(4, 4), nn.Linear(4, 4)), "0", "is a Router and returns a tu"),
+        (
+            lambda: nn.ModuleDict({"w": nn.Linear(4, 4, dtype=torch.complex64)}),
+            "w",
+            r"'0\.w', whose weight is complex",
+        ),
     ],
 )
 def test_refused_at_patch_time_and_left_out_of_all_linear(make, target, message):
@@ -323,6 +351,22 @@ def test_several_calls_in_one_forward_count_each():
     with tokengate.record(model) as rec:
         model(torch.randn(2, 3, 4), torch.randn(1, 5, 4))
     assert rec.report().modules["proj"].positions == 2 * 3 + 5
+
+
+@pytest.mark.filterwarnings("ignore:SGD leaves out")
+def test_an_optimizer_may_be_given_other_parameters_between_its_steps():
+    """As those of other layers in turn: as many as before, beside a layer that stays frozen."""
+    model = tokengate.patch(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), ["*"])
+    first, second, third = (list(layer.modification.parameters()) for layer in model)
+    optimizer = torch.optim.SGD([*first, *second], lr=0.1)
+    for p in first:
+        p.requires_grad_(False)
+    moved = [p.detach().clone() for p in third]
+    for params in ([*first, *second], [*first, *third]):
+        optimizer.param_groups[0]["params"] = params
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    assert any(not torch.equal(p, before) for p, before in zip(third, moved, strict=True))
 
 
 def test_warnings_are_of_their_own_class():

@@ -1,5 +1,7 @@
 """torch's encoder layers, whose inference fast path must not pass a patched layer by."""
 
+import inspect
+
 import pytest
 import torch
 from models import away_from_initialisation, snapshot
@@ -90,3 +92,12 @@ def test_a_user_may_still_set_the_flags():
     assert model.use_nested_tensor is False
     assert model.layers[0].activation_relu_or_gelu == 0
     assert model.layers[1].activation_relu_or_gelu == 1
+
+
+def test_only_what_it_has_is_an_attribute():
+    model = tokengate.patch(encoder(), TARGETS)
+    assert hasattr(model, "use_nested_tensor")
+    assert not hasattr(model, "activation_relu_or_gelu")
+    assert hasattr(model.layers[0], "activation_relu_or_gelu")
+    assert not hasattr(model.layers[0], "use_nested_tensor")
+    assert dict(inspect.getmembers(model.layers[0]))["linear1"] is model.layers[0].linear1

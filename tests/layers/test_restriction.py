@@ -572,6 +572,35 @@ def test_after_knows_the_text_of_each_cache(how):
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+class Summing(nn.Module):
+    """With a cache as models had before there were classes of them: a tuple, of sums so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(64, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        h = self.fc(self.embedding(input_ids)).cumsum(1)
+        h = h if past_key_values is None else h + past_key_values[0]
+        return h, (h[:, -1:],)
+
+
+def test_after_knows_the_text_of_a_cache_that_is_a_tuple():
+    torch.manual_seed(0)
+    model = away_from_initialisation(tokengate.patch(Summing(), ["fc"], gate=False), 0.3)
+    ids, cache, found = ids_with(4), None, []
+    with torch.no_grad(), tokengate.restrict(model, tokengate.after(INVOKE)):
+        whole, _ = model(ids)
+        for start, end in ((0, 8), (8, 9), (9, 12)):
+            h, cache = model(ids[:, start:end], torch.ones(2, end), cache, use_cache=True)
+            found.append(h)
+    with torch.no_grad(), tokengate.disabled(model):
+        base, _ = model(ids)
+    assert torch.equal(whole[:, :4], base[:, :4])
+    assert ((whole - base)[0, 8:].abs().amax(-1) > 0.05).all()
+    torch.testing.assert_close(torch.cat(found, 1), whole)
+
+
 def test_after_does_not_guess_and_does_not_look_into_padding():
     model, ids = llama(gate=False), ids_with(4)
     with torch.no_grad():

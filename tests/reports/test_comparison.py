@@ -130,6 +130,37 @@ def test_a_masked_language_model_predicts_its_own_positions():
     assert tokengate.compare(model, given, shift=True).effect.kl.isnan().sum() == 1
 
 
+def test_an_encoder_decoder_predicts_its_labels():
+    """Its input_ids, be they as many, are other tokens, and so is their mask."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.T5Config(
+        d_model=16, d_ff=32, num_heads=2, d_kv=8, num_layers=1, vocab_size=50,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config)
+    away_from_initialisation(tokengate.patch(model, ["q", "v"], rank=2))
+    labels = torch.tensor([[5, 6, 7, 1], [8, 1, -100, -100]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    given = {"input_ids": torch.randint(1, 50, (2, 4)), "attention_mask": mask, "labels": labels}
+    found = tokengate.compare(model, given)
+    model.eval()
+    with torch.no_grad():
+        new = model(**given).logits.log_softmax(-1)
+        with tokengate.disabled(model):
+            change = new - model(**given).logits.log_softmax(-1)
+    real = labels >= 0
+    wanted = change.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    assert wanted.abs().min() > 1e-3
+    torch.testing.assert_close(found.effect.log_prob[real], wanted[real])
+    assert found.effect.log_prob[~real].isnan().all()
+    assert torch.equal(found.real, real)
+    assert torch.equal(found.ids, labels)
+    assert [view.tokens[0] for view in found.views(lambda ids: list(map(str, ids)))] == ["5", "8"]
+    with one_sentence("no tokens (B, T)", "labels"):
+        tokengate.compare(model, {"input_ids": labels[:, :2], "decoder_input_ids": labels[:, :2]})
+
+
 def test_models_of_another_kind():
     model = tokengate.patch(Net(), ["q_proj"], rank=2)
     x, ids = torch.randn(2, 5, 8), torch.randint(3, (2, 5))

@@ -113,6 +113,35 @@ def test_features_by_their_cosine():
     assert pooled.mean != found.mean
 
 
+class Towers(nn.Module):
+    """As CLIP: embeddings of pictures and of texts, not as many of the one as of the other."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.seen, self.read = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+
+    def forward(self, pictures, texts):
+        towers = {"text_embeds": self.read(texts), "image_embeds": self.seen(pictures)}
+        return SimpleNamespace(**towers, text_model_output=None)
+
+
+@pytest.mark.parametrize("target", ["seen", "read"])
+def test_both_towers_count_whichever_is_adapted(target):
+    model = away_from_initialisation(tokengate.patch(Towers(), [target], rank=2, gate=False))
+    batch = torch.randn(5, 4), torch.randn(3, 4)
+    moved = dict(zip(["seen", "read"], batch, strict=True))[target]
+    with torch.no_grad():
+        layer = model.get_submodule(target)
+        after = layer(moved)
+        with tokengate.disabled(model):
+            apart = 1 - nn.functional.cosine_similarity(after, layer(moved))
+    found = tokengate.drift(model, [batch])
+    assert found.mean == pytest.approx(float(apart.sum()) / 8, rel=1e-4)
+    assert found.mean > 1e-3
+    assert (found.measure, found.positions) == ("cosine", 8)
+
+
 class Predicts(nn.Module):
     """`columns` logits for each sample."""
 

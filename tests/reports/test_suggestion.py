@@ -130,6 +130,12 @@ def test_a_loss_that_is_no_number_from_the_start(patched, value):
             tokengate.fisher_scores(model, [bad], loss)
 
 
+@torch.no_grad()
+def test_it_has_gradients_of_its_own():
+    """As `fisher_scores` has; it ended in an error of torch's."""
+    assert tokengate.suggest(Net(), batches(), loss=of_net, steps=2)
+
+
 def test_a_loss_that_does_not_move():
     closed = tokengate.patch(Net(), "all-linear", rank=2, tau=0.5)
     before = snapshot(closed)

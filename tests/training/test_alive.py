@@ -247,3 +247,9 @@ def test_a_new_layer_beside_trained_ones_comes_to_life(tmp_path):
         model(torch.randn(8, 10, 6))
     assert rec.report().modules["4"].sparsity < 0.6
     assert abs(schedule.sparsity - 0.5) < 0.1
+    # One that is pruned to nothing is not new.
+    tokengate.layers(model)["4"].modification.B.data.zero_()
+    schedule.detach()
+    again = tokengate.SparsitySchedule(model, optimizer, 0.5, 60)
+    train(model, optimizer, 1)
+    assert again.wanted > 0.4

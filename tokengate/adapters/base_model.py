@@ -1,7 +1,8 @@
 """What an adapter says of its base: which model it is, and what in it must be the same elsewhere.
 
 Names and shapes of linear layers, and samples of the values of what is frozen and may be random:
-what the base's checkpoint lacked, and its head. An adapter is worth nothing beside other ones.
+what the base's checkpoint lacked, and its head; and of running means, which a training moves, as
+BatchNorm's, and no adapter has. An adapter is worth nothing beside other ones.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from tokengate.adapters.weights import DTYPES
 from tokengate.layers.patched import layers
 from tokengate.linears.class_swap import Swapped
 from tokengate.linears.linear_like import LinearLike, features_of, is_linear
-from tokengate.names import inside, named_modules, named_parameters
+from tokengate.names import inside, joined, named_modules, named_parameters
 from tokengate.patching.heads import head, new_parameters
 from tokengate.sharding import gathered, is_absent, is_flattened, is_sharded
 
 # Of each parameter, so many values, from its first to its last.
 _SAMPLED = 64
+# What normalising layers of torch call the mean that they keep of what they have seen.
+RUNNING = "running_mean"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -67,9 +70,12 @@ def fingerprint(model: nn.Module) -> str:
 def samples(model: nn.Module) -> dict[str, SampleConfig]:
     """Some values of each frozen parameter that the checkpoint lacked, or that is of the head.
 
-    Every process of a sharded model must call it. What has no values here is left out.
+    And of running means. Every process of a sharded model must call it. What has no values here is
+    left out.
     """
-    asked = {n: p for n, p in (new_parameters(model) | head(model)).items() if not p.requires_grad}
+    frozen = new_parameters(model) | head(model)
+    asked: dict[str, Tensor] = {n: p for n, p in frozen.items() if not p.requires_grad}
+    asked |= _running_means(model)
     found = {}
     for name, values in _sampled(model, asked).items():
         listed = values.double().tolist()
@@ -88,7 +94,8 @@ def others(
     has others, too, if nothing is known of those it had; what is trained, or was `given` by the
     adapter, has its own.
     """
-    parameters = dict(named_parameters(model, remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
+    parameters |= _running_means(model)
     new = {name for name, p in new_parameters(model).items() if not p.requires_grad}
     known = {name: parameters[name] for name in saved if name in parameters}
     found = {n for n, p in known.items() if list(p.shape) != saved[n].shape}
@@ -106,7 +113,12 @@ def _same(values: Tensor, saved: SampleConfig) -> bool:
     return torch.allclose(values.double(), wanted, rtol=rounding, atol=1e-7)
 
 
-def _sampled(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _running_means(model: nn.Module) -> dict[str, Tensor]:
+    own = ((name, m._buffers.get(RUNNING)) for name, m in named_modules(model))
+    return {joined(name, RUNNING): mean for name, mean in own if mean is not None}
+
+
+def _sampled(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`(n,)` values of each parameter, on the CPU in its dtype."""
     pieces = {
         id(p)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tokengate.adapters.base_model import class_name, fingerprint, others
+from tokengate.adapters.base_model import RUNNING, class_name, fingerprint, others
 from tokengate.adapters.fitting import Fit
 from tokengate.adapters.folder import SavedAdapter, read_adapter
 from tokengate.adapters.saving import trained_beside
@@ -122,7 +122,17 @@ def load_saved(
             DifferentBaseWarning,
             stacklevel=5,
         )
-    if different := others(model, saved.config.base_values, saved.config.train):
+    different = others(model, saved.config.base_values, saved.config.train)
+    if moved := [name for name in different if name.endswith(RUNNING)]:
+        warnings.warn(
+            f"the adapter in {str(saved.folder)!r} was saved beside other values of "
+            f"{listed(map(repr, moved))} than this {class_name(model)} has, as its training moved "
+            "them, and no adapter has any: give the model those, which its state_dict had, or "
+            "train anew with such layers in evaluation mode.",
+            DifferentBaseWarning,
+            stacklevel=5,
+        )
+    if different := [name for name in different if name not in moved]:
         warnings.warn(
             f"the adapter in {str(saved.folder)!r} was trained beside other values of "
             f"{listed(map(repr, different))}, which stayed frozen, than this {class_name(model)} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -191,6 +191,16 @@ class Gate(KeepsFloat32):
 
     def _kept(self) -> Iterable[Tensor]:
         return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        super()._apply(fn, recurse)
+        # What is counted is no buffer, and follows them to another device: from 0, as in each step.
+        device = next((t.device for t in self._kept()), None)
+        for name in ("_seen", "_looked"):
+            counts = getattr(self, name)
+            if counts is not None and device is not None and counts.device != device:
+                setattr(self, name, no_counts(device))
+        return self
 
 
 class LedGate(Gate):

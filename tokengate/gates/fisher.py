@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -105,15 +106,21 @@ class FisherGate(LedGate):
             else:
                 vectors = (g * z.detach().to(fed.dtype)).sum(-1).reshape(-1, 1)  # mu
                 sizes = r.reshape(-1).to(fed.dtype).square()
-            real = torch.ones_like(vectors[:, 0]) if mask is None else mask.reshape(-1) != 0
+            real = (torch.ones_like(vectors[:, 0]) if mask is None else mask.reshape(-1)) != 0
             if sizes is not None:
                 # Where w is 0, r tells nothing.
-                real = (real != 0) & sizes.isfinite()
+                real = real & sizes.isfinite()
                 sizes = torch.where(real, sizes, 0)
-            vectors = torch.where((real != 0).unsqueeze(-1), vectors, 0)
+            vectors = torch.where(real.unsqueeze(-1), vectors, 0)
             total = (real.to(fed.dtype) if sizes is None else sizes).sum()
             fed[:-1].add_((vectors.T @ vectors).reshape(-1))
             fed[-1:].add_(total)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FisherGate:
+        super()._apply(fn, recurse)
+        if self._fed is not None and self._fed.device != self.Q.device:
+            self.start_feeding()
+        return self
 
     def start_feeding(self) -> None:
         """From now on backward adds up what `fold` averages."""

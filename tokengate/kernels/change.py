@@ -86,11 +86,11 @@ class Change:
         out, m = self.out, self.m
         parts = (out, m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
         if not _derived(*parts):
-            return times(*self.norms()[0])
+            return times(*self.norms()[0]).to(self.dtype)
         with without_autocast(out.device):
             if isinstance(m, Factors) and self._quick:
                 of_w = (None, None) if m.gain is None else (out, self.bias)
-                size = times(*self.norms()[0])
+                size = times(*self.norms()[0]).to(self.dtype)
                 found: Tensor = applied(SizeOfProduct, *of_w, m.z, m.up, m.gain, size)
                 return found
             if isinstance(m, Factors) and m.gain is None and m.groups is None:

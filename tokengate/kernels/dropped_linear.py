@@ -41,12 +41,8 @@ def dropped_linear(
     if not drops and (kept_as_it_is or not torch.is_grad_enabled()):
         with without_autocast(x.device):
             return F.linear(x.to(dtype), weight.to(dtype))
-    dropped, eager = None, is_eager(x)
-    if drops:
-        dropped = _drop(x, dropout, eager)
-    function = _EagerDroppedLinear if eager else _DroppedLinear
-    z = applied(function, x, weight, dropped, 1 / (1 - dropout), dtype)
-    return z
+    dropped = _drop(x, dropout, is_eager(x)) if drops else None
+    return applied(_DroppedLinear, x, weight, dropped, 1 / (1 - dropout), dtype)
 
 
 def branched_linear(
@@ -150,20 +146,6 @@ class _DroppedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-class _EagerDroppedLinear(_DroppedLinear):
-    """The same, where nothing transforms it: without a `setup_context` of its own, which costs
-    forty microseconds a call, because `apply` then reads the signature of `forward`."""
-
-    generate_vmap_rule = False
-    setup_context = staticmethod(torch.autograd.Function.setup_context)
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        z = _DroppedLinear.forward(*inputs)
-        _DroppedLinear.setup_context(ctx, inputs, z)
-        return z
-
-
 class _Branched(torch.autograd.Function):
     """x, and z as `_DroppedLinear` has it."""
 
@@ -172,7 +154,10 @@ class _Branched(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, dropped: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         ctx.summed = None
-        return x, _EagerDroppedLinear.forward(ctx, x, weight, dropped, scale, x.dtype)
+        inputs = (x, weight, dropped, scale, x.dtype)
+        z = _DroppedLinear.forward(*inputs)
+        _DroppedLinear.setup_context(ctx, inputs, z)
+        return x, z
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -74,16 +74,13 @@ class FusedSum(GatedSum):
             return GatedSum.backward(ctx, grad)
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         rows, flat_z = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        flat = None if a is None else a.reshape(-1).contiguous()
+        flat = None if a is None else a.reshape(-1)
         down = rows @ up
         if ctx.learn is not None:
             ctx.learn(z, down.view(z.shape))
         grad_out, grad_bias, grad_gain, mu_of_w = grad, None, None, None
         if gain is not None:
-            flat_out = out.reshape(rows.shape)
-            passed, mu_of_w, sums = kernels.pass_gain(rows, flat_out, bias, gain, flat, needs_a)
+            passed, mu_of_w, sums = kernels.pass_gain(rows, out, bias, gain, flat, needs_a)
             grad_gain = sums.sum(0).to(gain.dtype)
             if needs_bias:
                 grad_bias = (rows - passed).sum(0).to(bias.dtype)

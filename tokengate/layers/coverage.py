@@ -149,8 +149,8 @@ def check_present(model: nn.Module, asked: str) -> None:
             raise TokenGateError(f"{asked} found that {found}.")
 
 
-# Of each optimizer: how many parameters and models there were when it was looked at, and the
-# layers of each model that it trains, {id of a parameter: name}.
+# Of each optimizer: which parameters and models there were when it was looked at, and the layers of
+# each model that it trains, {id of a parameter: name}.
 _OF_OPTIMIZER: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
 # The models whose gradients were looked at there; and the first optimizer of each model.
 _LOOKED_AT: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
@@ -189,7 +189,7 @@ def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _models_of(optimizer: Any, held: Collection[int]) -> list[tuple[Any, dict[int, str]]]:
-    key = (len(held), frozenset(id(root) for root in list(ROOTS)))
+    key = (frozenset(held), frozenset(id(root) for root in list(ROOTS)))
     known = _OF_OPTIMIZER.get(optimizer)
     if known is None or known[0] != key:
         found = []
@@ -300,6 +300,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
@@ -310,6 +311,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         with keeping_modes(model), apart(model):
             yield
     finally:
+        for own, before in held:  # a forward may put another in a buffer's place
+            own.clear()
+            own.update(before)
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)

@@ -129,7 +129,8 @@ class Gated(Swapped):
             untouched: Tensor = super().forward(input, *args, **kwargs)
             return untouched
         x, factors = input, None
-        if adapter is not None and self._keeps_nothing() and not _moved(adapter[0]):
+        begun = input.dim() > 1 and self._keeps_nothing()
+        if adapter is not None and begun and not _moved(adapter[0]):
             # M(x) in factors, where that can be begun before the base layer.
             x, factors = adapter[0].factors_before(input, own)
         output: Tensor = super().forward(x, *args, **kwargs)

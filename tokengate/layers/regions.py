@@ -48,11 +48,14 @@ class After:
 
     def _found(self, window: Window, ids: Tensor, name: str) -> Tensor:
         before = ids.new_full((ids.shape[0], window.start), _UNSEEN)
-        seen = None if window.cache is None else self._texts.get(window.cache, self._made(before))
+        lasting = hasattr(window.cache, "__weakref__")  # a tuple is another one in each call
+        seen = self._texts.get(window.cache) if lasting else None
+        if seen is None and window.cache is not None:
+            seen = self._made(before)
         if seen is not None and len(seen) == len(ids) and seen.shape[1] >= window.start:
             before = seen[:, : window.start].to(ids.device)  # what was cropped is forgotten
         text = torch.cat([before, ids], 1)
-        if window.cache is not None:
+        if lasting:
             self._texts[window.cache] = text
         elif not is_exported():
             self._loose = [*self._loose[1 - _WAITING :], text]

@@ -11,6 +11,20 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.linears.class_swap import Swapped, swap, swap_back
 
 
+def _closable(name: str, closed: Any) -> Any:
+    """The flag `name`, of which a layer has one and a stack another: `closed` where not plain."""
+
+    def found(encoder: nn.Module) -> Any:
+        if name not in encoder.__dict__:
+            raise AttributeError(name)
+        return encoder.__dict__[name] if _is_plain(encoder) else closed
+
+    def put(encoder: nn.Module, value: Any) -> None:
+        encoder.__dict__[name] = value
+
+    return property(found, put)
+
+
 class _Encoder(Swapped):
     """An encoder (layer) whose fast path is closed wherever a patched layer in it is active.
 
@@ -20,21 +34,8 @@ class _Encoder(Swapped):
     for a nested tensor that only this kernel can take. Neither is used for anything else.
     """
 
-    @property
-    def activation_relu_or_gelu(self) -> Any:
-        return self.__dict__["activation_relu_or_gelu"] if _is_plain(self) else 0
-
-    @activation_relu_or_gelu.setter
-    def activation_relu_or_gelu(self, value: Any) -> None:
-        self.__dict__["activation_relu_or_gelu"] = value
-
-    @property
-    def use_nested_tensor(self) -> Any:
-        return self.__dict__["use_nested_tensor"] and _is_plain(self)
-
-    @use_nested_tensor.setter
-    def use_nested_tensor(self, value: Any) -> None:
-        self.__dict__["use_nested_tensor"] = value
+    activation_relu_or_gelu = _closable("activation_relu_or_gelu", 0)
+    use_nested_tensor = _closable("use_nested_tensor", False)
 
 
 def _is_plain(encoder: nn.Module) -> bool:

@@ -7,7 +7,7 @@ patched in its place, so that what the module does around it stays. Of the rest 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
@@ -119,8 +119,7 @@ def warn_of_skipped(
             "leave these out with exclude=, or train them whole with train="
         )
     if said:
-        targets: Iterable[str] = found if found else ()
-        which = f"target {', '.join(targets)} matches" if found else "targets match"
+        which = f"target {', '.join(found)} matches" if found else "targets match"
         warnings.warn(
             f"{which} beside linear layers {'; and '.join(said)}.",
             SkippedModuleWarning,

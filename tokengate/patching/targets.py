@@ -148,6 +148,8 @@ class _Names:
                     f"which is {_kind(owner)} and gives other outputs than (..., out_features), to "
                     "which M(x) could be added: exclude it"
                 )
+            elif is_linear_like(owner) and owner.weight.dtype.is_complex:
+                self.unreachable[owner] = "whose weight is complex, as no M(x) is: exclude it"
         self.offloaded = offloaded_whole(model)
         self.peft = parts_of_adapters(self.first)
         # A weight that is also an embedding's.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.deciding import Observer
-from tokengate.gates.tally import by_sample
+from tokengate.gates.tally import by_sample, weights_of
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.layers.batches import check_batches, evaluating, run
 from tokengate.layers.calls import RECORD, USE, in_context, said_of
@@ -97,5 +97,4 @@ def _observe(
                 f"{asked} found {what} of {name!r} not finite at {int(broken.sum())} of "
                 f"{int(real.sum())} positions of a batch: look at the inputs and at the weights."
             )
-    weights = real.double() / real.sum(1, keepdim=True).clamp(min=1)
-    listen(of_m, of_w, weights, *([] if scores is None else [scores.reshape(real.shape)]))
+    listen(of_m, of_w, weights_of(real), *([] if scores is None else [scores.reshape(real.shape)]))

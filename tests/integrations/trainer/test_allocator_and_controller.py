@@ -9,7 +9,15 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 
 from accelerate_state import reset  # noqa: E402
-from trainer_runs import Scaled, hooks, language_model, trained, trainer, values  # noqa: E402
+from trainer_runs import (  # noqa: E402
+    Scaled,
+    Texts,
+    hooks,
+    language_model,
+    trained,
+    trainer,
+    values,
+)
 
 from tokengate.integrations.trainer import TokenGateCallback  # noqa: E402
 
@@ -91,3 +99,27 @@ def test_a_wanted_sparsity(tmp_path, warmup):
             assert all(torch.equal(step, path.steps[0]) for step in path.steps[:3])
             assert not torch.equal(path.steps[-1], path.steps[0])
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("how", ["stopped", "best"])
+def test_a_model_from_before_the_target_is_told_of(tmp_path, how):
+    class Ends(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = how == "stopped" and state.global_step == 2
+
+    class Best(transformers.Trainer):
+        def evaluate(self, *args, **kwargs):
+            found = {"eval_first": -self.state.global_step}
+            self.log(found)
+            return found
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "first", **saving}
+    callback = TokenGateCallback(target_sparsity=0.9)
+    options = {"eval_dataset": Texts(4), **(best if how == "best" else {})}
+    made, _ = trainer(tmp_path, None, callback, Best, [Ends()], **options)
+    with pytest.warns(tokengate.errors.UnreachedSparsityWarning, match="90%.*step 2 of 8, where"):
+        made.train()
+    with tokengate.record(made.model.eval()) as rec, torch.no_grad():
+        made.model(torch.randint(1, 32, (64, 8)))
+    assert rec.report().sparsity < 0.87

@@ -11,7 +11,7 @@ from models import away_from_initialisation
 from torch import nn
 
 import tokengate
-from tokengate.kernels import fused, gated_sum
+from tokengate.kernels import Factors, fused, gated_sum
 from tokengate.methods import base
 
 __all__ = ["kernels"]
@@ -94,6 +94,56 @@ def test_equals_pytorch_s_operations(method, data):
             found[name], value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size,
             msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
+
+
+class Turned(nn.Linear):
+    """Whose output has its positions side by side in memory, and not its channels."""
+
+    def forward(self, input):
+        return (self.weight @ input.mT).mT + self.bias
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_of_other_strides(method):
+    torch.manual_seed(0)
+    layer, x, grad = Turned(11, 21), torch.randn(6, 11), torch.randn(6, 21)
+    assert layer(x).stride(1) > 1
+    tokengate.patch(layer, "all-linear", method, rank=3)
+    close_some(away_from_initialisation(layer, 0.3), x)
+    found = results(layer, x, grad)
+    wanted = without_kernels(pytest.MonkeyPatch.context, layer, x, grad)
+    assert 0 < found["S"].sum() < 6
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5)
+
+
+class OneGain(tokengate.Modification):
+    """A method of one's own, of which one number is the gain of all channels."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.A = self.new_parameter(2, self.in_features)
+        self.B = self.new_parameter(self.out_features, 2)
+        self.g = self.new_parameter(1)
+
+    def reset_parameters(self):
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def factors(self, x, w, linear):
+        return Factors(x @ self.A.T, self.B, self.g.expand(self.out_features))
+
+
+def test_numbers_that_all_channels_share():
+    layer = layer_of(OneGain, 11, 21, bias=True)
+    layer.bias.data = torch.randn(1).expand(21)
+    x, grad = torch.randn(6, 11), torch.randn(6, 21)
+    close_some(layer, x)
+    found = results(layer, x, grad)
+    wanted = without_kernels(pytest.MonkeyPatch.context, layer, x, grad)
+    assert 0 < found["S"].sum() < 6
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

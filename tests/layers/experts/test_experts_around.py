@@ -190,6 +190,64 @@ def test_a_wrong_description_is_seen_when_it_runs():
         model(x, index)
 
 
+class Written(Experts):
+    """The same code, with its product written in another way."""
+
+    def __init__(self, product):
+        super().__init__(4, 6, 5, bias=False)
+        self.product = product
+
+    def linear(self, states, index):
+        out = states.new_zeros(*index.shape, self.outputs)
+        for e in range(len(self.w)):
+            place, token = torch.where((index == e).T)
+            out = out.index_put((token, place), self.product(states[token], self.w[e]))
+        return out
+
+
+def test_arguments_by_name_and_what_is_no_product():
+    def written(product):
+        torch.manual_seed(0)
+        model = Mixture(Written(product))
+        tokengate.patch(model, ["experts.w"], rank=2, tau=0.1, experts=AXES)
+        return away(model)(*inputs())
+
+    linear = torch.nn.functional.linear
+    wanted = written(linear)
+    assert torch.equal(written(lambda x, w: linear(x, weight=w)), wanted)
+    assert torch.equal(written(lambda x, w: linear(input=x, weight=w, bias=None)), wanted)
+    for name, product in (
+        ("einsum", lambda x, w: torch.einsum("nk,ok->no", x, w)),
+        ("stack", lambda x, w: linear(x, torch.stack([w])[0])),
+    ):
+        with pytest.raises(tokengate.TokenGateError, match=f"'w' in '{name}'"):
+            written(product)
+
+
+class All(Experts):
+    """Every expert sees every position, so that a compiler can make one graph of the loop."""
+
+    def linear(self, states, index):
+        return torch.stack([torch.nn.functional.linear(states, self._of(e)) for e in range(4)], 1)
+
+
+def test_a_loop_over_experts_is_compiled_in_one_graph():
+    torch.manual_seed(0)
+    model, (x, index) = Mixture(All(4, 6, 5, bias=False)), inputs()
+    tokengate.patch(model, ["experts.w"], rank=2, tau=0.1, experts=AXES)
+    away(model)
+    torch.compiler.reset()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        model.zero_grad()
+        output = run(x, index)
+        output.square().mean().backward()
+        found.append([output, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(grad.any() for grad in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_table_is_of_all_experts_and_a_picture_of_each():
     plots = pytest.importorskip("tokengate.integrations.plots", reason="needs matplotlib")
     model, (x, index) = make(), inputs()

@@ -156,14 +156,14 @@ def fold(
         _check_gate(name, layer)
     batches = None
     if not isinstance(seen, SparsityReport):
-        check_batches("fold", seen)
+        checked = check_batches("fold", seen)
         if iter(seen) is seen:
             raise TokenGateError(
                 "fold goes through its batches twice, and these can be gone through once: pass a "
                 "list of them."
             )
         batches = seen
-        seen, partly = _sparsities(model, batches)
+        seen, partly = _sparsities(model, checked)
     elif force is not None:
         raise TokenGateError(
             f"fold was given force={force} with a report: pass batches, on which the error of what "

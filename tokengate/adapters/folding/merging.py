@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,20 +43,21 @@ def merged_weights(
         return weight, {names[0]: error}
     gated: Any = layer
     weights, errors = [], {}
-    with torch.no_grad():
+    with _constants():
         linears, modifications = layer.each(), gated.modification.each()
         for at in merged:
             linears[at].modification = modifications[at]
             weight, errors[names[at]] = merged_weight_of(names[at], linears[at], safe)
             weights.append(weight)
-    return torch.stack(weights), errors
+        stacked = torch.stack(weights)
+    return stacked, errors
 
 
 def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
     """W0 + M's matrix, in W0's dtype and layout, and how far its outputs are from the layer's."""
     # MPS has nothing finer than float32.
     dtype = torch.float32 if layer.weight.device.type == "mps" else torch.float64
-    with torch.no_grad():
+    with _constants():
         W0 = torch.cat([block.to(dtype) for block in row_blocks(layer)])
         training = layer.modification.training
         layer.modification.eval()
@@ -80,6 +82,7 @@ def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
                 w = _own_product(layer, x.to(total.dtype)).to(dtype)
                 error = _distance(found, w + _modification(layer, x, w))
                 wrong = wrong or error > product_error(layer)
+            weight = in_layout(layer, total)
         finally:
             layer.modification.train(training)
     if safe and wrong:
@@ -88,7 +91,14 @@ def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
             f"computes now by {error:.2g} of its output: nothing was folded; pass safe=False "
             "to merge all the same."
         )
-    return in_layout(layer, total), error
+    return weight, error
+
+
+@contextlib.contextmanager
+def _constants() -> Iterator[None]:
+    """Without gradients, though not of inference mode, whose tensors could never be trained."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _own_product(layer: Any, x: Tensor) -> Tensor:

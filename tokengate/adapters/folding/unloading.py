@@ -25,7 +25,10 @@ from tokengate.sharding import numbers_here
 @in_our_words(
     otherwise={
         "safe_merge": "leave it out, as safe=True is the default",
-        "adapter_names": "call tokengate.use(model, name) before, with the one that is meant",
+        "adapter_names": (
+            "save the one that is meant with tokengate.save(model, folder, name=...), and load it "
+            "alone into a fresh base"
+        ),
         "progressbar": "leave it out",
     },
 )

@@ -64,6 +64,11 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def packed(tensor: Tensor | None) -> Tensor | None:
+    """With its elements side by side, as a kernel reads them; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def ranks_of(rank: int, dtype: torch.dtype) -> int:
     """How many of the low-rank space's numbers are multiplied at a time: as registers allow."""
     return block_of(rank, 16, 32 if dtype == torch.float32 else 64)

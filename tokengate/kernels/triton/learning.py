@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokengate.kernels.triton.launching import block_of, operation, wrap_triton
+from tokengate.kernels.triton.launching import (
+    block_of,
+    operation,
+    packed,
+    rows_of,
+    wrap_triton,
+)
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -126,7 +132,7 @@ def weigh(
     block = max(1, min(2048 // width, triton.next_power_of_2(n)))
     parts = 1 if mu_of_w is None else len(mu_of_w)
     wrap_triton(_weigh)[(triton.cdiv(n, block),)](
-        z.contiguous(), down.contiguous(), a, mu_of_w, mu if needs_mu else None,
+        packed(z), packed(down), packed(a), mu_of_w, mu if needs_mu else None,
         weighted if needs_up else None, passed if needs_z else None,
         n, parts, rank, ROWS=block, RANK=width, PARTS=block_of(parts, 1, 32),
     )  # fmt: skip
@@ -154,9 +160,8 @@ def direct(
     """
     grad_tau = torch.empty((1,), dtype=dtype, device=mu.device)
     n = mu.numel()
-    mask = None if mask is None else mask.contiguous()
     wrap_triton(_direct)[(1,)](
-        mu.contiguous(), a.contiguous(), mask, pull, penalty, grad_tau, n,
+        packed(mu), packed(a), packed(mask), pull, penalty, grad_tau, n,
         BLOCK=block_of(n, 16, 2048),
     )  # fmt: skip
     return grad_tau
@@ -166,10 +171,12 @@ def direct(
 def pass_gain(
     grad: Tensor, out: Tensor, bias: Tensor | None, gain: Tensor, a: Tensor | None, needs_mu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of a gain w: the gradient of `out`, `(N, C)`; <gain G_i, w_i>; and of `gain`.
+    """Backward of a gain w, from `grad` and `out`, `(..., C)`: the gradient of `out`, `(N, C)`;
+    <gain G_i, w_i>; and that of `gain`.
 
     The last two in parts that add up, `(parts, N)` and `(parts, C)`, in float32.
     """
+    grad, out = rows_of(grad), rows_of(out)
     n, channels = grad.shape
     grad_out = torch.empty((n, channels), dtype=grad.dtype, device=grad.device)
     block, width = block_of(n, 16, 32), block_of(channels, 16, 128)
@@ -178,7 +185,7 @@ def pass_gain(
     sums = torch.empty((groups, channels), dtype=torch.float32, device=grad.device)
     mu = sums.new_empty((across, n if needs_mu else 0))
     wrap_triton(_pass_gain)[(groups, across)](
-        grad, out, bias, gain, a, grad_out, mu if needs_mu else None, sums,
+        grad, out, packed(bias), packed(gain), packed(a), grad_out, mu if needs_mu else None, sums,
         n, grad.stride(0), out.stride(0), channels, share, ROWS=block, COLUMNS=width,
     )  # fmt: skip
     return grad_out, mu, sums

@@ -9,6 +9,7 @@ from tokengate.kernels.triton.launching import (
     block_of,
     is_interpreted,
     operation,
+    packed,
     ranks_of,
     rows_of,
     wrap_triton,
@@ -129,8 +130,7 @@ def measure(
     sums = torch.empty((parts, 6, n), dtype=torch.float32, device=out.device)
     m = None if whole is None else rows_of(whole)
     wrap_triton(_measure)[(blocks, parts)](
-        rows, bias, m, None if z is None else z.contiguous(),
-        None if up is None else up.contiguous(), gain, sums,
+        rows, packed(bias), m, packed(z), packed(up), packed(gain), sums,
         n, rows.stride(0), 0 if m is None else m.stride(0), channels, rank, each * width,
         ROWS=block, COLUMNS=width, RANK=ranks_of(rank, out.dtype), WIDE=is_interpreted(_measure),
         num_warps=4 if block == 16 else 8,

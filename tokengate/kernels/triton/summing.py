@@ -9,6 +9,7 @@ from tokengate.kernels.triton.launching import (
     block_of,
     is_interpreted,
     operation,
+    packed,
     ranks_of,
     rows_of,
     wrap_triton,
@@ -60,8 +61,8 @@ def _write(
     width = block_of(channels, 16, 64 if n <= 16 else 128)
     grid = (triton.cdiv(n, block) * triton.cdiv(channels, width),)
     wrap_triton(_sum)[grid](
-        rows, bias, z.contiguous(), up.contiguous(), gain, None if a is None else a.contiguous(),
-        h, n, rows.stride(0), channels, rank,
+        rows, packed(bias), packed(z), packed(up), packed(gain), packed(a), h,
+        n, rows.stride(0), channels, rank,
         ROWS=block, COLUMNS=width, RANK=ranks_of(rank, out.dtype), WIDE=is_interpreted(_sum),
         num_warps=4 if block == 16 else 8,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -176,20 +176,24 @@ class _Call:
         self.needs_places = bool(
             self.counts or self.observers or any(each is not None for each in of_positions)
         )
+        # No cached_property: below Python 3.12 it takes a lock, which no compiler sees through.
+        self._each: list[tuple[Any, list[tuple[Modification, Gate | None]]]] | None = None
 
-    @cached_property
     def each(self) -> list[tuple[Any, list[tuple[Modification, Gate | None]]]]:
         """Of each expert the layer, and the adapters' modifications and gates."""
-        layers = self.layer.each()
-        adapters = []
-        for modification, gate in self.adapters:
-            gates = [None] * len(layers) if gate is None else cast(Any, gate).each()
-            adapters.append(list(zip(cast(Any, modification).each(), gates, strict=True)))
-        return list(zip(layers, map(list, zip(*adapters, strict=True)), strict=True))
+        if self._each is None:
+            layers = self.layer.each()
+            adapters = []
+            for modification, gate in self.adapters:
+                gates = [None] * len(layers) if gate is None else cast(Any, gate).each()
+                adapters.append(list(zip(cast(Any, modification).each(), gates, strict=True)))
+            together = map(list, zip(*adapters, strict=True))
+            self._each = list(zip(layers, together, strict=True))
+        return self._each
 
     def of_one(self, expert: int, rows: _Rows) -> Tensor:
         """The changed rows of one expert."""
-        linear, adapters = self.each[expert]
+        linear, adapters = self.each()[expert]
         if self.parts is not None:
             h, is_open = in_regions(linear, rows.out, rows.bias, self._at_rows(rows, adapters))
             self._tell([expert], None, rows, Changed(h, is_open, None, None))

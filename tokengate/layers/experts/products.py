@@ -6,7 +6,7 @@ copy for each row. What it multiplies by knows which rows are whose, and gives W
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -131,14 +131,13 @@ class Held:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Tensor:
         kwargs = kwargs or {}
-        held = args[0] if isinstance(args[0], Held) else args[1]
-        if not isinstance(held, Held):
-            raise TokenGateError("a stacked parameter of experts was used in no product.")
+        held = _held_among((*args, *kwargs.values()))
         # A compiler knows no names of functions; what the axes allow is what they can be.
         name = None if torch.compiler.is_compiling() else _name_of(func)
         if held.axes == "oi" and name in ("linear", None):
             return _linear(held, *args, **kwargs)
-        if held.axes == "eio" and (len(args) > 2 or "offs" in kwargs) and name in _GROUPED:
+        ends = len(args) > 2 or (len(args) == 2 and "offs" in kwargs)
+        if held.axes == "eio" and ends and name in _GROUPED:
             return _grouped(held, func, args, kwargs)
         if name in _MATMUL and len(args) == 2 and not kwargs:
             return _matmul(held, func, *args)
@@ -156,6 +155,15 @@ class Held:
             'implementation (model.set_experts_implementation("grouped_mm")), correct experts=, '
             "or leave these experts out."
         )
+
+
+def _held_among(given: Iterable[Any]) -> Held:
+    """What torch found in a call: an argument, or one in a list, as of `torch.stack`."""
+    for each in given:
+        for part in each if isinstance(each, (list, tuple)) else (each,):
+            if isinstance(part, Held):
+                return part
+    raise AssertionError(given)
 
 
 def _name_of(func: Any) -> str:

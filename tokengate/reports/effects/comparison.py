@@ -64,7 +64,7 @@ class Comparison:
         samples = self._samples()
         return [
             TokenView(
-                read(self.ids[i].tolist()),
+                read(self.ids[i].clamp(min=0).tolist()),  # a label of -100 has no word
                 sample.is_open,
                 self.real[i],
                 titles[i] if i < len(titles) else "",
@@ -102,33 +102,37 @@ def compare(
     Args:
         model: a patched model whose output has `logits`, `(B, T, V)`.
         batch: what it is called with: a dict by keyword, a tuple by position.
-        ids: the tokens, `(B, T)`; None for the batch's `input_ids`. Of an encoder-decoder its
-            labels, with `shift=False`.
-        shift: whether logits predict the next token; None for yes, but of a masked language model,
-            which is told by its class.
+        ids: the tokens, `(B, T)`; None for the batch's `input_ids`, of an encoder-decoder (which
+            transformers' configurations tell) for its `labels`.
+        shift: whether logits predict the next token; None for yes, but of an encoder-decoder, and
+            of a masked language model, which is told by its class.
 
     Raises:
         TokenGateError: no layer is patched; there are no tokens, or no logits for each of them.
     """
     require_layers(model, "compare")
     given = named(model, batch)
-    tokens = given.get("input_ids") if ids is None else ids
+    core = inside(model)
+    # Whose decoder reads its labels one place later, and whose input_ids are of other positions.
+    decodes = bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
+    said, masked_by = ("labels", "decoder_") if decodes else ("input_ids", "")
+    tokens = given.get(said) if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
         raise TokenGateError(
             f"compare found no tokens (B, T) in {brief(batch if tokens is None else tokens)}: pass "
-            "one batch with input_ids, as tokenizer(texts, return_tensors='pt') gives it, or the "
-            "tokens that the logits predict as ids=."
+            f"one batch with {said}, as tokenizer(texts, return_tensors='pt') gives input_ids, or "
+            "the tokens that the logits predict as ids=."
         )
     if shift is None:
-        shift = "MaskedLM" not in type(inside(model)).__name__
+        shift = not decodes and "MaskedLM" not in type(core).__name__
     with evaluating(model):
         with disabled(model):
             base_logits = logits_of(run(model, batch), "compare")
         with record(model, positions=True, ratios=True) as recorded:
             logits = logits_of(run(model, batch), "compare")
-    mask = given.get("attention_mask")
+    mask = given.get(f"{masked_by}attention_mask", tokens >= 0 if decodes else None)
     masked = isinstance(mask, Tensor) and mask.shape == tokens.shape
-    real = mask.bool() if masked else torch.ones_like(tokens, dtype=torch.bool)  # type: ignore
+    real = mask.bool() if masked else torch.ones_like(tokens, dtype=torch.bool)
     tokens = tokens.to(logits.device)
     effect = effect_of(base_logits, logits, tokens, real, shift=shift)
     return Comparison(tokens.cpu(), real.cpu(), effect, recorded)

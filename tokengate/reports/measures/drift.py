@@ -23,8 +23,9 @@ from tokengate.patching.disabled import disabled
 _ROWS = 1024
 # Problems of transformers' classifiers whose logits are a number in each column.
 _NUMBERS = ("multi_label_classification", "regression")
-# Where features stand in outputs, the first that is there.
-_FEATURES = ("sentence_embedding", "last_hidden_state", "image_embeds", "pooler_output")
+# Where features stand in outputs, the first that is there; of towers beside each other all of them.
+_TOWERS = ("image_embeds", "text_embeds", "audio_embeds", "video_embeds", "speech_embeds")
+_FEATURES = (("sentence_embedding",), ("last_hidden_state",), _TOWERS, ("pooler_output",))
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ def drift(
     model with an ungated one at a `scale` with the same score. A head that was trained along is
     part of both models. Outputs' `logits` are distributions over their last axis, one at each
     position; outputs of one column are numbers, as are logits of several labels or of a regression;
-    all others, and plain tensors, are features, unless `measure` says otherwise. Of positions only
-    real ones count: by `attention_mask` (in encoder-decoders the decoder's), or, without one, where
-    labels are not -100. What the model draws at random is the same on both sides.
+    all others, and plain tensors, are features, unless `measure` says otherwise; of two towers, as
+    CLIP's, the embeddings of both. Of positions only real ones count: by `attention_mask` (in
+    encoder-decoders the decoder's), or, without one, where labels are not -100.
+    What the model draws at random is the same on both sides.
 
     Args:
         model: a patched model.
@@ -172,10 +174,12 @@ def _found(output: Any) -> Tensor:
     """The tensor to compare."""
     if isinstance(output, Tensor):
         return output
-    for name in ("logits", *_FEATURES):
-        part = _part(output, name)
-        if part is not None:
-            return part
+    for names in (("logits",), *_FEATURES):
+        parts = [part for name in names if (part := _part(output, name)) is not None]
+        if len(parts) == 1:
+            return parts[0]
+        if parts and len({part.shape[-1] for part in parts}) == 1:
+            return torch.cat([part.flatten(0, -2) for part in parts])
     raise TokenGateError(
         f"drift found no logits and no features in {brief(output)}: pass output=, a function from "
         "what the model returns to a tensor."

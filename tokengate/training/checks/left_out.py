@@ -25,7 +25,7 @@ from tokengate.training.checks.thawed import REMEDY, thawed
 from tokengate.training.following import followed
 from tokengate.training.rank_allocator import LED
 
-# How often each optimiser has been about to step; no more than twice.
+# How often each optimiser has been about to step, since there was something new to look at.
 _STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 

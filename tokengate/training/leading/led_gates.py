@@ -44,6 +44,12 @@ class LedGates:
         # What no optimiser touches.
         self.held = list(self.thresholds)
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
+        # Whether a threshold was trained, loaded or calibrated, of each; all ranks must ask.
+        changed = (
+            any(t > 0 and not math.isclose(t, gate._first, rel_tol=1e-6) for t in found.tolist())
+            for gate, found in zip(gates.values(), self._found, strict=True)
+        )
+        self.are_set = anywhere(changed, self.thresholds)
 
     def begin(self, leader: object) -> None:
         """From now on they are led, count their scores and are fed."""
@@ -61,15 +67,6 @@ class LedGates:
             if isinstance(gate, FisherGate):
                 gate.stop_feeding()
 
-    def are_set(self) -> bool:
-        """Whether a threshold was trained, loaded or calibrated; all ranks must ask."""
-        pairs = zip(self.by_name.values(), self._found, strict=True)
-        changed = (
-            any(t > 0 and not math.isclose(t, gate._first, rel_tol=1e-6) for t in found.tolist())
-            for gate, found in pairs
-        )
-        return any(anywhere(changed, self.thresholds))
-
     def closed(self, seen: Tensor) -> Tensor:
         """The share that the thresholds close of what was seen, `(gates, BINS)`; all modules alike.
 
@@ -82,8 +79,9 @@ class LedGates:
         return torch.cat(shares).mean()
 
     def any_is_new(self, seen: Tensor) -> bool:
-        """Whether M(x) is 0 in all that was seen, `(gates, BINS)`, of one of them."""
-        return bool((seen.any(-1) & ~seen[:, 1:].any(-1)).any())
+        """Whether one is not set, and its M(x) 0 in all that was seen, `(gates, BINS)`."""
+        is_0 = seen.any(-1) & ~seen[:, 1:].any(-1)
+        return any(new and not is_set for new, is_set in zip(is_0, self.are_set, strict=True))
 
     def write(self, log_values: Tensor) -> None:
         """Give each the threshold 2^value, or all the same: `(gates,)` or `(1,)`."""

@@ -127,7 +127,7 @@ class SparsitySchedule:
         self._log_thresholds = torch.full_like(self._tracker.quantile(0), -torch.inf)
         # The share that is closed before the first step.
         self._start = 0.0
-        self._continues = self._led.are_set()
+        self._continues = any(self._led.are_set)
         for other in list(_ENDED):
             other._led.let_go(gates.values())
         self._led.begin(self)
@@ -152,9 +152,10 @@ class SparsitySchedule:
     @property
     def wanted(self) -> float:
         """The share that the thresholds of the next forward are to close."""
-        return self._wanted(self.steps)
+        return self.wanted_at(self.steps)
 
-    def _wanted(self, step: int) -> float:
+    def wanted_at(self, step: int) -> float:
+        """The same after `step` optimiser steps."""
         rise = max(1.0, _RISE * (self.total_steps - self._warmup))
         x = min(1.0, max(0.0, (step - self._warmup) / rise))
         return self._start + (self.target - self._start) * (1 - (1 - x) ** 3)
@@ -275,7 +276,7 @@ class SparsitySchedule:
         one = len(self._log_thresholds) == 1
         counts = self._led.together(seen) if one else shares_of(seen)
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
-        wanted = self._wanted(self.steps - 1)
+        wanted = self.wanted_at(self.steps - 1)
         if self.steps == 1 and self._continues:
             self._sparsity = self._led.closed(seen)
             fresh = len(counts) == 1 and self._led.any_is_new(seen)
