@@ -1,4 +1,8 @@
-"""A patched layer whose class someone else derives another of is given back under that one."""
+"""A patched layer whose class is another's: derived of it since, or with a way to be copied."""
+
+import copy
+import pickle
+import threading
 
 import pytest
 import torch
@@ -26,3 +30,28 @@ def test_parametrized_after_it_was_patched(name):
     parametrize.remove_parametrizations(model[0], "weight")
     assert type(model[0]) is nn.Linear
     assert torch.allclose(model(x), base)
+
+
+class Locked(nn.Linear):
+    """A layer with something that no copy can have, which it says itself."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copied_as_its_own_class_says(copied):
+    model, x = away_from_initialisation(tokengate.patch(Locked(8, 4), "all-linear")), torch.ones(8)
+    wanted = model(x)
+    other = copied(model)
+    assert other.lock is not model.lock
+    assert torch.equal(other(x), wanted)
+    assert type(tokengate.unpatch(other)) is Locked

@@ -274,6 +274,29 @@ def test_micro_batches_and_gradients_that_are_thrown_away(held):
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+class Released(optim.SGD):
+    """Steps one parameter alone, as within backward; and in the midst of it another one."""
+
+    @torch.no_grad()
+    def step(self, closure=None, *, param=None, within=None):
+        if within is not None:
+            self.step(param=within)
+        param.add_(param.grad, alpha=-self.defaults["lr"])
+
+
+def test_steps_of_single_taus_may_overlap():
+    """As backward's threads take them, of which each device has one."""
+    model = made()
+    taus = taus_of(model)
+    optimizer = Released([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    tokengate.follow(model, optimizer, s=S)
+    for i, tau in enumerate(taus):
+        tau.data.fill_(float(i))
+        tau.grad = torch.ones(1)
+    optimizer.step(param=taus[0], within=taus[1])
+    assert torch.allclose(numbers(model)[:2], torch.tensor([0.0, 1.0]) - S, rtol=0, atol=1e-6)
+
+
 class SAM(optim.Optimizer):
     """Sharpness-aware minimisation: a step up along the gradient, then one of the base's."""
 

@@ -247,8 +247,9 @@ class Gated(Swapped):
         flattened = out.dim() == 2 and len(out) == mask.numel()
         return mask if flattened or out.shape[:-1] == mask.shape else None
 
-    def _kept_by_copies(self, state: Any) -> dict[str, Any]:
-        return {**self.__dict__, "_reached": False}
+    def _kept_by_copies(self, state: Any) -> Any:
+        # A class's own __getstate__ may give something else than its attributes.
+        return {**state, "_reached": False} if isinstance(state, dict) else state
 
     def _replicate_for_data_parallel(self) -> Any:
         # Its replicas run in threads of their own, which are in no context.

@@ -115,8 +115,8 @@ class Following:
         # What moves each tau in the step that is taken, and what is its `grad` after it.
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._hidden: dict[nn.Parameter, Tensor] = {}
-        # In steps within backward: tau's value before, and gradients of earlier micro-batches.
-        self._value = torch.empty(0)
+        # In steps within backward: taus' values before, and gradients of earlier micro-batches.
+        self._values: dict[nn.Parameter, Tensor] = {}
         self._summed: dict[nn.Parameter, Tensor] = {}
         self._moved = not taus  # or this was said
         # What is being loaded.
@@ -252,13 +252,13 @@ class Following:
         """Within backward the optimiser steps one parameter alone, and tau if it is told to."""
         if any(parameter is tau for tau in self.taus.values()) and parameter.grad is not None:
             self._gradients[parameter] = parameter.grad.clone()
-            self._value = parameter.detach().clone()
+            self._values[parameter] = parameter.detach().clone()
 
     def _after_one(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
         gradient = self._gradients.pop(parameter, None)
         if gradient is None:
             return
-        parameter.copy_(self._value)
+        parameter.copy_(self._values.pop(parameter))
         gradient += self._summed.pop(parameter, 0.0)
         if getattr(optimizer, "optimizer_accumulation", False):  # micro-batches are still to come
             self._summed[parameter] = gradient
