@@ -1,5 +1,6 @@
 """What each kind of target means."""
 
+import copy
 import re
 import warnings
 
@@ -188,3 +189,18 @@ def test_train_knows_every_name_of_a_tied_weight():
     tokengate.patch(model, ["q_proj"], train=["alias"])
     assert model.head.weight.requires_grad
     assert not model.blocks[0].norm.weight.requires_grad
+
+
+def test_all_linear_stands_in_a_list_with_others():
+    """As with what it leaves out: experts' parameters, convolutions, a language model's head."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def found(targets, **options):
+        patched = tokengate.patch(copy.deepcopy(model), targets, rank=2, **options)
+        return list(tokengate.layers(patched))
+
+    assert found(["all-linear", "0"]) == ["0", "1", "2"]
+    assert found(["all-linear", "0"], train=["2"]) == ["0", "1"]
+    assert found(["all-linear", "0"], exclude=["1"]) == ["0", "2"]
+    with pytest.raises(tokengate.TokenGateError, match="'2' is both a target and named by train="):
+        found(["all-linear", "2"], train=["2"])

@@ -38,7 +38,7 @@ from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
 from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
-from tokengate.patterns import Pattern
+from tokengate.patterns import Pattern, matches
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -80,19 +80,19 @@ def patch(
         targets: which layers. A list of names or dotted suffixes on whole components (`"q_proj"`,
             `"self_attn.q_proj"`), globs over the full name (`"vision.*.q_proj"`) or compiled
             regular expressions (full match); or one callable `(name, module) -> bool`; or
-            `"all-linear"`, which is every linear layer but a language model's output head, what
-            `train` names, and what no patch could reach: a layer whose owner reads the weight
-            instead of calling it (as `nn.MultiheadAttention` does), a router that returns a tuple.
-            Of what a pattern matches, the linear layers and `nn.Conv2d` are patched; there must be
-            at least one, and none that cannot be. A module all of whose parameters are those of one
-            layer, as a clamp around it, stands for that layer. One `SkippedModuleWarning` says of
-            what is patched so, and what else is matched and stays: what has a matrix of its own, as
-            an embedding; all that have parameters, where the pattern is a name. One projection of a
-            fused layer is a target by the layer's name and its own: `"qkv.v"`, `"*.qkv_proj.q"`;
-            the others stay untouched, bit for bit. So do experts that share a parameter with one
-            that is named as reports do: `"experts.3.down_proj"`. What a forward still does not
-            reach is reported after the first one, as an `UnreachedLayerWarning`; `verify` finds it
-            out at once.
+            `"all-linear"`, alone or in the list, which is every linear layer but a language model's
+            output head, what `train` names, and what no patch could reach: a layer whose owner
+            reads the weight instead of calling it (as `nn.MultiheadAttention` does), a router that
+            returns a tuple. Of what a pattern matches, the linear layers and `nn.Conv2d` are
+            patched; there must be at least one, and none that cannot be. A module all of whose
+            parameters are those of one layer, as a clamp around it, stands for that layer. One
+            `SkippedModuleWarning` says of what is patched so, and what else is matched and stays:
+            what has a matrix of its own, as an embedding; all that have parameters, where the
+            pattern is a name. One projection of a fused layer is a target by the layer's name and
+            its own: `"qkv.v"`, `"*.qkv_proj.q"`; the others stay untouched, bit for bit. So do
+            experts that share a parameter with one that is named as reports do:
+            `"experts.3.down_proj"`. What a forward still does not reach is reported after the first
+            one, as an `UnreachedLayerWarning`; `verify` finds it out at once.
         method: the name of a method, or a `Modification` subclass.
         tau: initial threshold of every layer, 0 by default; at 0 or below every position is open.
         penalty: lambda of eq. 15, the pull towards closed positions, 1e-5 by default; the paper
@@ -144,6 +144,7 @@ def patch(
     trained = named_by_train(model, train)
     chosen = find_targets(model, targets, exclude, slices, experts)
     plain = {id(holder(each.layer)) for each in folded(model).values()}
+    asked_for: Any = targets if isinstance(targets, (list, tuple, set)) else [targets]
     for name, layer in list(chosen.items()):
         if id(holder(layer)) in plain:
             raise TokenGateError(
@@ -151,7 +152,7 @@ def patch(
                 "tokengate.unpatch(model) or the folding's undo() first."
             )
         if any(_has(whole(layer), parameter) for parameter in trained.values()):
-            if not (isinstance(targets, str) and targets == ALL_LINEAR):
+            if ALL_LINEAR not in asked_for or any(matches(each, name) for each in asked_for):
                 raise TokenGateError(
                     f"{name!r} is both a target and named by train=: a target's own weight stays "
                     "frozen, so drop one of the two."

@@ -70,7 +70,7 @@ def find_targets(
             patched already.
     """
     names = _Names(model, slices, experts)
-    if not callable(targets) and targets != ALL_LINEAR:
+    if not callable(targets):
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()
     if exclude is not None:
@@ -182,8 +182,6 @@ class _Names:
     def matches(self, argument: str, patterns: Any) -> dict[str, set[nn.Module]]:
         """What each pattern matches, linear or not; an error where that is nothing."""
         kind = type(self.model).__name__
-        if isinstance(patterns, str) and patterns == ALL_LINEAR:
-            return {f'"{ALL_LINEAR}"': self._all_linear()}
         if callable(patterns) and not isinstance(patterns, (nn.Module, type)):
             chosen = {module for name, module in self.named if patterns(name, module)}
             if not chosen:
@@ -194,6 +192,9 @@ class _Names:
             return {"<callable>": without_parts_of_wholes(chosen)}
         found = {}
         for pattern in as_patterns(argument, patterns):
+            if pattern == ALL_LINEAR:
+                found[f'"{ALL_LINEAR}"'] = self._all_linear()
+                continue
             # Full names come by the thousand, one for each layer of an adapter.
             full = isinstance(pattern, FullName)
             hits = matched(pattern, self.by_name.get(str(pattern), []) if full else self.named)

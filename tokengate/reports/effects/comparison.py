@@ -118,10 +118,11 @@ def compare(
     said, masked_by = ("labels", "decoder_") if decodes else ("input_ids", "")
     tokens = given.get(said) if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+        texts = "texts, text_target=answers" if decodes else "texts"
         raise TokenGateError(
             f"compare found no tokens (B, T) in {brief(batch if tokens is None else tokens)}: pass "
-            f"one batch with {said}, as tokenizer(texts, return_tensors='pt') gives input_ids, or "
-            "the tokens that the logits predict as ids=."
+            f"one batch with {said}, as tokenizer({texts}, return_tensors='pt') gives it, or the "
+            "tokens that the logits predict as ids=."
         )
     if shift is None:
         shift = not decodes and "MaskedLM" not in type(core).__name__
