@@ -188,6 +188,13 @@ def test_without_gradients_there_are_no_scores():
         tokengate.fisher_scores(model, batches(), of_net)
 
 
+def test_it_has_its_own_gradients_under_no_grad():
+    model = Net()
+    plain = tokengate.suggest(model, batches(), loss=of_net, steps=4)
+    with torch.no_grad():
+        assert tokengate.suggest(model, batches(), loss=of_net, steps=4) == plain
+
+
 class Checkpointed(Net):
     def __init__(self, reentrant):
         super().__init__()

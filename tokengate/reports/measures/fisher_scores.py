@@ -137,9 +137,7 @@ def gradients_of(asked: str, loss: Tensor, of: Sequence[Tensor]) -> tuple[Tensor
             f"{asked} found reentrant activation checkpointing, through which torch gives no "
             "gradients of single tensors: pass it use_reentrant=False, or switch it off meanwhile."
         )
-    with torch.enable_grad():
-        total = loss.sum()
-    return torch.autograd.grad(total, of, allow_unused=True)
+    return torch.autograd.grad(loss, of, torch.ones_like(loss), allow_unused=True)
 
 
 def _graph(loss: Tensor) -> set[Any]:
