@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokengate
-from tokengate.gates.threshold import opened as decided
 from tokengate.kernels.change import Change
+from tokengate.kernels.norms import opened as decided
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # What rounding an input-sized sum costs: a few units in the last place of the accumulation,

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokengate
 from tokengate.gates.positions import Positions
-from tokengate.gates.threshold import TokenGate, opened
+from tokengate.gates.threshold import TokenGate
 from tokengate.kernels import change as change_module
 from tokengate.kernels import gated_sum, gram
 from tokengate.kernels.change import Change
 from tokengate.kernels.factors import Factors
-from tokengate.kernels.norms import norms, times
+from tokengate.kernels.norms import norms, opened, times
 
 
 def layer_of(method, kind=nn.Linear, bias=True, dtype=torch.float32, **options):

@@ -180,6 +180,10 @@ def test_groups_without_a_gate_or_without_anything():
         tokengate.param_groups(model, lr=1e-3)
     with pytest.raises(tokengate.TokenGateError, match="param_groups was asked of a Net without"):
         tokengate.param_groups(Net(), lr=1e-3)
+    gated = tokengate.patch(Net(), ["q_proj"]).requires_grad_(False)
+    with pytest.raises(tokengate.TokenGateError, match="no parameter of this Net is trainable"):
+        tokengate.param_groups(gated, lr=1e-3, s=0.1)
+    assert all(layer.gate.s is None for layer in tokengate.layers(gated).values())
 
 
 @pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")

@@ -22,7 +22,6 @@ from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import accumulation_dtype
-from tokengate.kernels.norms import opened as opened
 from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
 from tokengate.sharding import local_part
 

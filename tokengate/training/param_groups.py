@@ -70,16 +70,16 @@ def param_groups(
     groups = [first]
     if taus:
         groups.append({"params": taus, **rule, "weight_decay": 0.0})
-    for gate in gates:
-        if gate is not None:
-            gate.s, gate._rule = s, rule
-            gate.set_pace(relative=total_steps is not None and tau_of(gate) is not None)
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise TokenGateError(
             f"no parameter of this {type(model).__name__} is trainable: set requires_grad on the "
             "modifications that are to be trained."
         )
+    for gate in gates:
+        if gate is not None:
+            gate.s, gate._rule = s, rule
+            gate.set_pace(relative=total_steps is not None and tau_of(gate) is not None)
     return groups
 
 
