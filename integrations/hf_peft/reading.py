@@ -173,7 +173,8 @@ def _layers_and_heads(
                 f"{str(weights.path)!r} has {key!r} of shape {tensor.shape}, which neither "
                 f"belongs to {config['peft_type']} as {where} describes it nor to one of its "
                 f"modules_to_save, {brief(config.get('modules_to_save'))}: save the adapter "
-                "again, without values of the base."
+                "again, without values of the base, as by save_pretrained(folder, "
+                "save_embedding_layers=False)."
             )
     if not found:
         raise TokenGateError(f"{str(weights.path)!r} has no adapted layer: save it again.")

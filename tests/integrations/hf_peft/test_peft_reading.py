@@ -166,6 +166,24 @@ def test_embeddings_and_missing_layers_are_refused_or_skipped(tmp_path):
     assert sorted(skipped) == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
 
 
+def test_values_of_an_adapted_head_s_base_are_refused_with_what_leaves_them_out(tmp_path):
+    """PEFT saves them by itself where an output head is a target."""
+    peft = pytest.importorskip("peft", reason="the test extra is not installed")
+    base = base_of(llama, torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.base_model.model.lm_head.lora_B["default"].weight.data.normal_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    refused(copy.deepcopy(base), tmp_path, "lm_head.base_layer", "save_embedding_layers=False")
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours, ids = copy.deepcopy(base).eval(), torch.arange(1, 9)[None]
+    import_peft(ours, tmp_path)
+    assert not torch.allclose(ours(ids).logits, base.eval()(ids).logits)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
 def test_heads_that_do_not_fit_are_refused(tmp_path):
     base = base_of(bert)
     saved_by_peft(base, tmp_path, targets=["query"], task_type="SEQ_CLS")
