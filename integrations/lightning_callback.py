@@ -27,8 +27,8 @@ from tokengate.integrations.live_logging import report_of, tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
-from tokengate.training.checks.early_end import say_if_early
 from tokengate.training.following import Following
+from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.param_groups import tau_rule
 
 # Where a tau is no parameter of its own, or its gradient no average over processes.

@@ -43,7 +43,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
-from tokengate.training.checks.early_end import say_if_early
+from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.param_groups import tau_rule
 
 _log = logging.getLogger(__name__)

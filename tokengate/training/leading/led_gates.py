@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
-from tokengate.gates.living import lead, lead_no_more, leader_of
+from tokengate.gates.living import lead, lead_no_more, leader_of, tau_of
 from tokengate.gates.score_counts import no_counts, share_below, shares_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, local_part
@@ -28,7 +28,6 @@ class LedGates:
 
     def __init__(self, gates: Mapping[str, Gate]) -> None:
         self.by_name = dict(gates)
-        self.thresholds: list[Tensor] = [g.threshold for g in gates.values()]  # type: ignore
         # On one device, however many the model is on.
         self.device = self.thresholds[0].device
         # How many modules a gate decides for: one, or all experts.
@@ -41,8 +40,8 @@ class LedGates:
         self.since = torch.zeros_like(self.called)
         # What E[||g||^2] is measured in; 0 before anything was.
         self.unit = self.called.new_zeros(())
-        # What no optimiser touches.
-        self.held = list(self.thresholds)
+        # Whose threshold no optimiser touches.
+        self._held = list(gates.values())
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
         # Whether a threshold was trained, loaded or calibrated, of each; all ranks must ask.
         changed = (
@@ -50,6 +49,16 @@ class LedGates:
             for gate, found in zip(gates.values(), self._found, strict=True)
         )
         self.are_set = anywhere(changed, self.thresholds)
+
+    @property
+    def thresholds(self) -> list[Tensor]:
+        """Of all, as they are now: a model that is moved gives its buffers new ones."""
+        return _thresholds(self.by_name.values())
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The thresholds that no optimiser touches."""
+        return _thresholds(self._held)
 
     def begin(self, leader: object) -> None:
         """From now on they are led, count their scores and are fed."""
@@ -154,8 +163,8 @@ class LedGates:
 
     def let_go(self, gates: Iterable[Gate]) -> None:
         """Hold the thresholds of these no more."""
-        others = [gate.threshold for gate in gates]
-        self.held = [t for t in self.held if not any(t is other for other in others)]
+        others = set(gates)
+        self._held = [gate for gate in self._held if gate not in others]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it has counted, and in which unit."""
@@ -165,6 +174,10 @@ class LedGates:
         """Go on from `state`."""
         for name in _STATE:
             getattr(self, name).copy_(state[name])
+
+
+def _thresholds(gates: Iterable[Gate]) -> list[Tensor]:
+    return [threshold for gate in gates if (threshold := gate.threshold) is not None]
 
 
 def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -> dict[str, Gate]:
@@ -195,3 +208,15 @@ def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -
             "and their scores have different units: pass per_layer=True, or patch with one gate."
         )
     return gates
+
+
+def refuse_unlearnt(gates: Mapping[str, Gate], learn_from: float) -> None:
+    """An error if the threshold of one of them is not trained."""
+    unlearnt = [(name, gate) for name, gate in gates.items() if tau_of(gate) is None]
+    if unlearnt:
+        name, gate = unlearnt[0]
+        raise TokenGateError(
+            f"learn_from={learn_from} was asked of {len(unlearnt)} gates, e.g. that of {name!r}, "
+            f"whose threshold nothing trains ({type(gate).__name__}): leave learn_from out, or "
+            'patch with gate="threshold" and a tau that is trainable.'
+        )

@@ -10,25 +10,18 @@ import torch
 from torch import nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
-from tokengate.errors import (
-    TokenGateError,
-    UnreachedSparsityWarning,
-    UselessGateWarning,
-    brief,
-)
-from tokengate.gates.base import Gate
-from tokengate.gates.living import tau_of
+from tokengate.errors import TokenGateError, UselessGateWarning, brief
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import mean_of_counted, share_below, shares_of
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
-from tokengate.training.leading.led_gates import LedGates, gates_to_lead
+from tokengate.training.leading.led_gates import LedGates, gates_to_lead, refuse_unlearnt
 from tokengate.training.leading.quantile_tracker import QuantileTracker
+from tokengate.training.leading.unreached import LastSteps, say_if_beyond, say_if_missed
 from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
-# The share of a training in which the wanted sparsity rises to the target, and how far that which
-# the last thresholds close may be from it without a word.
-_RISE, _NEAR = 0.6, 0.03
+# The share of a training in which the wanted sparsity rises to the target.
+_RISE = 0.6
 # Those that have ended, and hold the thresholds where they are.
 _ENDED: WeakSet[SparsitySchedule] = WeakSet()
 
@@ -103,6 +96,7 @@ class SparsitySchedule:
                 f"warmup_steps={warmup_steps} was given for total_steps={total_steps}, so that "
                 "nothing would ever close: pass fewer."
             )
+        self._rise = max(1.0, _RISE * (self.total_steps - self._warmup))
         self._last = self.total_steps
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
@@ -111,7 +105,7 @@ class SparsitySchedule:
         gates = gates_to_lead(model, patched, together=not switch("per_layer", per_layer))
         self._modifications = [patched[name].modification for name in gates]
         if learn_from is not None:
-            _refuse_unlearnt(gates, learn_from)
+            refuse_unlearnt(gates, learn_from)
         inside = next(iter(hooked_in(optimizer)), None)
         if inside is None:
             raise TokenGateError(
@@ -122,6 +116,7 @@ class SparsitySchedule:
         self._led = LedGates(gates)
         layers = len(gates) if per_layer else 1
         self._tracker = QuantileTracker(layers, self._led.device)
+        self._recent = LastSteps(self._last, self._warmup + self._rise, self._led.device)
         self._sparsity = torch.full((), torch.nan, device=self._led.device)
         # The thresholds in use, as log2, one for each layer or one.
         self._log_thresholds = torch.full_like(self._tracker.quantile(0), -torch.inf)
@@ -156,8 +151,7 @@ class SparsitySchedule:
 
     def wanted_at(self, step: int) -> float:
         """The same after `step` optimiser steps."""
-        rise = max(1.0, _RISE * (self.total_steps - self._warmup))
-        x = min(1.0, max(0.0, (step - self._warmup) / rise))
+        x = min(1.0, max(0.0, (step - self._warmup) / self._rise))
         return self._start + (self.target - self._start) * (1 - (1 - x) ** 3)
 
     def step(self) -> None:
@@ -250,6 +244,8 @@ class SparsitySchedule:
             return
         self.steps += 1
         if self.steps > self._last:
+            if not self._learns:
+                say_if_beyond(self.steps, self._last)
             return
         gates = self._led.by_name.values()
         taus = [
@@ -266,8 +262,8 @@ class SparsitySchedule:
         if self.steps == 1 and not bool(seen.any()):
             raise TokenGateError(
                 f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
-                "the first optimizer.step(): call the model, with gradients, and loss.backward() "
-                "before it."
+                "the first optimizer.step(): call the model, with gradients and one adapter for "
+                "all, and loss.backward() before it."
             )
         if self.steps == 1:
             self._say_if_others_train(optimizer)
@@ -281,11 +277,13 @@ class SparsitySchedule:
             self._sparsity = self._led.closed(seen)
             fresh = len(counts) == 1 and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
+        self._recent.add(self.steps, self._sparsity - wanted)
         self._tracker.add(counts, wanted)
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
-            self._warn_of_a_miss()
+            told = float(self._tracker.share_below(self._log_thresholds))
+            say_if_missed(self.target, told, self._recent)
             self._end()
 
     def _end(self) -> None:
@@ -304,25 +302,3 @@ class SparsitySchedule:
                 UselessGateWarning,
                 stacklevel=5,
             )
-
-    def _warn_of_a_miss(self) -> None:
-        closed = float(self._tracker.share_below(self._log_thresholds))
-        if abs(closed - self.target) <= _NEAR:
-            return
-        warnings.warn(
-            f"SparsitySchedule was to close {self.target:.0%} of the positions and ended with "
-            f"{closed:.0%}.",
-            UnreachedSparsityWarning,
-            stacklevel=4,
-        )
-
-
-def _refuse_unlearnt(gates: dict[str, Gate], learn_from: float) -> None:
-    unlearnt = [(name, gate) for name, gate in gates.items() if tau_of(gate) is None]
-    if unlearnt:
-        name, gate = unlearnt[0]
-        raise TokenGateError(
-            f"learn_from={learn_from} was asked of {len(unlearnt)} gates, e.g. that of {name!r}, "
-            f"whose threshold nothing trains ({type(gate).__name__}): leave learn_from out, or "
-            'patch with gate="threshold" and a tau that is trainable.'
-        )

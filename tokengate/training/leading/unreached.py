@@ -1,0 +1,98 @@
+"""A training that ends short of what its schedule was to close, or goes on after it: it is said."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokengate.errors import UnreachedSparsityWarning
+
+if TYPE_CHECKING:
+    from tokengate.training.leading.sparsity_schedule import SparsitySchedule
+
+# How far from the target what is closed may be without a word.
+_NEAR = 0.03
+# How many standard errors of the mean are no chance.
+_ERRORS = 3.0
+
+
+class LastSteps:
+    """How far what was closed in the last steps is from what was wanted, without a host wait.
+
+    The thresholds of a step are told from the steps before it. Where one layer's scores move
+    beside the others' they may be late, and then are so in step after step.
+
+    Args:
+        steps: of the training.
+        level: the step from which on the wanted share stays as it is.
+        device: of what is added.
+    """
+
+    def __init__(self, steps: int, level: float, device: torch.device) -> None:
+        self._begin = max(steps - max(8, steps // 10), level)
+        self._off = torch.zeros((), device=device)
+        self._squares = torch.zeros((), device=device)
+        self._count = 0
+
+    def add(self, step: int, off: Tensor) -> None:
+        """One step's, `()`."""
+        if step > self._begin:
+            self._off, self._squares = self._off + off, self._squares + off.square()
+            self._count += 1
+
+    def miss(self) -> float:
+        """The mean, or 0 where it may be chance."""
+        if self._count < 4:
+            return 0.0
+        mean = float(self._off) / self._count
+        variance = max(0.0, float(self._squares) / self._count - mean**2)
+        return mean if abs(mean) > _ERRORS * (variance / (self._count - 1)) ** 0.5 else 0.0
+
+
+def say_if_missed(target: float, told: float, last: LastSteps) -> None:
+    """A warning if what is closed in the end, `told` by the scores, is not what was asked."""
+    closed = told if abs(told - target) > _NEAR else told + last.miss()
+    if abs(closed - target) > _NEAR:
+        warnings.warn(
+            f"SparsitySchedule was to close {target:.0%} of the positions and ended with "
+            f"{closed:.0%}.",
+            UnreachedSparsityWarning,
+            stacklevel=4,
+        )
+
+
+def say_if_beyond(steps: int, last: int) -> None:
+    """A warning in one of the steps after the last one: what the thresholds close changes."""
+    if steps == last + max(8, last // 10):
+        warnings.warn(
+            f"SparsitySchedule was made for {last} steps, and the optimizer takes its {steps}th: "
+            "its thresholds stay, and close another share as M(x) goes on changing: make it for "
+            "the steps of the whole training, total_steps=.",
+            UnreachedSparsityWarning,
+            stacklevel=4,
+        )
+
+
+def say_if_early(schedule: SparsitySchedule | None, step: int | None = None) -> None:
+    """A warning if the share that was wanted by then is not the target yet.
+
+    Args:
+        schedule: of a training that has ended, if it has one.
+        step: of which the model is, as of its best checkpoint; None for the last that was taken.
+    """
+    if schedule is None:
+        return
+    step = schedule.steps if step is None else step
+    wanted = schedule.wanted_at(step)
+    if abs(wanted - schedule.target) > _NEAR:
+        warnings.warn(
+            f"a SparsitySchedule was to close {schedule.target:.0%} of the positions, and the "
+            f"model is that of step {step} of {schedule.total_steps}, where {wanted:.0%} were to "
+            "be: train to the end and keep a later one, ask for fewer steps, or call "
+            f"tokengate.calibrate(model, batches, sparsity={schedule.target:g}).",
+            UnreachedSparsityWarning,
+            stacklevel=3,
+        )
