@@ -62,7 +62,7 @@ def test_a_save_within_a_save_leaves_one_of_the_two(tmp_path, monkeypatch, momen
     assert same(values(other), values(trained(last)))
 
 
-@pytest.mark.parametrize("step", ["_config_text", "open_weights", "_check_tensors"])
+@pytest.mark.parametrize("step", ["_text", "open_weights", "_check_tensors"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_what_is_replaced_while_it_is_read_is_of_one_adapter(tmp_path, monkeypatch, step, method):
     def newer():
@@ -96,14 +96,14 @@ def test_a_folder_that_is_always_replaced_while_it_is_read_ends_in_an_error(tmp_
     tokengate.save(trained(), tmp_path)
     with open(tmp_path / "adapter_model.safetensors", "r+b") as file:
         file.write(b"\0")
-    read, times = adapter_folder._config_text, []
+    read, times = adapter_folder._text, []
 
-    def touched(folder):
-        times.append(folder)
-        os.utime(folder / "tokengate_config.json", ns=(0, 10**9 * len(times)))
-        return read(folder)
+    def touched(path):
+        times.append(path)
+        os.utime(tmp_path / "tokengate_config.json", ns=(0, 10**9 * len(times)))
+        return read(path)
 
-    monkeypatch.setattr(adapter_folder, "_config_text", touched)
+    monkeypatch.setattr(adapter_folder, "_text", touched)
     refused(fresh(), tmp_path, "no safetensors file")
     assert 1 < len(times) <= 20
 

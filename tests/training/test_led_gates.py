@@ -347,6 +347,7 @@ def test_who_trains_a_head_beside_a_frozen_adapter_is_told_of_nothing():
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:SparsitySchedule was made for 10 steps")
 def test_what_has_ended_holds_what_nobody_else_leads_also_when_resumed():
     model = made()
     optimizer = adam(model, s=1e-2)

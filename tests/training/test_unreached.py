@@ -10,10 +10,11 @@ from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.leading.unreached import LastSteps
 
 
-def misses(offs, steps=40, level=24.0):
+def misses(offs, steps=40, level=24.0, weights=(1.0,)):
     last = LastSteps(steps, level, torch.device("cpu"))
     for step, off in enumerate(offs, steps - len(offs) + 1):
-        last.add(step, torch.tensor(off, dtype=torch.float64))
+        off, weight = torch.tensor([off, weights[step % len(weights)]], dtype=torch.float64)
+        last.add(step, off, weight)
     return last.miss()
 
 
@@ -24,6 +25,9 @@ def test_what_is_late_in_every_step_is_no_chance():
     assert misses([0.1] * 40, level=37.0) == 0.0  # three steps tell nothing
     assert misses([0.1] * 100 + [0.0] * 100, steps=1000) == pytest.approx(0.0)
     assert misses([0.1] * 100, steps=1000) == pytest.approx(0.1)
+    # A step in which few layers were called is as much less worth.
+    assert misses([0.08, -0.04] * 20, weights=[0.0, 1.0]) == pytest.approx(0.08)
+    assert misses([0.0] * 40, weights=[0.0]) == 0.0
 
 
 def made(gate="threshold", steps=40):

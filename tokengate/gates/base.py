@@ -167,6 +167,8 @@ class Gate(KeepsFloat32):
                 "outputs but not how a gate learns: call model.eval() first."
             )
         a: Any = self.weights(positions)
+        if isinstance(a, Tensor) and a.shape == (1,) and not positions.shape:
+            a = a.reshape(())  # of one position alone, beside a parameter of one element
         if not isinstance(a, Tensor) or a.shape != positions.shape:
             found = f"shape {tuple(a.shape)}" if isinstance(a, Tensor) else brief(a)
             raise TokenGateError(

@@ -129,8 +129,7 @@ class Gated(Swapped):
             untouched: Tensor = super().forward(input, *args, **kwargs)
             return untouched
         x, factors = input, None
-        begun = input.dim() > 1 and self._keeps_nothing()
-        if adapter is not None and begun and not _moved(adapter[0]):
+        if adapter is not None and self._keeps_nothing() and not _moved(adapter[0]):
             # M(x) in factors, where that can be begun before the base layer.
             x, factors = adapter[0].factors_before(input, own)
         output: Tensor = super().forward(x, *args, **kwargs)

@@ -73,31 +73,22 @@ def stub_of(
 
 def inputs_of(layer: LinearLike, input: Tensor) -> Tensor | Patches:
     """x of each position: `(..., in_features)`, of a convolution not made yet."""
-    return Patches(input, layer) if is_convolution(layer) else _with_positions(input)
+    return Patches(input, layer) if is_convolution(layer) else input
 
 
 def positions_of(layer: LinearLike, input: Tensor) -> torch.Size:
     """The shape of the positions of a call: `(...)`, of a convolution `(B, H, W)`."""
-    if is_convolution(layer):
-        return Patches(input, layer).positions
-    return _with_positions(input).shape[:-1]
+    return Patches(input, layer).positions if is_convolution(layer) else input.shape[:-1]
 
 
 def by_position(layer: LinearLike, out: Tensor) -> Tensor:
     """A layer's output with its channels last, `(..., out_features)`."""
-    return channels_last(out) if is_convolution(layer) else _with_positions(out)
+    return channels_last(out) if is_convolution(layer) else out
 
 
 def as_output(layer: LinearLike, h: Tensor, out: Tensor) -> Tensor:
     """`(..., out_features)` in the layout of the layer's own output, `out`."""
-    if is_convolution(layer):
-        return channels_first(h, out)
-    return h.squeeze(0) if out.dim() == 1 else h
-
-
-def _with_positions(vector: Tensor) -> Tensor:
-    # One alone is a row of one position: gates' parameters of one element are as long as that.
-    return vector.unsqueeze(0) if vector.dim() == 1 else vector
+    return channels_first(h, out) if is_convolution(layer) else h
 
 
 def is_unbatched(layer: LinearLike, input: Tensor) -> bool:

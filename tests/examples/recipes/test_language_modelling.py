@@ -108,6 +108,7 @@ def test_smoke_runs_every_combination_once(recipe, monkeypatch, tmp_path, capsys
 
 
 @real
+@pytest.mark.filterwarnings("ignore:SparsitySchedule was to close")
 def test_smoke_runs_on_a_real_text(recipe, monkeypatch, tmp_path):
     call(recipe, monkeypatch, tmp_path, "--data", TEXT, "--method", "adalora", "--gate", "0.6")
     found = json.loads((tmp_path / "adalora-0.6-0" / "results.json").read_text())

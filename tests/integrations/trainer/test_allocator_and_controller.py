@@ -105,7 +105,7 @@ def test_a_wanted_sparsity(tmp_path, warmup):
 def test_a_model_from_before_the_target_is_told_of(tmp_path, how):
     class Ends(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = how == "stopped" and state.global_step == 2
+            control.should_training_stop |= how == "stopped" and state.global_step == 2
 
     class Best(transformers.Trainer):
         def evaluate(self, *args, **kwargs):

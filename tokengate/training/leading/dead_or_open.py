@@ -165,7 +165,7 @@ def _tell(optimizer: Optimizer, gates: Sequence[Gate], found: str) -> None:
 
 
 def _look(optimizer: Optimizer, own: Own, step: int) -> None:
-    closed, largest, lifeless = [], 0.0, 0
+    closed, largest, at_0 = [], 0.0, set()
     for tau, gate in own:
         seen = gate._seen if gate.relative else gate._looked
         here = local_part(tau.detach()).reshape(-1)
@@ -175,11 +175,16 @@ def _look(optimizer: Optimizer, own: Own, step: int) -> None:
         log = here.clamp(min=0).to(seen).log2()
         closed.append(float(share_below(seen.expand(len(log), -1), log).mean()))
         largest = max(largest, float(here.max()))
-        # r is 0 at all positions: M(x) is, and stays so, since none of them is open.
-        lifeless += closed[-1] == 1 and not bool(seen[1:].any())
+        if closed[-1] == 1 and not bool(seen[1:].any()):  # r is 0 at all positions
+            at_0.add(gate)
     if not closed:
         return
     share = sum(closed) / len(closed)
+    # Not where M(x) has been pruned, whose gradients are not 0.
+    lifeless = sum(
+        layer.gate in at_0 and bool(_stays_0(layer.modification))
+        for layer in (_layers_of({id(tau) for tau, _ in own}) if at_0 else [])
+    )
     if 0 < lifeless < len(closed):
         found = f"stands before modifications that are 0 everywhere in {lifeless} of"
     elif share > _ALL:

@@ -244,7 +244,7 @@ class SparsitySchedule:
             return
         self.steps += 1
         if self.steps > self._last:
-            if not self._learns:
+            if self._led.held and not self._learns:
                 say_if_beyond(self.steps, self._last)
             return
         gates = self._led.by_name.values()
@@ -277,7 +277,7 @@ class SparsitySchedule:
             self._sparsity = self._led.closed(seen)
             fresh = len(counts) == 1 and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
-        self._recent.add(self.steps, self._sparsity - wanted)
+        self._recent.add(self.steps, self._sparsity - wanted, counts.sum())
         self._tracker.add(counts, wanted)
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)

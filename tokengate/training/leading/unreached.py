@@ -33,23 +33,27 @@ class LastSteps:
 
     def __init__(self, steps: int, level: float, device: torch.device) -> None:
         self._begin = max(steps - max(8, steps // 10), level)
-        self._off = torch.zeros((), device=device)
-        self._squares = torch.zeros((), device=device)
         self._count = 0
+        # Of w, w o, w^2, w^2 o and w^2 o^2, what a step weighs and how far it was off.
+        self._sums = torch.zeros(5, device=device)
 
-    def add(self, step: int, off: Tensor) -> None:
-        """One step's, `()`."""
+    def add(self, step: int, off: Tensor, weight: Tensor) -> None:
+        """One step's, `()` both."""
         if step > self._begin:
-            self._off, self._squares = self._off + off, self._squares + off.square()
             self._count += 1
+            square = weight.square()
+            each = [weight, weight * off, square, square * off, square * off.square()]
+            self._sums = self._sums + torch.stack(each)
 
     def miss(self) -> float:
         """The mean, or 0 where it may be chance."""
-        if self._count < 4:
+        weight, off, *squares = self._sums.tolist()
+        if self._count < 4 or not weight:
             return 0.0
-        mean = float(self._off) / self._count
-        variance = max(0.0, float(self._squares) / self._count - mean**2)
-        return mean if abs(mean) > _ERRORS * (variance / (self._count - 1)) ** 0.5 else 0.0
+        mean = off / weight
+        variance = max(0.0, squares[2] - 2 * mean * squares[1] + mean**2 * squares[0])
+        error = (variance * self._count / (self._count - 1)) ** 0.5 / weight
+        return mean if abs(mean) > _ERRORS * error else 0.0
 
 
 def say_if_missed(target: float, told: float, last: LastSteps) -> None:
