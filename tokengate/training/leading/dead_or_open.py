@@ -26,6 +26,7 @@ from tokengate.layers.patched import ROOTS, layers
 from tokengate.sharding import local_part, numbers_here
 from tokengate.training.following import followed
 from tokengate.training.leading.pace import moved_by
+from tokengate.training.rank_allocator import LED
 from tokengate.training.wrapped_optimizers import Follower
 
 # At which steps it is looked, and from which one on a gate that closes nothing is worth a word.
@@ -180,9 +181,9 @@ def _look(optimizer: Optimizer, own: Own, step: int) -> None:
     if not closed:
         return
     share = sum(closed) / len(closed)
-    # Not where M(x) has been pruned, whose gradients are not 0.
+    # Not those that a RankAllocator has pruned.
     lifeless = sum(
-        layer.gate in at_0 and bool(_stays_0(layer.modification))
+        layer.gate in at_0 and layer.modification not in LED and bool(_stays_0(layer.modification))
         for layer in (_layers_of({id(tau) for tau, _ in own}) if at_0 else [])
     )
     if 0 < lifeless < len(closed):
