@@ -178,23 +178,26 @@ def draw(found: list[Found], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = rows_of(found, tuned=False)
+    along = ("sparsity", "rank")
+    shown = ("threshold", "fisher", "firm", "select", "random")
     tasks = [task for task in TASKS if any(s.task == task for s in rows)]
+    # What has one point alone is no curve.
+    tasks = [
+        task for task in tasks
+        if any(len(list(curve(rows, task, v, axis))) > 1 for v in shown for axis in along)
+    ] or tasks  # fmt: skip
     shape = {"figsize": (5 * len(tasks), 6.4), "squeeze": False, "layout": "constrained"}
     figure, grid = plt.subplots(2, len(tasks), **shape)
     for column, task in enumerate(tasks):
-        for axes, axis in zip(grid[:, column], ("sparsity", "rank"), strict=True):
-            for variant in ("threshold", "fisher", "firm", "select", "random"):
+        for axes, axis in zip(grid[:, column], along, strict=True):
+            for number, variant in enumerate(shown):
                 points = sorted(curve(rows, task, variant, axis))
                 if points:
                     x, y, deviation = zip(*points, strict=True)
-                    label = VARIANTS[variant].label
-                    axes.errorbar(x, y, deviation, fmt="o-", capsize=2, ms=4, label=label)
+                    style = {"color": f"C{number}", "label": VARIANTS[variant].label}
+                    axes.errorbar(x, y, deviation, fmt="o-", capsize=2, ms=4, **style)
             axes.axhline(0, color="grey", lw=0.8)
-            axes.set(
-                xlabel=axis,
-                ylabel=f"{TASKS[task].measure} - ungated",
-                title=f"{task}, one rate for all",
-            )
+            axes.set(xlabel=axis, ylabel=f"{TASKS[task].measure} - ungated", title=task)
             axes.grid(alpha=0.3)
         grid[0, column].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
