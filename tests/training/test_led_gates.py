@@ -212,9 +212,10 @@ def test_a_state_of_no_step_gives_the_first_thresholds_back():
     assert all(gate.tau > 0 for gate in gates_of(model))
     schedule.load_state_dict(state)
     assert all(gate.tau == 0 for gate in gates_of(model))
-    old = {key: value for key, value in state.items() if key != "led"}
-    with one_sentence("of an earlier version", "anew"):
-        schedule.load_state_dict(old)
+    without = {key: value for key, value in state.items() if key != "led"}
+    for old in (without, {**state, "tracker": {"shape": torch.zeros(4, 1, 8)}}):
+        with one_sentence("of an earlier version", "anew"):
+            schedule.load_state_dict(old)
 
 
 def test_one_threshold_is_not_for_scores_of_two_kinds():

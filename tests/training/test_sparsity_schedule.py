@@ -17,7 +17,6 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import UnreachedSparsityWarning
 from tokengate.gates.score_counts import count_scores, log_quantile, no_counts, share_below
-from tokengate.training.leading.quantile_tracker import QuantileTracker
 
 
 class Simulated(tokengate.Modification):
@@ -132,20 +131,6 @@ def listed(test):
 def test_held_out_it_is_within_003(target, steps, **simulation):
     report, _ = simulate(steps, target, **simulation)
     assert abs(report.sparsity - target) <= 0.03
-
-
-def test_in_two_thousand_steps():
-    """The tracker alone, for time's sake, on as many scores as a batch has."""
-    tracker = QuantileTracker(1, torch.device("cpu"))
-    generator, target = torch.Generator().manual_seed(1), 0.8
-    for step in range(1, 2001):
-        scores = step**0.5 * torch.exp(0.5 * torch.randn(1, 300, generator=generator))
-        counts = no_counts(scores.device)
-        count_scores(counts, scores, None)
-        tracker.add(counts.unsqueeze(0), target)
-    found = tracker.quantile(target)[0] * torch.tensor(2.0).log() - 0.5 * torch.tensor(2000.0).log()
-    share = torch.distributions.Normal(0.0, 0.5).cdf(found)
-    assert abs(share - target) < 0.03
 
 
 def test_each_layer_or_all_together():

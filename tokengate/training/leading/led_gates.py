@@ -30,13 +30,14 @@ class LedGates:
         self.by_name = dict(gates)
         # On one device, however many the model is on.
         self.device = self.thresholds[0].device
-        # How many modules a gate decides for: one, or all experts.
-        self._sizes = [threshold.numel() for threshold in self.thresholds]
+        # Of each, if all are led by one threshold: a gate decides for one module, or all experts.
+        sizes = no_counts(self.device).new_tensor([t.numel() for t in self.thresholds])
+        self.weights = sizes / sizes.sum()
         # Those that average what backward gives them, and how often each of their modules has.
         self._fisher = [gate for gate in gates.values() if isinstance(gate, FisherGate)]
         self.folded = no_counts(self.device).new_zeros(sum(gate.T.numel() for gate in self._fisher))
         # In how many steps each has seen a position, and of how many since the first.
-        self.called = no_counts(self.device).new_zeros(len(self._sizes))
+        self.called = no_counts(self.device).new_zeros(len(sizes))
         self.since = torch.zeros_like(self.called)
         # What E[||g||^2] is measured in; 0 before anything was.
         self.unit = self.called.new_zeros(())
@@ -149,8 +150,8 @@ class LedGates:
             new[..., -1] *= now
             gate.fold(new.to(gate.Q.device), folded.to(gate.Q.device))
 
-    def together(self, seen: Tensor) -> Tensor:
-        """The counts of all, where every module weighs alike: `(gates, BINS) -> (1, BINS)`.
+    def weighed(self, seen: Tensor) -> Tensor:
+        """The counts of each, where every module weighs alike: `(gates, BINS)`, all 1 together.
 
         Over all steps since its first one: one that is called in few of them, as an expert or with
         layer drop, weighs as much more in those.
@@ -158,8 +159,8 @@ class LedGates:
         shares = shares_of(seen)
         self.called += shares.sum(-1).round()
         self.since += self.called > 0
-        weights = seen.new_tensor(self._sizes) * self.since / self.called.clamp(min=1)
-        return (shares * weights.unsqueeze(-1)).sum(0, keepdim=True) / sum(self._sizes)
+        weights = self.weights * self.since / self.called.clamp(min=1)
+        return shares * weights.unsqueeze(-1)
 
     def let_go(self, gates: Iterable[Gate]) -> None:
         """Hold the thresholds of these no more."""

@@ -1,4 +1,4 @@
-"""A quantile of what changes from step to step: its size and its distribution apart."""
+"""Quantiles of what changes from step to step: its size and its distribution apart."""
 
 from __future__ import annotations
 
@@ -36,41 +36,50 @@ class QuantileTracker:
     28th, and for each it is known how far its quantiles were off in the steps that came after
     them. That which was off least is believed.
 
+    Where one quantile of all is wanted, each distribution is followed by itself none the less, and
+    what is foretold of them is mixed: they do not grow alike, and the line of a mixture would lag
+    behind as long as one of them overtakes the others.
+
     Args:
         series: how many distributions are followed.
         device: where.
+        weights: that each has in the mixture of which quantiles are told, `(series,)`; None to tell
+            them of each.
     """
 
-    def __init__(self, series: int, device: torch.device) -> None:
+    def __init__(self, series: int, device: torch.device, weights: Tensor | None = None) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._weights = None if weights is None else weights.to(self.dtype).unsqueeze(-1)
         self._powers = torch.tensor(_POWERS, dtype=self.dtype, device=device).unsqueeze(-1)
         zeros = torch.zeros(len(_POWERS), series, dtype=self.dtype, device=device)
         # Of each average: shares by bin, relative to the line.
-        self._shape = zeros.unsqueeze(-1).repeat(1, 1, BINS)
+        self._shapes = zeros.unsqueeze(-1).repeat(1, 1, BINS)
         # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
         # step and of the size, the variance of the one and the covariance of both.
         self._line = zeros.repeat(6, 1, 1)
+        # Of each average: the shares by bin that it foretells of the next step, mixed or of each.
+        self._foretold = self._next()
         # Sums of squares of how far the quantiles were off.
-        self._errors = zeros
+        self._errors = torch.zeros_like(self._foretold[..., 0])
 
     def add(self, counts: Tensor, wanted: float) -> None:
         """Those of a step, `(series, BINS)`; a series without any learns nothing.
 
         Args:
-            counts: of the scores; their sum, 1 in most steps, is what the step weighs.
+            counts: of the scores; their sum is what the step weighs: 1 in most steps, or in a
+                mixture a number in proportion to the weight.
             wanted: the share whose quantile was asked for.
         """
         weighs = counts.sum(-1)
-        counts = shares_of(counts).expand_as(self._shape)
+        told, total, x, y, xx, xy = self._line
+        some = (counts[..., 1:-1].sum(-1) > 0).expand_as(told)
+        self._judge(counts, wanted, some & (told >= 2), told + 1)
+        counts = shares_of(counts).expand_as(self._shapes)
         above = counts.clone()
         above[..., 0] = above[..., -1] = 0
-        some = above.sum(-1) > 0
         size = torch.where(some, log_quantile(above, 0.5), 0)
-        told, total, x, y, xx, xy = self._line
         at = torch.where(told < 2, size, self._size())
-        off = torch.where(some & (told >= 2), share_below(counts, self._quantiles(wanted)), wanted)
         told = told + 1
-        self._errors = (1 - 1 / told) ** _MEMORY * self._errors + (off - wanted).square()
         total = (1 - 1 / told) ** self._powers * total + weighs
         weight = weighs / torch.where(total > 0, total, 1)
         dx, dy = told.log2() - x, size - y
@@ -79,11 +88,12 @@ class QuantileTracker:
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
         self._line = torch.where(some, torch.stack(line), self._line)
         here = _moved(counts, -at)
-        mixed = self._shape + weight.unsqueeze(-1) * (here - self._shape)
-        self._shape = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shape)
+        mixed = self._shapes + weight.unsqueeze(-1) * (here - self._shapes)
+        self._shapes = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shapes)
+        self._foretold = self._next()
 
     def quantile(self, share: float) -> Tensor:
-        """log2 of the score below which `share` lies at the next step, `(series,)`.
+        """log2 of the score below which `share` lies at the next step, `(series,)` or `(1,)`.
 
         Where `share` and more are 0, it is the least score that there is, or none, whichever is
         nearer; none while all are.
@@ -92,18 +102,36 @@ class QuantileTracker:
 
     def share_below(self, log_scores: Tensor) -> Tensor:
         """The share that lies below these at the next step, on average over what was counted."""
-        shares = self._believed(share_below(self._shape, log_scores - self._size()))
-        return mean_of_counted(shares, self._shape[0])
+        shares = self._believed(share_below(self._foretold, log_scores.expand_as(self._errors)))
+        return mean_of_counted(shares, self._foretold[0])
+
+    def _judge(self, counts: Tensor, wanted: float, known: Tensor, steps: Tensor) -> None:
+        """Remember how far the quantiles of each average were off, of what was foretold."""
+        if self._weights is not None:
+            counts = counts.sum(0, keepdim=True)
+            known, steps = known.any(-1, keepdim=True), steps.amax(-1, keepdim=True)
+        seen = share_below(counts.expand_as(self._foretold), self._quantiles(wanted))
+        off = torch.where(known, seen - wanted, 0)
+        self._errors = (1 - 1 / steps) ** _MEMORY * self._errors + off.square()
 
     def _believed(self, values: Tensor) -> Tensor:
         """Of each series, of `(averages, series)`, that of the average which was off least."""
         return values.gather(0, self._errors.argmin(0, keepdim=True)).squeeze(0)
 
     def _quantiles(self, share: float) -> Tensor:
-        found = log_quantile(self._shape, share) + self._size()
-        zero = self._shape[..., 0]
+        zero = self._foretold[..., 0]
         nearer = (zero > share) & (zero < min(1 - 1e-9, 2 * share))
-        return torch.where(nearer, float(LOW), found)
+        return torch.where(nearer, float(LOW), log_quantile(self._foretold, share))
+
+    def _next(self) -> Tensor:
+        """The shares by bin at the next step, `(averages, series, BINS)` or `(averages, 1, BINS)`.
+
+        A distribution that is not known yet has no part in a mixture.
+        """
+        each = _moved(self._shapes, self._size())
+        if self._weights is None:
+            return each
+        return shares_of((each * self._weights).sum(1, keepdim=True))
 
     def _size(self) -> Tensor:
         """log2 of the size at the next step."""
@@ -120,9 +148,10 @@ class QuantileTracker:
         """Go on from `state`."""
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
+        self._foretold = self._next()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"shape": self._shape, "line": self._line, "errors": self._errors}
+        return {"shapes": self._shapes, "line": self._line, "errors": self._errors}
 
 
 def _moved(counts: Tensor, by: Tensor) -> Tensor:

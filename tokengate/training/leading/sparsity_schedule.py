@@ -36,12 +36,13 @@ class SparsitySchedule:
     positions to be closed rises from 0 to the target on a cubic, p = target (1 - (1 - x)^3), with x
     from 0 to 1 over the first 60 % of the steps. At each step the thresholds become the quantile at
     p of the scores of the step's positions (r, or what a gate's `scores` gives), all layers
-    together: which layers close is decided by their scores. Scores grow with M(x); so the quantile
-    is averaged over steps in their growth and their distribution apart (`QuantileTracker`), and
-    nothing closes before M(x) has grown. After the last step the thresholds stay as they are.
-    Thresholds that were trained, loaded or calibrated stay so until the first step, and the share
-    goes on from what they close, up or down to the target; with one threshold for all from 0 if a
-    layer is new, whose small M(x) that of the others would close for good.
+    together: which layers close is decided by their scores. Scores grow with M(x), in each layer as
+    they do; so their growth and their distribution are averaged over steps, layer by layer and
+    apart (`QuantileTracker`), and nothing closes before M(x) has grown. After the last step the
+    thresholds stay as they are. Thresholds that were trained, loaded or calibrated stay so until
+    the first step, and the share goes on from what they close, up or down to the target; with one
+    threshold for all from 0 if a layer is new, whose small M(x) that of the others would close for
+    good.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -114,8 +115,9 @@ class SparsitySchedule:
             )
         self.steps = 0
         self._led = LedGates(gates)
-        layers = len(gates) if per_layer else 1
-        self._tracker = QuantileTracker(layers, self._led.device)
+        self._together = not per_layer
+        weights = self._led.weights if self._together else None
+        self._tracker = QuantileTracker(len(gates), self._led.device, weights)
         self._recent = LastSteps(self._last, self._warmup + self._rise, self._led.device)
         self._sparsity = torch.full((), torch.nan, device=self._led.device)
         # The thresholds in use, as log2, one for each layer or one.
@@ -189,7 +191,7 @@ class SparsitySchedule:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
                 earlier version.
         """
-        if "led" not in state:
+        if "led" not in state or "shapes" not in state["tracker"]:
             raise TokenGateError(
                 "the state to load is of a SparsitySchedule of an earlier version, which averaged "
                 "otherwise: finish that training with that version, or begin a schedule anew."
@@ -269,16 +271,17 @@ class SparsitySchedule:
             self._say_if_others_train(optimizer)
         if fed:
             self._led.fold(fed)
-        one = len(self._log_thresholds) == 1
-        counts = self._led.together(seen) if one else shares_of(seen)
+        each = counts = self._led.weighed(seen) if self._together else shares_of(seen)
+        if self._together:
+            counts = each.sum(0, keepdim=True)
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self.wanted_at(self.steps - 1)
         if self.steps == 1 and self._continues:
             self._sparsity = self._led.closed(seen)
-            fresh = len(counts) == 1 and self._led.any_is_new(seen)
+            fresh = self._together and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
         self._recent.add(self.steps, self._sparsity - wanted, counts.sum())
-        self._tracker.add(counts, wanted)
+        self._tracker.add(each, wanted)
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
