@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -126,6 +127,21 @@ def test_four_axes(run):
     for slopes in found["slopes"].values():
         assert set(slopes) == {"tokengate, gated", "tokengate, ungated"}
         assert all(map(math.isfinite, slopes.values()))
+
+
+def test_what_is_closed_held_out(script, monkeypatch, tmp_path, capsys):
+    """Of each kind a training; and one more beside those that were there."""
+    held_out = script("held_out")
+    for trainings in ("1", "2"):
+        asked = ["--trainings", trainings, "--asked", "20", "24", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["held_out.py", *asked])
+        held_out.main()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    found = [(each["kind"], each["seed"]) for each in map(json.loads, lines)]
+    assert found == [(kind, seed) for seed in range(2) for kind in ("apart", "alike", "pictures")]
+    assert all(abs(json.loads(line)["off"]) < 0.2 for line in lines)
+    assert len(re.findall(r"\| \d of 2 \|", capsys.readouterr().out)) == 3
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_on_gpu_goes_on_where_it_was(script, monkeypatch, tmp_path, capsys):
