@@ -8,7 +8,7 @@ from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokengate.gates.score_counts import count_scores, no_counts
+from tokengate.gates.score_counts import LOW, count_scores, no_counts
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,3 +65,63 @@ def test_a_line_through_the_size_of_all_is_late(steps):
     off, as_one = followed([1.5, 0.3], steps, 0.85, [0.5, 0.5])
     assert as_one > 0.1
     assert off <= 0.03
+
+
+def counted(*scores):
+    """The counts of each series' scores, all of one sample; none where there are none."""
+    counts = torch.stack([no_counts(torch.device("cpu")) for _ in scores])
+    for own, each in zip(counts, scores, strict=True):
+        if len(each):
+            count_scores(own, torch.tensor([each]), None)
+    return counts
+
+
+def mixture(*steps, weights=(0.5, 0.5)):
+    weights = torch.tensor(weights)
+    tracker = QuantileTracker(len(weights), torch.device("cpu"), weights)
+    for step in steps:
+        tracker.add(counted(*step) * weights.unsqueeze(-1), 0.5)
+    return tracker
+
+
+@settings(max_examples=many(20))
+@given(
+    sizes=st.lists(st.floats(-30, 20), min_size=2, max_size=4),
+    share=st.floats(0.02, 0.98),
+    seed=st.integers(0, 99),
+)
+def test_what_does_not_change_is_told_as_it_is(sizes, share, seed):
+    """However far apart the layers are, a mixture's quantile closes its share of what was seen."""
+    drawn = torch.randn(len(sizes), 500, generator=torch.Generator().manual_seed(seed))
+    scores = torch.exp2(torch.tensor(sizes).unsqueeze(-1) + drawn).tolist()
+    weights = torch.arange(1.0, len(sizes) + 1)
+    tracker = mixture(scores, scores, scores, weights=(weights / weights.sum()).tolist())
+    [threshold] = tracker.quantile(share).exp2()
+    below = [torch.tensor([score < threshold for score in own]).float().mean() for own in scores]
+    assert (torch.stack(below) * weights).sum() / weights.sum() == pytest.approx(share, abs=0.02)
+    assert tracker.share_below(threshold.log2().reshape(1)) == pytest.approx(share, abs=0.002)
+
+
+def test_before_anything_is_known_nothing_is_closed():
+    nothing = -math.inf
+    assert mixture().quantile(0.5).item() == nothing
+    assert mixture(([], [])).quantile(0.5).item() == nothing
+    assert mixture(([0.0], [0.0])).quantile(0.5).item() == nothing
+    assert mixture(([math.inf], [math.inf])).quantile(0.5).item() == nothing
+    assert mixture(([1.0], [1.0])).quantile(0.0).item() == nothing
+
+
+def test_zeros_and_what_never_closes_have_their_part_in_a_mixture():
+    """And a layer that was never called has none."""
+    half = [1.0, 1.1, 0.9, 1.05]
+    # Of all a half is 0: the threshold that closes it, if more is asked the least of the others.
+    zeros = mixture((half, [0.0] * 4))
+    assert zeros.quantile(0.4).item() == pytest.approx(LOW)
+    assert zeros.quantile(0.2).item() == -math.inf
+    assert zeros.quantile(0.75).exp2().item() == pytest.approx(1.0, abs=0.1)
+    infinite = mixture((half, [math.inf] * 4))
+    assert infinite.quantile(0.25).exp2().item() == pytest.approx(1.0, abs=0.1)
+    assert infinite.share_below(infinite.quantile(0.9)).item() == pytest.approx(0.5)
+    absent = mixture((half, []))
+    assert absent.quantile(0.5).exp2().item() == pytest.approx(1.0, abs=0.1)
+    assert absent.share_below(absent.quantile(0.5)).item() == pytest.approx(0.5, abs=0.01)

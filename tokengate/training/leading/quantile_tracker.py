@@ -13,13 +13,14 @@ from tokengate.gates.score_counts import (
     PER_OCTAVE,
     log_quantile,
     mean_of_counted,
-    share_below,
     shares_of,
 )
 
 # By which powers of its number a step is weighed: of so many steps so far that is an average over
 # the last half, quarter, tenth and 28th. And by which one how far each of these was off.
 _POWERS, _MEMORY = (1.0, 3.0, 9.0, 27.0), 3.0
+# How many octaves below and above the line a distribution is known.
+_REACH = 16
 
 
 class QuantileTracker:
@@ -52,15 +53,16 @@ class QuantileTracker:
         self._weights = None if weights is None else weights.to(self.dtype).unsqueeze(-1)
         self._powers = torch.tensor(_POWERS, dtype=self.dtype, device=device).unsqueeze(-1)
         zeros = torch.zeros(len(_POWERS), series, dtype=self.dtype, device=device)
-        # Of each average: shares by bin, relative to the line.
-        self._shapes = zeros.unsqueeze(-1).repeat(1, 1, BINS)
+        # Of each average: the shares that are 0, lie below the edges of bins relative to the line,
+        # and are anything, which is 1.
+        edges = 2 * _REACH * PER_OCTAVE + 1
+        self._shapes = zeros.unsqueeze(-1).repeat(1, 1, edges + 2)
         # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
         # step and of the size, the variance of the one and the covariance of both.
         self._line = zeros.repeat(6, 1, 1)
-        # Of each average: the shares by bin that it foretells of the next step, mixed or of each.
-        self._foretold = self._next()
         # Sums of squares of how far the quantiles were off.
-        self._errors = torch.zeros_like(self._foretold[..., 0])
+        self._errors = zeros if weights is None else zeros[:, :1].clone()
+        self._edges = torch.arange(edges, dtype=self.dtype, device=device)
 
     def add(self, counts: Tensor, wanted: float) -> None:
         """Those of a step, `(series, BINS)`; a series without any learns nothing.
@@ -71,13 +73,14 @@ class QuantileTracker:
             wanted: the share whose quantile was asked for.
         """
         weighs = counts.sum(-1)
+        counts = shares_of(counts)
+        below = counts.cumsum(-1)
+        above_0 = counts.clone()
+        above_0[..., 0] = above_0[..., -1] = 0
+        some = above_0.sum(-1) > 0
+        size = torch.where(some, log_quantile(above_0, 0.5), 0)
         told, total, x, y, xx, xy = self._line
-        some = (counts[..., 1:-1].sum(-1) > 0).expand_as(told)
-        self._judge(counts, wanted, some & (told >= 2), told + 1)
-        counts = shares_of(counts).expand_as(self._shapes)
-        above = counts.clone()
-        above[..., 0] = above[..., -1] = 0
-        size = torch.where(some, log_quantile(above, 0.5), 0)
+        self._judge(below, weighs, wanted, some & (told >= 2), told + 1)
         at = torch.where(told < 2, size, self._size())
         told = told + 1
         total = (1 - 1 / told) ** self._powers * total + weighs
@@ -87,10 +90,12 @@ class QuantileTracker:
         line = [told, total, x + weight * dx, y + weight * dy]
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
         self._line = torch.where(some, torch.stack(line), self._line)
-        here = _moved(counts, -at)
-        mixed = self._shapes + weight.unsqueeze(-1) * (here - self._shapes)
+        first = (at - _REACH - LOW) * PER_OCTAVE
+        here = _below(below[..., :-1].expand(*at.shape, -1), first.unsqueeze(-1) + self._edges)
+        ends = below[..., [0, -1]].expand(*at.shape, -1)
+        here = torch.cat([ends[..., :1], here, ends[..., 1:]], -1)
+        mixed = torch.lerp(self._shapes, here, weight.unsqueeze(-1))
         self._shapes = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shapes)
-        self._foretold = self._next()
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)` or `(1,)`.
@@ -102,16 +107,19 @@ class QuantileTracker:
 
     def share_below(self, log_scores: Tensor) -> Tensor:
         """The share that lies below these at the next step, on average over what was counted."""
-        shares = self._believed(share_below(self._foretold, log_scores.expand_as(self._errors)))
-        return mean_of_counted(shares, self._foretold[0])
+        shares = self._foretold(log_scores.unsqueeze(-1)).squeeze(-1)
+        return mean_of_counted(self._believed(shares), self._shapes[0])
 
-    def _judge(self, counts: Tensor, wanted: float, known: Tensor, steps: Tensor) -> None:
-        """Remember how far the quantiles of each average were off, of what was foretold."""
+    def _judge(
+        self, below: Tensor, weighs: Tensor, wanted: float, known: Tensor, steps: Tensor
+    ) -> None:
+        """Remember how far off the quantiles of each average are that were told of this step."""
         if self._weights is not None:
-            counts = counts.sum(0, keepdim=True)
+            below = (below * weighs.unsqueeze(-1)).sum(0, keepdim=True) / weighs.sum()
             known, steps = known.any(-1, keepdim=True), steps.amax(-1, keepdim=True)
-        seen = share_below(counts.expand_as(self._foretold), self._quantiles(wanted))
-        off = torch.where(known, seen - wanted, 0)
+        places = (self._quantiles(wanted).unsqueeze(-1) - LOW) * PER_OCTAVE
+        found = _below(below[..., :-1].expand(len(places), -1, -1), places).squeeze(-1)
+        off = torch.where(known, found - wanted, 0)
         self._errors = (1 - 1 / steps) ** _MEMORY * self._errors + off.square()
 
     def _believed(self, values: Tensor) -> Tensor:
@@ -119,19 +127,35 @@ class QuantileTracker:
         return values.gather(0, self._errors.argmin(0, keepdim=True)).squeeze(0)
 
     def _quantiles(self, share: float) -> Tensor:
-        zero = self._foretold[..., 0]
+        """Of each average the quantile at the next step: its octave, then the place in that."""
+        octaves = self._edges[: (BINS - 2) // PER_OCTAVE + 1] + LOW
+        wanted = torch.full_like(self._errors, share).unsqueeze(-1)
+        octave = torch.searchsorted(self._foretold(octaves), wanted).clamp(1, len(octaves) - 1) - 1
+        scores = LOW + octave + self._edges[: PER_OCTAVE + 1] / PER_OCTAVE
+        shares = self._foretold(scores)
+        above = torch.searchsorted(shares, wanted).clamp(1, PER_OCTAVE)
+        low, high = shares.gather(-1, above - 1), shares.gather(-1, above)
+        part = (wanted - low) / torch.where(high > low, high - low, 1)
+        found = scores.gather(-1, above - 1) + part.clamp(0, 1) / PER_OCTAVE
+        zero = self._mixed(self._shapes[..., :1])
         nearer = (zero > share) & (zero < min(1 - 1e-9, 2 * share))
-        return torch.where(nearer, float(LOW), log_quantile(self._foretold, share))
+        nothing = (zero >= share) | (wanted <= 0) | (shares[..., -1:] <= 0)
+        return torch.where(nearer, LOW, torch.where(nothing, -torch.inf, found)).squeeze(-1)
 
-    def _next(self) -> Tensor:
-        """The shares by bin at the next step, `(averages, series, BINS)` or `(averages, 1, BINS)`.
+    def _foretold(self, log_scores: Tensor) -> Tensor:
+        """The shares that lie below these at the next step: `(..., Q) -> (averages, series, Q)`.
 
-        A distribution that is not known yet has no part in a mixture.
+        In a mixture `series` is 1; a distribution that is not known yet has no part in it.
         """
-        each = _moved(self._shapes, self._size())
+        places = (log_scores - self._size().unsqueeze(-1) + _REACH) * PER_OCTAVE
+        return self._mixed(_below(self._shapes[..., 1:-1], places))
+
+    def _mixed(self, shares: Tensor) -> Tensor:
         if self._weights is None:
-            return each
-        return shares_of((each * self._weights).sum(1, keepdim=True))
+            return shares
+        weights = self._weights * self._shapes[..., -1:]
+        total = weights.sum(1, keepdim=True)
+        return (shares * weights).sum(1, keepdim=True) / torch.where(total > 0, total, 1)
 
     def _size(self) -> Tensor:
         """log2 of the size at the next step."""
@@ -148,23 +172,19 @@ class QuantileTracker:
         """Go on from `state`."""
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
-        self._foretold = self._next()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"shapes": self._shapes, "line": self._line, "errors": self._errors}
 
 
-def _moved(counts: Tensor, by: Tensor) -> Tensor:
-    """Counts of scores that are all multiplied by 2^`by`: `(..., BINS), (...)`.
+def _below(shares: Tensor, places: Tensor) -> Tensor:
+    """The share below a place, of `shares` below edges, `(..., E), (..., Q) -> (..., Q)`.
 
-    The first and the last bin stay; what would leave the others stays in the outermost of them.
+    Places count edges; between two of them a bin is filled evenly. Below -inf nothing is.
     """
-    inner = counts[..., 1:-1]
-    bins = by.unsqueeze(-1) * PER_OCTAVE
-    low = bins.floor()
-    at = torch.arange(inner.shape[-1], device=counts.device) + low.long()
-    moved = torch.zeros_like(inner)
-    last = inner.shape[-1] - 1
-    moved.scatter_add_(-1, at.clamp(0, last), inner * (1 - (bins - low)))
-    moved.scatter_add_(-1, (at + 1).clamp(0, last), inner * (bins - low))
-    return torch.cat([counts[..., :1], moved, counts[..., -1:]], -1)
+    last = shares.shape[-1] - 1
+    inside = places.clamp(0, last)
+    low = inside.floor().clamp(max=last - 1)
+    at = low.long()
+    found = torch.lerp(shares.gather(-1, at), shares.gather(-1, at + 1), inside - low)
+    return torch.where(places == -torch.inf, 0, found)
