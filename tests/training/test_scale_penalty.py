@@ -106,6 +106,25 @@ def test_it_multiplies_lambda_alone(factor):
         assert torch.equal(gradient, once[name])
 
 
+def test_it_reaches_the_gates_of_all_adapters(tmp_path):
+    model, x, _ = model_and_data()
+    tokengate.save(model, tmp_path / "adapter")
+    tokengate.load(model, tmp_path / "adapter", name="other")
+    tokengate.use(model, None)
+    tokengate.scale_penalty(model, 4.0)
+    found = {}
+    for name in ("default", "other"):
+        with tokengate.use(model, name):
+            model(x).square().sum().backward()
+            gates = [layer.gate for layer in tokengate.layers(model).values()]
+        found[name] = torch.cat([gate.tau.grad for gate in gates])
+        assert [gate._unit for gate in gates] == [4.0, 4.0]
+    torch.testing.assert_close(found["other"], found["default"])
+    tokengate.scale_penalty(model, 1)
+    with tokengate.use(model, "other"):
+        assert all(layer.gate._unit is None for layer in tokengate.layers(model).values())
+
+
 def test_the_user_s_penalty_stays_and_nothing_is_saved():
     model, _, _ = model_and_data()
     keys = list(model.state_dict())

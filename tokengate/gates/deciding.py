@@ -55,11 +55,7 @@ def changed(
     norms = change.norms() if wants_norms else None
     a = scores = None
     if gate is not None:
-        positions = Positions(change, x, real)
-        a = gate(positions)
-        if wants_scores or (gate.counts_scores and is_learnt_from()):
-            with torch.no_grad():
-                scores = gate.scores(Positions(change.undropped(), x, real))
+        a, scores = decided(gate, change, x, real, wants_scores)
     if inside is not None and inside.dtype != torch.bool:  # weights
         a = inside.to(change.dtype) * (1.0 if a is None else a)
     h = change.add(a)
@@ -69,6 +65,17 @@ def changed(
         h = torch.where(inside.unsqueeze(-1) != 0, h, change.out)
         is_open = (inside != 0) if is_open is None else is_open & (inside != 0)
     return Changed(h, is_open, norms, scores)
+
+
+def decided(
+    gate: Gate, change: Change, x: Any, real: Tensor | None, wants_scores: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """a, `(...)`, and the gate's scores, `(...)`, where they are asked for or counted."""
+    a: Tensor = gate(Positions(change, x, real))
+    if not (wants_scores or (gate.counts_scores and is_learnt_from())):
+        return a, None
+    with torch.no_grad():
+        return a, gate.scores(Positions(change.undropped(), x, real))
 
 
 @dataclass(frozen=True, eq=False)

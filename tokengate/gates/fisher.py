@@ -99,22 +99,21 @@ class FisherGate(LedGate):
         fed = self._fed
         if fed is None:
             return
-        with without_autocast(g.device):
-            g = g.detach().to(fed.dtype)
-            if r is None:
-                vectors, sizes = g.reshape(-1, g.shape[-1]), None
-            else:
-                vectors = (g * z.detach().to(fed.dtype)).sum(-1).reshape(-1, 1)  # mu
-                sizes = r.reshape(-1).to(fed.dtype).square()
-            real = (torch.ones_like(vectors[:, 0]) if mask is None else mask.reshape(-1)) != 0
-            if sizes is not None:
-                # Where w is 0, r tells nothing.
-                real = real & sizes.isfinite()
-                sizes = torch.where(real, sizes, 0)
-            vectors = torch.where(real.unsqueeze(-1), vectors, 0)
-            total = (real.to(fed.dtype) if sizes is None else sizes).sum()
-            fed[:-1].add_((vectors.T @ vectors).reshape(-1))
-            fed[-1:].add_(total)
+        g = g.detach().to(fed.dtype)
+        if r is None:
+            vectors, sizes = g.reshape(-1, g.shape[-1]), None
+        else:
+            vectors = (g * z.detach().to(fed.dtype)).sum(-1).reshape(-1, 1)  # mu
+            sizes = r.reshape(-1).to(fed.dtype).square()
+        real = (torch.ones_like(vectors[:, 0]) if mask is None else mask.reshape(-1)) != 0
+        if sizes is not None:
+            # Where w is 0, r tells nothing.
+            real = real & sizes.isfinite()
+            sizes = torch.where(real, sizes, 0)
+        vectors = torch.where(real.unsqueeze(-1), vectors, 0)
+        total = (real.to(fed.dtype) if sizes is None else sizes).sum()
+        fed[:-1].add_((vectors.T @ vectors).reshape(-1))
+        fed[-1:].add_(total)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FisherGate:
         super()._apply(fn, recurse)

@@ -13,6 +13,7 @@ from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
 from tokengate.gates.registry import register_gate
 from tokengate.kernels.eager import applied
+from tokengate.kernels.precision import in_own_dtypes
 
 
 @register_gate("sigmoid")
@@ -73,6 +74,7 @@ class _Entropy(torch.autograd.Function):
         return p.clone()  # the penalty is of the loss, not of p
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
         p, mask, penalty = ctx.saved_tensors
         penalty = ctx.penalty if penalty is None else penalty

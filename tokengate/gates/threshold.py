@@ -22,7 +22,7 @@ from tokengate.kernels.eager import applied, has_tangent, is_eager, is_exported
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.groups import Groups
 from tokengate.kernels.norms import accumulation_dtype
-from tokengate.kernels.precision import KeepsFloat32, trainable_dtype
+from tokengate.kernels.precision import KeepsFloat32, in_own_dtypes, trainable_dtype
 from tokengate.sharding import local_part
 
 
@@ -199,6 +199,7 @@ class _Threshold(torch.autograd.Function):
         return torch.zeros_like(a)
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, mu: Tensor) -> tuple[Tensor | None, ...]:
         a, mask, penalty = ctx.saved_tensors
         shape, dtype = ctx.tau_shape, ctx.tau_dtype

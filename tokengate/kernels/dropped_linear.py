@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tokengate.kernels.eager import applied, is_eager, is_watched
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.groups import Groups, grouped_product
-from tokengate.kernels.precision import without_autocast
+from tokengate.kernels.precision import autocasts, in_own_dtypes, without_autocast
 
 # Up to this share a list of what is dropped, 8 bytes each, takes less than a mask of all.
 _LISTED = 1 / 8
@@ -36,9 +36,11 @@ def dropped_linear(
         dtype: the compute dtype, that of the layer's output.
     """
     drops = training and dropout > 0
-    # Of other inputs F.linear keeps a copy for backward, in another dtype or layout.
+    # Of other inputs F.linear keeps a copy for backward, in another dtype or layout; and within
+    # autocast its backward may come in another one.
     kept_as_it_is = x.dtype == weight.dtype == dtype and x.is_contiguous()
-    if not drops and (kept_as_it_is or not torch.is_grad_enabled()):
+    is_plain = kept_as_it_is and not autocasts(x.device)
+    if not drops and (is_plain or not torch.is_grad_enabled()):
         with without_autocast(x.device):
             return F.linear(x.to(dtype), weight.to(dtype))
     dropped = _drop(x, dropout, is_eager(x)) if drops else None
@@ -134,6 +136,7 @@ class _DroppedLinear(torch.autograd.Function):
         return z if dropped is None else z * ctx.scale
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropped = ctx.saved_tensors
         grad_x = grad_weight = None
@@ -160,6 +163,7 @@ class _Branched(torch.autograd.Function):
         return x, z
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropped = ctx.saved_tensors
         grad_weight = None

@@ -11,6 +11,7 @@ from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.fused import kernels_for
 from tokengate.kernels.gated_sum import GatedSum, gradient_of_up
 from tokengate.kernels.norms import Norms
+from tokengate.kernels.precision import in_own_dtypes
 
 
 class Sizes:
@@ -67,11 +68,13 @@ class FusedSum(GatedSum):
         return h
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
         kernels = kernels_for(grad)
         if torch.is_grad_enabled() or kernels is None:  # a gradient that has gradients
-            return GatedSum.backward(ctx, grad)
+            gradients: tuple[Tensor | None, ...] = GatedSum.backward(ctx, grad)
+            return gradients
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
         rows, flat_z = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
         flat = None if a is None else a.reshape(-1)

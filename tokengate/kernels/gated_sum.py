@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokengate.kernels.factors import Learn
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms, reshaped
+from tokengate.kernels.precision import in_own_dtypes
 
 # Elements of the rows that are worked on at a time: half a megabyte to a megabyte.
 _BLOCK = 2**18
@@ -55,6 +56,7 @@ class GatedSum(torch.autograd.Function):
         return h
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, needs_bias, needs_z, needs_up, _, needs_a, *_ = ctx.needs_input_grad
@@ -71,7 +73,6 @@ class GatedSum(torch.autograd.Function):
         if needs_a:
             # At closed positions too: that is how a closed gate reopens.
             dtype = accumulation_dtype(grad, z)
-            # No vecdot: where backward runs within autocast, that would sum in 16 bits.
             wide = (down, z) if z.dtype == dtype else (down.to(dtype), z.to(dtype))
             mu = torch.mul(*wide).sum(-1)
         if gain is not None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import blocks, without_bias
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
+from tokengate.kernels.precision import in_own_dtypes
 
 # Elements of a product that takes no longer than to start the operations it saves.
 _SMALL = 2**14
@@ -68,6 +69,7 @@ class SizeOfProduct(torch.autograd.Function):
         return size.clone()
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, size = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient that has gradients

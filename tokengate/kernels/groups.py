@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokengate.kernels.eager import is_eager
+from tokengate.kernels.precision import in_own_dtypes
 
 # The dtypes that `grouped_mm` takes without a loop that waits for the device.
 _KERNELS = {
@@ -82,6 +83,7 @@ class _Product(torch.autograd.Function):
         return _product(rows, stack, groups)
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, stack = ctx.saved_tensors
         grad_rows = grad_stack = None
@@ -103,6 +105,7 @@ class _Outer(torch.autograd.Function):
         return _outer(left, right, groups)
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         grad_left = grad_right = None

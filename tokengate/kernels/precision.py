@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,22 @@ def autocasts(device: torch.device) -> bool:
     kind = device.type
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
+
+
+def in_own_dtypes(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd function's backward that keeps its dtypes where it runs within autocast.
+
+    As `loss.backward()` does that is called there; and where autocast is compiled, any backward of
+    what was computed there. (`torch.amp.custom_bwd` is told of one kind of device for good, and of
+    a call by a forward that has the context.)
+    """
+
+    @functools.wraps(backward)
+    def own(ctx: Any, *grads: Tensor) -> Any:
+        with without_autocast(grads[0].device):
+            return backward(ctx, *grads)
+
+    return own
 
 
 class KeepsFloat32(nn.Module):

@@ -14,6 +14,7 @@ from tokengate.kernels.factors import Learn, at_rows
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.groups import Groups, grouped_outer, grouped_product
 from tokengate.kernels.norms import accumulation_dtype
+from tokengate.kernels.precision import in_own_dtypes
 
 
 class WholeSum(torch.autograd.Function):
@@ -46,6 +47,7 @@ class WholeSum(torch.autograd.Function):
         return _tangent(at_m, at_a, out, m, a)
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         m, a = ctx.saved_tensors
         grad_m = grad_a = None
@@ -122,6 +124,7 @@ class FactoredSum(torch.autograd.Function):
         return _tangent(at_m, at_a, out, m, a)
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, bias, z, up, gain, a = ctx.saved_tensors
         _, _, needs_bias, needs_z, needs_up, needs_gain, needs_a, *_ = ctx.needs_input_grad

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokengate.kernels.eager import is_eager
 from tokengate.kernels.fused import kernels_for
+from tokengate.kernels.precision import in_own_dtypes
 
 
 def scaled(
@@ -76,6 +77,7 @@ class _Scaled(torch.autograd.Function):
         return up
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factor, columns = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -111,6 +113,7 @@ class _ScaledRows(torch.autograd.Function):
         return up, gain
 
     @staticmethod
+    @in_own_dtypes
     def backward(ctx: Any, grad_up: Tensor, grad_gain: Tensor) -> tuple[Tensor | None, ...]:
         B, gain, lengths = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -153,10 +153,10 @@ class Gated(Swapped):
         if told.inside is not None:
             mask = counted(mask, told.inside)
         seen, at = h, is_open
+        scores = self.samples_first(scores)
         if self._sequence_first and h.dim() == 3:
-            seen, at = h.transpose(0, 1), None if is_open is None else is_open.T
+            seen, at = h.transpose(0, 1), self.samples_first(is_open)
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
-            scores = None if scores is None else scores.T
         for observer in observers:
             if not observer.trained or is_learnt_from():
                 observer.tell(at, seen, mask, norms, *([scores] if observer.scores else []))
@@ -238,6 +238,11 @@ class Gated(Swapped):
         """`(...)`, as the positions of `out` are, from samples first."""
         swapped = self._sequence_first and mask.dim() == 2
         return (mask.T if swapped else mask).reshape(out.shape[:-1])
+
+    def samples_first(self, values: Tensor | None) -> Tensor | None:
+        """From the order of its own positions, `(...)`, to samples first."""
+        swapped = values is not None and values.dim() == 2 and self._sequence_first
+        return cast(Tensor, values).T if swapped else values
 
     def _fitting(self, mask: Tensor, out: Tensor) -> Tensor | None:
         mask = mask.to(out.device)  # of a model over several devices

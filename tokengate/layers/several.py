@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.gates.positions import Positions
+from tokengate.gates.deciding import decided
 from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
+from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.calls import in_decoder
 from tokengate.methods.base import Modification
@@ -96,10 +97,13 @@ def modified_by_rows(
             continue
         own_mask = mask
         if mask is not None:  # (B, T), also where the input is flattened
-            own_mask = mask.reshape(-1, 1)[at] if input.dim() == 2 else mask[at]
+            flat = input.dim() == 2
+            own_mask = mask.reshape(-1)[at].view(-1, mask.shape[1]) if flat else mask[at]
         own_inside = None if told.inside is None else told.inside[at]
         parts = (input.index_select(dim, at), out.index_select(dim, at), own_mask, own_inside)
-        part, opened, *_ = layer.modified(*parts, *adapter)
+        part, opened, _, scores = layer.modified(*parts, *adapter)
+        if adapter[1] is not None:
+            adapter[1].count(layer.samples_first(scores), counted(own_mask, own_inside))
         h = h.index_copy(dim, at, part)
         if opened is None:
             opened = torch.ones(part.shape[:-1], dtype=torch.bool, device=out.device)
@@ -112,16 +116,22 @@ def modified_by_region(
 ) -> tuple[Tensor, Tensor]:
     """The same, of each region's own adapter; all are compared with the base's output."""
     parts: list[Part] = []
+    masks = []
     for name, part in zip(told.choice.regions, told.parts, strict=True):
         adapter = layer.adapter(name)
         if adapter is None:
             continue
         if told.inside is not None:
             part = part * told.inside  # of truths, both
-        real = layer.in_own_order(cast(Tensor, counted(mask, part)), out)
+        masks.append(cast(Tensor, counted(mask, part)))
+        real = layer.in_own_order(masks[-1], out)
         x = layer.inputs(adapter[0], input)
         parts.append((x, *adapter, layer.in_own_order(part, out), real))
-    return in_regions(layer, out, layer.bias, parts)
+    h, is_open, scores = in_regions(layer, out, layer.bias, parts)
+    for (_, _, gate, *_), own, real in zip(parts, scores, masks, strict=True):
+        if gate is not None:
+            gate.count(layer.samples_first(own), real)
+    return h, is_open
 
 
 # Of one adapter the inputs of a layer as it reads them, its modification and gate; how much of
@@ -131,21 +141,35 @@ Part = tuple[Any, Modification, Gate | None, Tensor, Tensor | None]
 
 def in_regions(
     linear: Any, out: Tensor, bias: Tensor | None, parts: Iterable[Part]
-) -> tuple[Tensor, Tensor]:
-    """h and S of a layer's output, `(..., d)`, to which each part adds its own."""
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """h and S of a layer's output, `(..., d)`, to which each part adds its own; and the scores of
+    each part's gate, `(...)`, where they are counted."""
     is_open = torch.zeros(out.shape[:-1], dtype=torch.bool, device=out.device)
     h, w = out, without_bias(out, bias)
+    all_scores = []
     for x, modification, gate, weights, real in parts:
         factors = modification.factors(x, w, linear)
         m = whole_of(modification, x, w) if factors is None else factors.product(w)
         change = Change(out, bias, m if factors is None else factors)
         weights = weights.to(change.dtype)
+        scores = None
         if gate is not None:
-            a = gate(Positions(change, x, real))
+            a, scores = decided(gate, change, x, real)
             weights = torch.where(weights != 0, weights * a, 0)
-        h = Change(h, bias, m).add(weights)
+        added = Change(h, bias, m)
+        added.learn = _learnt(change)
+        h = added.add(weights)
         is_open = is_open | (weights.detach() != 0)
-    return h, is_open
+        all_scores.append(scores)
+    return h, is_open, all_scores
+
+
+def _learnt(change: Change) -> Learn | None:
+    """What learns of a change, where M(x) is added whole: from z and dL/dz = up' dL/dm."""
+    learn, factors = change.learn, change.m
+    if learn is None or not isinstance(factors, Factors):
+        return learn
+    return lambda _, grad: learn(factors.z, grad @ factors.up)
 
 
 def counted(mask: Tensor | None, inside: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokengate.arguments import positive
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
-from tokengate.layers.patched import require_layers
+from tokengate.layers.patched import all_layers, require_layers
 
 
 def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
@@ -26,7 +26,8 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
       step: factor `scaler.get_scale()`, before each step's first forward. A tensor is copied
       without waiting for the device.
 
-    Together, the product. tau then moves as in float32 on one rank.
+    Together, the product. tau then moves as in float32 on one rank. Adapters that are out of use
+    are told, too.
 
     Args:
         model: a patched model.
@@ -46,9 +47,12 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
             positive("factor", factor.item())
     else:
         factor = positive("factor", factor)
-    for layer in require_layers(model, "scale_penalty").values():
-        if layer.gate is not None:
-            _set(layer.gate, factor)
+    # Those out of use, too: they may come into use before it is said again.
+    for layer in (all_layers(model) or require_layers(model, "scale_penalty")).values():
+        for part in layer.all_parts():
+            for module in () if part is None else part.modules():
+                if isinstance(module, Gate):
+                    _set(module, factor)
 
 
 def _readable(factor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from expert_methods import METHODS, modify
 from mixtures import Experts, Mixture
 
 import tokengate
+from tokengate.gates.score_counts import no_counts
 
 LENGTH, NAMES = 4, ["default", None, "second", "default"]
 
@@ -115,6 +116,31 @@ def test_rows_and_regions_are_what_each_adapter_does_alone(way, gate, tmp_path):
     torch.testing.assert_close(h[:, 3:], alone["second"][:, 3:], rtol=1e-12, atol=1e-12)
     added = alone["default"] + alone["second"] - alone[None]
     torch.testing.assert_close(h[:, 2], added[:, 2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["several experts", "one by one"])
+@pytest.mark.parametrize("way", ["linear", "grouped"])
+def test_scores_are_counted_of_each_adapter_s_own_rows(way, several, tmp_path):
+    model, (x, index, mask) = both(tmp_path, way=way, some=None if several else (1,)), batch()
+    (layer,) = tokengate.layers(model).values()
+    gates = {name: layer.adapter(name)[1] for name in ("default", "second")}
+    left, right = torch.zeros(2, 4, LENGTH, dtype=torch.bool)
+    left[:, :2], right[:, 3:] = True, True
+    found = []
+    for apart in (False, True):
+        for gate in gates.values():
+            gate._seen = no_counts(x.device)
+        if apart:
+            for name, inside in (("default", left), ("second", right)):
+                with tokengate.use(model, name), tokengate.restrict(model, inside):
+                    model(x, index, attention_mask=mask)
+        else:
+            with tokengate.use(model, {"default": left, "second": right}):
+                model(x, index, attention_mask=mask)
+        found.append([gate._seen for gate in gates.values()])
+    for seen, expected in zip(*found, strict=True):
+        assert seen.sum() > 0
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-8)
 
 
 def test_refused_where_nobody_knows_the_rows(tmp_path):

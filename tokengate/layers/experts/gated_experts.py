@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -169,9 +169,9 @@ class _Call:
         fits = told.mask is not None and told.mask.numel() == shape.numel()
         self.mask = told.mask if fits else None
         self.observers: list[Observer] = said_of(layer, RECORD) if contexts() else []
-        # Whether a gate counts the scores; of several adapters none does.
-        gate = self.adapters[0][1] if self.adapters and self.parts is None else None
-        self.counts = gate is not None and gate.counts_scores and is_learnt_from()
+        gates = [gate for _, gate in self.adapters if gate is not None]
+        # Whether one of them counts its scores.
+        self.counts = is_learnt_from() and any(gate.counts_scores for gate in gates)
         of_positions = (self.parts, self.mask, told.inside)
         self.needs_places = bool(
             self.counts or self.observers or any(each is not None for each in of_positions)
@@ -195,8 +195,14 @@ class _Call:
         """The changed rows of one expert."""
         linear, adapters = self.each()[expert]
         if self.parts is not None:
-            h, is_open = in_regions(linear, rows.out, rows.bias, self._at_rows(rows, adapters))
+            parts = list(self._at_rows(rows, adapters))
+            h, is_open, each = in_regions(linear, rows.out, rows.bias, parts)
             self._tell([expert], None, rows, Changed(h, is_open, None, None))
+            for (_, _, gate, _, real), scores in zip(parts, each, strict=True):
+                if gate is not None and self.counts:
+                    own = Changed(h, None, None, scores)
+                    of, at = self._at_positions(replace(rows, real=real), own)
+                    gate.count(of.scores, at)
             return h
         ((modification, gate),) = adapters
         w = without_bias(rows.out, rows.bias) if modification.reads_w else rows.out
@@ -260,7 +266,7 @@ class _Call:
             for observer in told:
                 scores = [of.scores] if observer.scores else []
                 observer.of(expert).tell(of.is_open, of.h, real, of.norms, *scores)
-            if self.counts:
+            if self.counts and self.parts is None:
                 cast(Gate, self.adapters[0][1]).count(of.scores, real)
 
     def _at_positions(self, rows: _Rows, found: Changed) -> tuple[Changed, Tensor | None]:

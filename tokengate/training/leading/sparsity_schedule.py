@@ -264,8 +264,8 @@ class SparsitySchedule:
         if self.steps == 1 and not bool(seen.any()):
             raise TokenGateError(
                 f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
-                "the first optimizer.step(): call the model, with gradients and one adapter for "
-                "all, and loss.backward() before it."
+                "the first optimizer.step(): call the model, with gradients, and loss.backward() "
+                "before it."
             )
         if self.steps == 1:
             self._say_if_others_train(optimizer)
