@@ -85,6 +85,9 @@ CALLS = {
     "names=('a', 'b'), which has no effect without another report beside=": (
         lambda: report().to_html(names=("a", "b"))
     ),
+    "limit=9, which has no effect without a model": (
+        lambda: tokengate.History.load("unread.json", limit=9)
+    ),
     "force=0.9 without batches": lambda: tokengate.merge_and_unload(patched(), force=0.9),
     "force=0.8 without batches": lambda: tokengate.fold(patched(), report(), force=0.8),
 }  # fmt: skip
