@@ -121,7 +121,7 @@ def adapt(
         targets,
         arguments.method,
         rank=arguments.rank,
-        penalty=arguments.penalty,
+        penalty=arguments.penalty if gate else None,
         gate=gate,
         train=["head"],
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, wanted_sparsity
+from tokengate.arguments import count, non_negative, unused, wanted_sparsity
 from tokengate.integrations.live_logging import report_of, tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
@@ -65,11 +65,12 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         alpha: learning rate of eq. 22, which multiplies s.
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
-        orthogonality: weight of AdaLoRA's penalty; 0 leaves it to the loss.
+        orthogonality: weight of AdaLoRA's penalty, 0.1 by default; 0 leaves it to the loss.
         allocator: options of the `RankAllocator`; `total_steps` is the Trainer's otherwise.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
             the steps of the training.
-        target_warmup: steps before the share of closed positions begins to rise.
+        target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
+            rise, 0 by default.
 
     Attributes:
         following: what moves the taus, from the beginning of the training on; or None.
@@ -89,21 +90,27 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         alpha: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
-        orthogonality: float = 0.1,
+        orthogonality: float | None = None,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
-        target_warmup: int = 0,
+        target_warmup: int | None = None,
     ) -> None:
         super().__init__()
         # For its checks alone: numbers are wrong here and not after an hour.
         tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
-        self._orthogonality = non_negative("orthogonality", orthogonality)
+        weight = 0.1 if orthogonality is None else orthogonality
+        self._orthogonality = non_negative("orthogonality", weight)
+        self._of_adalora = {"orthogonality": orthogonality, "allocator": allocator}
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
         if target_sparsity is not None:
             wanted_sparsity("target_sparsity", target_sparsity)
-        self._warmup = count("target_warmup", target_warmup, least=0)
+        else:
+            unused("TokenGateCallback", "without target_sparsity=", target_warmup=target_warmup)
+        self._warmup = count(
+            "target_warmup", 0 if target_warmup is None else target_warmup, least=0
+        )
         self.following: Following | None = None
         self.allocator: RankAllocator | None = None
         self.sparsity_schedule: SparsitySchedule | None = None
@@ -160,6 +167,8 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         if any(isinstance(layer.modification, AdaLoRA) for layer in patched):
             options = {"total_steps": steps, **self._allocation}
             self.allocator = RankAllocator(model, self._optimizer, **options)
+        else:
+            unused("TokenGateCallback", "without AdaLoRA layers", **self._of_adalora)
         if self._target is not None:
             if steps is None:
                 raise TokenGateError(

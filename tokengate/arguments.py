@@ -106,6 +106,22 @@ def choice(name: str, value: str, choices: Iterable[str]) -> str:
     return found
 
 
+def unused(asked: str, where: str, **given: Any) -> None:
+    """An error if one of the arguments was given, that is, is not None: nothing would use it.
+
+    Args:
+        asked: the function that was called, for the error.
+        where: what the others say, so that it has no effect, e.g. "with gate=False".
+        given: by name, as the caller gave them.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise TokenGateError(
+                f"{asked} was given {name}={brief(value)}, which has no effect {where}: leave it "
+                "out."
+            )
+
+
 def spelled(word: Any, words: Iterable[str]) -> str | None:
     """The one of `words` that is `word`, or is but for case, hyphens and spaces; None if none is.
 

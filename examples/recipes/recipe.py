@@ -145,7 +145,7 @@ def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) 
         targets,
         method=run.method,
         gate=run.gate != "off",
-        penalty=run.penalty,
+        penalty=None if run.gate == "off" else run.penalty,
         scale=run.scale,
         dropout=run.dropout,
         **(twice if run.method == "adalora" else {"rank": run.rank}),
@@ -191,14 +191,16 @@ def fit(
         **HARDWARE,
         **dividing(run),
     }
-    target = None if run.gate in ("off", "on") else float(run.gate)
+    led: dict[str, Any] = {}
+    if run.gate not in ("off", "on"):
+        led = {"target_sparsity": float(run.gate), "target_warmup": run.hold_tau}
     trainer = kind(
         model,
         TrainingArguments(str(run.folder), **(settings | more)),
         train_dataset=train,
         data_collator=collate,
         callbacks=[
-            TokenGateCallback(s=run.s, target_sparsity=target, target_warmup=run.hold_tau),
+            TokenGateCallback(s=run.s, **led),
             *callbacks,
         ],
     )

@@ -25,7 +25,7 @@ from transformers import (
 
 import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, share, switch, wanted_sparsity
+from tokengate.arguments import count, non_negative, share, switch, unused, wanted_sparsity
 from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
@@ -85,12 +85,13 @@ class TokenGateCallback(TrainerCallback):
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
         schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
-        orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
+        orthogonality: weight of AdaLoRA's penalty, 0.1 by default.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
             the steps of the training.
-        target_warmup: steps before the share of closed positions begins to rise: an int for their
-            number, a float in [0, 1) for their share of the training's.
+        target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
+            rise, 0 by default: an int for their number, a float in [0, 1) for their share of the
+            training's.
         details: True adds to the logs of the loss and of evaluations the sparsity of every
             projection, e.g. `sparsity_q_proj`, and to those of the loss the average lambda,
             `penalty`; and gives TensorBoard and Weights & Biases, where they are told of such a
@@ -116,10 +117,10 @@ class TokenGateCallback(TrainerCallback):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         schedule: bool = False,
-        orthogonality: float = 0.1,
+        orthogonality: float | None = None,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
-        target_warmup: int | float = 0,
+        target_warmup: int | float | None = None,
         details: bool = False,
         history: History | None = None,
     ) -> None:
@@ -127,13 +128,17 @@ class TokenGateCallback(TrainerCallback):
         tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._schedule = switch("schedule", schedule)
-        self._gradients = Gradients(non_negative("orthogonality", orthogonality))
+        weight = 0.1 if orthogonality is None else orthogonality
+        self._gradients = Gradients(non_negative("orthogonality", weight))
+        self._of_adalora = {"orthogonality": orthogonality, "allocator": allocator}
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
         if target_sparsity is not None:
             wanted_sparsity("target_sparsity", target_sparsity)
+        else:
+            unused("TokenGateCallback", "without target_sparsity=", target_warmup=target_warmup)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
-        self._target_warmup = check("target_warmup", target_warmup)
+        self._target_warmup = check("target_warmup", 0 if target_warmup is None else target_warmup)
         self._details = switch("details", details)
         if details:
             load_plots()  # or an error now, and not after an hour
@@ -164,6 +169,8 @@ class TokenGateCallback(TrainerCallback):
         accelerator = trainer_that_calls().accelerator
         modifications = [layer.modification for layer in patched.values()]
         adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
+        if not adalora:
+            unused("TokenGateCallback", "without AdaLoRA layers", **self._of_adalora)
         engine = engine_of(accelerator, optimizer, model, adalora, self._gradients.weight)
         self._engine, base = engine, engine.optimizer
         numbers = dict(self._numbers)

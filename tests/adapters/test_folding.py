@@ -377,7 +377,7 @@ def test_bad_input_is_refused():
 
     report = tokengate.SparsityReport({})
     refused_fold(model, before, "report without 'blocks.0.q_proj'", report)
-    refused_fold(model, before, "force=0.9 with a report", report, force=0.9)
+    refused_fold(model, before, "force=0.9 without batches", report, force=0.9)
     refused_fold(model, before, r"^force=1.5 is above 1: pass a share", DATA, force=1.5)
     refused_fold(model, before, r"^force=0 is not above 0", DATA, force=0)
     refused_fold(model, before, r"^force='all' is not a finite number", DATA, force="all")

@@ -75,6 +75,7 @@ def test_what_stays_gated_is_named_with_how_often_it_is_open():
     with pytest.warns(StillGatedWarning, match=says) as told:
         folding = tokengate.merge_and_unload(model, [x])
     assert len(told) == 1
+    assert "force=" not in str(told[0].message)  # which merges nothing that is open at 75 %
     assert folding.names("kept") == ["blocks.1.q_proj"]
     assert folding.names("dropped") == ["blocks.0.v_proj"]
     assert folding.layers["blocks.1.q_proj"].sparsity == 0.25
@@ -93,6 +94,21 @@ def test_what_stays_gated_is_named_with_how_often_it_is_open():
     model.blocks[0].q_proj = nn.Linear(8, 8)
     with pytest.raises(TokenGateError, match=r"blocks\.0\.q_proj"):  # it is missed again
         tokengate.save(model, "nowhere")
+
+
+@pytest.mark.parametrize("gate", ["threshold", "firm"])
+def test_force_is_advised_where_it_folds_what_was_kept(gate):
+    model = trained(gate=gate)
+    x = X.repeat(2, 1, 1).reshape(1, 40, 8) + torch.arange(40).view(1, 40, 1) / 100
+    layer = tokengate.layers(model)["blocks.0.q_proj"]
+    with tokengate.record(model, ratios=True, positions=True) as rec:
+        model(x)
+    least = rec.ratios["blocks.0.q_proj"][0].double().flatten().sort().values
+    layer.gate.threshold.data.fill_(least[:2].mean().item())  # closed at 1 of 40
+    with pytest.warns(StillGatedWarning, match=r"'blocks\.0\.q_proj' .* batches and force=0\.95"):
+        tokengate.merge_and_unload(model, [x])
+    folding = tokengate.merge_and_unload(model, [x], force=0.95)
+    assert folding.names("kept") == []
 
 
 def test_gates_that_may_close_want_data():

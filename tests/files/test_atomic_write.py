@@ -11,7 +11,7 @@ import torch
 
 import tokengate
 from tokengate.files import atomic_write
-from tokengate.files.atomic_write import make_folder, write_text
+from tokengate.files.atomic_write import make_folder, write_atomically, write_text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a folder cannot be opened")
 
@@ -83,6 +83,31 @@ def test_a_folder_may_be_there_already_or_be_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         make_folder(tmp_path / "file" / "b")
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o664])
+def test_a_file_that_is_replaced_leaves_its_mode(tmp_path, mode):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    path.chmod(mode)
+    write_text(path, "after")
+    assert path.read_text() == "after"
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+@posix
+def test_nobody_else_reads_what_is_being_written(tmp_path):
+    path = tmp_path / "file"
+    path.touch(0o600)
+    modes = []
+
+    def write(new):
+        new.write_text("secret")
+        modes.extend(each.stat().st_mode & 0o077 for each in tmp_path.iterdir())
+
+    write_atomically(path, write)
+    assert modes == [0, 0]  # of the file, and of the folder beside it
 
 
 FULL = """

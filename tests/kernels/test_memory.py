@@ -44,7 +44,8 @@ def kept_for_backward(layer):
 
 def patched(method, gate=True, bias=False, **options):
     layer = nn.Linear(1024, 1536, bias=bias).to(torch.bfloat16)
-    tokengate.patch(layer, "all-linear", method, rank=16, gate=gate, tau=0.01, **options)
+    tau = 0.01 if gate else None
+    tokengate.patch(layer, "all-linear", method, rank=16, gate=gate, tau=tau, **options)
     return away_from_initialisation(layer)
 
 

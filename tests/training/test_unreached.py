@@ -67,7 +67,7 @@ def test_thresholds_that_are_late_are_told_of(late, monkeypatch):
 def test_a_training_that_goes_on_is_told_of_once():
     model, optimizer, schedule = made()
     train(model, optimizer, 47)
-    with pytest.warns(UnreachedSparsityWarning, match="for 40 steps, .* its 48th") as told:
+    with pytest.warns(UnreachedSparsityWarning, match="for 40 steps, .* at step 48: its") as told:
         train(model, optimizer, 30)
     assert len(told) == 1
     model, optimizer, schedule = made()

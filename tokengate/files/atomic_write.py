@@ -28,7 +28,8 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file, and put it in the place of `path` once it is on disk.
 
-    It is made in a folder of its own beside `path`, with all that libraries make meanwhile. A
+    It is made in a folder of its own beside `path`, which nobody else sees into, with all that
+    libraries make meanwhile; who may read and write it is as of the file that it replaces. A
     process that is killed leaves what was there before, and perhaps that folder, which a write of
     `path` more than an hour later takes away. The folder of `path` is made where it is not there.
 
@@ -44,14 +45,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     make_folder(path.parent)
     _remove_abandoned(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    beside.mkdir()
+    beside.mkdir(mode=0o700)
     try:
         new = beside / path.name
         new.touch()
-        rights = new.stat().st_mode  # of any new file of this user's
+        # Without a file before it, those of any new file of this user's.
+        rights = (path if path.exists() else new).stat().st_mode
         write(new)
-        new.chmod(rights)  # safetensors puts a file there that is for nobody else to read
         with open(new, "rb+") as file:
+            new.chmod(rights)  # safetensors puts a file there that is for nobody else to read
             os.fsync(file.fileno())
         os.replace(new, path)
     finally:

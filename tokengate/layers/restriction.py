@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokengate.arguments import switch
+from tokengate.arguments import switch, unused
 from tokengate.contexts import Waiting
 from tokengate.errors import TokenGateError
 from tokengate.layers.calls import RESTRICT, enter, leave
@@ -42,14 +42,16 @@ class restrict(Waiting):
             layers' names to masks (a layer follows the first that matches, others are free); a
             function of a layer's name and its positions' shape, which returns a mask of
             that shape, True or False; or `after(token_ids)`.
-        new: whether positions beyond a mask's end, which are generated, are inside.
+        new: whether positions beyond a mask's end, which are generated, are inside, as they are by
+            default.
 
     Raises:
         TokenGateError: no layer is patched; the model is folded; `where` is none of these, or a
-            pattern matches no patched layer. In a forward: a mask does not fit a layer's call.
+            pattern matches no patched layer; `new` is given without a mask. In a forward: a
+            mask does not fit a layer's call.
     """
 
-    def __init__(self, model: nn.Module, where: Any, *, new: bool = True) -> None:
+    def __init__(self, model: nn.Module, where: Any, *, new: bool | None = None) -> None:
         patched = all_layers(model)
         if not patched and not folded(model):
             raise TokenGateError(
@@ -61,8 +63,9 @@ class restrict(Waiting):
                 "restrict was asked of a model that is folded, where merged layers act everywhere: "
                 "call the folding's undo() first."
             )
-        switch("new", new)
-        regions = _by_layer(where, list(patched), new)
+        regions = _by_layer(where, list(patched), switch("new", True if new is None else new))
+        if not any(isinstance(region.where, Tensor) for region in regions.values()):
+            unused("restrict", "without a mask (B, T), which alone has an end", new=new)
         for name, region in regions.items():
             if may_be_idle(name, patched[name]) and not callable(region.where):
                 raise TokenGateError(

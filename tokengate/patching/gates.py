@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tokengate.arguments import unused
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
@@ -31,33 +32,35 @@ def gates_by_layer(
         names: of the layers.
 
     Raises:
-        TokenGateError: no gate is called so; an option is unknown to one; a pattern is wrong.
+        TokenGateError: no gate is called so; an option is unknown to one, given twice, or of none;
+            a pattern is wrong.
     """
     if options is not None and not isinstance(options, Mapping):
         raise TokenGateError(
             f"gate_options={brief(options)} is no dict: pass one, e.g. {{'sparsity': 0.5}}."
         )
+    options = options or {}
     asked = options_by_layer({"gate": gate}, names)
-    given = options_by_layer(options or {}, names)
+    kinds = {name: kind for name in names if (kind := _kind(asked[name]["gate"])) is not None}
+    if not kinds:
+        unused("patch", "with gate=False", **own, gate_options=options or None)
+    twice = {name: value for name, value in own.items() if name in options}
+    unused("patch", f"beside gate_options={brief(options)}", **twice)
+    given = options_by_layer(options, kinds, "gated")
     extra = {name: value for name, value in own.items() if value is not None}
     used: set[str] = set()
-    found: dict[str, tuple[type[Gate], dict[str, Any]] | None] = {}
-    for name in names:
-        kind = _kind(asked[name]["gate"])
-        if kind is None:
-            found[name] = None
-            continue
+    found: dict[str, tuple[type[Gate], dict[str, Any]] | None] = dict.fromkeys(names)
+    for name, kind in kinds.items():
         check_options(kind, given[name])
         known = options_of(kind)
         used |= extra.keys() & known.keys()
         found[name] = kind, {**{k: v for k, v in extra.items() if k in known}, **given[name]}
     for name in extra.keys() - used:
-        kinds = {each[0].__name__ for each in found.values() if each is not None}
-        if kinds:
-            raise TokenGateError(
-                f"{name}={brief(extra[name])} was given, which no gate has: drop it, or ask for "
-                f"another than {', '.join(sorted(kinds))}."
-            )
+        of = ", ".join(sorted({kind.__name__ for kind in kinds.values()}))
+        raise TokenGateError(
+            f"{name}={brief(extra[name])} was given, which no gate has: drop it, or ask for "
+            f"another than {of}."
+        )
     return found
 
 

@@ -13,15 +13,17 @@ from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 
 
 def options_by_layer(
-    options: Mapping[str, Any], names: Collection[str]
+    options: Mapping[str, Any], names: Collection[str], which: str = "targeted"
 ) -> dict[str, dict[str, Any]]:
     """The options of each layer of `names`; a dict as a value is resolved by pattern.
+
+    Errors say `which` layers they are.
 
     Raises:
         TokenGateError: a layer matches no pattern, or a pattern decides for no layer.
     """
     tables = {
-        option: _by_pattern(option, value, names)
+        option: _by_pattern(option, value, names, which)
         for option, value in options.items()
         if isinstance(value, Mapping)
     }
@@ -47,7 +49,9 @@ def warn_of_rank(options: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
         )
 
 
-def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
+def _by_pattern(
+    option: str, table: Mapping[Any, Any], names: Collection[str], which: str
+) -> dict[str, Any]:
     for key in table:
         if not isinstance(key, (str, re.Pattern)):
             raise TokenGateError(
@@ -78,7 +82,7 @@ def _by_pattern(option: str, table: Mapping[Any, Any], names: Collection[str]) -
                 "layers: put it before them."
             )
         raise TokenGateError(
-            f"{option}= names {show(pattern)}, which matches no targeted layer: correct it or take "
+            f"{option}= names {show(pattern)}, which matches no {which} layer: correct it or take "
             f"it out; {nearest(pattern, names)}."
         )
     return values

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokengate.arguments import count
+from tokengate.arguments import count, unused
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
@@ -158,12 +158,16 @@ class History:
         write_text(path, json.dumps(self.to_dict(), allow_nan=False))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None, limit: int = 1000) -> History:
-        """What `save` wrote; with the model, `log` goes on from there.
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, limit: int | None = None
+    ) -> History:
+        """What `save` wrote; with the model, `log` goes on from there, within `limit` steps.
 
         Raises:
             TokenGateError: the file is not one that `save` wrote, or is of another model.
         """
+        if model is None:
+            unused("History.load", "without a model", limit=limit)
         found = read(path, "history")
         if not _is_whole(found):
             raise TokenGateError(f"{path} holds no history: pass a file that History.save wrote.")
@@ -175,7 +179,7 @@ class History:
                 "patch the model as it was patched when the history was saved."
             )
         history = cls.__new__(cls)
-        history._start(gates, count("limit", limit, least=2))
+        history._start(gates, 1000 if limit is None else count("limit", limit, least=2))
         vars(history).update({"skipped": [0] * len(found["steps"]), **found})
         return history
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengate.arguments import count, switch
+from tokengate.arguments import count, switch, unused
 from tokengate.contexts import context
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.deciding import Observer
@@ -43,8 +43,8 @@ from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
 from tokengate.sharding import numbers_here
 
-#: Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
-MEMORY = 2**28
+# Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
+_MEMORY = 2**28
 
 
 class Recorder:
@@ -65,7 +65,7 @@ class Recorder:
         positions: bool = False,
         groups: Groups | None = None,
         ratios: bool = False,
-        memory: int = MEMORY,
+        memory: int | None = None,
         folder: Path | str | None = None,
     ) -> None:
         self._layers = require_layers(model, "record")
@@ -85,9 +85,10 @@ class Recorder:
             )
         self._groups = groups
         self._asked_ratios = switch("ratios", ratios)
-        made = CallStore(count("memory", memory), folder)  # in any case, for its checks
-        store = made if switch("positions", positions) else None
-        self._calls = store
+        if not switch("positions", positions):
+            unused("record", "without positions=True", memory=memory, folder=folder)
+        most = _MEMORY if memory is None else count("memory", memory)
+        self._calls = store = CallStore(most, folder) if positions else None
         self.positions: Mapping[str, list[Tensor]] = KeptCalls(store, CallStore.is_open)
         self.ratios: Mapping[str, list[Tensor]] = KeptCalls(
             store if ratios else None, CallStore.ratios, CallStore.has_ratios, "ratios"
@@ -280,7 +281,7 @@ def record(
     *,
     ratios: bool = False,
     trained: bool = False,
-    memory: int = MEMORY,
+    memory: int | None = None,
     folder: Path | str | None = None,
 ) -> Iterator[Recorder]:
     """Measure sparsity (eq. 23) of a patched model while it runs:
@@ -308,8 +309,8 @@ def record(
             beside S in `rec.ratios`, in 16 bits.
         trained: leave out what is run without gradients: of a training step, what it generates to
             learn from afterwards, and what a reference model answers.
-        memory: how many bytes of what is kept may stay in memory; what is more goes to a temporary
-            file, which nobody else sees and which goes with the recorder.
+        memory: how many bytes of what is kept may stay in memory, 256 MiB by default; what is more
+            goes to a temporary file, which nobody else sees and which goes with the recorder.
         folder: an existing one for that file; None is the system's for temporary files.
 
     Raises:

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tokengate.arguments import choice
+from tokengate.arguments import choice, unused
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.text_table import markdown_table, text_table
@@ -240,7 +240,7 @@ class SparsityReport:
         images: Sequence[PatchView] = (),
         title: str = "Where the modifications act",
         beside: SparsityReport | None = None,
-        names: tuple[str, str] = ("this report", "the other"),
+        names: tuple[str, str] | None = None,
     ) -> str:
         """The report as a page for a browser: one file, which loads nothing from elsewhere.
 
@@ -253,7 +253,7 @@ class SparsityReport:
             texts, images: samples to show, of modules of these reports.
             title: of the page.
             beside: another report, to stand beside this one.
-            names: what the two are called then.
+            names: what the two are called then; "this report" and "the other" by default.
 
         Returns:
             The HTML.
@@ -263,10 +263,13 @@ class SparsityReport:
                 `beside` is no report; `path` is a folder.
             OSError: the file cannot be written, or an image not be read.
         """
+        if beside is None:
+            unused("to_html", "without another report beside=", names=names)
         reports = [self] if beside is None else [self, check_report("to_html", beside)]
+        called = ("this report", "the other") if names is None else names
         shown = [
             Shown(n, r.modules, r._averages(), r.about)
-            for n, r in zip(names, reports, strict=False)
+            for n, r in zip(called, reports, strict=False)
         ]
         page = html_page(title, shown, texts, images)
         if path is not None:

@@ -248,13 +248,17 @@ def test_refused(tmp_path):
         {"betas": (1.0, 0.9)},
         {"schedule": 1},
         {"orthogonality": -0.1},
-        {"target_warmup": 1.0},
-        {"target_warmup": -0.1},
-        {"target_warmup": -1},
-        {"target_warmup": True},
+        {"target_sparsity": 0.5, "target_warmup": 1.0},
+        {"target_sparsity": 0.5, "target_warmup": -0.1},
+        {"target_sparsity": 0.5, "target_warmup": -1},
+        {"target_sparsity": 0.5, "target_warmup": True},
+        {"target_warmup": 3},
     ):
         with pytest.raises(TokenGateError):
             TokenGateCallback(**options)
+    for name, value in {"orthogonality": 0.2, "allocator": {"interval": 2}}.items():
+        with pytest.raises(TokenGateError, match=f"{name}=.* no effect without AdaLoRA layers"):
+            trained(tmp_path, language_model(), TokenGateCallback(**{name: value}), max_steps=1)
 
 
 def test_an_optimizer_of_the_user_s_that_decays_tau_is_put_right(tmp_path):
@@ -282,7 +286,7 @@ def test_an_optimizer_that_runs_no_hooks(tmp_path):
 
 
 def test_without_gates(tmp_path):
-    made, _ = trainer(tmp_path, language_model(gate=False))
+    made, _ = trainer(tmp_path, language_model(gate=False, tau=None, penalty=None))
     made.remove_callback(runs.Path)
     made.train()
     entry = made.state.log_history[0]

@@ -18,6 +18,10 @@ from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_absent, is_sharded
 from tokengate.training.rank_allocator import LED
 
+# Why a layer is kept that `force=` may fold.
+UNDECIDED = "open at some positions, closed at others"
+IN_PART = "open in part at some positions"
+
 
 @dataclass(frozen=True)
 class FoldedLayer:
@@ -75,8 +79,7 @@ def decided(
         else:
             done[own] = FoldedLayer(module.sparsity, "kept", "no position was seen")
         if done[own].action == "merged" and in_part:
-            reason = "open in part at some positions"
-            done[own] = replace(done[own], action="kept", reason=reason)
+            done[own] = replace(done[own], action="kept", reason=IN_PART)
     return _together(layer, done) if isinstance(layer, GatedExperts) else done
 
 
@@ -116,7 +119,7 @@ def _decided(
     if closed >= threshold:
         return FoldedLayer(closed, "dropped", f"closed at {_portion(closed)}")
     if 1 - closed < threshold:
-        return FoldedLayer(closed, "kept", "open at some positions, closed at others")
+        return FoldedLayer(closed, "kept", UNDECIDED)
     reason = _unmergeable(layer, owners)
     if reason is not None:
         return FoldedLayer(closed, "kept", f"open at {_portion(1 - closed)}, but {reason}")

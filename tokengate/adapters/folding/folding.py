@@ -166,8 +166,8 @@ def fold(
         seen, partly = _sparsities(model, checked)
     elif force is not None:
         raise TokenGateError(
-            f"fold was given force={force} with a report: pass batches, on which the error of what "
-            "is forced can be measured."
+            f"fold was given force={force} without batches, on which the error of what is forced "
+            "is measured: pass some."
         )
     else:
         partly = {name for name, layer in patched.items() if _may_open_in_part(layer)}

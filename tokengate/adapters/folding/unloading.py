@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokengate.adapters.folding.deciding import FoldedLayer
+from tokengate.adapters.folding.deciding import IN_PART, UNDECIDED, FoldedLayer
 from tokengate.adapters.folding.folding import Folding, check_one_adapter, fold
 from tokengate.arguments import in_our_words
 from tokengate.errors import StillGatedWarning, TokenGateError, listed
@@ -20,6 +20,9 @@ from tokengate.patching.patch import unpatch
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import numbers_here
+
+# The share of the positions at which gates that `force=` is advised for decide alike.
+_NEARLY = 0.95
 
 
 @in_our_words(
@@ -72,16 +75,22 @@ def merge_and_unload(
     if not all_layers(model):
         unpatch(model)
         return folding
-    kept = folding.names("kept")
-    shown = (f"{name!r} ({_said(folding.layers[name])})" for name in kept)
+    kept = {name: folding.layers[name] for name in folding.names("kept")}
+    shown = (f"{name!r} ({_said(each)})" for name, each in kept.items())
+    force_more = f"fold nearly decided gates with batches and force={_NEARLY}, or "
     warnings.warn(
         f"merge_and_unload left {len(kept)} of {len(folding.layers)} layers as they were patched: "
-        f"{listed(shown)}; fold nearly decided gates with force=0.95, or keep tokengate beside "
-        "the model.",
+        f"{listed(shown)}; {force_more * any(map(_nearly_decided, kept.values()))}keep tokengate "
+        "beside the model.",
         StillGatedWarning,
         stacklevel=4,
     )
     return folding
+
+
+def _nearly_decided(layer: FoldedLayer) -> bool:
+    alike = max(layer.sparsity, 1 - layer.sparsity)
+    return layer.reason in (UNDECIDED, IN_PART) and alike >= _NEARLY
 
 
 def _said(layer: FoldedLayer) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengate.arguments import count, positive
+from tokengate.arguments import count, positive, unused
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import apart, check_batches, keeping_modes
 from tokengate.layers.patched import all_layers
@@ -38,8 +38,8 @@ def suggest(
     targets: Any = None,
     train: Any = (),
     loss: Loss | None = None,
-    steps: int = 32,
-    lr: float = 1e-2,
+    steps: int | None = None,
+    lr: float | None = None,
 ) -> list[str]:
     """The layers that matter most to the loss, for the next `patch(targets=)`:
 
@@ -64,19 +64,19 @@ def suggest(
             None for "all-linear".
         train: likewise, what else is to be trained, as a new head.
         loss: of a model and a batch; by default what the model returns as `loss`.
-        steps: of an untrained model's run.
-        lr: of Adam in it, at first.
+        steps: of an untrained model's run, 32 by default.
+        lr: of Adam in it, at first, 1e-2 by default.
 
     Returns:
         Full names in the model's order.
 
     Raises:
         TokenGateError: what `fisher_scores`, `select` and `patch` refuse; `targets` or `train` of a
-            patched model; the loss does not depend on any of the layers, or does not fall.
+            patched model, `steps` or `lr` of one that is trained; the loss does not depend on any
+            of the layers, or does not fall.
     """
     check_fraction(fraction)
-    count("steps", steps)
-    positive("lr", lr)
+    run = count("steps", 32 if steps is None else steps), positive("lr", 1e-2 if lr is None else lr)
     is_patched = bool(all_layers(model))
     if is_patched and (targets is not None or train):
         name, value = ("train", train) if targets is None else ("targets", targets)
@@ -89,6 +89,7 @@ def suggest(
         if is_patched:
             scores = scores_of("suggest", model, batches, loss)
             if any(scores.values()):
+                unused("suggest", "on a model that is trained", steps=steps, lr=lr)
                 return select(scores, fraction, by="fisher")
         else:
             chosen = "all-linear" if targets is None else targets
@@ -96,7 +97,7 @@ def suggest(
                 torch.manual_seed(0)
                 patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
         try:
-            with _trained_a_little(model, batches, loss, steps, lr):
+            with _trained_a_little(model, batches, loss, *run):
                 scores = scores_of("suggest", model, batches, loss)
         finally:
             if not is_patched:

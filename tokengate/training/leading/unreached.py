@@ -72,7 +72,7 @@ def say_if_beyond(steps: int, last: int) -> None:
     """A warning in one of the steps after the last one: what the thresholds close changes."""
     if steps == last + max(8, last // 10):
         warnings.warn(
-            f"SparsitySchedule was made for {last} steps, and the optimizer takes its {steps}th: "
+            f"SparsitySchedule was made for {last} steps, and the optimizer is at step {steps}: "
             "its thresholds stay, and close another share as M(x) goes on changing: make it for "
             "the steps of the whole training, total_steps=.",
             UnreachedSparsityWarning,
