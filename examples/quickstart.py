@@ -121,7 +121,7 @@ def adapt(
         targets,
         arguments.method,
         rank=arguments.rank,
-        penalty=arguments.penalty if gate else None,
+        penalty=arguments.penalty,
         gate=gate,
         train=["head"],
     )

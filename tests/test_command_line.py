@@ -541,8 +541,8 @@ def test_each_command_s_help_has_an_example_that_parses_and_defaults(name, capsy
     (example,) = (line for line in text.splitlines() if line.startswith(f"  tokengate {name} "))
     assert parser().parse_args(example.split()[1:]).command == name
     if name == "import":
-        assert "lambda of every layer (default: 1e-5)" in text
-        assert "of every layer (default: 0)" in text
+        assert "lambda of every layer (default: 1e-05)" in text
+        assert "of every layer (default: 0.0)" in text
     assert "(default: None)" not in text
     assert "(default: False)" not in text
 

@@ -182,8 +182,8 @@ def parser() -> argparse.ArgumentParser:
         "import", "make PEFT's adapter one of ours", "theirs ours --base base/config.json",
         folder="a folder that PEFT's save_pretrained wrote", out=out,
     )  # fmt: skip
-    convert.add_argument("--tau", type=float, help="of every layer (default: 0)")
-    convert.add_argument("--penalty", type=float, help="lambda of every layer (default: 1e-5)")
+    convert.add_argument("--tau", type=float, default=0.0, help="of every layer")
+    convert.add_argument("--penalty", type=float, default=1e-5, help="lambda of every layer")
     convert.add_argument("--no-gate", action="store_true", help="modify every position")
     for each in (export, convert):
         each.add_argument("--base", required=True, metavar="MODEL", help=_BASE)

@@ -55,9 +55,7 @@ def variants(kind: str, options: argparse.Namespace) -> dict[str, nn.Module]:
     found = {"base": base}
     for name, gate in (("tokengate", "threshold"), ("tokengate, ungated", False)):
         model = copy.deepcopy(base)
-        found[name] = tokengate.patch(
-            model, TARGETS, rank=options.rank, gate=gate, tau=1e-3 if gate else None
-        )
+        found[name] = tokengate.patch(model, TARGETS, rank=options.rank, gate=gate, tau=1e-3)
     config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.rank, target_modules=[], target_parameters=TARGETS
     )

@@ -145,7 +145,7 @@ def patch(model: nn.Module, targets: Any, run: argparse.Namespace, **more: Any) 
         targets,
         method=run.method,
         gate=run.gate != "off",
-        penalty=None if run.gate == "off" else run.penalty,
+        penalty=run.penalty,
         scale=run.scale,
         dropout=run.dropout,
         **(twice if run.method == "adalora" else {"rank": run.rank}),

@@ -14,7 +14,7 @@ from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
 from tokengate.adapters.weights import DTYPES
-from tokengate.arguments import finite, in_our_words, non_negative, switch, unused
+from tokengate.arguments import finite, in_our_words, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
@@ -36,8 +36,8 @@ def import_peft(
     model: nn.Module,
     folder: str | Path,
     *,
-    tau: float | None = None,
-    penalty: float | None = None,
+    tau: float = 0.0,
+    penalty: float = 1e-5,
     gate: bool = True,
     strict: bool = True,
     experts: Mapping[Pattern, str] | None = None,
@@ -55,8 +55,8 @@ def import_peft(
         model: the base model, not patched, as PEFT had it; on the meta device the base's values
             may come later, as after `tokengate.load`.
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        tau: of every layer, 0 by default, as in `patch`; so are `penalty` and `gate`.
-        penalty: lambda of eq. 15, 1e-5 by default.
+        tau: of every layer, as in `patch`; so are `penalty` and `gate`.
+        penalty: lambda of eq. 15.
         gate: False for the plain method.
         strict: False skips the layers and parameters that do not fit this model.
         experts: how experts' parameters are laid out that the library does not know, as in `patch`.
@@ -67,10 +67,9 @@ def import_peft(
     Raises:
         TokenGateError: the folder is damaged, has what has no equal here, or does not fit.
     """
-    if not switch("gate", gate):
-        unused("import_peft", "with gate=False", tau=tau, penalty=penalty)
-    tau = finite("tau", 0.0 if tau is None else tau)
-    penalty = non_negative("penalty", 1e-5 if penalty is None else penalty)
+    finite("tau", tau)
+    non_negative("penalty", penalty)
+    switch("gate", gate)
     check_can_patch(model, "import_peft")
     if layers(model):
         raise TokenGateError(

@@ -16,7 +16,7 @@ def trained(method="lora", model=None, targets=("q_proj", "fc1"), **options):
     """A patched model whose gates are partly open."""
     torch.manual_seed(3)
     model = model or Net()
-    tokengate.patch(model, list(targets), method=method, **{"penalty": 0.25, **options})
+    tokengate.patch(model, list(targets), method=method, penalty=0.25, **options)
     away_from_initialisation(model)
     for layer in tokengate.layers(model).values():
         if layer.gate is not None:

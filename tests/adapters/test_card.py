@@ -32,7 +32,7 @@ def test_it_says_what_an_adapter_is(tmp_path):
         rec.report().to_markdown(),
     ):  # fmt: skip
         assert words in card, words
-    tokengate.save(trained(gate=False, tau=None), tmp_path / "mine")
+    tokengate.save(trained(gate=False), tmp_path / "mine")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "`lora(rank=2)`" in card
     assert "every position" in card

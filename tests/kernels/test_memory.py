@@ -44,8 +44,7 @@ def kept_for_backward(layer):
 
 def patched(method, gate=True, bias=False, **options):
     layer = nn.Linear(1024, 1536, bias=bias).to(torch.bfloat16)
-    tau = 0.01 if gate else None
-    tokengate.patch(layer, "all-linear", method, rank=16, gate=gate, tau=tau, **options)
+    tokengate.patch(layer, "all-linear", method, rank=16, gate=gate, tau=0.01, **options)
     return away_from_initialisation(layer)
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 METHODS = ["lora", "dora", "adalora", "adapter"]
 
 
-def twins(method, dtype=torch.float64, gate=True):
+def twins(method, dtype=torch.float64, **options):
     """A Conv1D and a Linear with the same values, patched alike."""
     conv = Conv1D(5, 7).to(dtype)
     linear = nn.Linear(7, 5, dtype=dtype)
@@ -29,8 +29,7 @@ def twins(method, dtype=torch.float64, gate=True):
     for layer in (conv, linear):
         torch.manual_seed(3)
         model = nn.ModuleDict({"c_attn": layer})
-        numbers = {"tau": 0.05, "penalty": 0.1} if gate else {}
-        tokengate.patch(model, ["c_attn"], method, rank=3, gate=gate, **numbers)
+        tokengate.patch(model, ["c_attn"], method, rank=3, tau=0.05, penalty=0.1, **options)
         away_from_initialisation(model, 0.7)
         layers.append(layer)
     return layers

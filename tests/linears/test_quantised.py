@@ -114,7 +114,7 @@ def between(wanted, bias):
 @pytest.mark.parametrize("gate", [True, False], ids=["gated", "ungated"])
 def test_it_is_the_layer_of_its_dequantised_weight(kind, method, gate):
     layer = quantised(kind)[0]
-    tokengate.patch(layer, "all-linear", method, rank=3, gate=gate, penalty=0.01 if gate else None)
+    tokengate.patch(layer, "all-linear", method, rank=3, gate=gate, penalty=0.01)
     away_from_initialisation(layer, 0.3)
     if method == "dora":
         with torch.no_grad():

@@ -97,8 +97,7 @@ def test_equals_the_loop(kind, method, data):
     torch.manual_seed(draw(st.integers(0, 100)))
     model = kind(slices, bias=bias)
     targets = [f"qkv.{name}" for name in names]
-    options = {"rank": 2, "scale": 0.7, "gate": gate}
-    options |= {"tau": tau, "penalty": 0.1} if gate else {}
+    options = {"rank": 2, "scale": 0.7, "tau": tau, "penalty": 0.1, "gate": gate}
     tokengate.patch(model, targets, method, slices={"qkv": slices}, **options)
     away_from_initialisation(model, 0.6)
     assert sorted(tokengate.layers(model)) == sorted(targets)

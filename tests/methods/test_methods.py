@@ -123,8 +123,8 @@ def test_equals_reference(method, data):
         method,
         gate,
         draw(st.integers(0, 1000)),
-        tau=tau if gate else None,
-        penalty=0.01 if gate else None,
+        tau=tau,
+        penalty=0.01,
         **options,
     )
     x = torch.randn(*shape, k).to(dtype).requires_grad_()

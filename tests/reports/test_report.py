@@ -30,9 +30,9 @@ class Masked(nn.Module):
         return h if attention_mask is not None else h[:1] + self.late(h[:1])
 
 
-def patched(tau=1.0, **options):
+def patched(**options):
     torch.manual_seed(0)
-    model = tokengate.patch(Masked(), ["q_proj", "v_proj", "late"], tau=tau, **options)
+    model = tokengate.patch(Masked(), ["q_proj", "v_proj", "late"], tau=1.0, **options)
     away_from_initialisation(model)
     run(model, 0, 2)  # the first forward warns of layers that it misses
     return model
@@ -200,7 +200,7 @@ def test_what_was_not_recorded_is_said():
         report.by_position(["nowhere"])
     with one_sentence("no module"):
         report.histogram("r", [])
-    ungated = recorded(patched(tau=None, gate=False), [(1, 5)], **EVERYTHING)
+    ungated = recorded(patched(gate=False), [(1, 5)], **EVERYTHING)
     with one_sentence("ratios was asked of any module"):
         ungated.histogram()
 

@@ -76,7 +76,7 @@ def test_ratios_are_those_that_decided(method, shape):
 
 
 def test_without_a_gate_there_is_no_r():
-    model = patched(tau=None, gate=False)
+    model = patched(gate=False)
     with tokengate.record(model, positions=True, ratios=True) as rec:
         model(torch.randn(2, 3, 8))
     assert list(rec.positions) == NAMES

@@ -42,16 +42,15 @@ class restrict(Waiting):
             layers' names to masks (a layer follows the first that matches, others are free); a
             function of a layer's name and its positions' shape, which returns a mask of
             that shape, True or False; or `after(token_ids)`.
-        new: whether positions beyond a mask's end, which are generated, are inside, as they are by
-            default.
+        new: whether positions beyond a mask's end, which are generated, are inside.
 
     Raises:
         TokenGateError: no layer is patched; the model is folded; `where` is none of these, or a
-            pattern matches no patched layer; `new` is given without a mask. In a forward: a
+            pattern matches no patched layer; `new=False` is given without a mask. In a forward: a
             mask does not fit a layer's call.
     """
 
-    def __init__(self, model: nn.Module, where: Any, *, new: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, where: Any, *, new: bool = True) -> None:
         patched = all_layers(model)
         if not patched and not folded(model):
             raise TokenGateError(
@@ -63,8 +62,8 @@ class restrict(Waiting):
                 "restrict was asked of a model that is folded, where merged layers act everywhere: "
                 "call the folding's undo() first."
             )
-        regions = _by_layer(where, list(patched), switch("new", True if new is None else new))
-        if not any(isinstance(region.where, Tensor) for region in regions.values()):
+        regions = _by_layer(where, list(patched), switch("new", new))
+        if not new and not any(isinstance(region.where, Tensor) for region in regions.values()):
             unused("restrict", "without a mask (B, T), which alone has an end", new=new)
         for name, region in regions.items():
             if may_be_idle(name, patched[name]) and not callable(region.where):

@@ -43,7 +43,7 @@ def gates_by_layer(
     asked = options_by_layer({"gate": gate}, names)
     kinds = {name: kind for name in names if (kind := _kind(asked[name]["gate"])) is not None}
     if not kinds:
-        unused("patch", "with gate=False", **own, gate_options=options or None)
+        unused("patch", "with gate=False", gate_options=options or None)
     twice = {name: value for name, value in own.items() if name in options}
     unused("patch", f"beside gate_options={brief(options)}", **twice)
     given = options_by_layer(options, kinds, "gated")
@@ -55,7 +55,7 @@ def gates_by_layer(
         known = options_of(kind)
         used |= extra.keys() & known.keys()
         found[name] = kind, {**{k: v for k, v in extra.items() if k in known}, **given[name]}
-    for name in extra.keys() - used:
+    for name in extra.keys() - used if kinds else ():
         of = ", ".join(sorted({kind.__name__ for kind in kinds.values()}))
         raise TokenGateError(
             f"{name}={brief(extra[name])} was given, which no gate has: drop it, or ask for "

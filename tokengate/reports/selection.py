@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from tokengate.arguments import choice, count, finite, unused
+from tokengate.arguments import choice, count, finite
 from tokengate.errors import TokenGateError, brief
 from tokengate.patterns import FullName
 from tokengate.reports.report import SparsityReport
@@ -21,7 +21,7 @@ def select(
     by: str = "sparsity",
     keep: str | None = None,
     *,
-    seed: int | None = None,
+    seed: int = 0,
 ) -> list[str]:
     """The modules that the next run should adapt (section 5 of the gate's paper):
 
@@ -57,7 +57,7 @@ def select(
             draws the modules.
         keep: "lowest" or "highest"; by default the highest of "fisher", else the lowest. Of modules
             with equal numbers the first are kept.
-        seed: for "random", 0 by default: every seed is another draw.
+        seed: for "random": every seed is another draw.
 
     Returns:
         Full names in the model's order. `patch` takes each for the one module of this name. Read
@@ -80,10 +80,8 @@ def select(
     if keep is None:
         keep = "highest" if by == "fisher" else "lowest"
     keep = choice("keep", keep, ("lowest", "highest"))
-    if by != "random":
-        unused("select", f"with by={by!r}", seed=seed)
-    else:
-        draw = random.Random(count("seed", 0 if seed is None else seed, least=0))
+    if by == "random":
+        draw = random.Random(count("seed", seed, least=0))
         numbers = {name: draw.random() for name in numbers}
     if by == "fisher" and isinstance(report, SparsityReport):
         raise TokenGateError(

@@ -78,7 +78,7 @@ def pair(make, method, dtype, gate=True, **more):
         rank=RANK,
         # PEFT divides by rank + 1e-5 here.
         scale=ALPHA / (RANK + 1e-5) if method == "adalora" else ALPHA / RANK,
-        tau=-1.0 if gate else None,
+        tau=-1.0,
         gate=gate,
         **({"target_rank": 2} if method == "adalora" else {}),
     )

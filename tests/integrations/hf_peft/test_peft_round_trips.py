@@ -47,8 +47,7 @@ def test_import(tmp_path, make, method, dtype):
     assert torch.equal(expected, logits(theirs))
     for gate in (True, False):
         ours = copy.deepcopy(base)
-        given = {"penalty": 0.25} if gate else {}
-        assert import_peft(ours, tmp_path, gate=gate, **given) == {}
+        assert import_peft(ours, tmp_path, gate=gate, penalty=0.25) == {}
         assert (logits(ours) - logits(base)).abs().max() > 1e-2
         close(logits(ours), expected, dtype)
         gates = [layer.gate for layer in tokengate.layers(ours).values()]
