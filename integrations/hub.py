@@ -67,7 +67,8 @@ def push(
         repository: as `user/name`.
         name: of several adapters, as in `tokengate.save`; so is `report`.
         report: whose table comes into the card.
-        private: whether a new repository is; None for what the account says.
+        private: whether the repository is to be: a new one is made so, and one that is not is
+            refused; None for a new one as the account says, or for one as it is.
         revision: the branch; the main one by default.
         message: of the commit.
         token: of the account; that which is logged in by default.
@@ -77,7 +78,8 @@ def push(
 
     Raises:
         TokenGateError: as of `tokengate.save`; the repository holds a model, or an adapter that is
-            not ours; or huggingface_hub is not installed, or is refused.
+            not ours, or is not as `private` says; or huggingface_hub is not installed, or is
+            refused.
     """
     host = _host(f"push to {repository!r} was asked for")
     distributed = torch.distributed
@@ -89,6 +91,15 @@ def push(
         if several and distributed.get_rank() > 0:
             return ""
         there = _asked(repository, lambda: _fetch(host, repository, revision, token, folder))
+        if private is not None and there is not None:
+            info = _asked(repository, lambda: host.repo_info(repository, token=token))
+            if info.private != private:
+                raise TokenGateError(
+                    f"push to {repository!r} was asked for with private={private}, and the "
+                    f"repository is {'private' if info.private else 'public'} already: change "
+                    "that on the Hub, or leave private= out."
+                )
+        there = there or []
         check_no_model(there, repository, "push")
         check_destination(folder, "push")
         write_card(folder, read_adapter(folder).config, report, repository)
@@ -110,9 +121,12 @@ def push(
 
 
 def _fetch(host: Any, repository: str, revision: str | None, token: str | None, to: Path) -> Any:
-    """What the repository has that is added to or asked what it is; the names of all its files."""
+    """What the repository has that is added to or asked what it is; the names of all its files.
+
+    None if there is no such repository.
+    """
     if not host.repo_exists(repository, token=token):
-        return []
+        return None
     there = host.list_repo_files(repository, revision=revision, token=token)
     for name in {CARD, OLD_CONFIG} & set(there):
         found = host.hf_hub_download(repository, name, revision=revision, token=token)

@@ -4,6 +4,7 @@ import fnmatch
 import pathlib
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -21,8 +22,15 @@ def place(tmp_path, monkeypatch):
     """Where the repositories lie, by huggingface_hub's names and arguments."""
     root = tmp_path / "hub"
 
+    kept = set()  # that are private
+
     def create_repo(repo_id, *, private, exist_ok, token):
+        if private and not (root / repo_id).exists():
+            kept.add(repo_id)
         (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def repo_info(repo_id, *, token=None):
+        return types.SimpleNamespace(private=repo_id in kept)
 
     def upload_folder(*, repo_id, folder_path, allow_patterns, delete_patterns, revision,
                       commit_message, token):  # fmt: skip
@@ -51,6 +59,7 @@ def place(tmp_path, monkeypatch):
 
     fakes = {
         "create_repo": create_repo,
+        "repo_info": repo_info,
         "upload_folder": upload_folder,
         "snapshot_download": snapshot_download,
         "list_repo_files": list_repo_files,
@@ -120,6 +129,22 @@ def test_a_repository_of_something_else_is_refused(place, file, text, words):
     with one_sentence(*words):
         hub.push(trained(), "user/net")
     assert [path.name for path in (place / "user/net").iterdir()] == [file]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_that_is_there_is_private_or_not(place, private):
+    """What was to be private went into a public one."""
+    model = trained()
+    hub.push(model, "user/net", private=not private)
+    was = [path.read_bytes() for path in sorted((place / "user/net").iterdir())]
+    found = "public" if private else "private"
+    away_from_initialisation(model)
+    with one_sentence(f"private={private}", f"is {found} already"):
+        hub.push(model, "user/net", private=private)
+    assert [path.read_bytes() for path in sorted((place / "user/net").iterdir())] == was
+    hub.push(model, "user/net", private=not private)
+    hub.push(model, "user/net")
+    assert [path.read_bytes() for path in sorted((place / "user/net").iterdir())] != was
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -56,6 +56,18 @@ def test_nothing_learns_what_nothing_trains(gate):
     tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
 
 
+def test_it_begins_before_it_hands_over():
+    """Nothing was closed, and taus went on from 0."""
+    model = made()
+    optimizer = adam(model)
+    with one_sentence("warmup_steps=6", "total_steps=10 and learn_from=0.5", "pass fewer"):
+        tokengate.SparsitySchedule(model, optimizer, 0.5, 10, warmup_steps=6, learn_from=0.5)
+    with one_sentence("warmup_steps=10", "total_steps=10,", "pass fewer"):
+        tokengate.SparsitySchedule(model, optimizer, 0.5, 10, warmup_steps=10)
+    assert not any(each.is_led for each in gates_of(model))
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 10, warmup_steps=4, learn_from=0.5)
+
+
 @pytest.mark.parametrize("gate", ["threshold", "firm", "fisher"])
 def test_of_an_optimizer_that_never_steps_is_told(gate):
     """The Trainer or a script makes another one: all stayed open, without a word."""

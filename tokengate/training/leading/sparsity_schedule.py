@@ -92,15 +92,16 @@ class SparsitySchedule:
         self.target = wanted_sparsity("target", target)
         self.total_steps = count("total_steps", total_steps)
         self._warmup = count("warmup_steps", warmup_steps, least=0)
-        if self._warmup >= self.total_steps:
-            raise TokenGateError(
-                f"warmup_steps={warmup_steps} was given for total_steps={total_steps}, so that "
-                "nothing would ever close: pass fewer."
-            )
         self._rise = max(1.0, _RISE * (self.total_steps - self._warmup))
         self._last = self.total_steps
         if learn_from is not None and learn_from != 1:
             self._last = max(1, round(share("learn_from", learn_from) * self.total_steps))
+        if self._warmup >= self._last:
+            handed = "" if learn_from is None else f" and learn_from={learn_from}"
+            raise TokenGateError(
+                f"warmup_steps={warmup_steps} was given for total_steps={total_steps}{handed}, so "
+                "that it would never close anything: pass fewer."
+            )
         self._learns = learn_from is not None
         patched = require_layers(model, "SparsitySchedule")
         gates = gates_to_lead(model, patched, together=not switch("per_layer", per_layer))
