@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, one_sentence
+from models import Net, away_from_initialisation, one_sentence, snapshot
 from torch import nn
 
 import tokengate
@@ -109,6 +109,24 @@ def test_force_is_advised_where_it_folds_what_was_kept(gate):
         tokengate.merge_and_unload(model, [x])
     folding = tokengate.merge_and_unload(model, [x], force=0.95)
     assert folding.names("kept") == []
+
+
+@pytest.mark.filterwarnings("error::tokengate.errors.StillGatedWarning")
+def test_a_warning_made_an_error_leaves_the_model_as_it_was():
+    model = trained()
+    layers = tokengate.layers(model)
+    layers["blocks.0.v_proj"].gate.tau.data.fill_(1e9)
+    with tokengate.record(model, ratios=True, positions=True) as rec:
+        model(X)
+    ratios = rec.ratios["blocks.1.q_proj"][0].float()
+    layers["blocks.1.q_proj"].gate.tau.data.fill_(ratios.median().item())
+    before = snapshot(model)
+    with pytest.raises(StillGatedWarning):
+        tokengate.merge_and_unload(model, [X])
+    assert snapshot(model) == before
+    layers["blocks.1.q_proj"].gate.tau.data.fill_(0)
+    assert tokengate.merge_and_unload(model, [X]).names("kept") == []
+    assert traces(model) == []
 
 
 def test_gates_that_may_close_want_data():

@@ -117,7 +117,7 @@ def test_firm_at_the_edges():
 
 def fed(layer, calls, grads, again=False, traced=False):
     """What backward has fed to the gate of a layer in one step."""
-    layer.gate.start_feeding()
+    layer.gate.count_in("_fed")
     for x, grad in zip(calls, grads, strict=True):
         x = x.clone().requires_grad_()
         x = x.as_subclass(Traced) if traced else x

@@ -143,7 +143,7 @@ def test_what_is_counted_follows_the_gate_to_another_device(gate):
     for each in gates:
         each.set_pace(relative=True)
         if gate == "fisher":
-            each.start_feeding()
+            each.count_in("_seen", "_fed")
     model.to("meta")
     model(torch.randn(2, 3, 8, device="meta")).sum().backward()
     assert all(each._seen.is_meta for each in gates)

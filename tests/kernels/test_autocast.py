@@ -30,7 +30,7 @@ def layer_of(kind, dtype, method, gate, x):
     if gate in ("threshold", "firm"):
         tokengate.calibrate(layer, [(x.float(),)], sparsity=0.4)
     if gate == "fisher":
-        layer.gate.start_feeding()
+        layer.gate.count_in("_fed")
     return layer
 
 

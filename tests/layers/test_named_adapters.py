@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, snapshot
+from models import Net, away_from_initialisation, one_sentence, snapshot
 from torch import nn
 
 import tokengate
 from tokengate import Slices, TokenGateError
 from tokengate.layers import using
 from tokengate.layers.named_adapters import put_in_use
+from tokengate.layers.patched import all_layers
 
 # Some of the optimisers here move tau by another rule than its own.
 pytestmark = pytest.mark.filterwarnings("ignore::tokengate.errors.OtherRuleWarning")
@@ -338,6 +339,11 @@ def test_slices_have_several_too(tmp_path):
             [run(build(n or ""), X)[i] for i, n in enumerate(["q", None, "qv", "q"])]
         )
         assert torch.allclose(run(both), expected, atol=1e-6)
+    tokengate.use(both, "q")
+    tokengate.unpatch(both, name="qv")
+    assert list(tokengate.layers(both)) == ["0.q"]
+    assert not hasattr(both[0], "v")
+    assert torch.equal(run(both), run(build("q")))
 
 
 def test_unpatch_and_disabled_know_all_of_them(model):
@@ -353,6 +359,91 @@ def test_unpatch_and_disabled_know_all_of_them(model):
         kind for _, kind, _ in base["modules"].values()
     ]
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "c"])
+def test_one_of_several_is_taken_out(model, folders, gone, tmp_path):
+    base = snapshot(fresh().eval())
+    left = [name for name in KINDS if name != gone]
+    tokengate.use(model, left[0])
+    before, modules = {id(p) for p in model.parameters()}, list(model.modules())
+    with tokengate.use(model, gone):
+        own = {
+            id(p)
+            for layer in tokengate.layers(model).values()
+            for part in (layer.modification, layer.gate)
+            if part is not None
+            for p in part.parameters()
+        }
+    assert tokengate.unpatch(model, name=gone) is model
+    assert {id(p) for p in model.parameters()} == before - own
+    kept = sum(len(alone(name).state_dict()) - len(base["values"]) for name in left)
+    assert len(model.state_dict()) == len(base["values"]) + kept
+    for name in left:
+        tokengate.use(model, name)
+        assert torch.equal(run(model), run(alone(name)))
+        assert list(tokengate.layers(model)) == list(tokengate.layers(alone(name)))
+    with tokengate.use(model, [None, *left, None]):
+        assert torch.equal(run(model)[0], run(fresh())[0])
+    # What it alone has modified is as it was.
+    wanted = set().union(*(tokengate.layers(alone(name)) for name in left))
+    assert all_layers(model).keys() == wanted
+    gone_from = [m for m in modules if type(m) is nn.Linear]
+    assert not any(hasattr(m, "adapters") or hasattr(m, "_adapters") for m in gone_from)
+    # It can come again.
+    tokengate.load(model, folders[gone], name=gone)
+    tokengate.use(model, gone)
+    assert torch.equal(run(model), run(alone(gone)))
+    tokengate.save(model, tmp_path)
+    other = fresh().eval()
+    tokengate.load(other, tmp_path)
+    assert torch.equal(run(other), run(alone(gone)))
+    tokengate.unpatch(model)
+    assert snapshot(model)["values"] == base["values"]
+    assert not any("tokengate" in key for m in model.modules() for key in vars(m))
+
+
+def test_the_last_that_is_left_is_folded_and_undone(model):
+    """Whoever is alone stands where one that was never beside others does."""
+    tokengate.use(model, "c")
+    for name in ("a", "b"):
+        tokengate.unpatch(model, name=name)
+    before, expected = snapshot(model), run(alone("c"))
+    folding = tokengate.fold(model, [X])
+    assert torch.allclose(run(model), expected, atol=1e-5)
+    folding.undo()
+    assert torch.equal(run(model), expected)
+    after = snapshot(model)
+    for state in (before, after):
+        state.pop("attributes")
+    assert before == after
+
+
+def refused_to_take(model, name, *words):
+    before = snapshot(model)
+    with one_sentence(*words):
+        tokengate.unpatch(model, name=name)
+    assert snapshot(model) == before
+
+
+def test_who_is_needed_is_not_taken_out(model):
+    refused_to_take(model, "d", "'d'", "'a', 'b', 'c'")
+    refused_to_take(model, 3, "3", "'a', 'b', 'c'")
+    refused_to_take(model, "a", "in use")
+    for used in ("b", ["b", None, None, None], {"b": torch.ones(4, 5).bool()}):
+        with tokengate.use(model, used):
+            refused_to_take(model, "b", "in use")
+            refused_to_take(model, "a", "in use")  # by the model
+    refused_to_take(fresh(), "a", "none")
+    refused_to_take(alone("a"), "default", "no other", "unpatch(model)")
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3, s=1e-3))
+    schedule = tokengate.SparsitySchedule(model, optimizer, target=0.5, total_steps=9)
+    tokengate.use(model, "b")
+    refused_to_take(model, "a", "SparsitySchedule", "'blocks.0.q_proj'", "detach()")
+    schedule.detach()
+    tokengate.unpatch(model, name="a")
+    with pytest.raises(TokenGateError, match="name='b'"):
+        tokengate.unpatch(model, adapter_name="b")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -250,6 +250,14 @@ class AnyOrder(RuleBasedStateMachine):
         self.folding.undo()
         self.adapters, self.unfolded = {self.in_use: self.unfolded}, None
 
+    @precondition(lambda self: self.adapters.keys() - {self.in_use})
+    @rule(draw=st.data())
+    def unpatch_one(self, draw):
+        name = draw.draw(st.sampled_from(sorted(self.adapters.keys() - {self.in_use})))
+        if len(self.adapters) > 1:
+            tokengate.unpatch(self.model, name=name)
+            del self.adapters[name]
+
     @precondition(lambda self: self.adapters)
     @rule()
     def unpatch(self):

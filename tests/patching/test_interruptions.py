@@ -261,6 +261,21 @@ def test_load_another(folders):
     at_every_line(lambda: several(folders), act, {*FILLING, *USING, "load_saved"})
 
 
+def test_one_of_several_is_taken_out(folders):
+    other = tokengate.patch(Small().eval(), ["fc", "qkv.q"], slices={"qkv": Slices(q=4, k=4, v=4)})
+    tokengate.save(other, folders / "c")
+
+    def make():
+        model = several(folders)
+        tokengate.load(model, folders / "c", name="c")
+        tokengate.use(model, "b")
+        return model
+
+    names = {*DETACHING, "_take_out", "remove_adapter", "follow", "unfollow", "rest"}
+    for name in ("c", "default"):
+        at_every_line(make, lambda model, name=name: tokengate.unpatch(model, name=name), names)
+
+
 @pytest.mark.parametrize("name", ["b", None])
 def test_use(folders, name):
     first = several(folders)

@@ -1,6 +1,7 @@
 """What a schedule finds, is asked and cannot do: it happens as one expects, or is said."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -306,6 +307,39 @@ def test_what_is_called_in_few_steps_counts_like_what_is_called_in_all(when):
     shares = rec.report().by_module
     assert abs(shares["first"] - shares["second"]) > 0.1
     assert rec.report().sparsity == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("gate", ["threshold", "firm", "fisher"])
+def test_a_copy_of_what_is_led_counts_for_nobody(gate, copied):
+    model = away_from_initialisation(made(gate))
+    schedule = tokengate.SparsitySchedule(model, adam(model), 0.5, 10)
+    model(torch.randn(4, 5, 6)).sum().backward()
+    twin = copied(model)
+    assert not any(each.is_led or each.counts_scores for each in gates_of(twin))
+    assert not any(value is not None for each in gates_of(twin) for value in counts_of(each))
+    assert all(value.any() for each in gates_of(model) for value in counts_of(each))
+    tokengate.SparsitySchedule(twin, adam(twin), 0.5, 10)
+    schedule.detach()
+    assert not any(value is not None for each in gates_of(model) for value in counts_of(each))
+    assert not any(value.any() for each in gates_of(twin) for value in counts_of(each))
+
+
+def counts_of(gate):
+    return [gate._seen, *([gate._fed] if hasattr(gate, "_fed") else [])]
+
+
+def test_a_copy_goes_its_own_pace_from_0():
+    """Its own optimiser wants medians of its own steps."""
+    model = away_from_initialisation(made())
+    tokengate.param_groups(model, lr=1e-2, total_steps=10)
+    model(torch.randn(4, 5, 6)).sum().backward()
+    twin = copy.deepcopy(model)
+    for each, other in zip(gates_of(model), gates_of(twin), strict=True):
+        assert each._seen.sum() == pytest.approx(4)
+        assert not other._seen.any()
+    twin(torch.randn(3, 5, 6)).sum().backward()
+    assert all(each._seen.sum() == pytest.approx(3) for each in gates_of(twin))
 
 
 def test_what_is_tried_is_no_part_of_the_training():

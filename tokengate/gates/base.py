@@ -66,8 +66,10 @@ class Gate(KeepsFloat32):
     _first: float = 0.0
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
     _rule: dict[str, Any] | None = None
-    # What its scores are counted in, see `score_counts`.
+    # What it adds to for others, who name it; see `count_in`.
     # No buffer: DistributedDataParallel would send one rank's to all others in every forward.
+    _counts: ClassVar[tuple[str, ...]] = ("_seen", "_looked")
+    # Of these, what its scores are counted in, see `score_counts`.
     _seen: Tensor | None = None
     # Likewise, where somebody only looks: not in compiled code, which would be compiled anew.
     _looked: Tensor | None = None
@@ -142,8 +144,25 @@ class Gate(KeepsFloat32):
     def set_pace(self, relative: bool) -> None:
         """Whether steps of tau are in units of r's median from now on, see `training`'s `pace`."""
         self.relative = relative
-        if self.threshold is not None and not self.is_led:
-            self._seen = no_counts(self.threshold.device) if relative else None
+        if not self.is_led:
+            self.count_alone()
+
+    def count_alone(self) -> None:
+        """What it counts while nobody leads it: scores, if its own pace is relative."""
+        self.count_in(*["_seen"] * (self.relative and self.threshold is not None))
+
+    def count_in(self, *names: str) -> None:
+        """From now on, and from 0, it adds to these of its `_counts`, and to no other."""
+        for name in self._counts:
+            if name in names:
+                setattr(self, name, self._zeros(name))
+            elif getattr(self, name) is not None:
+                setattr(self, name, None)
+
+    def _zeros(self, name: str) -> Tensor:
+        """One of its `_counts`, beside its threshold."""
+        assert self.threshold is not None
+        return no_counts(self.threshold.device)
 
     def scores(self, positions: Positions) -> Tensor:
         """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""
@@ -197,12 +216,14 @@ class Gate(KeepsFloat32):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         super()._apply(fn, recurse)
         # What is counted is no buffer, and follows them to another device: from 0, as in each step.
-        device = next((t.device for t in self._kept()), None)
-        for name in ("_seen", "_looked"):
-            counts = getattr(self, name)
-            if counts is not None and device is not None and counts.device != device:
-                setattr(self, name, no_counts(device))
+        on = {name: own for name in self._counts if (own := getattr(self, name)) is not None}
+        if self.threshold is not None and {t.device for t in on.values()} - {self.threshold.device}:
+            self.count_in(*on)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.count_alone()  # a copy, whom nobody leads
 
 
 class LedGate(Gate):

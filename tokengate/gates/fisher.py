@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,9 @@ class FisherGate(LedGate):
 
     T: Tensor
     Q: Tensor
-    # What backward adds up over a step: of the numerator of Q's average, flat, and of its
-    # denominator. No buffer, as `_seen`.
+    _counts: ClassVar[tuple[str, ...]] = (*LedGate._counts, "_fed")
+    # What backward adds up over a step, for `fold` to average: of the numerator of Q's average,
+    # flat, and of its denominator.
     _fed: Tensor | None = None
 
     def __init__(self, linear: nn.Linear, *, rank: int | None = None) -> None:
@@ -115,20 +116,10 @@ class FisherGate(LedGate):
         fed[:-1].add_((vectors.T @ vectors).reshape(-1))
         fed[-1:].add_(total)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FisherGate:
-        super()._apply(fn, recurse)
-        if self._fed is not None and self._fed.device != self.Q.device:
-            self.start_feeding()
-        return self
-
-    def start_feeding(self) -> None:
-        """From now on backward adds up what `fold` averages."""
-        size = self.Q.shape[-1] ** 2 + 1
-        self._fed = self.Q.new_zeros(*self.Q.shape[:-2], size)
-
-    def stop_feeding(self) -> None:
-        """Q stays as it is."""
-        self._fed = None
+    def _zeros(self, name: str) -> Tensor:
+        if name != "_fed":
+            return super()._zeros(name)
+        return self.Q.new_zeros(*self.Q.shape[:-2], self.Q.shape[-1] ** 2 + 1)
 
     @property
     def size(self) -> Tensor:

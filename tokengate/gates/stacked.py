@@ -39,7 +39,7 @@ class Stacked(Swapped):
         """Another module that has the values of some of its layers alone."""
         made: Any = copy.deepcopy(self)
         at = list(layers)
-        for kind, name, values in self._values():
+        for kind, name, values in made._values():
             own = getattr(made, kind)
             picked = values.detach()[at]
             is_learnt = isinstance(values, nn.Parameter)
@@ -51,8 +51,9 @@ class Stacked(Swapped):
     def take(self, other: Any, layers: Sequence[int]) -> None:
         """Give some of its layers, in place, the values of another module that `some` made."""
         at = list(layers)
-        for kind, name, values in self._values():
-            values[at] = getattr(other, kind)[name].detach().to(values)
+        for kind, name, values in other._values():
+            own = getattr(self, kind)[name]
+            own[at] = values.detach().to(own)
 
     def _values(self) -> list[tuple[str, str, Tensor]]:
         """What has a place for each layer: where it is, under which name."""

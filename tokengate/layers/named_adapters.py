@@ -154,6 +154,46 @@ def add_adapter(layer: Gated, name: str, modification: Modification, gate: Gate 
     cast(nn.ModuleDict, layer.adapters).add_module(name, adapter)
 
 
+def check_can_remove(model: nn.Module, name: str) -> None:
+    """An error if `name` is not an adapter that `model` can do without at present."""
+    known = adapter_names(model)
+    if name not in known:
+        raise TokenGateError(
+            f"unpatch was given name={brief(name)}, and the model's adapters are "
+            f"{', '.join(map(repr, known)) or 'none'}: pass one of these."
+        )
+    if known == [name]:
+        raise TokenGateError(
+            f"unpatch was given name={name!r}, and the model has no other adapter: call "
+            "tokengate.unpatch(model), which gives the base model back."
+        )
+    for path, layer in all_layers(model).items():
+        adapter = (layer._adapters or {}).get(name)
+        if layer._in_use == name or (adapter is not None and adapter.users):
+            raise TokenGateError(
+                f"unpatch was given name={name!r}, which is in use: put another one in use first, "
+                "tokengate.use(model, another), or leave the context."
+            )
+        if adapter is not None and adapter.gate is not None and adapter.gate.is_led:
+            raise TokenGateError(
+                f"unpatch was given name={name!r}, and a SparsitySchedule leads its gate of "
+                f"{path!r}: call the schedule's detach() first."
+            )
+
+
+def remove_adapter(layer: Gated, name: str) -> bool:
+    """Take an adapter out of a layer; whether it has another one left."""
+    adapters = adapters_of(layer)
+    resting = cast(nn.ModuleDict, layer.adapters)._modules
+    if adapters.pop(name, None) is not None and resting.pop(name, None) is None and adapters:
+        # The first one stands in the layer itself, and now the next one is that.
+        following, adapter = next(iter(adapters.items()))
+        del resting[following]
+        for part in ("modification", "gate"):
+            layer._modules[part] = getattr(adapter, part)
+    return bool(adapters)
+
+
 def current_name(model: nn.Module) -> str:
     """What new layers' adapter is to be called: as the one in use."""
     names = {layer.in_use() for layer in all_layers(model).values()} or {DEFAULT}

@@ -8,17 +8,29 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokengate.arguments import finite, non_negative
+from tokengate.arguments import finite, in_our_words, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
 from tokengate.gates.stacked import stacked
 from tokengate.layers.changing import all_or_nothing, exclusive
-from tokengate.layers.coverage import watch
+from tokengate.layers.coverage import look_anew, watch
 from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
 from tokengate.layers.following import follow, unfollow
-from tokengate.layers.named_adapters import current_name, join
-from tokengate.layers.patched import all_layers, forget, own_parameters, require_layers
+from tokengate.layers.named_adapters import (
+    check_can_remove,
+    current_name,
+    join,
+    remove_adapter,
+)
+from tokengate.layers.patched import (
+    all_layers,
+    forget,
+    forget_plain,
+    own_parameters,
+    require_layers,
+    rest,
+)
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.experts import StackedLinear
@@ -37,7 +49,7 @@ from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
-from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
+from tokengate.patching.wrappers import check_can_patch, check_can_train, check_can_unpatch
 from tokengate.patterns import Pattern, matches
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -127,6 +139,7 @@ def patch(
     """
     check_no_config(targets, method, *options.values())
     check_can_patch(model, "patch")
+    check_can_train(model)
     kind = METHODS.find(method)
     check_words(kind, options)
     check_options(kind, options, beside=signature(patch).parameters)
@@ -227,18 +240,47 @@ def asked_of(model: nn.Module) -> list[dict[str, Any]]:
     return [call for root in _patched_roots(model) for call in root.__dict__.get(_ASKED, ())]
 
 
+@in_our_words(same={"adapter_name": "name", "adapter": "name"})
 @exclusive
-def unpatch(model: _Model) -> _Model:
+def unpatch(model: _Model, *, name: str | None = None) -> _Model:
     """Take all modifications out: the same module and parameter objects, trainable as before.
+
+    With a `name` that adapter alone goes, of several; it must not be in use. The others stay what
+    they are and the objects they are. What `train` named stays trainable, and an optimiser that has
+    the parameters keeps them until it is made anew.
+
+    Args:
+        model: a patched model.
+        name: of one adapter, as `load` was given it; by default all go.
 
     Raises:
         TokenGateError: no layer of the model is patched, or it is wrapped by
-            DistributedDataParallel or sharded.
+            DistributedDataParallel or sharded; the adapter is unknown, the only one, in use, or led
+            by a `SparsitySchedule`.
     """
-    check_can_unpatch(model, all_layers(model))
+    patched = all_layers(model)
+    check_can_unpatch(model, patched)
+    if name is not None:
+        check_can_remove(model, name)
     with unchanged_if_interrupted(model):
-        _unpatch(model)
+        if name is None:
+            _unpatch(model)
+        else:
+            _take_out(model, [each for each in patched.values() if not remove_adapter(each, name)])
     return model
+
+
+def _take_out(model: nn.Module, plain: list[Any]) -> None:
+    """Make layers plain that no adapter modifies any more; others stay patched."""
+    rest(model, plain)
+    forget_plain(model)
+    for layer in plain:
+        take_off(layer)
+    unfollow(model)
+    follow(model)  # which knows the layers inside of each module
+    settle_fast_paths(model)
+    look_anew()
+    look_anew()
 
 
 def _unpatch(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias, cast
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from tokengate.arguments import spelled
 from tokengate.errors import TokenGateError
@@ -253,8 +252,6 @@ class _Names:
             return "which is patched already: call tokengate.unpatch(model) first, or exclude it"
         if isinstance(module, Sliced):
             return "which is patched in part already: call tokengate.unpatch(model) first"
-        if is_lazy(module.weight):
-            return "which has no weight yet: run the model once, then patch, or exclude it"
         if is_convolution(module) and computes_otherwise(module):
             return (
                 f"a {kind}, whose class computes with other weights or edges than nn.Conv2d, so "

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tokengate.errors import TokenGateError
 from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
 from tokengate.linears.by_name import is_from
-from tokengate.names import named_modules, with_wrappers
+from tokengate.names import named_modules, named_parameters, with_wrappers
 from tokengate.sharding import is_flattened, is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing
@@ -46,11 +47,26 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
             f"{caller} was called under torch.inference_mode, where new parameters can never be "
             "trained: patch outside of it."
         )
+    for name, parameter in named_parameters(model):
+        if is_lazy(parameter):
+            raise TokenGateError(
+                f"{caller} found {name!r}, which has no values yet: run the model once, then patch."
+            )
     for name, wrapper in (*wrapped(model), *_wrapped_around(model)):
         raise TokenGateError(
             f"{name!r} is wrapped by {wrapper} already, which would not see new parameters: patch "
             "first, then wrap."
         )
+
+
+def check_can_train(model: nn.Module) -> None:
+    """An error if autograd can never go through `model`."""
+    for name, parameter in named_parameters(model):
+        if parameter.is_inference():
+            raise TokenGateError(
+                f"patch found {name!r} made under torch.inference_mode, where no gradient ever "
+                "passes: make the model outside of it, or patch copy.deepcopy(model)."
+            )
 
 
 def check_can_fold(model: nn.Module) -> None:

@@ -195,3 +195,17 @@ def test_computed_again_in_backward_it_has_the_same_rows(tmp_path):
     assert len(plain) == len(again) > 6
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_second_of_two_stands_where_the_first_did(tmp_path):
+    model, (x, index, mask) = both(tmp_path, some=(1, 3)), batch()
+    tokengate.use(model, "second")
+    with torch.no_grad():
+        expected = model(x, index, attention_mask=mask)
+        tokengate.unpatch(model, name="default")
+        assert torch.equal(model(x, index, attention_mask=mask), expected)
+    (layer,) = tokengate.layers(model).values()
+    assert not layer.adapters
+    assert layer.experts == (1, 3)
+    tokengate.unpatch(model)
+    assert [name for name, _ in model.named_parameters()] == ["experts.w", "experts.b"]

@@ -346,3 +346,17 @@ def test_tokens_and_patches_are_buttons_large_enough_for_a_finger(opened):
     assert page.locator(".token").first.get_attribute("aria-label") == (
         "a, token 1 of 5: modified by 100.0 % of 3 modules"
     )
+
+
+def test_a_text_of_more_tokens_than_a_call_has_arguments(opened):
+    """The page was blank."""
+    count, draw = 130_000, torch.Generator().manual_seed(0)
+    view = tokengate.TokenView(
+        [f"t{i % 50}" for i in range(count)],
+        {Q0: torch.rand(count, generator=draw) < 0.5},
+        log_prob=torch.randn(count, generator=draw),
+        kl=torch.rand(count, generator=draw),
+    )
+    module = ModuleSparsity(sparsity=0.5, samples=1, positions=count, modified=65_000, tau=None)
+    page = opened(SparsityReport({Q0: module}).to_html(texts=[view]))
+    assert page.locator("#views p").first.inner_text().startswith("130,000 tokens; ")

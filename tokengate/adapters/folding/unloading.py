@@ -15,7 +15,7 @@ from tokengate.errors import StillGatedWarning, TokenGateError, listed
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.changing import exclusive
 from tokengate.layers.folded import let_go
-from tokengate.layers.patched import all_layers, module_names, require_layers
+from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.patch import unpatch
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.report import SparsityReport
@@ -70,21 +70,26 @@ def merge_and_unload(
     if seen is None:
         seen = _open_everywhere(model)
     folding = fold(model, seen, force=force, safe=safe, dequantise=dequantise)
+    kept = {name: folding.layers[name] for name in folding.names("kept")}
+    if kept:
+        shown = (f"{name!r} ({_said(each)})" for name, each in kept.items())
+        force_more = f"fold nearly decided gates with batches and force={_NEARLY}, or "
+        try:
+            warnings.warn(
+                f"merge_and_unload left {len(kept)} of {len(folding.layers)} layers as they were "
+                f"patched: {listed(shown)}; "
+                f"{force_more * any(map(_nearly_decided, kept.values()))}keep tokengate beside the "
+                "model.",
+                StillGatedWarning,
+                stacklevel=4,
+            )
+        except StillGatedWarning:  # made an error, of which the model is as it was
+            folding.undo()
+            raise
     let_go(model)
     folding.is_final = True
-    if not all_layers(model):
+    if not kept:
         unpatch(model)
-        return folding
-    kept = {name: folding.layers[name] for name in folding.names("kept")}
-    shown = (f"{name!r} ({_said(each)})" for name, each in kept.items())
-    force_more = f"fold nearly decided gates with batches and force={_NEARLY}, or "
-    warnings.warn(
-        f"merge_and_unload left {len(kept)} of {len(folding.layers)} layers as they were patched: "
-        f"{listed(shown)}; {force_more * any(map(_nearly_decided, kept.values()))}keep tokengate "
-        "beside the model.",
-        StillGatedWarning,
-        stacklevel=4,
-    )
     return folding
 
 

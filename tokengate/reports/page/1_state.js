@@ -20,6 +20,8 @@ const percent = (share) => (100 * share).toFixed(1);
 const count = (number) => number.toLocaleString("en");
 const signed = (number) => (number < 0 ? "−" : "+") + short(Math.abs(number));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+// Of as many as there are tokens, which are too many for the arguments of a call.
+const largestOf = (numbers, least) => numbers.reduce((a, b) => Math.max(a, b), least);
 const plural = (number, noun) =>
   `${count(number)} ${number === 1 ? noun : noun === "patch" ? "patches" : `${noun}s`}`;
 

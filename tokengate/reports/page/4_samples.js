@@ -11,7 +11,7 @@ const EFFECTS = { log_prob: "change of log-probability", kl: "KL from the base" 
 const texts = views.filter((view) => view.tokens);
 const hasEffects = texts.some((view) => view.log_prob || view.kl);
 const largest = Object.fromEntries(Object.keys(EFFECTS).map((what) => [
-  what, Math.max(1e-9, ...texts.flatMap((view) => (view[what] ?? []).map((each) => Math.abs(each ?? 0)))),
+  what, largestOf(texts.flatMap((view) => (view[what] ?? []).map((each) => Math.abs(each ?? 0))), 1e-9),
 ]));
 
 /** A word as it is read, without the marks of its parts. */
@@ -57,7 +57,7 @@ function drawImage(view) {
   patches.style.gridTemplate =
     `repeat(${view.rows}, minmax(0, 1fr)) / repeat(${view.columns}, minmax(0, 1fr))`;
   view.buttons = view.units.map(() => element("button", { type: "button", class: "patch" }));
-  patches.append(...view.buttons);
+  view.buttons.forEach((button) => patches.append(button));
   const shaded = element("div", { class: "picture shaded" }, picture(""), patches);
   // A finger needs 24 pixels.
   shaded.style.setProperty("min-width", `${24 * view.columns}px`);
@@ -120,11 +120,11 @@ function ratioOf(view, unit) {
 function shade() {
   views.forEach(countOpen);
   const shares = views.flatMap((v) => v.units.filter((u) => v.real[u[0]]).map((u) => shareOf(v, u)));
-  const most = state.relative ? Math.max(...shares, 1e-9) : 1;
+  const most = state.relative ? largestOf(shares, 1e-9) : 1;
   const tops = { share: most };
   for (const what of Object.keys(EFFECTS)) {
     const found = texts.flatMap((v) => v.units.map((unit) => Math.abs(effect(v, what, unit) ?? 0)));
-    tops[what] = state.words ? Math.max(1e-9, ...found) : largest[what];
+    tops[what] = state.words ? largestOf(found, 1e-9) : largest[what];
   }
   views.forEach((view) => shadeView(view, tops));
   drawShareLegend(tops);
@@ -183,7 +183,10 @@ function ranks(values) {
 }
 
 function correlation(a, b) {
-  const [p, q] = [a, b].map((all) => all.map((each) => each - sum(all) / all.length));
+  const [p, q] = [a, b].map((all) => {
+    const mean = sum(all) / all.length;
+    return all.map((each) => each - mean);
+  });
   const dot = (x, y) => sum(x.map((each, i) => each * y[i]));
   return dot(p, q) / Math.sqrt(dot(p, p) * dot(q, q));
 }

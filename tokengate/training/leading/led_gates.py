@@ -63,19 +63,15 @@ class LedGates:
 
     def begin(self, leader: object) -> None:
         """From now on they are led, count their scores and are fed."""
-        for gate, threshold in zip(self.by_name.values(), self.thresholds, strict=True):
-            gate._seen = no_counts(threshold.device)
+        for gate in self.by_name.values():
+            gate.count_in("_seen", "_fed")
             lead(gate, leader)
-            if isinstance(gate, FisherGate):
-                gate.start_feeding()
 
     def end(self, leader: object) -> None:
         """No more; but for those that another one leads since."""
         for gate in [gate for gate in self.by_name.values() if leader_of(gate) is leader]:
             lead_no_more(gate)
-            gate.set_pace(gate.relative)
-            if isinstance(gate, FisherGate):
-                gate.stop_feeding()
+            gate.count_alone()
 
     def closed(self, seen: Tensor) -> Tensor:
         """The share that the thresholds close of what was seen, `(gates, BINS)`; all modules alike.
@@ -110,9 +106,9 @@ class LedGates:
     def forget(self) -> None:
         """What was counted and fed since the last step."""
         for gate in self.by_name.values():
-            for seen in (gate._seen, getattr(gate, "_fed", None)):
-                if seen is not None:
-                    seen.zero_()
+            for name in gate._counts:
+                if (counts := getattr(gate, name)) is not None:
+                    counts.zero_()
 
     def collected(self) -> tuple[Tensor, list[Tensor]]:
         """What all ranks have counted since the last step, `(gates, BINS)`, and fed."""
