@@ -125,3 +125,19 @@ def test_zeros_and_what_never_closes_have_their_part_in_a_mixture():
     absent = mixture((half, []))
     assert absent.quantile(0.5).exp2().item() == pytest.approx(1.0, abs=0.1)
     assert absent.share_below(absent.quantile(0.5)).item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("octaves", [-40, -24, 24, 40])
+@pytest.mark.parametrize("weights", [None, torch.ones(1)], ids=["each", "a mixture"])
+def test_what_is_far_from_the_line_is_closed_or_open_as_a_whole(octaves, weights):
+    """Asked for a share within it: nothing was closed of what is far below, and all of what is far
+    above."""
+    near = torch.exp2(torch.randn(300, generator=torch.Generator().manual_seed(0)))
+    far = near[:200] * 2.0**octaves
+    tracker = QuantileTracker(1, torch.device("cpu"), weights)
+    for _ in range(3):
+        tracker.add(counted([*near.tolist(), *far.tolist()]), 0.5)
+    threshold = tracker.quantile(0.3 if octaves < 0 else 0.7).exp2()
+    lower, upper = (far, near) if octaves < 0 else (near, far)
+    assert (lower < threshold).all()
+    assert (upper > threshold).all()

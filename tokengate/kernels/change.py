@@ -87,17 +87,18 @@ class Change:
         parts = (out, m.z, m.up, m.gain) if isinstance(m, Factors) else (m,)
         if not _derived(*parts):
             return times(*self.norms()[0]).to(self.dtype)
+        by_gram = isinstance(m, Factors) and m.gain is None and m.groups is None
+        if isinstance(m, Factors) and not (self._quick or by_gram):
+            m = m.product(without_bias(out, self.bias))
         with without_autocast(out.device):
             if isinstance(m, Factors) and self._quick:
                 of_w = (None, None) if m.gain is None else (out, self.bias)
                 size = times(*self.norms()[0]).to(self.dtype)
                 found: Tensor = applied(SizeOfProduct, *of_w, m.z, m.up, m.gain, size)
                 return found
-            if isinstance(m, Factors) and m.gain is None and m.groups is None:
+            if isinstance(m, Factors):
                 m.check(out)
                 return norm_from_gram(m.z, m.up).to(self.dtype)
-            if isinstance(m, Factors):
-                m = m.product(without_bias(out, self.bias))
             of_m: Tensor = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype)
             return of_m
 

@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError
+from tokengate.kernels.dropped_linear import dropped_linear
 from tokengate.kernels.groups import Groups, grouped_product
 from tokengate.kernels.precision import without_autocast
 
@@ -49,10 +49,10 @@ class Factors:
             TokenGateError: shapes or dtypes do not fit `w`.
         """
         self.check(w)
-        with without_autocast(w.device):
-            if self.groups is None:
-                m = F.linear(self.z, self.up)
-            else:
+        if self.groups is None:
+            m = dropped_linear(self.z, self.up, 0.0, False, w.dtype)
+        else:
+            with without_autocast(w.device):
                 m = grouped_product(self.z, self.up.mT, self.groups)
         return m if self.gain is None else torch.addcmul(m, w, at_rows(self.gain, self.groups))
 

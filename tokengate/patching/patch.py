@@ -280,7 +280,6 @@ def _take_out(model: nn.Module, plain: list[Any]) -> None:
     follow(model)  # which knows the layers inside of each module
     settle_fast_paths(model)
     look_anew()
-    look_anew()
 
 
 def _unpatch(model: nn.Module) -> None:

@@ -53,10 +53,10 @@ class QuantileTracker:
         self._weights = None if weights is None else weights.to(self.dtype).unsqueeze(-1)
         self._powers = torch.tensor(_POWERS, dtype=self.dtype, device=device).unsqueeze(-1)
         zeros = torch.zeros(len(_POWERS), series, dtype=self.dtype, device=device)
-        # Of each average: the shares that are 0, lie below the edges of bins relative to the line,
-        # and are anything, which is 1.
+        # Of each average: the shares that are 0, lie below the edges of bins relative to the line
+        # (the outermost bins have what is beyond them, too), are finite, and are anything: 1.
         edges = 2 * _REACH * PER_OCTAVE + 1
-        self._shapes = zeros.unsqueeze(-1).repeat(1, 1, edges + 2)
+        self._shapes = zeros.unsqueeze(-1).repeat(1, 1, edges + 1)
         # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
         # step and of the size, the variance of the one and the covariance of both.
         self._line = zeros.repeat(6, 1, 1)
@@ -91,9 +91,9 @@ class QuantileTracker:
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
         self._line = torch.where(some, torch.stack(line), self._line)
         first = (at - _REACH - LOW) * PER_OCTAVE
-        here = _below(below[..., :-1].expand(*at.shape, -1), first.unsqueeze(-1) + self._edges)
-        ends = below[..., [0, -1]].expand(*at.shape, -1)
-        here = torch.cat([ends[..., :1], here, ends[..., 1:]], -1)
+        below = below.expand(*at.shape, -1)
+        here = _below(below[..., :-1], first.unsqueeze(-1) + self._edges[1:-1])
+        here = torch.cat([below[..., :1], here, below[..., -2:]], -1)
         mixed = torch.lerp(self._shapes, here, weight.unsqueeze(-1))
         self._shapes = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shapes)
 
@@ -148,7 +148,7 @@ class QuantileTracker:
         In a mixture `series` is 1; a distribution that is not known yet has no part in it.
         """
         places = (log_scores - self._size().unsqueeze(-1) + _REACH) * PER_OCTAVE
-        return self._mixed(_below(self._shapes[..., 1:-1], places))
+        return self._mixed(_below(self._shapes[..., :-1], places))
 
     def _mixed(self, shares: Tensor) -> Tensor:
         if self._weights is None:
