@@ -17,8 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
@@ -29,7 +28,9 @@ from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
 from tokengate.training.following import Following
 from tokengate.training.leading.unreached import say_if_early
+from tokengate.training.orthogonality import add_penalty
 from tokengate.training.param_groups import tau_rule
+from tokengate.training.scale_penalty import set_unit
 
 # Where a tau is no parameter of its own, or its gradient no average over processes.
 _REFUSED = {"DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "XLAFSDPStrategy"}
@@ -238,7 +239,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         if getattr(optimizer, "_optimizer", optimizer) is not self._optimizer:
             return
         if self.allocator is not None and self._orthogonality:
-            _add_penalty(pl_module, self._orthogonality, _still_scaled_by(trainer, optimizer))
+            add_penalty(pl_module, self._orthogonality * _still_scaled_by(trainer, optimizer))
         self._stepped = None if self.sparsity_schedule is None else self.sparsity_schedule.steps
 
     def on_train_batch_end(
@@ -325,14 +326,7 @@ def _scaler(trainer: Any) -> Any:
 def _set_unit(trainer: Any, model: nn.Module) -> None:
     # Replicas, over which gradients are averaged: under tensor parallelism fewer than processes.
     sampling = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    replicas = float(sampling.get("num_replicas", 1))
-    scaler = _scaler(trainer)
-    if scaler is None:
-        tokengate.scale_penalty(model, replicas)
-        return
-    # As a tensor: get_scale() would wait for the device.
-    device = next(model.parameters()).device
-    tokengate.scale_penalty(model, scaler.scale(torch.full((), replicas, device=device)))
+    set_unit(model, float(sampling.get("num_replicas", 1)), _scaler(trainer))
 
 
 def _still_scaled_by(trainer: Any, optimizer: Any) -> float:
@@ -340,14 +334,3 @@ def _still_scaled_by(trainer: Any, optimizer: Any) -> float:
     scaler = _scaler(trainer)
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     return float(scaler.get_scale()) if scaler is not None and fused else 1.0
-
-
-def _add_penalty(model: nn.Module, weight: float, scale: float) -> None:
-    """The gradient of AdaLoRA's penalty, to gradients that are summed up and averaged."""
-    modifications = [layer.modification for layer in tokengate.layers(model).values()]
-    factors = [p for m in modifications if isinstance(m, AdaLoRA) for p in (m.P, m.Q)]
-    with torch.enable_grad():
-        distance: Tensor = weight * scale * tokengate.orthogonality(model)
-        gradients = torch.autograd.grad(distance, factors)
-    for factor, gradient in zip(factors, gradients, strict=True):
-        factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)

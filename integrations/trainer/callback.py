@@ -30,7 +30,6 @@ from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, spa
 from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
-from tokengate.integrations.trainer.penalty_unit import set_unit
 from tokengate.integrations.trainer.sparsity_logs import (
     Recording,
     evaluated,
@@ -45,6 +44,7 @@ from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
 from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.param_groups import tau_rule
+from tokengate.training.scale_penalty import set_unit
 
 _log = logging.getLogger(__name__)
 
@@ -183,8 +183,8 @@ class TokenGateCallback(TrainerCallback):
             steps = engine.kind(model, base, numbers, self._schedule)
             self._take_over(model, steps, adalora, base, state)
         steps.attach(writes=not engine.apart)
-        of_theirs = [] if isinstance(engine, Zero) else adalora
-        self._gradients.attach(accelerator, model, steps.taus.values(), of_theirs)
+        is_ours = bool(adalora) and not isinstance(engine, Zero)
+        self._gradients.attach(accelerator, model, steps.taus.values(), is_ours)
         set_unit(model, args.world_size)
         if args.eval_on_start:
             self._evaluation.start(model)

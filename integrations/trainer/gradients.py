@@ -6,14 +6,12 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import tokengate
 from tokengate.integrations.trainer.surroundings import unwrapped
-from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import gathered
+from tokengate.training.orthogonality import add_penalty
 
 
 class Gradients:
@@ -29,7 +27,7 @@ class Gradients:
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self._factors: list[nn.Parameter] = []
+        self._wanted = False
         self._penalised = False
         self._clipping = contextlib.ExitStack()
         self.distance: Tensor | None = None
@@ -39,7 +37,7 @@ class Gradients:
         accelerator: Accelerator,
         model: nn.Module,
         taus: Iterable[nn.Parameter],
-        adalora: Iterable[AdaLoRA],
+        penalised: bool,
     ) -> None:
         """Let the Trainer's own clipping leave the taus out, and see the penalty's gradient.
 
@@ -47,14 +45,14 @@ class Gradients:
         also after this one was interrupted, and are never changed. What else somebody clips by it
         is clipped as asked.
         """
-        self._factors = [p for m in adalora for p in (m.P, m.Q)] if self.weight else []
+        self._wanted = penalised and self.weight > 0
         plain, own = accelerator.clip_grad_norm_, vars(accelerator).get("clip_grad_norm_")
         apart = {id(tau) for tau in taus}
 
         def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
             asked = [parameters] if isinstance(parameters, Tensor) else parameters
             others = [p for p in asked if id(p) not in apart]
-            if not self._factors or self._penalised:
+            if not self._wanted or self._penalised:
                 return plain(others, max_norm, norm_type)
             accelerator.unscale_gradients()
             self._add_penalty(model)
@@ -69,7 +67,7 @@ class Gradients:
 
     def before_step(self, optimizer: Any, model: nn.Module) -> None:
         """With gradients that are summed up, averaged and, where they were clipped, unscaled."""
-        if self._factors and not self._penalised:  # nothing was clipped
+        if self._wanted and not self._penalised:  # nothing was clipped
             scaler = getattr(optimizer, "scaler", None)
             if scaler is not None:
                 with contextlib.suppress(RuntimeError):  # unscaled by somebody else
@@ -84,8 +82,4 @@ class Gradients:
 
     def _add_penalty(self, model: nn.Module) -> None:
         """To gradients that are summed up, averaged and unscaled."""
-        distance = tokengate.orthogonality(model)
-        gradients = torch.autograd.grad(self.weight * distance, self._factors)
-        for factor, gradient in zip(self._factors, gradients, strict=True):
-            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
-        self.distance, self._penalised = distance.detach(), True
+        self.distance, self._penalised = add_penalty(model, self.weight), True

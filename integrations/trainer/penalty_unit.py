@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from accelerate import Accelerator
 from torch import nn
 
-import tokengate
 from tokengate.integrations.trainer.engines import deepspeed_of, sharding_of
+from tokengate.training.scale_penalty import set_unit
 
 
 def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
@@ -36,13 +33,3 @@ def set_penalty_unit(model: nn.Module, accelerator: Accelerator) -> None:
     if engine is not None:
         factor *= float(engine.optimizer.loss_scale)
     set_unit(model, factor, accelerator.scaler)
-
-
-def set_unit(model: nn.Module, factor: float, scaler: Any = None) -> None:
-    """Of a model in as many processes as `factor` says, under a GradScaler or none."""
-    if scaler is None or not scaler.is_enabled():
-        tokengate.scale_penalty(model, factor)
-        return
-    # As a tensor: get_scale() would wait for the device.
-    device = next(model.parameters()).device
-    tokengate.scale_penalty(model, scaler.scale(torch.full((), factor, device=device)))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate.methods.adalora import AdaLoRA
+from tokengate.training.orthogonality import penalty_gradients
 
 
 class ZeroStep(torch.optim.Optimizer):
@@ -70,10 +71,7 @@ class ZeroStep(torch.optim.Optimizer):
             self.scale = scale
         if self._factors and self._weight:
             with self._gathered(self._factors):
-                self.distance = tokengate.orthogonality(self._model)
-                found = torch.autograd.grad(self._weight * self.distance, self._factors)
-            self._penalties = dict(zip(self._factors, found, strict=True))
-            self.distance = self.distance.detach()
+                self.distance, self._penalties = penalty_gradients(self._model, self._weight)
         self._sums = {}  # also what was taken of the penalty itself
 
     def finish(self) -> None:

@@ -168,7 +168,8 @@ def test_of_several_adapters_none_is_merged(tmp_path):
     model = trained(gate=False)
     tokengate.save(model, tmp_path)
     tokengate.load(model, tmp_path, name="other")
-    with one_sentence("merge_and_unload was asked of a model with several adapters"):
+    asked = "merge_and_unload was asked of a model with several adapters"
+    with one_sentence(asked, "tokengate.unpatch(model, name=...)"):
         tokengate.merge_and_unload(model)
     with one_sentence("adapter_names=['other']", "tokengate.save(model, folder, name=...)"):
         tokengate.merge_and_unload(model, adapter_names=["other"])
@@ -178,6 +179,10 @@ def test_of_several_adapters_none_is_merged(tmp_path):
     tokengate.load(alone, tmp_path / "alone")
     tokengate.merge_and_unload(alone)
     torch.testing.assert_close(alone(X), model(X), rtol=1e-4, atol=1e-5)
+    tokengate.unpatch(model, name="other")
+    tokengate.merge_and_unload(model)
+    torch.testing.assert_close(alone(X), model(X), rtol=1e-4, atol=1e-5)
+    assert traces(model) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

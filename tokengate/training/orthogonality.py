@@ -59,3 +59,21 @@ def orthogonality(model: nn.Module) -> Tensor:
         distances.append(far.flatten())
     # A model may be spread over devices.
     return torch.cat([d.to(distances[0].device) for d in distances]).mean()
+
+
+def penalty_gradients(model: nn.Module, weight: float) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+    """The penalty, and of each P and Q its gradient times `weight`."""
+    own = adalora_layers(model, "orthogonality").values()
+    factors = [p for modification in own for p in (modification.P, modification.Q)]
+    with torch.enable_grad():
+        distance = orthogonality(model)
+        gradients = torch.autograd.grad(weight * distance, factors)
+    return distance.detach(), dict(zip(factors, gradients, strict=True))
+
+
+def add_penalty(model: nn.Module, weight: float) -> Tensor:
+    """Add these to gradients that are summed up and averaged: once a step. The penalty."""
+    distance, gradients = penalty_gradients(model, weight)
+    for factor, gradient in gradients.items():
+        factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+    return distance

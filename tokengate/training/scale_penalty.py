@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,16 @@ def scale_penalty(model: nn.Module, factor: float | Tensor) -> None:
             for module in () if part is None else part.modules():
                 if isinstance(module, Gate):
                     _set(module, factor)
+
+
+def set_unit(model: nn.Module, factor: float, scaler: Any = None) -> None:
+    """The same of a model in as many processes as `factor` says, under a GradScaler or none."""
+    if scaler is None or not scaler.is_enabled():
+        scale_penalty(model, factor)
+        return
+    # As a tensor: get_scale() would wait for the device.
+    device = next(model.parameters()).device
+    scale_penalty(model, scaler.scale(torch.full((), factor, device=device)))
 
 
 def _readable(factor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from trainer_runs import Scaled, language_model, taus, trained, values  # noqa: 
 
 from tokengate.integrations.trainer import set_penalty_unit  # noqa: E402
 from tokengate.integrations.trainer.engines import engine_of  # noqa: E402
+from tokengate.training import scale_penalty  # noqa: E402
 
 # One thread as in the processes started here.
 pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
@@ -58,7 +59,7 @@ def test_16_bit_follows_float32(tmp_path, monkeypatch):
     assert (expected[-1] - expected[0]).abs().min() > 0.02
     assert 0 < (path(bf16=True) - expected).abs().max() < 1e-3
     assert 0 < (path(kind=Scaled) - expected).abs().max() < 1e-4
-    monkeypatch.setattr(tokengate, "scale_penalty", lambda model, factor: None)
+    monkeypatch.setattr(scale_penalty, "scale_penalty", lambda model, factor: None)
     assert (path(kind=Scaled) - expected).abs().max() > 3e-3
 
 

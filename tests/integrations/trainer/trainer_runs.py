@@ -12,6 +12,7 @@ from models import away_from_initialisation
 
 import tokengate
 from tokengate.integrations.trainer import TokenGateCallback
+from tokengate.training import scale_penalty
 
 PADDED = 0
 
@@ -171,7 +172,7 @@ def ranked(folder, rank, port):
     found = {}
     for unit in (True, False):
         if not unit:
-            tokengate.scale_penalty = lambda model, factor: None
+            scale_penalty.scale_penalty = lambda model, factor: None
         made, path = trainer(folder / str(unit), per_device_train_batch_size=2)
         made.train()
         found[str(unit)] = path.stacked().tolist()

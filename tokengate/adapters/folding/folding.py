@@ -207,7 +207,8 @@ def check_one_adapter(model: nn.Module, asked: str) -> None:
     """An error if there are several, which could not be exchanged any more."""
     if len(adapter_names(model)) > 1:
         raise TokenGateError(
-            f"{asked} was asked of a model with several adapters: save the one to merge with "
+            f"{asked} was asked of a model with several adapters: take the others out with "
+            "tokengate.unpatch(model, name=...), or save the one to merge with "
             "tokengate.save(model, folder, name=...), and load it alone into a fresh base."
         )
 
