@@ -162,7 +162,7 @@ def draw_picture(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Train what was not trained yet; tell of all."""
+    """Train what was not trained yet; tell of all that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--trainings", type=int, default=75, help="of each kind")
@@ -176,6 +176,7 @@ def main() -> None:
     cases = [case(kind, options.asked, seed) for kind in options.kinds
              for seed in range(options.trainings)]  # fmt: skip
     known = [{name: each[name] for name in cases[0]} for each in found]
+    found = [each for each, own in zip(found, known, strict=True) if own in cases]
     for each in tqdm([each for each in cases if each not in known], unit="training"):
         found.append({**each, **closed(**each)})
         with path.open("a") as file:

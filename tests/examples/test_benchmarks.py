@@ -130,17 +130,18 @@ def test_four_axes(run):
 
 
 def test_what_is_closed_held_out(script, monkeypatch, tmp_path, capsys):
-    """Of each kind a training; and one more beside those that were there."""
-    held_out = script("held_out")
-    for trainings in ("1", "2"):
-        asked = ["--trainings", trainings, "--asked", "20", "24", "--out", str(tmp_path)]
+    """Of each kind a training; one more beside those that were there; and of these some."""
+    held_out, shown = script("held_out"), []
+    for options in ("--trainings 1", "--trainings 2", "--trainings 1 --kinds alike"):
+        asked = [*options.split(), "--asked", "20", "24", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["held_out.py", *asked])
         held_out.main()
+        shown.append(re.findall(r"\| \d of (\d) \|", capsys.readouterr().out))
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     found = [(each["kind"], each["seed"]) for each in map(json.loads, lines)]
     assert found == [(kind, seed) for seed in range(2) for kind in ("apart", "alike", "pictures")]
     assert all(abs(json.loads(line)["off"]) < 0.2 for line in lines)
-    assert len(re.findall(r"\| \d of 2 \|", capsys.readouterr().out)) == 3
+    assert shown == [["1"] * 3, ["2"] * 3, ["1"]]
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -94,8 +94,7 @@ class QuantileTracker:
         below = below.expand(*at.shape, -1)
         here = _below(below[..., :-1], first.unsqueeze(-1) + self._edges[1:-1])
         here = torch.cat([below[..., :1], here, below[..., -2:]], -1)
-        mixed = torch.lerp(self._shapes, here, weight.unsqueeze(-1))
-        self._shapes = torch.where(weighs.unsqueeze(-1) > 0, mixed, self._shapes)
+        self._shapes.lerp_(here, weight.unsqueeze(-1))  # of no weight it stays to the bit
 
     def quantile(self, share: float) -> Tensor:
         """log2 of the score below which `share` lies at the next step, `(series,)` or `(1,)`.
