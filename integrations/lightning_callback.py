@@ -66,7 +66,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         alpha: learning rate of eq. 22, which multiplies s.
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
-        orthogonality: weight of AdaLoRA's penalty, 0.1 by default; 0 leaves it to the loss.
+        orthogonality: weight of AdaLoRA's penalty; 0 leaves it to the loss.
         allocator: options of the `RankAllocator`; `total_steps` is the Trainer's otherwise.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
             the steps of the training.
@@ -91,7 +91,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         alpha: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
-        orthogonality: float | None = None,
+        orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | None = None,
@@ -100,9 +100,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         # For its checks alone: numbers are wrong here and not after an hour.
         tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
-        weight = 0.1 if orthogonality is None else orthogonality
-        self._orthogonality = non_negative("orthogonality", weight)
-        self._of_adalora = {"orthogonality": orthogonality, "allocator": allocator}
+        self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
         if target_sparsity is not None:
@@ -169,7 +167,9 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
             options = {"total_steps": steps, **self._allocation}
             self.allocator = RankAllocator(model, self._optimizer, **options)
         else:
-            unused("TokenGateCallback", "without AdaLoRA layers", **self._of_adalora)
+            unused(
+                "TokenGateCallback", "without AdaLoRA layers", allocator=self._allocation or None
+            )
         if self._target is not None:
             if steps is None:
                 raise TokenGateError(

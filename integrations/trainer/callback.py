@@ -85,7 +85,7 @@ class TokenGateCallback(TrainerCallback):
         betas: Adam's decay rates for tau.
         eps: of eq. 22.
         schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
-        orthogonality: weight of AdaLoRA's penalty, 0.1 by default.
+        orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
             the steps of the training.
@@ -117,7 +117,7 @@ class TokenGateCallback(TrainerCallback):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         schedule: bool = False,
-        orthogonality: float | None = None,
+        orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | float | None = None,
@@ -128,9 +128,7 @@ class TokenGateCallback(TrainerCallback):
         tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
         self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
         self._schedule = switch("schedule", schedule)
-        weight = 0.1 if orthogonality is None else orthogonality
-        self._gradients = Gradients(non_negative("orthogonality", weight))
-        self._of_adalora = {"orthogonality": orthogonality, "allocator": allocator}
+        self._gradients = Gradients(non_negative("orthogonality", orthogonality))
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
         if target_sparsity is not None:
@@ -170,7 +168,9 @@ class TokenGateCallback(TrainerCallback):
         modifications = [layer.modification for layer in patched.values()]
         adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
         if not adalora:
-            unused("TokenGateCallback", "without AdaLoRA layers", **self._of_adalora)
+            unused(
+                "TokenGateCallback", "without AdaLoRA layers", allocator=self._allocation or None
+            )
         engine = engine_of(accelerator, optimizer, model, adalora, self._gradients.weight)
         self._engine, base = engine, engine.optimizer
         numbers = dict(self._numbers)
