@@ -49,7 +49,7 @@ from tokengate.patching.peft_adapters import refuse_around_patched
 from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
-from tokengate.patching.wrappers import check_can_patch, check_can_train, check_can_unpatch
+from tokengate.patching.wrappers import check_can_patch, check_can_unpatch
 from tokengate.patterns import Pattern, matches
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -139,7 +139,6 @@ def patch(
     """
     check_no_config(targets, method, *options.values())
     check_can_patch(model, "patch")
-    check_can_train(model)
     kind = METHODS.find(method)
     check_words(kind, options)
     check_options(kind, options, beside=signature(patch).parameters)

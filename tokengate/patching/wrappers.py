@@ -59,16 +59,6 @@ def check_can_patch(model: nn.Module, caller: str) -> None:
         )
 
 
-def check_can_train(model: nn.Module) -> None:
-    """An error if autograd can never go through `model`."""
-    for name, parameter in named_parameters(model):
-        if parameter.is_inference():
-            raise TokenGateError(
-                f"patch found {name!r} made under torch.inference_mode, where no gradient ever "
-                "passes: make the model outside of it, or patch copy.deepcopy(model)."
-            )
-
-
 def check_can_fold(model: nn.Module) -> None:
     """An error if nothing may be folded now."""
     patched = all_layers(model)
