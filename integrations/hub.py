@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def push(
         tokengate.save(model, folder, name=name, report=report)
         if several and distributed.get_rank() > 0:
             return ""
-        there = _asked(repository, lambda: _fetch(host, repository, revision, token, folder))
-        if private is not None and there is not None:
+        is_there = _asked(repository, lambda: host.repo_exists(repository, token=token))
+        if is_there and private is not None:
             info = _asked(repository, lambda: host.repo_info(repository, token=token))
             if info.private != private:
                 raise TokenGateError(
@@ -99,7 +100,8 @@ def push(
                     f"repository is {'private' if info.private else 'public'} already: change "
                     "that on the Hub, or leave private= out."
                 )
-        there = there or []
+        fetch = partial(_fetch, host, repository, revision, token, folder)
+        there = _asked(repository, fetch) if is_there else []
         check_no_model(there, repository, "push")
         check_destination(folder, "push")
         write_card(folder, read_adapter(folder).config, report, repository)
@@ -121,12 +123,7 @@ def push(
 
 
 def _fetch(host: Any, repository: str, revision: str | None, token: str | None, to: Path) -> Any:
-    """What the repository has that is added to or asked what it is; the names of all its files.
-
-    None if there is no such repository.
-    """
-    if not host.repo_exists(repository, token=token):
-        return None
+    """What the repository has that is added to or asked what it is; the names of all its files."""
     there = host.list_repo_files(repository, revision=revision, token=token)
     for name in {CARD, OLD_CONFIG} & set(there):
         found = host.hf_hub_download(repository, name, revision=revision, token=token)

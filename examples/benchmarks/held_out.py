@@ -15,7 +15,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from taught_networks import closed, network, taught
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import tokengate
 from tokengate.errors import UnreachedSparsityWarning
 
 matplotlib.use("Agg")
@@ -65,16 +65,13 @@ def case(kind: str, asked: list[int], seed: int) -> dict[str, Any]:
     }
 
 
-def network(kind: str, hidden: int) -> nn.Module:
-    """Linear layers of width 24, or convolutions and a linear layer on what they are on average."""
-    if kind == "pictures":
-        convolutions = [nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1) for i in range(hidden + 1)]
-        parts = [part for each in convolutions for part in (each, nn.ReLU())]
-        return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
-    parts = [
-        part for k, d in pairwise([12, *[24] * hidden]) for part in (nn.Linear(k, d), nn.Tanh())
-    ]
-    return nn.Sequential(*parts, nn.Linear(24, 5))
+def network_of(kind: str, hidden: int) -> nn.Module:
+    """Linear layers, or convolutions and a linear layer on what they are on average."""
+    if kind != "pictures":
+        return network(hidden)
+    convolutions = [nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1) for i in range(hidden + 1)]
+    parts = [part for each in convolutions for part in (each, nn.ReLU())]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
 def inputs(kind: str, length: int, generator: torch.Generator) -> Draw:
@@ -91,39 +88,17 @@ def inputs(kind: str, length: int, generator: torch.Generator) -> Draw:
     return draw
 
 
-def closed(kind: str, seed: int, target: float, steps: int, samples: int, length: int,
-           method: str, rank: int, gate: str, hidden: int, noise: float, lr: float, decays: bool,
-           dropout: float, per_layer: bool) -> dict[str, Any]:  # fmt: skip
+def held_out(
+    kind: str, seed: int, target: float, steps: int, length: int, hidden: int, **options: Any
+) -> dict[str, Any]:
     """The share that is closed of some 20,000 positions, and whether a miss was told of."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1000)
-    model, teacher = network(kind, hidden), network(kind, hidden).requires_grad_(False)
-    for p, own in zip(teacher.parameters(), model.parameters(), strict=True):
-        p.copy_(own.detach() * (1 + 0.5 * torch.randn(own.shape, generator=generator)))
-    targets = [name for name, part in model.named_modules() if hasattr(part, "weight")]
-    tokengate.patch(model, targets, method, rank=rank, gate=gate, dropout=dropout)
-    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=lr))
-    tokengate.SparsitySchedule(model, optimizer, target, steps, per_layer=per_layer)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)) if decays else 1.0
-    )
-    draw = inputs(kind, length, generator)
+    make, draw = partial(network_of, kind, hidden), inputs(kind, length, generator)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        for _ in range(steps):
-            x = draw(samples)
-            y = teacher(x)
-            y = y + noise * torch.randn(y.shape, generator=generator)
-            optimizer.zero_grad()
-            loss = (model(x) - y).square().mean()
-            if method == "adalora":
-                loss = loss + 0.1 * tokengate.orthogonality(model)
-            loss.backward()
-            optimizer.step()
-            rate.step()
-    with torch.no_grad(), tokengate.record(model.eval(), positions=False) as rec:
-        model(draw(1200 if kind == "pictures" else 20_000 // length))
-    found = rec.report().sparsity
+        model = taught(make, draw, generator, target, steps, **options)
+    found = closed(model, draw(1200 if kind == "pictures" else 20_000 // length))
     is_told = any(issubclass(each.category, UnreachedSparsityWarning) for each in told)
     return {"closed": found, "off": found - target, "told": is_told}
 
@@ -178,7 +153,7 @@ def main() -> None:
     known = [{name: each[name] for name in cases[0]} for each in found]
     found = [each for each, own in zip(found, known, strict=True) if own in cases]
     for each in tqdm([each for each in cases if each not in known], unit="training"):
-        found.append({**each, **closed(**each)})
+        found.append({**each, **held_out(**each)})
         with path.open("a") as file:
             file.write(json.dumps(found[-1]) + "\n")
     print(table(found))

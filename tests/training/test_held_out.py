@@ -3,13 +3,12 @@
 `test_sparsity_schedule.py` simulates how scores grow; here they do as they do.
 """
 
-import itertools
-import math
+import importlib.util
 import random
 
 import pytest
 import torch
-from torch import nn
+from places import EXAMPLES
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
@@ -17,11 +16,11 @@ from tokengate.errors import UnreachedSparsityWarning
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def net(hidden):
-    sizes = [12, *[24] * hidden]
-    pairs = itertools.pairwise(sizes)
-    blocks = [part for k, d in pairs for part in (nn.Linear(k, d), nn.Tanh())]
-    return nn.Sequential(*blocks, nn.Linear(24, 5))
+_spec = importlib.util.spec_from_file_location(
+    "networks", EXAMPLES / "benchmarks" / "taught_networks.py"
+)
+networks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(networks)
 
 
 def trained(
@@ -34,34 +33,19 @@ def trained(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1000)
-    model, teacher = net(hidden), net(hidden).requires_grad_(False)
-    for p, own in zip(teacher.parameters(), model.parameters(), strict=True):
-        p.copy_(own.detach() * (1 + 0.5 * torch.randn(own.shape, generator=generator)))
-    tokengate.patch(model, "all-linear", method, rank=rank, gate=gate, dropout=dropout)
-    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=lr))
-    tokengate.SparsitySchedule(model, optimizer, target, steps, **options)
-    curve = (lambda s: 0.5 * (1 + math.cos(math.pi * s / steps))) if decays else lambda s: 1.0
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+    samples, length = batch
 
-    def drawn(samples, length):
+    def drawn(samples, length=length):
         x = torch.randn(samples, length, 12, generator=generator)
         own = torch.randn(samples, 1, 12, generator=generator)
         return x * (1 - alike) ** 0.5 + own * alike**0.5
 
-    for _ in range(steps):
-        x = drawn(*batch)
-        y = teacher(x)
-        y = y + noise * torch.randn(y.shape, generator=generator)
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        if method == "adalora":
-            loss = loss + 0.1 * tokengate.orthogonality(model)
-        loss.backward()
-        optimizer.step()
-        rate.step()
-    with torch.no_grad(), tokengate.record(model.eval()) as rec:
-        model(drawn(600, 30))
-    return rec.report().sparsity
+    model = networks.taught(
+        lambda: networks.network(hidden), drawn, generator, target, steps, samples=samples,
+        noise=noise, lr=lr, decays=decays, method=method, rank=rank, gate=gate, dropout=dropout,
+        **options,
+    )  # fmt: skip
+    return networks.closed(model, drawn(600, 30))
 
 
 DRAWN = {
@@ -128,7 +112,7 @@ def test_however_it_ends(end, gate):
     """fisher averaged squares of gradients as they came: .01 to .9 instead of .6."""
     case = {"samples": lambda step: 8, "weight": lambda step: 1.0} | ENDS[end]
     torch.manual_seed(0)
-    model, teacher = net(2), net(2).requires_grad_(False)
+    model, teacher = networks.network(2), networks.network(2).requires_grad_(False)
     tokengate.patch(model, "all-linear", rank=4, gate=gate)
     optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=3e-3))
     tokengate.SparsitySchedule(model, optimizer, 0.6, 100)
@@ -137,6 +121,4 @@ def test_however_it_ends(end, gate):
         optimizer.zero_grad()
         (case["weight"](step) * (model(x) - teacher(x)).square().mean()).backward()
         optimizer.step()
-    with torch.no_grad(), tokengate.record(model.eval()) as rec:
-        model(torch.randn(200, 30, 12))
-    assert abs(rec.report().sparsity - 0.6) <= 0.03
+    assert abs(networks.closed(model, torch.randn(200, 30, 12)) - 0.6) <= 0.03

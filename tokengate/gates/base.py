@@ -149,7 +149,8 @@ class Gate(KeepsFloat32):
 
     def count_alone(self) -> None:
         """What it counts while nobody leads it: scores, if its own pace is relative."""
-        self.count_in(*["_seen"] * (self.relative and self.threshold is not None))
+        paced = self.relative and self.threshold is not None
+        self.count_in(*(("_seen",) if paced else ()))
 
     def count_in(self, *names: str) -> None:
         """From now on, and from 0, it adds to these of its `_counts`, and to no other."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokengate.gates.tally import by_sample, weights_of
 
@@ -109,13 +110,24 @@ def log_quantile(counts: Tensor, share: Tensor | float) -> Tensor:
 
 def share_below(counts: Tensor, log_score: Tensor) -> Tensor:
     """The share of what was counted that lies below a score: `(..., BINS), (...) -> (...)`."""
-    total = counts.sum(-1)
+    below = functional.pad(counts.cumsum(-1), (1, 0))
     place = (log_score.unsqueeze(-1) - LOW) * PER_OCTAVE + 1
-    place = place.nan_to_num(0).clamp(0, BINS - 1)  # no number is below one that is none
-    at = place.floor().long()
-    before = counts.cumsum(-1).gather(-1, at) - counts.gather(-1, at)
-    below = (before + counts.gather(-1, at) * (place - at)).squeeze(-1)
-    return below / torch.where(total > 0, total, 1)
+    place = place.nan_to_num(0).clamp(max=BINS - 1)  # no number is below one that is none
+    total = counts.sum(-1)
+    return share_at(below, place).squeeze(-1) / torch.where(total > 0, total, 1)
+
+
+def share_at(below: Tensor, places: Tensor) -> Tensor:
+    """The share below a place, of those `below` edges, `(..., E), (..., Q) -> (..., Q)`.
+
+    Places count edges, from 0; between two of them a bin is filled evenly. Below -inf nothing is.
+    """
+    last = below.shape[-1] - 1
+    inside = places.clamp(0, last)
+    low = inside.floor().clamp(max=last - 1)
+    at = low.long()
+    found = torch.lerp(below.gather(-1, at), below.gather(-1, at + 1), inside - low)
+    return torch.where(places == -torch.inf, 0, found)
 
 
 def mean_of_counted(shares: Tensor, counts: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tokengate.gates.score_counts import (
     PER_OCTAVE,
     log_quantile,
     mean_of_counted,
+    share_at,
     shares_of,
 )
 
@@ -92,7 +93,7 @@ class QuantileTracker:
         self._line = torch.where(some, torch.stack(line), self._line)
         first = (at - _REACH - LOW) * PER_OCTAVE
         below = below.expand(*at.shape, -1)
-        here = _below(below[..., :-1], first.unsqueeze(-1) + self._edges[1:-1])
+        here = share_at(below[..., :-1], first.unsqueeze(-1) + self._edges[1:-1])
         here = torch.cat([below[..., :1], here, below[..., -2:]], -1)
         self._shapes.lerp_(here, weight.unsqueeze(-1))  # of no weight it stays to the bit
 
@@ -117,7 +118,7 @@ class QuantileTracker:
             below = (below * weighs.unsqueeze(-1)).sum(0, keepdim=True) / weighs.sum()
             known, steps = known.any(-1, keepdim=True), steps.amax(-1, keepdim=True)
         places = (self._quantiles(wanted).unsqueeze(-1) - LOW) * PER_OCTAVE
-        found = _below(below[..., :-1].expand(len(places), -1, -1), places).squeeze(-1)
+        found = share_at(below[..., :-1].expand(len(places), -1, -1), places).squeeze(-1)
         off = torch.where(known, found - wanted, 0)
         self._errors = (1 - 1 / steps) ** _MEMORY * self._errors + off.square()
 
@@ -147,7 +148,7 @@ class QuantileTracker:
         In a mixture `series` is 1; a distribution that is not known yet has no part in it.
         """
         places = (log_scores - self._size().unsqueeze(-1) + _REACH) * PER_OCTAVE
-        return self._mixed(_below(self._shapes[..., :-1], places))
+        return self._mixed(share_at(self._shapes[..., :-1], places))
 
     def _mixed(self, shares: Tensor) -> Tensor:
         if self._weights is None:
@@ -174,16 +175,3 @@ class QuantileTracker:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"shapes": self._shapes, "line": self._line, "errors": self._errors}
-
-
-def _below(shares: Tensor, places: Tensor) -> Tensor:
-    """The share below a place, of `shares` below edges, `(..., E), (..., Q) -> (..., Q)`.
-
-    Places count edges; between two of them a bin is filled evenly. Below -inf nothing is.
-    """
-    last = shares.shape[-1] - 1
-    inside = places.clamp(0, last)
-    low = inside.floor().clamp(max=last - 1)
-    at = low.long()
-    found = torch.lerp(shares.gather(-1, at), shares.gather(-1, at + 1), inside - low)
-    return torch.where(places == -torch.inf, 0, found)

@@ -272,9 +272,8 @@ class SparsitySchedule:
             self._say_if_others_train(optimizer)
         if fed:
             self._led.fold(fed)
-        each = counts = self._led.weighed(seen) if self._together else shares_of(seen)
-        if self._together:
-            counts = each.sum(0, keepdim=True)
+        each = self._led.weighed(seen) if self._together else shares_of(seen)
+        counts = each.sum(0, keepdim=True) if self._together else each
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self.wanted_at(self.steps - 1)
         if self.steps == 1 and self._continues:
