@@ -16,20 +16,16 @@ import random
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib import pyplot as plt
-from taught_networks import closed, network, taught
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+import tokengate
 from tokengate.errors import UnreachedSparsityWarning
-
-matplotlib.use("Agg")
 
 # By kind of data: what they are called in the table.
 KINDS = {
@@ -74,6 +70,59 @@ def network_of(kind: str, hidden: int) -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
+def network(hidden: int) -> nn.Sequential:
+    """12 inputs, so many hidden layers of width 24, and 5 outputs."""
+    widths = pairwise([12, *[24] * hidden])
+    parts = [part for k, d in widths for part in (nn.Linear(k, d), nn.Tanh())]
+    return nn.Sequential(*parts, nn.Linear(24, 5))
+
+
+def taught(
+    make: Callable[[], nn.Module], draw: Callable[[int], Tensor], generator: torch.Generator,
+    target: float, steps: int, *, samples: int, noise: float, lr: float, decays: bool,
+    method: str, rank: int, gate: str, dropout: float, **options: Any,
+) -> nn.Module:  # fmt: skip
+    """One that `make` makes, all of whose layers were adapted in so many steps.
+
+    Args:
+        make: called twice; the second one is changed and teaches the first.
+        draw: the inputs of so many samples.
+        generator: of the teacher's change and of the noise on what it says.
+        target: of the schedule, which has the `options`, too.
+        decays: whether the learning rate does.
+        method: as in `patch`; so are `rank`, `gate` and `dropout`.
+    """
+    model, teacher = make(), make().requires_grad_(False)
+    for p, own in zip(teacher.parameters(), model.parameters(), strict=True):
+        p.copy_(own.detach() * (1 + 0.5 * torch.randn(own.shape, generator=generator)))
+    targets = [name for name, part in model.named_modules() if hasattr(part, "weight")]
+    tokengate.patch(model, targets, method, rank=rank, gate=gate, dropout=dropout)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=lr))
+    tokengate.SparsitySchedule(model, optimizer, target, steps, **options)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)) if decays else 1.0
+    )
+    for _ in range(steps):
+        x = draw(samples)
+        y = teacher(x)
+        y = y + noise * torch.randn(y.shape, generator=generator)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        if method == "adalora":
+            loss = loss + 0.1 * tokengate.orthogonality(model)
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return model
+
+
+def share_closed(model: nn.Module, x: Tensor) -> float:
+    """The share of the positions of x that its gates close."""
+    with torch.no_grad(), tokengate.record(model.eval()) as rec:
+        model(x)
+    return rec.report().sparsity
+
+
 def inputs(kind: str, length: int, generator: torch.Generator) -> Draw:
     """So many samples' inputs."""
 
@@ -98,7 +147,7 @@ def held_out(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = taught(make, draw, generator, target, steps, **options)
-    found = closed(model, draw(1200 if kind == "pictures" else 20_000 // length))
+    found = share_closed(model, draw(1200 if kind == "pictures" else 20_000 // length))
     is_told = any(issubclass(each.category, UnreachedSparsityWarning) for each in told)
     return {"closed": found, "off": found - target, "told": is_told}
 
@@ -116,7 +165,7 @@ def table(found: list[dict[str, Any]]) -> str:
         silent = [abs(each["off"]) for each in own if not each["told"]]
         lines.append(
             f"| {KINDS[kind]} | {len(own) - len(far)} of {len(own)} | "
-            f"{sum(each['told'] for each in far)} of {len(far)} | {np.median(misses):.3f} | "
+            f"{sum(each['told'] for each in far)} of {len(far)} | {median(misses):.3f} | "
             f"{max(silent, default=math.nan):.3f} |"
         )
     return "\n".join(lines)
@@ -124,6 +173,10 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def draw_picture(found: list[dict[str, Any]], path: Path) -> None:
     """What was closed over what was asked for."""
+    import matplotlib  # here, so that who wants the trainings alone needs no more than the library
+    from matplotlib import pyplot as plt
+
+    matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     axes.axline((0, 0), slope=1, color="0.7", linewidth=1)
     for kind in dict.fromkeys(each["kind"] for each in found):
@@ -138,6 +191,8 @@ def draw_picture(found: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Train what was not trained yet; tell of all that was asked for."""
+    from tqdm.auto import tqdm
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--trainings", type=int, default=75, help="of each kind")

@@ -16,9 +16,7 @@ from tokengate.errors import UnreachedSparsityWarning
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-_spec = importlib.util.spec_from_file_location(
-    "networks", EXAMPLES / "benchmarks" / "taught_networks.py"
-)
+_spec = importlib.util.spec_from_file_location("networks", EXAMPLES / "benchmarks" / "held_out.py")
 networks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(networks)
 
@@ -45,7 +43,7 @@ def trained(
         noise=noise, lr=lr, decays=decays, method=method, rank=rank, gate=gate, dropout=dropout,
         **options,
     )  # fmt: skip
-    return networks.closed(model, drawn(600, 30))
+    return networks.share_closed(model, drawn(600, 30))
 
 
 DRAWN = {
@@ -121,4 +119,4 @@ def test_however_it_ends(end, gate):
         optimizer.zero_grad()
         (case["weight"](step) * (model(x) - teacher(x)).square().mean()).backward()
         optimizer.step()
-    assert abs(networks.closed(model, torch.randn(200, 30, 12)) - 0.6) <= 0.03
+    assert abs(networks.share_closed(model, torch.randn(200, 30, 12)) - 0.6) <= 0.03
