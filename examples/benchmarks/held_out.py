@@ -4,7 +4,8 @@
     python examples/benchmarks/held_out.py --kinds pictures --trainings 36 --asked 60 200
 
 A training teaches a small network another one's outputs. Held out are positions that it has not
-seen; told of is what an `UnreachedSparsityWarning` said in the end.
+seen; told of is what an `UnreachedSparsityWarning` said in the end; calibrated is what then went on
+with other positions, by `calibrate`.
 """
 
 from __future__ import annotations
@@ -138,35 +139,45 @@ def inputs(kind: str, length: int, generator: torch.Generator) -> Draw:
 
 
 def held_out(
-    kind: str, seed: int, target: float, steps: int, length: int, hidden: int, **options: Any
-) -> dict[str, Any]:
-    """The share that is closed of some 20,000 positions, and whether a miss was told of."""
+    kind: str, seed: int, target: float, steps: int, length: int, hidden: int, per_layer: bool,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The share that is closed of some 20,000 positions, whether a miss was told of, and then."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1000)
     make, draw = partial(network_of, kind, hidden), inputs(kind, length, generator)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model = taught(make, draw, generator, target, steps, **options)
-    found = share_closed(model, draw(1200 if kind == "pictures" else 20_000 // length))
+        model = taught(make, draw, generator, target, steps, per_layer=per_layer, **options)
     is_told = any(issubclass(each.category, UnreachedSparsityWarning) for each in told)
-    return {"closed": found, "off": found - target, "told": is_told}
+    size = 1200 if kind == "pictures" else 20_000 // length
+    x, other = draw(size), draw(size)
+    found = share_closed(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreachedSparsityWarning)
+        tokengate.calibrate(model, [other], target, per_layer=per_layer, warm_start=True)
+    calibrated = share_closed(model, x) - target
+    return {"closed": found, "off": found - target, "told": is_told, "calibrated": calibrated}
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown, a row for each kind."""
     lines = [
-        f"| | within {NEAR} of the target | others told of | median miss | worst not told of |",
-        "|:--|--:|--:|--:|--:|",
+        f"| | within {NEAR} of the target, told of all the same | others, told of | median miss | "
+        f"worst not told of | within {NEAR} once calibrated |",
+        "|:--|--:|--:|--:|--:|--:|",
     ]
     for kind in dict.fromkeys(each["kind"] for each in found):
         own = [each for each in found if each["kind"] == kind]
         misses = [abs(each["off"]) for each in own]
         far = [each for each in own if abs(each["off"]) > NEAR]
         silent = [abs(each["off"]) for each in own if not each["told"]]
+        told = sum(each["told"] for each in far)
+        near = sum(abs(each["calibrated"]) <= NEAR for each in own)
         lines.append(
-            f"| {KINDS[kind]} | {len(own) - len(far)} of {len(own)} | "
-            f"{sum(each['told'] for each in far)} of {len(far)} | {median(misses):.3f} | "
-            f"{max(silent, default=math.nan):.3f} |"
+            f"| {KINDS[kind]} | {len(own) - len(far)} of {len(own)}, "
+            f"{sum(each['told'] for each in own) - told} | {len(far)}, {told} | "
+            f"{median(misses):.3f} | {max(silent, default=math.nan):.3f} | {near} of {len(own)} |"
         )
     return "\n".join(lines)
 

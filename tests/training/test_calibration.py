@@ -294,3 +294,60 @@ def test_where_most_do_nothing_the_nearer_side_is_taken():
     with pytest.warns(UnreachedSparsityWarning, match="70 %"):
         tokengate.calibrate(model, [x], 0.5)
     assert closed_share(model, x) == pytest.approx(0.7)
+
+
+def led(gate="threshold", per_layer=False, seed=0):
+    """Three layers that a schedule has led, and inputs that are like those of the training."""
+    torch.manual_seed(seed)
+    parts = [torch.nn.Linear(8, 24), torch.nn.Tanh(), torch.nn.Linear(24, 24), torch.nn.Tanh()]
+    model = torch.nn.Sequential(*parts, torch.nn.Linear(24, 5))
+    tokengate.patch(model, "all-linear", rank=4, gate=gate)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=3e-2))
+    tokengate.SparsitySchedule(model, optimizer, 0.6, 30, per_layer=per_layer)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 30, 8)) - 1).square().mean().backward()
+        optimizer.step()
+    return model, [torch.randn(200, 30, 8) for _ in range(2)]
+
+
+def shares(model, x):
+    with tokengate.record(model.eval()) as rec:
+        model(x)
+    return rec.report().by_module
+
+
+@pytest.mark.parametrize("gate", ["threshold", "firm", "fisher"])
+def test_one_threshold_for_all_layers_goes_on_from_where_a_schedule_ended(gate):
+    model, (seen, unseen) = led(gate)
+    tokengate.calibrate(model, [seen], 0.3, per_layer=False, warm_start=True)
+    taus = tokengate.calibrate(model, [seen], 0.3, per_layer=False, warm_start=True)
+    assert len(set(taus.values())) == 1
+    found = shares(model, unseen)
+    assert max(found.values()) - min(found.values()) > 0.1, "which layers close is their scores'"
+    assert sum(found.values()) / 3 == pytest.approx(0.3, abs=0.015)
+
+
+def test_a_warm_start_sees_the_inputs_that_closing_leaves():
+    """With all gates open the later layers saw others: so far off here."""
+    model, (seen, _) = led(per_layer=True)
+    tokengate.calibrate(model, [seen], 0.6)
+    cold = shares(model, seen)
+    assert max(abs(share - 0.6) for share in cold.values()) > 0.05
+    for _ in range(2):
+        tokengate.calibrate(model, [seen], 0.6, warm_start=True)
+    assert shares(model, seen) == pytest.approx(dict.fromkeys(cold, 0.6), abs=0.01)
+
+
+def test_gates_of_different_units_have_no_threshold_in_common():
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"]))
+    tokengate.patch(model, ["fc1"], gate="fisher")
+    with pytest.raises(TokenGateError, match="TokenGate and FisherGate by one threshold"):
+        tokengate.calibrate(model, batches(), per_layer=False)
+
+
+def test_a_share_that_no_threshold_of_all_closes_is_said_once():
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"]))
+    same = torch.randn(8).expand(4, 10, 8)
+    with pytest.warns(UnreachedSparsityWarning, match="'all layers'.*the same"):
+        tokengate.calibrate(model, [same], 0.3, per_layer=False)

@@ -10,12 +10,16 @@ from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.leading.unreached import LastSteps
 
 
-def misses(offs, steps=40, level=24.0, weights=(1.0,)):
+def last_steps(offs, steps=40, level=24.0, weights=(1.0,)):
     last = LastSteps(steps, level, torch.device("cpu"))
     for step, off in enumerate(offs, steps - len(offs) + 1):
         off, weight = torch.tensor([off, weights[step % len(weights)]], dtype=torch.float64)
         last.add(step, off, weight)
-    return last.miss()
+    return last
+
+
+def misses(*args, **options):
+    return last_steps(*args, **options).miss()
 
 
 def test_what_is_late_in_every_step_is_no_chance():
@@ -30,6 +34,16 @@ def test_what_is_late_in_every_step_is_no_chance():
     assert misses([0.0] * 40, weights=[0.0]) == 0.0
 
 
+def test_how_far_steps_go_up_and_down():
+    offs = [0.5] * 20 + [0.1, -0.1, 0.3, 0.1] * 2
+    assert last_steps(offs).spread() == pytest.approx(torch.tensor(offs[-8:]).std().item())
+    assert last_steps(offs, weights=[3.0]).spread() == pytest.approx(last_steps(offs).spread())
+    assert last_steps(offs, level=33.0).spread() == 0.0  # seven tell too little
+    # With layers that come and go the share does, too.
+    assert last_steps(offs, weights=[1.0, 0.5]).spread() == 0.0
+    assert last_steps(offs, weights=[0.0]).spread() == 0.0
+
+
 def made(gate="threshold", steps=40):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -38,11 +52,11 @@ def made(gate="threshold", steps=40):
     return model, optimizer, tokengate.SparsitySchedule(model, optimizer, 0.5, steps)
 
 
-def train(model, optimizer, steps, dtype=torch.float32):
+def train(model, optimizer, steps, dtype=torch.float32, batch=(32, 10)):
     generator = torch.Generator().manual_seed(0)
     goal = torch.randn(6, 3, generator=generator)
     for _ in range(steps):
-        x = torch.randn(32, 10, 6, generator=generator)
+        x = torch.randn(*batch, 6, generator=generator)
         optimizer.zero_grad()
         (model(x.to(dtype)) - (x @ goal).to(dtype)).square().mean().backward()
         optimizer.step()
@@ -89,3 +103,16 @@ def test_a_model_is_led_wherever_it_has_been_moved(gate):
         closed.append(rec.report().sparsity)
     assert closed[0] == pytest.approx(0.5, abs=0.1)
     assert closed[1] == pytest.approx(closed[0], abs=0.05)
+
+
+def test_a_share_that_goes_up_and_down_is_told_of_with_what_sets_it():
+    """With eight positions a step nobody knows where the last one leaves it."""
+    model, optimizer, _ = made()
+    said = r"average, .* of 1\d% .*calibrate\(model, .*=0.5, per_layer=False, warm_start=True\)"
+    with pytest.warns(UnreachedSparsityWarning, match=said):
+        train(model, optimizer, 40, batch=(1, 8))
+    seen, unseen = torch.randn(2, 300, 10, 6)
+    tokengate.calibrate(model, [seen], 0.5, per_layer=False, warm_start=True)
+    with tokengate.record(model.eval()) as rec:
+        model(unseen)
+    assert rec.report().sparsity == pytest.approx(0.5, abs=0.01)

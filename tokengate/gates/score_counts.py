@@ -73,11 +73,15 @@ class FineCounts:
         """Count scores >= 0, `(...)`, by their `weights`, `(...)`, on the CPU; 0 is nothing."""
         some = weights > 0
         new = _bins_of(scores[some].double(), _PARTS * PER_OCTAVE)
-        all_bins = torch.cat([self.bins, new])
+        self.include(new, weights[some].double(), weights.max().item())
+
+    def include(self, bins: Tensor, weights: Tensor, heaviest: float) -> None:
+        """Count what was seen in `bins`, `(...)` both, of whose positions one weighs most."""
+        all_bins = torch.cat([self.bins, bins])
         self.bins, at = all_bins.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        both = torch.cat([self.weights, weights[some].double()])
+        both = torch.cat([self.weights, weights])
         self.weights = torch.zeros(len(self.bins)).double().index_add(0, at, both)
-        self.heaviest = max(self.heaviest, weights.max().item())
+        self.heaviest = max(self.heaviest, heaviest)
 
     @staticmethod
     def score_at(place: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengate.arguments import share
+from tokengate.arguments import share, switch
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.score_counts import FineCounts
@@ -18,6 +18,7 @@ from tokengate.kernels.norms import Norms
 from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.wrappers import check_gathered
+from tokengate.training.leading.led_gates import refuse_mixed
 from tokengate.training.measuring import measure
 
 # How far from the share asked for is not worth a word.
@@ -25,7 +26,14 @@ _NEAR = 0.1
 
 
 @exclusive
-def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -> dict[str, float]:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    sparsity: float = 0.5,
+    *,
+    per_layer: bool = True,
+    warm_start: bool = False,
+) -> dict[str, float]:
     """Set every tau so that a share of the positions in `batches` is left unmodified:
 
         model = tokengate.patch(model, ["q_proj", "v_proj"])    # or load, or import from PEFT
@@ -38,6 +46,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
     gates close, later layers see other inputs than in this pass:
     `record` tells what sparsity that gives.
 
+    Gates that were trained, or led by a `SparsitySchedule`, go on from there:
+
+        tokengate.calibrate(model, loader, sparsity=0.6, per_layer=False, warm_start=True)
+
+    The pass is then one of the model as it is, so that later layers see what they will see but for
+    what changes now; another call is nearer.
+
     Where no tau closes that share, it is the nearest one, and an `UnreachedSparsityWarning` names
     the layers: those that see many positions with W0 x = 0, which every tau leaves open, as padding
     without a mask may be, or many with the same r.
@@ -48,6 +63,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
         model: a patched model with gates.
         batches: what the model is called with: dicts by keyword, tuples by position.
         sparsity: the share to be left unmodified in every layer, in [0, 1).
+        per_layer: False for one threshold, which closes that share of all layers together, as a
+            schedule leads them; each layer, or expert, counts as much as another.
+        warm_start: True for a pass with the gates as they are.
 
     Returns:
         The new tau of every layer by name, or of every expert by its own. What has an r of 0
@@ -55,7 +73,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
 
     Raises:
         TokenGateError: no layer of the model has a gate with a threshold, or a schedule leads
-            them, or those of "fisher" have no Q yet; `use` was given rows;
+            them, or those of "fisher" have no Q yet, or they compare different things, and not
+            `per_layer`; `use` was given rows;
             there are no batches, or a layer was called in none of them; M(x) is 0
             everywhere, or it or W0 x is not finite somewhere; an argument is wrong. The taus are
             then as they were.
@@ -84,12 +103,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
             f"calibrate was asked of {listed(unfed)}, to which no gradient has shown what the loss "
             "hangs on: train with a SparsitySchedule, under which backward feeds their Q."
         )
+    if not switch("per_layer", per_layer):
+        refuse_mixed("calibrate was asked to set", gates)
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
     counted = {each: _Seen() for own in names.values() for each in own}
     taus = {name: tau.detach().clone() for name, (_, tau) in gated.items()}
     try:
-        for _, tau in gated.values():
-            tau.data.zero_()
+        if not switch("warm_start", warm_start):
+            for _, tau in gated.values():
+                tau.data.zero_()
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches, scores=True)
@@ -99,22 +121,25 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sparsity: float = 0.5) -
                 "is before training, where no tau closes a share: train the modifications first, "
                 "or load trained ones."
             )
+        seen = {name: each for name, each in counted.items() if each.total}
+        if not per_layer:
+            seen = dict.fromkeys(seen, _Seen.together(seen.values()))
         found = {name: tau.clone() for name, tau in taus.items()}
         for name, tau in found.items():
             for at, each in enumerate(names[name]):
-                if counted[each].total:  # of an expert that saw no position, it stays
-                    tau[at] = counted[each].threshold(sparsity)[0]
+                if each in seen:  # of an expert that saw no position, it stays
+                    tau[at] = seen[each].threshold(sparsity)[0]
         taus = found
     finally:
         for name, (_, tau) in gated.items():
             tau.data.copy_(taus[name])
-    _warn_of_misses(counted, sparsity)
+    _warn_of_misses(seen if per_layer else {"all layers": next(iter(seen.values()))}, sparsity)
     pairs = [zip(names[name], tau.tolist(), strict=True) for name, tau in taus.items()]
     return dict(chain.from_iterable(pairs))
 
 
-def _warn_of_misses(counted: Mapping[str, _Seen], sparsity: float) -> None:
-    found = {name: seen.miss(sparsity) for name, seen in counted.items() if seen.total}
+def _warn_of_misses(seen: Mapping[str, _Seen], sparsity: float) -> None:
+    found = {name: each.miss(sparsity) for name, each in seen.items()}
     missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
     if missed:
         warnings.warn(
@@ -127,7 +152,15 @@ def _warn_of_misses(counted: Mapping[str, _Seen], sparsity: float) -> None:
 
 
 class _Seen(FineCounts):
-    """The scores of one layer, or of one expert."""
+    """The scores of one layer, of one expert or of all."""
+
+    @classmethod
+    def together(cls, several: Iterable[_Seen]) -> _Seen:
+        """What all have seen, each of them as much."""
+        found = cls()
+        for each in several:
+            found.include(each.bins, each.weights / each.total, each.heaviest / each.total)
+        return found
 
     def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
         self.add(scores.cpu(), weights.cpu())

@@ -198,13 +198,19 @@ def gates_to_lead(model: nn.Module, patched: dict[str, Gated], together: bool) -
                 f"{name!r} has a SparsitySchedule already: call its detach() first (that of an "
                 "interrupted Trainer's callback is callback.sparsity_schedule)."
             )
-    kinds = {type(gate).scores: type(gate).__name__ for gate in gates.values()}
-    if together and len(kinds) > 1:
-        raise TokenGateError(
-            f"SparsitySchedule was asked to lead {' and '.join(kinds.values())} by one threshold, "
-            "and their scores have different units: pass per_layer=True, or patch with one gate."
-        )
+    if together:
+        refuse_mixed("SparsitySchedule was asked to lead", gates)
     return gates
+
+
+def refuse_mixed(asked: str, gates: Mapping[str, Gate]) -> None:
+    """An error if one threshold for all was `asked` of gates whose scores are not of one kind."""
+    kinds = {type(gate).scores: type(gate).__name__ for gate in gates.values()}
+    if len(kinds) > 1:
+        raise TokenGateError(
+            f"{asked} {' and '.join(kinds.values())} by one threshold, and their scores have "
+            "different units: pass per_layer=True, or patch with one gate."
+        )
 
 
 def refuse_unlearnt(gates: Mapping[str, Gate], learn_from: float) -> None:

@@ -104,7 +104,8 @@ class SparsitySchedule:
             )
         self._learns = learn_from is not None
         patched = require_layers(model, "SparsitySchedule")
-        gates = gates_to_lead(model, patched, together=not switch("per_layer", per_layer))
+        self.per_layer = switch("per_layer", per_layer)
+        gates = gates_to_lead(model, patched, together=not self.per_layer)
         self._modifications = [patched[name].modification for name in gates]
         if learn_from is not None:
             refuse_unlearnt(gates, learn_from)
@@ -116,8 +117,7 @@ class SparsitySchedule:
             )
         self.steps = 0
         self._led = LedGates(gates)
-        self._together = not per_layer
-        weights = self._led.weights if self._together else None
+        weights = None if self.per_layer else self._led.weights
         self._tracker = QuantileTracker(len(gates), self._led.device, weights)
         self._recent = LastSteps(self._last, self._warmup + self._rise, self._led.device)
         self._sparsity = torch.full((), torch.nan, device=self._led.device)
@@ -272,13 +272,13 @@ class SparsitySchedule:
             self._say_if_others_train(optimizer)
         if fed:
             self._led.fold(fed)
-        each = self._led.weighed(seen) if self._together else shares_of(seen)
-        counts = each.sum(0, keepdim=True) if self._together else each
+        each = shares_of(seen) if self.per_layer else self._led.weighed(seen)
+        counts = each if self.per_layer else each.sum(0, keepdim=True)
         self._sparsity = mean_of_counted(share_below(counts, self._log_thresholds), counts)
         wanted = self.wanted_at(self.steps - 1)
         if self.steps == 1 and self._continues:
             self._sparsity = self._led.closed(seen)
-            fresh = self._together and self._led.any_is_new(seen)
+            fresh = not self.per_layer and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
         self._recent.add(self.steps, self._sparsity - wanted, counts.sum())
         self._tracker.add(each, wanted)
@@ -286,7 +286,7 @@ class SparsitySchedule:
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
             told = float(self._tracker.share_below(self._log_thresholds))
-            say_if_missed(self.target, told, self._recent)
+            say_if_missed(self, told, self._recent)
             self._end()
 
     def _end(self) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _NEAR = 0.03
 # How many standard errors of the mean are no chance.
 _ERRORS = 3.0
+# How far, as a standard deviation, what is closed may go up and down from step to step likewise.
+_STEADY = 0.08
 
 
 class LastSteps:
@@ -34,20 +36,19 @@ class LastSteps:
     def __init__(self, steps: int, level: float, device: torch.device) -> None:
         self._begin = max(steps - max(8, steps // 10), level)
         self._count = 0
-        # Of w, w o, w^2, w^2 o and w^2 o^2, what a step weighs and how far it was off.
-        self._sums = torch.zeros(5, device=device)
+        # Of w, w o, w o^2, w^2, w^2 o and w^2 o^2, what a step weighs and how far it was off.
+        self._sums = torch.zeros(6, device=device)
 
     def add(self, step: int, off: Tensor, weight: Tensor) -> None:
         """One step's, `()` both."""
         if step > self._begin:
             self._count += 1
-            square = weight.square()
-            each = [weight, weight * off, square, square * off, square * off.square()]
-            self._sums = self._sums + torch.stack(each)
+            powers = torch.stack([torch.ones_like(off), off, off.square()])
+            self._sums = self._sums + torch.cat([weight * powers, weight.square() * powers])
 
     def miss(self) -> float:
         """The mean, or 0 where it may be chance."""
-        weight, off, *squares = self._sums.tolist()
+        weight, off, _, *squares = self._sums.tolist()
         if self._count < 4 or not weight:
             return 0.0
         mean = off / weight
@@ -55,17 +56,43 @@ class LastSteps:
         error = (variance * self._count / (self._count - 1)) ** 0.5 / weight
         return mean if abs(mean) > _ERRORS * error else 0.0
 
+    def spread(self) -> float:
+        """The standard deviation of a step; 0 where too few tell, or not all of all layers."""
+        weight, off, square, weights, *_ = self._sums.tolist()
+        if self._count < 8 or not weight or self._count * weights > 1.01 * weight**2:
+            return 0.0
+        variance = max(0.0, square / weight - (off / weight) ** 2)
+        return float((variance * self._count / (self._count - 1)) ** 0.5)
 
-def say_if_missed(target: float, told: float, last: LastSteps) -> None:
+
+def say_if_missed(schedule: SparsitySchedule, told: float, last: LastSteps) -> None:
     """A warning if what is closed in the end, `told` by the scores, is not what was asked."""
+    target = schedule.target
     closed = told if abs(told - target) > _NEAR else told + last.miss()
     if abs(closed - target) > _NEAR:
-        warnings.warn(
-            f"SparsitySchedule was to close {target:.0%} of the positions and ended with "
-            f"{closed:.0%}.",
-            UnreachedSparsityWarning,
-            stacklevel=4,
+        found = f"ended with {closed:.0%}: {_calibrate(schedule)} comes as near as a threshold can."
+    elif last.spread() > _STEADY:
+        found = (
+            f"did so on average, with a standard deviation of {last.spread():.0%} from one of the "
+            "last steps to the next, so that it may be as far off in the end: see to it that steps "
+            "are larger, or that the learning rate falls, or set the thresholds by more positions, "
+            f"{_calibrate(schedule)}."
         )
+    else:
+        return
+    warnings.warn(
+        f"SparsitySchedule was to close {target:.0%} of the positions and {found}",
+        UnreachedSparsityWarning,
+        stacklevel=4,
+    )
+
+
+def _calibrate(schedule: SparsitySchedule) -> str:
+    """What sets the thresholds to the target after training."""
+    one = "" if schedule.per_layer else ", per_layer=False"
+    return (
+        f"tokengate.calibrate(model, batches, sparsity={schedule.target:g}{one}, warm_start=True)"
+    )
 
 
 def say_if_beyond(steps: int, last: int) -> None:
@@ -96,7 +123,7 @@ def say_if_early(schedule: SparsitySchedule | None, step: int | None = None) -> 
             f"a SparsitySchedule was to close {schedule.target:.0%} of the positions, and the "
             f"model is that of step {step} of {schedule.total_steps}, where {wanted:.0%} were to "
             "be: train to the end and keep a later one, ask for fewer steps, or call "
-            f"tokengate.calibrate(model, batches, sparsity={schedule.target:g}).",
+            f"{_calibrate(schedule)}.",
             UnreachedSparsityWarning,
             stacklevel=3,
         )
