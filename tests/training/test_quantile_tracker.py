@@ -67,6 +67,45 @@ def test_a_line_through_the_size_of_all_is_late(steps):
     assert off <= 0.03
 
 
+def fallen(steps, moves, seed=0):
+    """How far off a threshold is after a rate that fell to 0, where scores grow with its sum."""
+    generator, way = torch.Generator().manual_seed(seed), 0.0
+    tracker, target = QuantileTracker(1, torch.device("cpu")), 0.7
+    for step in range(steps):
+        drawn = torch.exp(0.3 * torch.randn(600, generator=generator))
+        tracker.add(counted((way * drawn).tolist()), target, moves(1 - step / steps))
+        way += 1 - step / steps
+    threshold = tracker.quantile(target)[0] * math.log(2) - math.log(way)
+    return abs(torch.distributions.Normal(0.0, 0.3).cdf(threshold).item() - target)
+
+
+@pytest.mark.parametrize("steps", [20, 60])
+def test_where_the_learning_rate_falls_growth_ends(steps):
+    """A line over steps foretold that it goes on."""
+    as_steps = [fallen(steps, lambda rate: 1.0, seed) for seed in range(8)]
+    found = [fallen(steps, lambda rate: rate, seed) for seed in range(8)]
+    assert sum(as_steps) / 8 > 0.015
+    assert sum(found) / 8 < 0.008
+
+
+@settings(max_examples=many(10))
+@given(steps=st.integers(20, 200), unit=st.floats(1e-8, 1e3), seed=st.integers(0, 99))
+def test_the_unit_of_the_learning_rate_is_nothing(steps, unit, seed):
+    found = fallen(steps, lambda rate: unit * rate, seed)
+    assert found <= 0.03
+    assert found == pytest.approx(fallen(steps, torch.tensor, seed), abs=1e-3)
+
+
+def test_a_rate_that_rises_from_0_where_scores_are_from_the_start():
+    tracker = QuantileTracker(1, torch.device("cpu"))
+    scores = torch.exp2(torch.randn(300, generator=torch.Generator().manual_seed(0)))
+    for moves in (0.0, 0.0, 0.0, 1e-4, 2e-4, 3e-4, 4e-4):
+        tracker.add(counted(scores.tolist()), 0.5, moves)
+        assert (scores < tracker.quantile(0.5).exp2()).float().mean() == pytest.approx(
+            0.5, abs=0.02
+        )
+
+
 def counted(*scores):
     """The counts of each series' scores, all of one sample; none where there are none."""
     counts = torch.stack([no_counts(torch.device("cpu")) for _ in scores])

@@ -57,6 +57,8 @@ def calibrate(
     the layers: those that see many positions with W0 x = 0, which every tau leaves open, as padding
     without a mask may be, or many with the same r.
 
+    Of several processes each sets its own taus by the batches that it is given: give all the same.
+
     The rule is not the paper's, which learns tau.
 
     Args:

@@ -22,6 +22,8 @@ from tokengate.gates.score_counts import (
 _POWERS, _MEMORY = (1.0, 3.0, 9.0, 27.0), 3.0
 # How many octaves below and above the line a distribution is known.
 _REACH = 16
+# A way that is none: before a learning rate rises from 0.
+_LEAST = 1e-30
 
 
 class QuantileTracker:
@@ -29,9 +31,10 @@ class QuantileTracker:
 
     Scores grow with M(x), quickly at first. An average of their quantiles would lag behind, and
     more so the fewer steps there are. So their size, the median of those above 0, is followed by a
-    line in log size over log steps; at first M(x) is as large as steps are many, and later grows
-    more slowly. And their distribution relative to what the line had foretold is averaged: where
-    the line is off for long, the distribution makes up for it.
+    line in log size over the log of the way that the optimiser has gone, the sum of its learning
+    rates; at first M(x) is as large as that, later grows more slowly, and no more where the rate
+    falls to 0. And their distribution relative to what the line had foretold is averaged: where the
+    line is off for long, the distribution makes up for it.
 
     How many steps are worth averaging depends on how many positions a step has and on how the
     scores change. So there are averages over several shares of the steps so far, from a half to a
@@ -59,19 +62,22 @@ class QuantileTracker:
         edges = 2 * _REACH * PER_OCTAVE + 1
         self._shapes = zeros.unsqueeze(-1).repeat(1, 1, edges + 1)
         # Of the line: how many steps tell of it, the weight of these, their averages of log2 of the
-        # step and of the size, the variance of the one and the covariance of both.
+        # way and of the size, the variance of the one and the covariance of both.
         self._line = zeros.repeat(6, 1, 1)
+        # How far the optimiser has come when each is seen next, and how far it went last.
+        self._way, self._went = zeros[0].clone(), zeros[0, :1].clone()
         # Sums of squares of how far the quantiles were off.
         self._errors = zeros if weights is None else zeros[:, :1].clone()
         self._edges = torch.arange(edges, dtype=self.dtype, device=device)
 
-    def add(self, counts: Tensor, wanted: float) -> None:
+    def add(self, counts: Tensor, wanted: float, moves: float | Tensor = 1.0) -> None:
         """Those of a step, `(series, BINS)`; a series without any learns nothing.
 
         Args:
             counts: of the scores; their sum is what the step weighs: 1 in most steps, or in a
                 mixture a number in proportion to the weight.
             wanted: the share whose quantile was asked for.
+            moves: how far the optimiser goes in this step, after which the next one is seen.
         """
         weighs = counts.sum(-1)
         counts = shares_of(counts)
@@ -84,13 +90,16 @@ class QuantileTracker:
         self._judge(below, weighs, wanted, some & (told >= 2), told + 1)
         at = torch.where(told < 2, size, self._size())
         told = told + 1
+        went = torch.where(self._went > 0, self._went, moves).clamp(min=_LEAST)
+        way = torch.where(self._way > 0, self._way, went)
         total = (1 - 1 / told) ** self._powers * total + weighs
         weight = weighs / torch.where(total > 0, total, 1)
-        dx, dy = told.log2() - x, size - y
+        dx, dy = way.log2() - x, size - y
         rest = 1 - weight
         line = [told, total, x + weight * dx, y + weight * dy]
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
         self._line = torch.where(some, torch.stack(line), self._line)
+        self._way, self._went = torch.where(some, way + moves, self._way), 0 * self._went + moves
         first = (at - _REACH - LOW) * PER_OCTAVE
         below = below.expand(*at.shape, -1)
         here = share_at(below[..., :-1], first.unsqueeze(-1) + self._edges[1:-1])
@@ -159,9 +168,9 @@ class QuantileTracker:
 
     def _size(self) -> Tensor:
         """log2 of the size at the next step."""
-        told, _, x, y, xx, xy = self._line
+        *_, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
-        found: Tensor = y + slope * ((told + 1).log2() - x)
+        found: Tensor = y + slope * (self._way.clamp(min=_LEAST).log2() - x)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,4 +183,5 @@ class QuantileTracker:
             tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"shapes": self._shapes, "line": self._line, "errors": self._errors}
+        names = ("shapes", "line", "errors", "way", "went")
+        return {name: getattr(self, f"_{name}") for name in names}

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
 from tokengate.errors import TokenGateError, UselessGateWarning, brief
@@ -116,6 +116,7 @@ class SparsitySchedule:
                 "torch.optim.Optimizer, or what wraps one."
             )
         self.steps = 0
+        self._groups: list[int] | None = None
         self._led = LedGates(gates)
         weights = None if self.per_layer else self._led.weights
         self._tracker = QuantileTracker(len(gates), self._led.device, weights)
@@ -192,7 +193,7 @@ class SparsitySchedule:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
                 earlier version.
         """
-        if "led" not in state or "shapes" not in state["tracker"]:
+        if "led" not in state or "way" not in state["tracker"]:
             raise TokenGateError(
                 "the state to load is of a SparsitySchedule of an earlier version, which averaged "
                 "otherwise: finish that training with that version, or begin a schedule anew."
@@ -281,13 +282,23 @@ class SparsitySchedule:
             fresh = not self.per_layer and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
         self._recent.add(self.steps, self._sparsity - wanted, counts.sum())
-        self._tracker.add(each, wanted)
+        self._tracker.add(each, wanted, self._moves(optimizer))
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
             told = float(self._tracker.share_below(self._log_thresholds))
             say_if_missed(self, told, self._recent)
             self._end()
+
+    def _moves(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
+        """How far this step moves what they decide on: the learning rate."""
+        groups = optimizer.param_groups
+        if self._groups is None:
+            own = {id(p) for part in self._modifications for p in part.parameters()}
+            holds = [any(id(p) in own for p in group["params"]) for group in groups]
+            self._groups = [i for i, held in enumerate(holds) if held or not any(holds)]
+        rates = [groups[i].get("lr") for i in self._groups]
+        return sum(1.0 if rate is None else rate for rate in rates)
 
     def _end(self) -> None:
         self._led.end(self)
