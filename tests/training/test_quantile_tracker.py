@@ -96,6 +96,10 @@ def test_the_unit_of_the_learning_rate_is_nothing(steps, unit, seed):
     assert found == pytest.approx(fallen(steps, torch.tensor, seed), abs=1e-3)
 
 
+def test_where_no_rate_is_known_steps_are_counted():
+    assert fallen(40, lambda rate: 0.0) == fallen(40, lambda rate: 1.0)
+
+
 def test_a_rate_that_rises_from_0_where_scores_are_from_the_start():
     tracker = QuantileTracker(1, torch.device("cpu"))
     scores = torch.exp2(torch.randn(300, generator=torch.Generator().manual_seed(0)))

@@ -407,3 +407,31 @@ def test_refused():
     model(torch.randn(4, 5, 6))
     with one_sentence("no gradient of tau was seen in any of the 2 gates"):
         optimizer.step()
+
+
+def followed(rate):
+    """A schedule of a layer whose modification has this rate, beside a tau and a head."""
+    model = tokengate.patch(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), ["0"], train=["1"])
+    layer, head = model[0], list(model[1].parameters())
+    own = [(head, 1.0), (list(layer.modification.parameters()), rate), ([layer.gate.tau], 0.5)]
+    optimizer = torch.optim.AdamW([{"params": params, "lr": lr} for params, lr in own])
+    return model, optimizer, tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
+
+
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_scores_are_followed_over_the_rate_of_what_they_are_of(rate):
+    """Not that of taus, which does not fall, nor that of a head."""
+    model, optimizer, schedule = followed(rate)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 5, 4)).sum().backward()
+        optimizer.step()
+    tracker = schedule.state_dict()["tracker"]
+    assert (tracker["went"].item(), tracker["way"].item()) == pytest.approx((0.01, 0.02))
+
+
+def test_an_optimiser_that_finds_its_own_rate_is_followed_over_steps():
+    """As Adafactor, whose groups say None."""
+    _, optimizer, schedule = followed(0.01)
+    optimizer.param_groups[1]["lr"] = None
+    assert schedule._moves(optimizer) == 1.0

@@ -22,8 +22,6 @@ from tokengate.gates.score_counts import (
 _POWERS, _MEMORY = (1.0, 3.0, 9.0, 27.0), 3.0
 # How many octaves below and above the line a distribution is known.
 _REACH = 16
-# A way that is none: before a learning rate rises from 0.
-_LEAST = 1e-30
 
 
 class QuantileTracker:
@@ -32,9 +30,9 @@ class QuantileTracker:
     Scores grow with M(x), quickly at first. An average of their quantiles would lag behind, and
     more so the fewer steps there are. So their size, the median of those above 0, is followed by a
     line in log size over the log of the way that the optimiser has gone, the sum of its learning
-    rates; at first M(x) is as large as that, later grows more slowly, and no more where the rate
-    falls to 0. And their distribution relative to what the line had foretold is averaged: where the
-    line is off for long, the distribution makes up for it.
+    rates (of steps, where all are 0); at first M(x) is as large as that, later grows more slowly,
+    and no more where the rate falls to 0. And their distribution relative to what the line had
+    foretold is averaged: where the line is off for long, the distribution makes up for it.
 
     How many steps are worth averaging depends on how many positions a step has and on how the
     scores change. So there are averages over several shares of the steps so far, from a half to a
@@ -90,11 +88,11 @@ class QuantileTracker:
         self._judge(below, weighs, wanted, some & (told >= 2), told + 1)
         at = torch.where(told < 2, size, self._size())
         told = told + 1
-        went = torch.where(self._went > 0, self._went, moves).clamp(min=_LEAST)
+        went = torch.where(self._went > 0, self._went, moves)
         way = torch.where(self._way > 0, self._way, went)
         total = (1 - 1 / told) ** self._powers * total + weighs
         weight = weighs / torch.where(total > 0, total, 1)
-        dx, dy = way.log2() - x, size - y
+        dx, dy = torch.where(way > 0, way, told).log2() - x, size - y
         rest = 1 - weight
         line = [told, total, x + weight * dx, y + weight * dy]
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
@@ -168,9 +166,10 @@ class QuantileTracker:
 
     def _size(self) -> Tensor:
         """log2 of the size at the next step."""
-        *_, x, y, xx, xy = self._line
+        told, _, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
-        found: Tensor = y + slope * (self._way.clamp(min=_LEAST).log2() - x)
+        way = torch.where(self._way > 0, self._way, told + 1)
+        found: Tensor = y + slope * (way.log2() - x)
         return found
 
     def state_dict(self) -> dict[str, Any]:
