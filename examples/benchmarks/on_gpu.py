@@ -58,6 +58,8 @@ TARGETS = [
     ("dora", PEAK, GATED, PEFT, 1.00),
     ("adalora", PEAK, GATED, PEFT, 1.00),
 ]
+# Seconds that a part may take after the time is over, in which no other is begun.
+GRACE = 90
 # What has gone wrong on the device goes on being wrong in this process.
 DEVICE_IS_BROKEN = 3
 
@@ -102,16 +104,19 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.work:
         sys.exit(work(options))
-    while todo(options):
+    while before := todo(options):
         # A process of its own, after which the device is as before.
-        before = todo(options)
-        ran = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--work", "--until", str(options.until)]
-        )
-        if ran.returncode == 0:
+        command = [sys.executable, __file__, *sys.argv[1:], "--work", "--until", str(options.until)]
+        try:
+            code = subprocess.run(command, timeout=options.until - time.time() + GRACE).returncode
+        except subprocess.TimeoutExpired:  # a kernel that never ends, say
+            [hung, *_] = undone(options)
+            write(options, hung, {"failed": f"it had not ended {GRACE} seconds after the time"})
+            break
+        if code == 0:
             break
         if todo(options) == before:  # not even a reason was written
-            write(options, before[0], {"failed": f"its process ended with {ran.returncode}"})
+            write(options, before[0], {"failed": f"its process ended with {code}"})
     summarise(options)
 
 
@@ -135,8 +140,11 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 
 def todo(options: argparse.Namespace) -> list[str]:
     """The parts that have no file yet, while there is time."""
-    if time.time() > options.until:
-        return []
+    return [] if time.time() > options.until else undone(options)
+
+
+def undone(options: argparse.Namespace) -> list[str]:
+    """The parts that have no file yet."""
     return [name for name in parts(options) if not file_of(options, name).exists()]
 
 

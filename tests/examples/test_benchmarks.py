@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny models; and what they compare is what it is called."""
 
+import argparse
 import gc
 import importlib
 import json
@@ -173,6 +174,32 @@ def test_on_gpu_goes_on_where_it_was(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [*asked[:-2], "nonsense"])
     with pytest.raises(SystemExit, match="no part is called nonsense"):
         on_gpu.main()
+
+
+def test_on_gpu_waits_for_no_part_that_hangs(script, monkeypatch, tmp_path):
+    on_gpu = script("on_gpu")
+    done, hung, left = "tests", "llama3-8b-rank32-lora", "llama3-8b-rank32-dora"
+    asked = ["on_gpu.py", "--device", "cpu", "--out", str(tmp_path), "--parts", done, hung, left]
+    monkeypatch.setattr(sys, "argv", asked)
+    on_gpu.write(on_gpu.options_of(asked[1:]), done, {"failed": "the device broke"})
+
+    def run(command, timeout):
+        assert 0 < timeout < 60 * 10
+        raise on_gpu.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(on_gpu.subprocess, "run", run)
+    on_gpu.main()
+    text = (tmp_path / "results.md").read_text()
+    assert f"- {hung} failed: it had not ended" in text
+    assert f"no time was left for: {left}" in text
+
+
+def test_the_gpu_is_named_by_a_part_that_did_not_use_it_itself(script, monkeypatch):
+    """As the tests do not, which run in a process of their own and are the first part."""
+    about = script("results").about
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert about(argparse.Namespace(device="cuda"))["gpu"] == "a GPU"
+    assert about(argparse.Namespace(device="cpu"))["gpu"] is None
 
 
 @pytest.fixture(params=METHODS)

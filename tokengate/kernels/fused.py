@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokengate.errors import KernelsWarning, brief
+from tokengate.kernels.eager import is_captured
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +52,8 @@ def _of_gpu(device: torch.device) -> Any:
         one = torch.ones((16, 16), device=device)
         kernels.measure(one, None, None, one, one, None)
     except Exception as error:
+        if is_captured():  # by a CUDA graph, in which nothing can be loaded; afterwards it can
+            raise
         warnings.warn(
             f"Triton's kernels do not run on {device}, {type(error).__name__}: "
             f"{brief(str(error))}, so PyTorch's own operations take their place, which give the "

@@ -34,10 +34,17 @@ def test_a_gpu_that_compiles(found):
     assert len(seen) == 1
 
 
-def test_a_machine_without_a_compiler(found):
-    def measure(*tensors):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+def measure(*tensors):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
+
+def test_what_fails_in_a_graph_is_tried_again(found, monkeypatch):
+    monkeypatch.setattr(fused, "is_captured", lambda: True)
+    with pytest.raises(RuntimeError):
+        found((9, 0), measure)
+
+
+def test_a_machine_without_a_compiler(found):
     with pytest.warns(KernelsWarning) as warned:
         assert found((9, 0), measure)[0] is None
     [text] = [str(each.message) for each in warned]
