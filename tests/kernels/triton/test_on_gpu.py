@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.errors import KernelsWarning
 from tokengate.kernels import fused
 
 DEVICE = "cuda"
@@ -65,6 +67,7 @@ def no_wait():
 
 
 def test_kernels_take_it():
+    warnings.simplefilter("error", KernelsWarning)  # which says why they do not
     assert fused.kernels_for(torch.ones(1, device=DEVICE)) is not None
 
 
