@@ -115,6 +115,7 @@ def test_public_names():
             [
                 "DifferentBaseWarning",
                 "FrozenHeadWarning",
+                "KernelsWarning",
                 "LeftOutWarning",
                 "MixedPositionsWarning",
                 "NonFiniteWarning",

@@ -107,6 +107,10 @@ class UnenteredContextWarning(_OneLine, UserWarning):
     """A context such as `record(model)` was made, and never entered by `with`."""
 
 
+class KernelsWarning(_OneLine, UserWarning):
+    """Triton's kernels cannot be started on a GPU, and PyTorch's operations take their place."""
+
+
 class LeftOutWarning(_OneLine, UserWarning):
     """An optimiser leaves out what was patched in, or moves what it was patched into."""
 

@@ -43,6 +43,9 @@ from settings import SHAPES, Setting, parser  # noqa: E402
 from variants import GATED, PEFT, UNGATED, models, sparsity, tokens, trainings  # noqa: E402
 
 TESTS = "tests"
+TEST_FILE = "tests/kernels/triton/test_on_gpu.py"
+# What pytest says of it in its report.
+FAILED = ("failure", "error")
 STEP, TOKEN, PEAK = "step", "token", "peak"
 UNITS = {STEP: "ms", TOKEN: "ms", PEAK: "MiB"}
 # Medians of one over another's that are to be reached, by method and measure: at most so much.
@@ -58,6 +61,8 @@ TARGETS = [
     ("dora", PEAK, GATED, PEFT, 1.00),
     ("adalora", PEAK, GATED, PEFT, 1.00),
 ]
+# Seconds that a part may take after the time is over, in which no other is begun.
+GRACE = 90
 # What has gone wrong on the device goes on being wrong in this process.
 DEVICE_IS_BROKEN = 3
 
@@ -102,16 +107,19 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.work:
         sys.exit(work(options))
-    while todo(options):
+    while before := todo(options):
         # A process of its own, after which the device is as before.
-        before = todo(options)
-        ran = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--work", "--until", str(options.until)]
-        )
-        if ran.returncode == 0:
+        command = [sys.executable, __file__, *sys.argv[1:], "--work", "--until", str(options.until)]
+        try:
+            code = subprocess.run(command, timeout=options.until - time.time() + GRACE).returncode
+        except subprocess.TimeoutExpired:  # a kernel that never ends, say
+            [hung, *_] = undone(options)
+            write(options, hung, {"failed": f"it had not ended {GRACE} seconds after the time"})
+            break
+        if code == 0:
             break
         if todo(options) == before:  # not even a reason was written
-            write(options, before[0], {"failed": f"its process ended with {ran.returncode}"})
+            write(options, before[0], {"failed": f"its process ended with {code}"})
     summarise(options)
 
 
@@ -135,8 +143,11 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 
 def todo(options: argparse.Namespace) -> list[str]:
     """The parts that have no file yet, while there is time."""
-    if time.time() > options.until:
-        return []
+    return [] if time.time() > options.until else undone(options)
+
+
+def undone(options: argparse.Namespace) -> list[str]:
+    """The parts that have no file yet."""
     return [name for name in parts(options) if not file_of(options, name).exists()]
 
 
@@ -176,27 +187,45 @@ def work(options: argparse.Namespace) -> int:
 
 
 def tested(options: argparse.Namespace) -> dict[str, Any]:
-    """The CUDA tests: how many passed, failed and were skipped, and what failed."""
-    report = Path(options.out, "tests.xml")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    }
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
-        *("tests/kernels/triton/test_on_gpu.py", f"--junitxml={report.resolve()}"),
-    ]
-    seconds = max(60.0, (options.until - time.time()) / 2)  # the other half is to measure in
-    ran = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds)
-    if not report.exists():
-        return {"failed": f"pytest ended with {ran.returncode} and no report"}
-    suite = next(xml.etree.ElementTree.parse(report).iter("testsuite"))
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    broken = {
-        case.get("name"): (case[0].get("message") or "")[:500]
-        for case in suite.iter("testcase")
-        if len(case) and case[0].tag in ("failure", "error")
-    }
-    return {**counts, "broken": broken}
+    """The CUDA tests: how many there were and were skipped, which failed, and how they ended.
+
+    One that fails may leave the device broken for its process: the rest goes on in another.
+    """
+    end = time.time() + max(60.0, (options.until - time.time()) / 2)  # the other half is to measure
+    report = Path(options.out, "tests.xml").resolve()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    # As pyproject.toml has it, but for errors where other versions are installed.
+    lenient = ["-W", "default", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", *lenient, TEST_FILE]
+    done: dict[str, tuple[str, str]] = {}
+    ended = "the time was over"
+    while (seconds := end - time.time()) > 0:
+        report.unlink(missing_ok=True)
+        rest = [f"--deselect={TEST_FILE}::{name}" for name in done] + [f"--junitxml={report}"]
+        try:
+            ran = subprocess.run([*command, *rest], cwd=ROOT, env=environment, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            break
+        found = outcomes(report)
+        done |= found
+        if ran.returncode != 1 or not found:  # 5: after one that failed there was none
+            all_ran = done and ran.returncode in (0, 5)
+            ended = "" if all_ran else f"pytest ended with {ran.returncode}"
+            break
+    broken = {name: why for name, (outcome, why) in done.items() if outcome in FAILED}
+    skipped = sum(outcome == "skipped" for outcome, _ in done.values())
+    return {"tests": len(done), "skipped": skipped, "broken": broken, "ended": ended}
+
+
+def outcomes(report: Path) -> dict[str, tuple[str, str]]:
+    """What became of each test, and why; empty where there is no report."""
+    found = {}
+    for case in xml.etree.ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        said = [(each.tag, " ".join(each.get("message", "").split())[:500]) for each in case]
+        some = [each for each in said if each[0] in (*FAILED, "skipped")]
+        found[case.get("name", "")] = some[0] if some else ("passed", "")
+    return found
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -267,9 +296,10 @@ def _of_tests(found: dict[str, Any]) -> str:
     if "failed" in found:
         return f"CUDA tests: {found['failed']}"
     broken = "".join(f"\n- {name}: {why}" for name, why in found["broken"].items())
+    ended = found["ended"] and f"\n- they did not come to their end: {found['ended']}"
     return (
-        f"CUDA tests: {found['tests']}, of which {found['failures'] + found['errors']} failed and "
-        f"{found['skipped']} were skipped.{broken}"
+        f"CUDA tests: {found['tests']}, of which {len(found['broken'])} failed and "
+        f"{found['skipped']} were skipped.{broken}{ended}"
     )
 
 

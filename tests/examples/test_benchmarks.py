@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny models; and what they compare is what it is called."""
 
+import argparse
 import gc
 import importlib
 import json
@@ -173,6 +174,79 @@ def test_on_gpu_goes_on_where_it_was(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [*asked[:-2], "nonsense"])
     with pytest.raises(SystemExit, match="no part is called nonsense"):
         on_gpu.main()
+
+
+def test_on_gpu_waits_for_no_part_that_hangs(script, monkeypatch, tmp_path):
+    on_gpu = script("on_gpu")
+    done, hung, left = "tests", "llama3-8b-rank32-lora", "llama3-8b-rank32-dora"
+    asked = ["on_gpu.py", "--device", "cpu", "--out", str(tmp_path), "--parts", done, hung, left]
+    monkeypatch.setattr(sys, "argv", asked)
+    on_gpu.write(on_gpu.options_of(asked[1:]), done, {"failed": "the device broke"})
+
+    def run(command, timeout):
+        assert 0 < timeout < 60 * 10
+        raise on_gpu.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(on_gpu.subprocess, "run", run)
+    on_gpu.main()
+    text = (tmp_path / "results.md").read_text()
+    assert f"- {hung} failed: it had not ended" in text
+    assert f"no time was left for: {left}" in text
+
+
+FIRST = """<testsuites><testsuite>
+    <testcase name="a[x]"/><testcase name="b"><skipped message="no GPU"/></testcase>
+    <testcase name="c"><properties/><failure message="a device-side assert"/></testcase>
+</testsuite></testsuites>"""
+SECOND = """<testsuites><testsuite><testcase name="d"/></testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "how"),
+    [
+        ([(1, FIRST), (0, SECOND)], None),
+        ([(1, FIRST), (5, None)], None),
+        ([(1, FIRST), (-11, None)], "pytest ended with -11"),
+        ([(1, FIRST), None], "the time was over"),
+        ([(4, None)], "pytest ended with 4"),
+    ],
+)
+def test_on_gpu_goes_on_after_a_test_that_fails(ends, how, script, monkeypatch, tmp_path):
+    """In another process, without those that were run; and keeps what it knows whatever comes."""
+    on_gpu, commands = script("on_gpu"), []
+    (tmp_path / "tests.xml").write_text(SECOND)  # of an earlier run
+
+    def run(command, timeout, **_):
+        commands.append(command)
+        if ends[len(commands) - 1] is None:
+            raise on_gpu.subprocess.TimeoutExpired(command, timeout)
+        code, report = ends[len(commands) - 1]
+        if report is not None:
+            (tmp_path / "tests.xml").write_text(report)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(on_gpu, "subprocess", argparse.Namespace(**vars(subprocess) | {"run": run}))
+    found = on_gpu.tested(on_gpu.options_of(["--device", "cpu", "--out", str(tmp_path)]))
+    assert len(commands) == len(ends)
+    first = ends[0][1] is not None
+    assert found["tests"] == (3 if first else 0) + (SECOND in ends[-1] if ends[-1] else 0)
+    assert found["broken"] == ({"c": "a device-side assert"} if first else {})
+    assert found["skipped"] == first
+    assert found["ended"] == (how or "")
+    text = on_gpu._of_tests(found)
+    assert (how or "failed") in text
+    if first:
+        file = "tests/kernels/triton/test_on_gpu.py"
+        assert {f"--deselect={file}::{name}" for name in ("a[x]", "b", "c")} <= set(commands[1])
+        assert "- c: a device-side assert" in text
+
+
+def test_the_gpu_is_named_by_a_part_that_did_not_use_it_itself(script, monkeypatch):
+    """As the tests do not, which run in a process of their own and are the first part."""
+    about = script("results").about
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert about(argparse.Namespace(device="cuda"))["gpu"] == "a GPU"
+    assert about(argparse.Namespace(device="cpu"))["gpu"] is None
 
 
 @pytest.fixture(params=METHODS)

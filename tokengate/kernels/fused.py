@@ -1,7 +1,7 @@
 """Whether Triton's kernels compute a call, which then takes few launches and waits for nothing.
 
 They give what PyTorch's own operations give, and those do it where there is no such GPU, no Triton
-(Windows, macOS), or another dtype.
+(Windows, macOS), or another dtype; and where Triton cannot compile, of which there is one warning.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokengate.errors import KernelsWarning, brief
+from tokengate.kernels.eager import is_captured
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,4 +46,20 @@ def _of_gpu(device: torch.device) -> Any:
         return None
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("tokengate.kernels.triton")
+    try:
+        kernels = importlib.import_module("tokengate.kernels.triton")
+        # Triton compiles where it runs: a container may have no C compiler, a GPU be too new.
+        one = torch.ones((16, 16), device=device)
+        kernels.measure(one, None, None, one, one, None)
+    except Exception as error:
+        if is_captured():  # by a CUDA graph, in which nothing can be loaded; afterwards it can
+            raise
+        warnings.warn(
+            f"Triton's kernels do not run on {device}, {type(error).__name__}: "
+            f"{brief(str(error))}, so PyTorch's own operations take their place, which give the "
+            "same in more time: mend that, or ignore this.",
+            KernelsWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels

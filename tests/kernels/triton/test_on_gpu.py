@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokengate
+from tokengate.errors import KernelsWarning
 from tokengate.kernels import fused
 
 DEVICE = "cuda"
@@ -20,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 METHODS = ["lora", "dora", "adalora", "adapter"]
+# Together more elements than 32 bits count.
+ROWS, WIDTH = 75_000, 28_672
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
@@ -63,6 +67,7 @@ def no_wait():
 
 
 def test_kernels_take_it():
+    warnings.simplefilter("error", KernelsWarning)  # which says why they do not
     assert fused.kernels_for(torch.ones(1, device=DEVICE)) is not None
 
 
@@ -94,6 +99,78 @@ def test_equals_pytorch_s_operations(method, dtype, shape, k, d, rank, monkeypat
             found[name], value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size,
             msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
+
+
+@pytest.fixture
+def memory():
+    if torch.cuda.mem_get_info()[0] < 26 * 2**30:
+        pytest.skip("this takes 26 GiB of a GPU")
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_more_elements_than_32_bits_count(method):
+    """The last positions are what they are alone."""
+    layer = layer_of(method, 16, WIDTH, torch.bfloat16, rank=16, penalty=0.0)
+    x = torch.randn(ROWS, 16, device=DEVICE, dtype=torch.bfloat16)
+    last = x[-40:].clone()
+    close_some(layer, last)
+    grad = torch.randn(40, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    wanted = results(layer, last, grad)
+    whole = torch.zeros(ROWS, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    whole[-40:] = grad
+    found = results(layer, x, whole)
+    for name, value in wanted.items():
+        each = found[name][-40:] if name in ("h", "x") else found[name]
+        size = value.abs().max().item() + 1e-3
+        torch.testing.assert_close(
+            each, value, rtol=4e-2, atol=4e-2 * size,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("memory")
+def test_more_elements_than_32_bits_count_are_dropped():
+    x = torch.ones(ROWS, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    thinned = fused.kernels_for(x).thin(x, torch.tensor(3, device=DEVICE), 0.25)
+    first, last = thinned[:40], thinned[-40:]
+    assert not torch.equal(first, last)
+    for some in (first, last):
+        assert abs((some == 0).float().mean().item() - 0.25) < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_another_gpu_than_the_current_one(method):
+    layer = layer_of(method, 64, 96, rank=16, tau=0.05)
+    x, grad = torch.randn(9, 64, device=DEVICE), torch.randn(9, 96, device=DEVICE)
+    wanted = results(layer, x, grad)
+    found = results(layer.to("cuda:1"), x.to("cuda:1"), grad.to("cuda:1"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].to(DEVICE), value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_position_at_all(method):
+    layer = layer_of(method, 64, 96, rank=16, dropout=0.1)
+    found = results(layer, torch.randn(0, 64, device=DEVICE), torch.randn(0, 96, device=DEVICE))
+    assert found["h"].shape == (0, 96)
+    assert not any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_computed_again_decides_as_before(method):
+    """Of the same input the same bits, whatever ran in between."""
+    layer = layer_of(method, 256, 1000, torch.bfloat16, rank=16)
+    x = torch.randn(700, 256, device=DEVICE, dtype=torch.bfloat16)
+    close_some(layer, x)
+    first = layer(x)
+    layer(x[:5])
+    assert torch.equal(layer(x), first)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
 
 
 @pytest.mark.parametrize("method", METHODS)
