@@ -39,7 +39,6 @@ from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
-from tokengate.training.checks.left_out import look_again
 
 
 class Folding:
@@ -190,13 +189,6 @@ def fold(
     folding = Folding(model, done, None)
     with unchanged_if_interrupted(model, entries.values()):
         fold_layers(model, entries)
-        look_again(
-            p
-            for each in entries.values()
-            for part in (each.modification, each.gate)
-            if part is not None and not each.is_plain
-            for p in part.parameters()
-        )
         _settle(model)
         if batches is not None:
             folding.error = output_error(model, batches)
