@@ -16,7 +16,7 @@ from tokengate.adapters.folding.deciding import decided
 from tokengate.adapters.folding.merging import merged_weights
 from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
-from tokengate.arguments import positive, switch
+from tokengate.arguments import Told, positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
@@ -41,7 +41,7 @@ from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
 
 
-class Folding:
+class Folding(Told):
     """What `fold` did; print it for a table.
 
     Attributes:
@@ -58,6 +58,10 @@ class Folding:
     ) -> None:
         self._model = model
         self.layers, self.error = layers, error
+
+    @property
+    def _by(self) -> str:  # type: ignore[override]
+        return "merge_and_unload" if self.is_final else "fold"
 
     def names(self, action: str) -> list[str]:
         """The layers that were "merged", "dropped" or "kept"."""
