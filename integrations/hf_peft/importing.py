@@ -14,7 +14,7 @@ from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
 from tokengate.adapters.weights import DTYPES
-from tokengate.arguments import finite, in_our_words, non_negative, switch
+from tokengate.arguments import Skipped, finite, in_our_words, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
@@ -85,7 +85,8 @@ def import_peft(
             "it was saved from, or strict=False to skip what does not fit."
         )
     saved = _as_saved(adapter, folder, tau, penalty if gate else None, leave_out=missing)
-    return missing | load_saved(model, saved, "import_peft", strict=strict)
+    skipped = load_saved(model, saved, "import_peft", strict=strict)
+    return Skipped("import_peft", missing | skipped)
 
 
 def read_saved(folder: str | Path) -> SavedAdapter:

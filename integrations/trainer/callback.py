@@ -209,6 +209,8 @@ class TokenGateCallback(TrainerCallback):
                 "optimizer state has nothing of TokenGateCallback: resume from one that was saved "
                 "with it and without save_only_model."
             )
+        if resumed:
+            steps.check(saved.get("patched", {}))
         if saved:
             steps.load(saved["taus"], exactly=resumed)
         self.allocator = self.sparsity_schedule = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGate, TokenGateError
+from tokengate.gates.registry import with_defaults
 from tokengate.integrations.live_logging import tau_scalars
 from tokengate.sharding import divided_as, gathered, is_sharded, numbers_here
 from tokengate.training.following import followed
@@ -36,6 +37,7 @@ class TauSteps:
     ) -> None:
         gates = [layer.gate for layer in tokengate.layers(model).values()]
         self.taus = trained_taus(model)
+        self._patched = how_patched(model)
         self._gates = [gate for gate in gates if gate is not None]
         self._optimizer = optimizer
         self.seen = True
@@ -86,6 +88,19 @@ class TauSteps:
         if not self.taus:
             return {}
         return tau_scalars(numbers_here(self.taus.values()), self._gates)
+
+    def check(self, saved: dict[str, str]) -> None:
+        """An error if the model of a checkpoint was patched otherwise; such of before say nothing.
+
+        Its parameters may be as many, of which the Trainer loads those that fit.
+        """
+        for name in sorted(saved.keys() | self._patched.keys()) if saved else ():
+            there, here = (each.get(name, "not patched") for each in (saved, self._patched))
+            if there != here:
+                raise TokenGateError(
+                    f"{name!r} is {there} in the checkpoint and {here} in the model: patch the "
+                    "model as it was patched when the checkpoint was saved."
+                )
 
     def load(self, saved: dict[str, dict[str, Tensor]], exactly: bool) -> None:
         """Go on from what `_write` left; `exactly` where the model was loaded with it."""
@@ -185,10 +200,26 @@ class TauSteps:
             state = self._adam.state[tau] if self._adam is not None else {}
             taus[name] = {"tau": gathered(tau.detach()).clone()}
             taus[name] |= {k: gathered(v) for k, v in state.items()}
-        return {"taus": taus} | {name: part.state_dict() for name, part in self._parts.items()}
+        state = {"taus": taus, "patched": self._patched}
+        return state | {name: part.state_dict() for name, part in self._parts.items()}
 
     def _write(self, optimizer: torch.optim.Optimizer) -> None:
         state_of(optimizer)[KEY] = self.state()
+
+
+def how_patched(model: nn.Module) -> dict[str, str]:
+    """Each layer's method and options, but dropout, which may change; no objects of a user's."""
+    found = {}
+    for name, layer in tokengate.layers(model).items():
+        modification = layer.modification
+        options = with_defaults(type(modification), modification.options)
+        shown = [
+            f"{option}={value!r}"
+            for option, value in options.items()
+            if option != "dropout" and isinstance(value, (int, float, str))
+        ]
+        found[name] = f"{type(modification).__name__}({', '.join(shown)})"
+    return found
 
 
 def trained_taus(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,8 +1,10 @@
 """save and load: what comes back is what was there, or an error that says what is wrong."""
 
+import copy
 import importlib.metadata
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 import tokengate
 from tokengate import Slices, TokenGateError
 from tokengate.errors import DifferentBaseWarning
+from tokengate.gates.registry import options_of
 from tokengate.methods import registry
 
 METHODS = ["lora", "dora", "adalora", "adapter"]
@@ -41,6 +44,27 @@ def test_an_unpatched_model_becomes_the_saved_one(tmp_path, method, gate):
         assert type(layer) is type(twin)
         assert (layer.gate is None) == (not gate)
         assert not gate or layer.gate.penalty == 0.25
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("given", [{}, {"alpha": 16}, {"rslora": True, "alpha": 16}])
+def test_a_scale_that_was_set_since_is_saved(tmp_path, method, given):
+    """As who weakens what is trained sets it; the printed layer and its forward have that one."""
+    if given.keys() - options_of(registry.METHODS.find(method)).keys():
+        pytest.skip("is no option of it")
+    model = trained(method, **given).eval()
+    before = model(X)
+    for layer in tokengate.layers(model).values():
+        layer.modification.scale *= 0.5
+    assert not torch.equal(model(X), before)
+    tokengate.save(model, tmp_path)
+    other = fresh().eval()
+    tokengate.load(other, tmp_path)
+    assert torch.equal(other(X), model(X))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        tokengate.load(twin, tmp_path)  # patched in the same way
+    with pytest.raises(TokenGateError, match=r"has (alpha|scale)="):
+        tokengate.load(trained(method, **given), tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)

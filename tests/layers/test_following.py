@@ -264,6 +264,19 @@ def test_a_forward_of_the_users_own_before_that_of_the_class(before):
     assert model.forward == forward
 
 
+def test_what_was_compiled_in_place_runs_on_after_unpatch():
+    """`module.compile()` keeps the method that it found, and so that of the class given here."""
+    torch.manual_seed(0)
+    model = Model()
+    base = model(IDS, MASK)
+    away_from_initialisation(tokengate.patch(model, ["fc", "head"], rank=2, gate=False), 0.3)
+    for module in (model, model.model.block):
+        module.compile(backend="eager")
+    assert not torch.allclose(model(IDS, MASK), base)
+    tokengate.unpatch(model)
+    assert torch.equal(model(IDS, MASK), base)
+
+
 def test_an_interrupted_forward_leaves_nothing_behind():
     model = patched()
 

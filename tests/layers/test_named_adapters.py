@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from models import Net, away_from_initialisation, one_sentence, snapshot
+from models import Net, away_from_initialisation, one_sentence, small_llama, snapshot
 from torch import nn
 
 import tokengate
@@ -193,8 +193,29 @@ def test_rows_of_an_encoder_and_the_beams_of_its_decoder():
             base = model.generate(ids, **beams)
         with tokengate.use(model, [None, "default"]):
             found = model.generate(ids, **beams)
-            with pytest.raises(TokenGateError, match="2 rows, and a layer was called with 4"):
+            with one_sentence("2 rows, and a layer was called with 4", "each name as often"):
                 model.generate(torch.cat([ids, ids]), **beams)
+            with one_sentence("called with 3") as told:
+                model.generate(ids[[0, 1, 1]], **beams)
+    assert "num_beams" not in told[0]
+    assert not torch.equal(own, base)
+    assert torch.equal(found, torch.stack([base[0], own[1]]))
+
+
+def test_rows_and_beams_of_a_decoder_alone():
+    pytest.importorskip("transformers", reason="needs transformers")
+    model = small_llama()
+    tokengate.patch(model, ["q_proj", "v_proj"], rank=4, gate=False)
+    away_from_initialisation(model, 0.5)
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    own = model.generate(ids, **beams)
+    with tokengate.disabled(model):
+        base = model.generate(ids, **beams)
+    with tokengate.use(model, [None, "default"]), one_sentence("each name as often"):
+        model.generate(ids, **beams)
+    with tokengate.use(model, [None] * 3 + ["default"] * 3):  # as the sentence says
+        found = model.generate(ids, **beams)
     assert not torch.equal(own, base)
     assert torch.equal(found, torch.stack([base[0], own[1]]))
 

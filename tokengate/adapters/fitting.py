@@ -275,7 +275,7 @@ class Fit:
 
 def _made_of(config: LayerConfig, linear: Any) -> tuple[Modification, Gate | None]:
     modification = METHODS.find(config.method)(linear, **config.options)
-    modification.options = dict(config.options)
+    modification.options = config.options
     if config.gate is None:
         return modification, None
     kind = GATES.find(config.gate)

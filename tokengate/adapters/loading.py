@@ -12,7 +12,7 @@ from tokengate.adapters.fitting import Fit
 from tokengate.adapters.folder import SavedAdapter, read_adapter
 from tokengate.adapters.saving import trained_beside
 from tokengate.adapters.source import local
-from tokengate.arguments import in_our_words
+from tokengate.arguments import Skipped, in_our_words
 from tokengate.errors import DifferentBaseWarning, TokenGateError, listed
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew
@@ -89,7 +89,7 @@ def load(
     if name is not None:
         check_name(name)
     saved = read_adapter(local(folder, revision))
-    return load_saved(model, saved, "load", name=name, strict=strict)
+    return Skipped("load", load_saved(model, saved, "load", name=name, strict=strict))
 
 
 def load_saved(

@@ -17,6 +17,18 @@ from tokengate.layers.calls import busy_elsewhere
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _CHANGING = threading.RLock()
+_times = 0
+
+
+def times_changed() -> int:
+    """How often any model may have got other parameters, or put others in use."""
+    return _times
+
+
+def changed() -> None:
+    """Once more."""
+    global _times
+    _times += 1
 
 
 @contextlib.contextmanager
@@ -34,7 +46,10 @@ def changing(model: Any, asked: str) -> Iterator[None]:
                 f"{asked} was asked of a {type(model).__name__} while another thread {busy}: wait "
                 "until it has left, or change the model before it is shared."
             )
-        yield
+        try:
+            yield
+        finally:
+            changed()
 
 
 def exclusive(function: _Function) -> _Function:

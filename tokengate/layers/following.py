@@ -58,14 +58,16 @@ class Followed(Swapped):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _told(self, functools.partial(own_class.forward, self), args, kwargs)
 
-        same = ("__name__", "__qualname__", "__module__", "__doc__")
-        return {"forward": forward, **{name: getattr(own_class, name) for name in same}}
+        def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # Not of `super()`: what `module.compile()` has made of it stays after `unfollow`.
+            call = functools.partial(own_class._call_impl, self)
+            if "forward" in self.__dict__:  # others have put theirs before that of the class
+                return _told(self, call, args, kwargs)
+            return call(*args, **kwargs)
 
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = super()._call_impl
-        if "forward" in self.__dict__:  # others have put theirs before that of the class
-            return _told(self, call, args, kwargs)
-        return call(*args, **kwargs)
+        same = ("__name__", "__qualname__", "__module__", "__doc__")
+        members = {name: getattr(own_class, name) for name in same}
+        return {"forward": forward, "_call_impl": _call_impl, **members}
 
 
 def _told(

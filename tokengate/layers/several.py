@@ -19,6 +19,11 @@ from tokengate.kernels.gated_sum import without_bias
 from tokengate.layers.calls import in_decoder
 from tokengate.methods.base import Modification
 
+_BEAMS = (
+    "; where generate has several beams or sequences of a row (num_beams, num_return_sequences), "
+    "each name as often, side by side"
+)
+
 
 class Rows:
     """One adapter's name, or None for the base model, for each row of a batch.
@@ -48,7 +53,7 @@ class Rows:
             raise TokenGateError(
                 f"tokengate.use was given adapters for {rows} rows, and a layer was called with "
                 f"{count} (an input of shape {tuple(input.shape)}): pass one name, or None, for "
-                "each row of the batch."
+                f"each row of the batch{_BEAMS * (count % rows == 0)}."
             )
         key = (int(count), input.device)
         found = self._known.get(key)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.calls import USE, busy_elsewhere, contexts, enter, leave
+from tokengate.layers.changing import changed
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import Gated
@@ -74,7 +75,8 @@ class use:
             raise TokenGateError(
                 "use was asked of a model that is folded: call the folding's undo() first."
             )
-        self._names = [name] if name is None or isinstance(name, str) else list(name)
+        several = isinstance(name, Iterable) and not isinstance(name, str)
+        self._names: list[Any] = list(cast(Iterable[Any], name)) if several else [name]
         if not self._names:
             raise TokenGateError("use was given no names: pass one, or None, for each row.")
         for each in self._names:
@@ -177,6 +179,7 @@ class use:
                 for layer, own in before:
                     put_in_use(layer, own, instead_of=name)
                 raise
+            changed()
 
 
 # Those that were made and not entered yet, by what owns their contexts.

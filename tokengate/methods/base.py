@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokengate.gates.registry import options_of
 from tokengate.kernels.eager import is_eager
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.precision import KeepsFloat32, autocasts, trainable_dtype
@@ -62,8 +63,6 @@ class Modification(KeepsFloat32):
 
     linear: ClassVar[bool] = False
     """Whether M(x), without dropout, is a matrix times x, so that `fold` can add it to W0."""
-    options: dict[str, Any]
-    """Those that `patch` was given for this layer."""
     stacks: ClassVar[bool] = False
     """Whether `maps` takes parameters of several layers too, each with one dimension in front. If
     not, it is asked layer by layer where a module has many, as experts."""
@@ -99,6 +98,20 @@ class Modification(KeepsFloat32):
             fresh = type(self)(linear, **self.options)
             write_over(self.buffers(recurse=False), fresh.buffers(recurse=False))
         return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that `patch` was given for this layer; a `scale` that was set since replaces it."""
+        scale = getattr(self, "scale", None)
+        is_set = isinstance(scale, (int, float)) and scale != self._made_with
+        if not is_set or "scale" not in options_of(type(self)):
+            return self._options
+        other = {k: v for k, v in self._options.items() if k not in ("alpha", "rslora")}
+        return {**other, "scale": scale}
+
+    @options.setter
+    def options(self, options: dict[str, Any]) -> None:
+        self._options, self._made_with = dict(options), getattr(self, "scale", None)
 
     @property
     def has_factors(self) -> bool:

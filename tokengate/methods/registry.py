@@ -26,6 +26,6 @@ def register(name: str) -> Callable[[_Method], _Method]:
 def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]) -> Modification:
     """The modification of `linear`, with its initial values."""
     modification = method(linear, **options)
-    modification.options = dict(options)
+    modification.options = options
     modification.reset_parameters()
     return modification

@@ -116,6 +116,16 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
             made.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-4"))
         assert not hooks(made.optimizer)
 
+    for model, message in (
+        (language_model(scale=3.0), r"LoRA\(rank=4, rslora=False\) in the .* scale=3.0"),
+        (language_model("adapter"), r"is LoRA.* and Adapter"),
+    ):
+        made, _ = trainer(tmp_path / "with", model, **saving)
+        with pytest.raises(TokenGateError, match=f"'model.layers.0.*{message}"):
+            made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-4"))
+    made, _ = trainer(tmp_path / "with", language_model(dropout=0.1), **saving)
+    made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-4"))
+
     made, _ = trainer(tmp_path / "with", **saving)
     made._load_from_checkpoint = lambda folder: None
     with pytest.raises(TokenGateError, match="let the Trainer load model and optimizer from one"):

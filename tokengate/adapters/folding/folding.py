@@ -16,7 +16,7 @@ from tokengate.adapters.folding.deciding import decided
 from tokengate.adapters.folding.merging import merged_weights
 from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
-from tokengate.arguments import positive, switch
+from tokengate.arguments import Told, positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
@@ -39,10 +39,9 @@ from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
-from tokengate.training.checks.left_out import look_again
 
 
-class Folding:
+class Folding(Told):
     """What `fold` did; print it for a table.
 
     Attributes:
@@ -59,6 +58,10 @@ class Folding:
     ) -> None:
         self._model = model
         self.layers, self.error = layers, error
+
+    @property
+    def _by(self) -> str:  # type: ignore[override]
+        return "merge_and_unload" if self.is_final else "fold"
 
     def names(self, action: str) -> list[str]:
         """The layers that were "merged", "dropped" or "kept"."""
@@ -190,13 +193,6 @@ def fold(
     folding = Folding(model, done, None)
     with unchanged_if_interrupted(model, entries.values()):
         fold_layers(model, entries)
-        look_again(
-            p
-            for each in entries.values()
-            for part in (each.modification, each.gate)
-            if part is not None and not each.is_plain
-            for p in part.parameters()
-        )
         _settle(model)
         if batches is not None:
             folding.error = output_error(model, batches)

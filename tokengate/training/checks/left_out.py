@@ -1,15 +1,17 @@
 """What an optimiser leaves out of a patched model, or moves of its base: said once of each.
 
-It is looked at before the second step: in the first one another optimiser, as one for the taus
+It is looked at before the first two steps after a model has changed, by `patch`, another adapter in
+use or `fold`, and what is found twice is said: in one step another optimiser, as one for the taus
 alone, may not have been called yet. Only what has a gradient tells; and only an optimiser that
-holds a parameter of the model, so that one with parts of its own, as under ZeRO, says nothing. And
-again after `fold`, where experts that stay gated have parameters of their own.
+holds a parameter of the model, so that one with parts of its own, as under ZeRO, says nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 
 from tokengate.errors import LeftOutWarning, listed
 from tokengate.gates.optimizer_steps import is_part, watch_steps
+from tokengate.layers.changing import times_changed
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import ROOTS, layers, own_parameters
 from tokengate.methods.adalora import AdaLoRA
@@ -25,29 +28,49 @@ from tokengate.training.checks.thawed import REMEDY, thawed
 from tokengate.training.following import followed
 from tokengate.training.rank_allocator import LED
 
-# How often each optimiser has been about to step, since there was something new to look at.
-_STEPS: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+@dataclass
+class _Looked:
+    """At an optimiser.
+
+    Attributes:
+        after: how many changes of models.
+        found: how often what was wrong was found, in words.
+        again: whether to do so at the next step, too.
+    """
+
+    after: int = -1
+    found: Counter[str] = field(default_factory=Counter)
+    again: bool = False
+
+
+_LOOKED: WeakKeyDictionary[Optimizer, _Looked] = WeakKeyDictionary()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if is_part(optimizer, kwargs):
         return
-    _STEPS[optimizer] = steps = _STEPS.get(optimizer, 0) + 1
-    if steps != 2:
+    looked = _LOOKED.setdefault(optimizer, _Looked())
+    changed = looked.after != times_changed()
+    if not (changed or looked.again):
         return
-    own, held = _ids(optimizer), {i for each in list(_STEPS) for i in _ids(each) | followed(each)}
-    for model in list(ROOTS):
-        there = {id(p) for p in model.parameters()} | own_parameters(folded(model).values())
-        if not own.isdisjoint(there):
-            for said in _found(model, held, own):
-                warnings.warn(f"{type(optimizer).__name__} {said}.", LeftOutWarning, stacklevel=5)
+    looked.after = times_changed()
+    own, held = _ids(optimizer), {i for o in list(_LOOKED) for i in _ids(o) | followed(o)}
+    found = [
+        f"{type(optimizer).__name__} {said}."
+        for model in list(ROOTS)
+        if not own.isdisjoint(_all_of(model))
+        for said in _found(model, held, own)
+    ]
+    looked.found.update(found)
+    looked.again = changed or any(looked.found[each] == 1 for each in found)
+    for each in found:
+        if looked.found[each] == 2:
+            warnings.warn(each, LeftOutWarning, stacklevel=5)
 
 
-def look_again(parameters: Iterable[nn.Parameter]) -> None:
-    """Of the optimisers that hold any of these, which are the model's no more."""
-    replaced = {id(p) for p in parameters}
-    for optimizer in [each for each in list(_STEPS) if not replaced.isdisjoint(_ids(each))]:
-        _STEPS[optimizer] = 0
+def _all_of(model: nn.Module) -> set[int]:
+    return {id(p) for p in model.parameters()} | own_parameters(folded(model).values())
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -65,8 +88,8 @@ def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
     ]
     if left:
         yield (
-            f"leaves out {listed(map(repr, left))} of this {kind}, which patch or fold has added "
-            "and which nothing moves: make the optimizer after that, of "
+            f"leaves out {listed(map(repr, left))} of this {kind}, which patch, load or fold has "
+            "added and which nothing moves: make the optimizer after that, of "
             "tokengate.param_groups(model, lr), or set requires_grad_(False) on what shall stay"
         )
     moved = [name for name, weight in thawed(model).items() if id(weight) in own]

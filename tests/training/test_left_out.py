@@ -1,0 +1,74 @@
+"""An optimiser is told what it leaves out, also of what comes into use while it trains."""
+
+import warnings
+
+import pytest
+import torch
+from models import Net, away_from_initialisation
+
+import tokengate
+from tokengate.errors import LeftOutWarning
+
+
+def train(model, optimizer, steps=1):
+    for _ in range(steps):
+        model(torch.randn(2, 3, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def further_layers(model, folder):
+    tokengate.patch(model, ["v_proj"], rank=2)
+
+
+def another_adapter(model, folder):
+    tokengate.save(model, folder)
+    tokengate.load(model, folder, name="another")
+    tokengate.use(model, "another")
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [(further_layers, "v_proj.modification"), (another_adapter, "adapters.another.modification")],
+)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_what_comes_into_use_while_it_trains(steps, change, left, tmp_path):
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], rank=2))
+
+    def made():
+        return torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+
+    optimizer = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, steps)
+        change(model, tmp_path / "adapter")
+    with pytest.warns(LeftOutWarning, match=left) as told:
+        train(model, optimizer, steps=4)
+    assert [each.filename for each in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, made(), steps=3)
+
+
+def test_adapters_that_take_turns_have_each_its_optimizer_or_are_named(tmp_path):
+    model = tokengate.patch(Net(), ["q_proj"], rank=2)
+    tokengate.save(model, tmp_path / "adapter")
+    tokengate.load(model, tmp_path / "adapter", name="other")
+    optimizers = {}
+    for name in ("default", "other"):
+        tokengate.use(model, name)
+        optimizers[name] = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+
+    def turns(optimizer_of):
+        for _ in range(3):
+            for name in ("default", "other"):
+                tokengate.use(model, name)
+                train(model, optimizer_of(name))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turns(optimizers.__getitem__)
+    optimizers["other"].param_groups.clear()
+    with pytest.warns(LeftOutWarning, match=r"adapters\.other"):
+        turns(lambda name: optimizers["default"])
