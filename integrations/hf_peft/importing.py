@@ -14,7 +14,7 @@ from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
 from tokengate.adapters.weights import DTYPES
-from tokengate.arguments import Skipped, finite, in_our_words, non_negative, switch
+from tokengate.arguments import finite, in_our_words, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
@@ -23,6 +23,7 @@ from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
 from tokengate.patterns import Pattern
+from tokengate.told import Skipped
 
 
 @in_our_words(

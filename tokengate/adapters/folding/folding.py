@@ -16,7 +16,7 @@ from tokengate.adapters.folding.deciding import decided
 from tokengate.adapters.folding.merging import merged_weights
 from tokengate.adapters.folding.output_error import output_error
 from tokengate.adapters.weights import all_finite
-from tokengate.arguments import Told, positive, switch
+from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
@@ -39,6 +39,7 @@ from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
+from tokengate.told import Told
 
 
 class Folding(Told):
