@@ -18,12 +18,11 @@ from tokengate.arguments import finite, in_our_words, non_negative, switch
 from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
-from tokengate.layers.changing import exclusive
+from tokengate.layers.changing import Skipped, exclusive
 from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
 from tokengate.patterns import Pattern
-from tokengate.told import Skipped
 
 
 @in_our_words(

@@ -14,7 +14,7 @@ from tokengate.adapters.saving import trained_beside
 from tokengate.adapters.source import local
 from tokengate.arguments import in_our_words
 from tokengate.errors import DifferentBaseWarning, TokenGateError, listed
-from tokengate.layers.changing import all_or_nothing, exclusive
+from tokengate.layers.changing import Skipped, all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew
 from tokengate.layers.folded import folded
 from tokengate.layers.gated_linear import DEFAULT
@@ -29,7 +29,6 @@ from tokengate.linears.mixing import warn_of_mixing
 from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch, check_gathered
 from tokengate.sharding import is_absent
-from tokengate.told import Skipped
 
 
 @in_our_words(

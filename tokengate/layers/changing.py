@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -106,3 +106,39 @@ def all_or_nothing(
             for tensor, value in copies:
                 tensor.copy_(value)
         raise
+
+
+class _NotTheModel(TokenGateError, AttributeError):
+    """What a model has was asked of what is none."""
+
+
+class Told:
+    """What a function returns that changed a model in place: no model, as that of PEFT's would be.
+
+    Asked for what a model has it says so.
+    """
+
+    _by = ""
+    """That function."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise self._no_model(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._no_model("a forward")
+
+    def _no_model(self, asked: str) -> TokenGateError:
+        return _NotTheModel(
+            f"{asked} was asked of what {self._by} returned, which tells what was done and is no "
+            f"model: go on with the one that {self._by} was given and has changed in place."
+        )
+
+
+class Skipped(Told, dict[str, str]):
+    """What does not fit a model and was left out, and why."""
+
+    def __init__(self, by: str, found: Mapping[str, str]) -> None:
+        super().__init__(found)
+        self._by = by

@@ -20,7 +20,7 @@ from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.changing import changing, exclusive
+from tokengate.layers.changing import Told, changing, exclusive
 from tokengate.layers.experts.folded_experts import experts_as_folded
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import (
@@ -39,7 +39,6 @@ from tokengate.patching.wrappers import check_can_fold
 from tokengate.reports.recording import record
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
-from tokengate.told import Told
 
 
 class Folding(Told):
