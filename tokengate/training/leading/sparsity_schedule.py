@@ -298,7 +298,8 @@ class SparsitySchedule:
             holds = [any(id(p) in own for p in group["params"]) for group in groups]
             self._groups = [i for i, held in enumerate(holds) if held or not any(holds)]
         rates = [groups[i].get("lr") for i in self._groups]
-        return sum(1.0 if rate is None else rate for rate in rates)
+        moves = sum(1.0 if rate is None else rate for rate in rates)
+        return moves.to(self._led.device) if isinstance(moves, Tensor) else moves
 
     def _end(self) -> None:
         self._led.end(self)
