@@ -50,7 +50,9 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "options": {name: value for name, value in vars(options).items() if name != "out"},
         "machine": f"{os.cpu_count()} cores {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None,
+        "gpu": torch.cuda.get_device_name(options.device)
+        if options.device.startswith("cuda")
+        else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -208,15 +209,20 @@ class TauSteps:
 
 
 def how_patched(model: nn.Module) -> dict[str, str]:
-    """Each layer's method and options, but dropout, which may change; no objects of a user's."""
+    """Each layer's method and options, but dropout, which may change; no objects of a user's.
+
+    As they act, by whatever they were given: a scale for an alpha, an 8 for an 8.0.
+    """
     found = {}
     for name, layer in tokengate.layers(model).items():
         modification = layer.modification
         options = with_defaults(type(modification), modification.options)
+        if hasattr(modification, "scale"):
+            options |= {"scale": modification.scale, "alpha": None, "rslora": None}
         shown = [
-            f"{option}={value!r}"
+            f"{option}={float(value):g}" if isinstance(value, Real) else f"{option}={value!r}"
             for option, value in options.items()
-            if option != "dropout" and isinstance(value, (int, float, str))
+            if option != "dropout" and isinstance(value, (Real, str))
         ]
         found[name] = f"{type(modification).__name__}({', '.join(shown)})"
     return found

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from models import Net, away_from_initialisation, snapshot
@@ -65,6 +66,36 @@ def test_a_scale_that_was_set_since_is_saved(tmp_path, method, given):
         tokengate.load(twin, tmp_path)  # patched in the same way
     with pytest.raises(TokenGateError, match=r"has (alpha|scale)="):
         tokengate.load(trained(method, **given), tmp_path)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), torch.tensor(0.25)], ids=["numpy", "tensor"])
+def test_a_scale_of_any_kind_is_saved(tmp_path, scale):
+    model = trained("lora").eval()
+    for layer in tokengate.layers(model).values():
+        layer.modification.scale = scale
+    tokengate.save(model, tmp_path)
+    other = fresh().eval()
+    tokengate.load(other, tmp_path)
+    assert torch.equal(other(X), model(X))
+
+
+def test_a_scale_in_another_unit_than_its_option_is_the_methods_own():
+    class Shared(tokengate.Modification):
+        def __init__(self, linear, *, scale=1.0, rank=4):
+            super().__init__(linear)
+            self.scale = scale / rank
+            self.b = self.new_parameter(1)
+
+        def reset_parameters(self):
+            torch.nn.init.zeros_(self.b)
+
+        def forward(self, x, w):
+            return self.scale * self.b * w
+
+    model = tokengate.patch(fresh(), ["q_proj"], Shared, scale=0.5)
+    for layer in tokengate.layers(model).values():
+        layer.modification.scale *= 0.5
+        assert layer.modification.options == {"scale": 0.5}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -351,3 +351,17 @@ def test_a_share_that_no_threshold_of_all_closes_is_said_once():
     same = torch.randn(8).expand(4, 10, 8)
     with pytest.warns(UnreachedSparsityWarning, match="'all layers'.*the same"):
         tokengate.calibrate(model, [same], 0.3, per_layer=False)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.7])
+def test_one_threshold_for_all_leaves_open_what_does_nothing_yet(sparsity):
+    """It would be closed for good."""
+    model = tokengate.patch(Net(), ["fc1"])
+    first, second = tokengate.layers(model).values()
+    torch.nn.init.normal_(first.modification.B)
+    x = torch.randn(40, 10, 8)
+    found = tokengate.calibrate(model, [x], sparsity, per_layer=False)
+    assert [tau > 0 for tau in found.values()] == [True, False]
+    assert shares(model, x)["blocks.0.fc1"] == pytest.approx(sparsity, abs=0.01)
+    model.train()(x).sum().backward()
+    assert second.modification.B.grad.any()

@@ -72,3 +72,19 @@ def test_adapters_that_take_turns_have_each_its_optimizer_or_are_named(tmp_path)
     optimizers["other"].param_groups.clear()
     with pytest.warns(LeftOutWarning, match=r"adapters\.other"):
         turns(lambda name: optimizers["default"])
+
+
+def test_an_optimizer_that_is_made_anew_in_each_phase_is_waited_for():
+    """The one that steps before it said that nothing moves the taus."""
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], rank=2))
+    weights, taus, *_ = tokengate.param_groups(model, lr=1e-3)
+    first = torch.optim.AdamW([weights])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            tokengate.calibrate(model, [torch.randn(2, 9, 8)])
+            second = torch.optim.Adam([taus])
+            for _ in range(3):
+                model(torch.randn(2, 3, 8)).square().mean().backward()
+                first.step()
+                second.step()

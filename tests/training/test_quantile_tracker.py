@@ -110,6 +110,22 @@ def test_a_rate_that_rises_from_0_where_scores_are_from_the_start():
         )
 
 
+@pytest.mark.parametrize("first", [[0.0] * 40, [1e-8]], ids=["no rate", "a tiny one"])
+def test_what_a_rate_of_next_to_nothing_showed_is_no_line(first):
+    """Scores that stay, and then grow: what was nearly one place was extrapolated over octaves."""
+    generator, way = torch.Generator().manual_seed(0), 1.0
+    tracker, normal = QuantileTracker(1, torch.device("cpu")), torch.distributions.Normal(0.0, 0.3)
+    for step, moves in enumerate([*first, *[0.1] * 40]):
+        tracker.add(
+            counted(torch.exp(0.3 * torch.randn(200, generator=generator)).mul(way).tolist()),
+            0.5,
+            moves,
+        )
+        way += moves
+        off = normal.cdf(tracker.quantile(0.5)[0] * math.log(2) - math.log(way)) - 0.5
+        assert abs(off) < 0.2, step
+
+
 def counted(*scores):
     """The counts of each series' scores, all of one sample; none where there are none."""
     counts = torch.stack([no_counts(torch.device("cpu")) for _ in scores])

@@ -105,6 +105,17 @@ def test_a_model_is_led_wherever_it_has_been_moved(gate):
     assert closed[1] == pytest.approx(closed[0], abs=0.05)
 
 
+def test_many_small_steps_tell_what_one_does_not():
+    """Each one's share goes up and down by a fifth; all together know it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3))
+    tokengate.patch(model, "all-linear", rank=4)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 400)
+    train(model, optimizer, 400, batch=(8, 1))
+    assert schedule._recent.spread() > 0.1
+
+
 def test_a_share_that_goes_up_and_down_is_told_of_with_what_sets_it():
     """With eight positions a step nobody knows where the last one leaves it."""
     model, optimizer, _ = made()

@@ -49,10 +49,11 @@ def _of_gpu(device: torch.device) -> Any:
     try:
         kernels = importlib.import_module("tokengate.kernels.triton")
         # Triton compiles where it runs: a container may have no C compiler, a GPU be too new.
-        one = torch.ones((16, 16), device=device)
+        one = torch.ones((16, 16), dtype=torch.float32, device=device)
         kernels.measure(one, None, None, one, one, None)
     except Exception as error:
-        if is_captured():  # by a CUDA graph, in which nothing can be loaded; afterwards it can
+        # A CUDA graph captures, in which nothing can be loaded, or memory is full: not so later.
+        if is_captured() or isinstance(error, torch.OutOfMemoryError):
             raise
         warnings.warn(
             f"Triton's kernels do not run on {device}, {type(error).__name__}: "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.gates.registry import options_of
+from tokengate.gates.registry import with_defaults
 from tokengate.kernels.eager import is_eager
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.precision import KeepsFloat32, autocasts, trainable_dtype
@@ -101,17 +103,21 @@ class Modification(KeepsFloat32):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that `patch` was given for this layer; a `scale` that was set since replaces it."""
-        scale = getattr(self, "scale", None)
-        is_set = isinstance(scale, (int, float)) and scale != self._made_with
-        if not is_set or "scale" not in options_of(type(self)):
+        """Those that `patch` was given for this layer; a `scale` that was set since replaces it.
+
+        Of methods whose attribute of that name is the option as it was given.
+        """
+        scale = _number(getattr(self, "scale", None))
+        if self._made_with is None or scale in (None, self._made_with):
             return self._options
         other = {k: v for k, v in self._options.items() if k not in ("alpha", "rslora")}
         return {**other, "scale": scale}
 
     @options.setter
     def options(self, options: dict[str, Any]) -> None:
-        self._options, self._made_with = dict(options), getattr(self, "scale", None)
+        self._options, scale = dict(options), _number(getattr(self, "scale", None))
+        given = with_defaults(type(self), options).get("scale", math.nan)
+        self._made_with = scale if given is None or given == scale else None
 
     @property
     def has_factors(self) -> bool:
@@ -177,6 +183,12 @@ class Modification(KeepsFloat32):
                 f"{type(self).__name__} must define forward(x, w) or factors(x, w, linear)."
             )
         return factors.product(w)
+
+
+def _number(value: Any) -> float | None:
+    """As JSON can hold it, of a number or a tensor of one; None of anything else."""
+    one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if one and not isinstance(value, nn.Parameter) else None
 
 
 def _no_factors(self: Modification, x: Tensor, w: Tensor, linear: nn.Linear | None) -> None:

@@ -66,7 +66,7 @@ def calibrate(
         batches: what the model is called with: dicts by keyword, tuples by position.
         sparsity: the share to be left unmodified in every layer, in [0, 1).
         per_layer: False for one threshold, which closes that share of all layers together, as a
-            schedule leads them; each layer, or expert, counts as much as another.
+            schedule leads them; each layer, or expert, that does anything counts as much.
         warm_start: True for a pass with the gates as they are.
 
     Returns:
@@ -124,8 +124,9 @@ def calibrate(
                 "or load trained ones."
             )
         seen = {name: each for name, each in counted.items() if each.total}
+        all_seen = _Seen.together(each for each in seen.values() if each.moved())
         if not per_layer:
-            seen = dict.fromkeys(seen, _Seen.together(seen.values()))
+            seen = {name: all_seen if each.moved() else each for name, each in seen.items()}
         found = {name: tau.clone() for name, tau in taus.items()}
         for name, tau in found.items():
             for at, each in enumerate(names[name]):
@@ -135,7 +136,7 @@ def calibrate(
     finally:
         for name, (_, tau) in gated.items():
             tau.data.copy_(taus[name])
-    _warn_of_misses(seen if per_layer else {"all layers": next(iter(seen.values()))}, sparsity)
+    _warn_of_misses(seen if per_layer else {"all layers": all_seen}, sparsity)
     pairs = [zip(names[name], tau.tolist(), strict=True) for name, tau in taus.items()]
     return dict(chain.from_iterable(pairs))
 

@@ -117,13 +117,14 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         assert not hooks(made.optimizer)
 
     for model, message in (
-        (language_model(scale=3.0), r"LoRA\(rank=4, rslora=False\) in the .* scale=3.0"),
+        (language_model(scale=3.0), r"LoRA\(rank=4, scale=0.5\) in the .* scale=3\)"),
         (language_model("adapter"), r"is LoRA.* and Adapter"),
     ):
         made, _ = trainer(tmp_path / "with", model, **saving)
         with pytest.raises(TokenGateError, match=f"'model.layers.0.*{message}"):
             made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-4"))
-    made, _ = trainer(tmp_path / "with", language_model(dropout=0.1), **saving)
+    # The same by other words, but for dropout.
+    made, _ = trainer(tmp_path / "with", language_model(dropout=0.1, alpha=2), **saving)
     made.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-4"))
 
     made, _ = trainer(tmp_path / "with", **saving)

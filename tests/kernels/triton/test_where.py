@@ -60,3 +60,11 @@ def test_a_machine_without_a_compiler(found):
     assert text.endswith(".")
     for word in ("Triton", "cpu", "RuntimeError", "C compiler", "PyTorch's own operations"):
         assert word in text, text
+
+
+def test_memory_that_is_full_is_not_for_good(found):
+    def full(*tensors):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        found(full)

@@ -9,7 +9,6 @@ holds a parameter of the model, so that one with parts of its own, as under ZeRO
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +34,14 @@ class _Looked:
 
     Attributes:
         after: how many changes of models.
-        found: how often what was wrong was found, in words.
+        found: what was wrong, in words.
+        told: what was said.
         again: whether to do so at the next step, too.
     """
 
     after: int = -1
-    found: Counter[str] = field(default_factory=Counter)
+    found: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
     again: bool = False
 
 
@@ -62,11 +63,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         if not own.isdisjoint(_all_of(model))
         for said in _found(model, held, own)
     ]
+    twice = [each for each in found if each in looked.found and each not in looked.told]
+    looked.again = changed or any(each not in looked.found for each in found)
+    if not changed:  # what is not found again was another optimizer's, which has come since
+        looked.found.clear()
     looked.found.update(found)
-    looked.again = changed or any(looked.found[each] == 1 for each in found)
-    for each in found:
-        if looked.found[each] == 2:
-            warnings.warn(each, LeftOutWarning, stacklevel=5)
+    looked.told.update(twice)
+    for each in twice:
+        warnings.warn(each, LeftOutWarning, stacklevel=5)
 
 
 def _all_of(model: nn.Module) -> set[int]:

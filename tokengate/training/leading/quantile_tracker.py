@@ -22,6 +22,8 @@ from tokengate.gates.score_counts import (
 _POWERS, _MEMORY = (1.0, 3.0, 9.0, 27.0), 3.0
 # How many octaves below and above the line a distribution is known.
 _REACH = 16
+# How many octaves of the way a line may go on at most: a tiny rate tells nothing of a large one.
+_AHEAD = 2.0
 
 
 class QuantileTracker:
@@ -90,6 +92,9 @@ class QuantileTracker:
         told = told + 1
         went = torch.where(self._went > 0, self._went, moves)
         way = torch.where(self._way > 0, self._way, went)
+        # Steps without a rate are no part of a line over the way.
+        begins = (self._way == 0) & (way > 0)
+        x, xx, xy = torch.where(begins, way.log2(), x), xx * ~begins, xy * ~begins
         total = (1 - 1 / told) ** self._powers * total + weighs
         weight = weighs / torch.where(total > 0, total, 1)
         dx, dy = torch.where(way > 0, way, told).log2() - x, size - y
@@ -111,6 +116,11 @@ class QuantileTracker:
         nearer; none while all are.
         """
         return self._believed(self._quantiles(share))
+
+    def worth(self) -> Tensor:
+        """How many steps the average that is believed is worth, of the series with the fewest."""
+        power = self._powers[:, 0][self._errors.argmin(0)]
+        return (self._line[0].amax() * (2 * power + 1) / (power + 1) ** 2).amin()
 
     def share_below(self, log_scores: Tensor) -> Tensor:
         """The share that lies below these at the next step, on average over what was counted."""
@@ -169,7 +179,7 @@ class QuantileTracker:
         told, _, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
         way = torch.where(self._way > 0, self._way, told + 1)
-        found: Tensor = y + slope * (way.log2() - x)
+        found: Tensor = y + slope * (way.log2() - x).clamp(max=_AHEAD)
         return found
 
     def state_dict(self) -> dict[str, Any]:

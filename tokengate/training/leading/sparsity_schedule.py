@@ -116,7 +116,8 @@ class SparsitySchedule:
                 "torch.optim.Optimizer, or what wraps one."
             )
         self.steps = 0
-        self._groups: list[int] | None = None
+        self._groups: list[int] = []
+        self._groups_of = 0
         self._led = LedGates(gates)
         weights = None if self.per_layer else self._led.weights
         self._tracker = QuantileTracker(len(gates), self._led.device, weights)
@@ -287,13 +288,14 @@ class SparsitySchedule:
         self._led.write(self._log_thresholds)
         if self.steps == self._last:
             told = float(self._tracker.share_below(self._log_thresholds))
-            say_if_missed(self, told, self._recent)
+            say_if_missed(self, told, self._recent, float(self._tracker.worth()))
             self._end()
 
     def _moves(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
         """How far this step moves what they decide on: the learning rate."""
         groups = optimizer.param_groups
-        if self._groups is None:
+        if self._groups_of != len(groups):
+            self._groups_of = len(groups)
             own = {id(p) for part in self._modifications for p in part.parameters()}
             holds = [any(id(p) in own for p in group["params"]) for group in groups]
             self._groups = [i for i, held in enumerate(holds) if held or not any(holds)]

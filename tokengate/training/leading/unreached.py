@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 # How far from the target what is closed may be without a word.
 _NEAR = 0.03
+# How unsure it may be likewise: of some twenty steps of few samples it often is by .03 to .04.
+_UNSURE = 0.05
 # How many standard errors of the mean are no chance.
 _ERRORS = 3.0
-# How far, as a standard deviation, what is closed may go up and down from step to step likewise.
-_STEADY = 0.08
 
 
 class LastSteps:
@@ -65,17 +65,22 @@ class LastSteps:
         return float((variance * self._count / (self._count - 1)) ** 0.5)
 
 
-def say_if_missed(schedule: SparsitySchedule, told: float, last: LastSteps) -> None:
-    """A warning if what is closed in the end, `told` by the scores, is not what was asked."""
-    target = schedule.target
+def say_if_missed(schedule: SparsitySchedule, told: float, last: LastSteps, worth: float) -> None:
+    """A warning if what is closed in the end, `told` by the scores, is not what was asked.
+
+    Or is not known to be: of so many steps as the thresholds are `worth`, which a line goes on
+    from, at whose end an error is twice that of a mean.
+    """
+    target, spread = schedule.target, last.spread()
+    error = 2 * spread / max(worth, 1.0) ** 0.5
     closed = told if abs(told - target) > _NEAR else told + last.miss()
     if abs(closed - target) > _NEAR:
-        found = f"ended with {closed:.0%}: {_calibrate(schedule)} comes as near as a threshold can."
-    elif last.spread() > _STEADY:
+        found = f"ended with {closed:.0%}: {_calibrate(schedule)} comes nearer if a threshold can."
+    elif error > _UNSURE:
         found = (
-            f"did so on average, with a standard deviation of {last.spread():.0%} from one of the "
-            "last steps to the next, so that it may be as far off in the end: see to it that steps "
-            "are larger, or that the learning rate falls, or set the thresholds by more positions, "
+            f"did so on average, with a standard deviation of {spread:.0%} from one of the last "
+            f"steps to the next, so that the share of other data is known to some {error:.0%} "
+            "alone: take larger steps, or more, or set the thresholds by more positions, "
             f"{_calibrate(schedule)}."
         )
     else:
