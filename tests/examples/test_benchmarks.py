@@ -244,7 +244,7 @@ def test_on_gpu_goes_on_after_a_test_that_fails(ends, how, script, monkeypatch, 
 def test_the_gpu_is_named_by_a_part_that_did_not_use_it_itself(script, monkeypatch):
     """As the tests do not, which run in a process of their own and are the first part."""
     about = script("results").about
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert about(argparse.Namespace(device="cuda"))["gpu"] == "a GPU"
     assert about(argparse.Namespace(device="cpu"))["gpu"] is None
 
