@@ -108,16 +108,17 @@ class Modification(KeepsFloat32):
         Of methods whose attribute of that name is the option as it was given.
         """
         scale = _number(getattr(self, "scale", None))
-        if self._made_with is None or scale in (None, self._made_with):
+        if scale is None or self._made_with in (None, scale):
+            return self._options
+        given = with_defaults(type(self), self._options).get("scale", math.nan)
+        if given is not None and given != self._made_with:
             return self._options
         other = {k: v for k, v in self._options.items() if k not in ("alpha", "rslora")}
         return {**other, "scale": scale}
 
     @options.setter
     def options(self, options: dict[str, Any]) -> None:
-        self._options, scale = dict(options), _number(getattr(self, "scale", None))
-        given = with_defaults(type(self), options).get("scale", math.nan)
-        self._made_with = scale if given is None or given == scale else None
+        self._options, self._made_with = dict(options), _number(getattr(self, "scale", None))
 
     @property
     def has_factors(self) -> bool:

@@ -124,9 +124,11 @@ def calibrate(
                 "or load trained ones."
             )
         seen = {name: each for name, each in counted.items() if each.total}
-        all_seen = _Seen.together(each for each in seen.values() if each.moved())
+        judged = seen
         if not per_layer:
+            all_seen = _Seen.together(each for each in seen.values() if each.moved())
             seen = {name: all_seen if each.moved() else each for name, each in seen.items()}
+            judged = {"all layers": all_seen}
         found = {name: tau.clone() for name, tau in taus.items()}
         for name, tau in found.items():
             for at, each in enumerate(names[name]):
@@ -136,7 +138,7 @@ def calibrate(
     finally:
         for name, (_, tau) in gated.items():
             tau.data.copy_(taus[name])
-    _warn_of_misses(seen if per_layer else {"all layers": all_seen}, sparsity)
+    _warn_of_misses(judged, sparsity)
     pairs = [zip(names[name], tau.tolist(), strict=True) for name, tau in taus.items()]
     return dict(chain.from_iterable(pairs))
 

@@ -92,12 +92,13 @@ class QuantileTracker:
         told = told + 1
         went = torch.where(self._went > 0, self._went, moves)
         way = torch.where(self._way > 0, self._way, went)
+        place = _place(way, told)
         # Steps without a rate are no part of a line over the way.
         begins = (self._way == 0) & (way > 0)
-        x, xx, xy = torch.where(begins, way.log2(), x), xx * ~begins, xy * ~begins
+        x, xx, xy = torch.where(begins, place, x), xx * ~begins, xy * ~begins
         total = (1 - 1 / told) ** self._powers * total + weighs
         weight = weighs / torch.where(total > 0, total, 1)
-        dx, dy = torch.where(way > 0, way, told).log2() - x, size - y
+        dx, dy = place - x, size - y
         rest = 1 - weight
         line = [told, total, x + weight * dx, y + weight * dy]
         line += [rest * (xx + weight * dx * dx), rest * (xy + weight * dx * dy)]
@@ -178,8 +179,7 @@ class QuantileTracker:
         """log2 of the size at the next step."""
         told, _, x, y, xx, xy = self._line
         slope = xy / torch.where(xx > 0, xx, 1)
-        way = torch.where(self._way > 0, self._way, told + 1)
-        found: Tensor = y + slope * (way.log2() - x).clamp(max=_AHEAD)
+        found: Tensor = y + slope * (_place(self._way, told + 1) - x).clamp(max=_AHEAD)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,3 +194,8 @@ class QuantileTracker:
     def _tensors(self) -> dict[str, Tensor]:
         names = ("shapes", "line", "errors", "way", "went")
         return {name: getattr(self, f"_{name}") for name in names}
+
+
+def _place(way: Tensor, steps: Tensor) -> Tensor:
+    """Where on the line that is: log2 of the way, or of the steps where there was none."""
+    return torch.where(way > 0, way, steps).log2()
