@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from tokengate.linears.by_name import class_names
 from tokengate.linears.class_swap import Swapped, swap, swap_back
 
 _FOLLOWED = "_tokengate_followed"
+
+# Those that are told, by `hear`, what followed modules are called with from outside, but for what
+# is compiled as a whole.
+HEARERS: WeakSet[Any] = WeakSet()
 
 # Modules of transformers that call all layers inside of them sequence-first; found by running them.
 _TRANSPOSING = tuple(
@@ -59,6 +64,9 @@ class Followed(Swapped):
             return _told(self, functools.partial(own_class.forward, self), args, kwargs)
 
         def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and HEARERS and not running():
+                for hearer in list(HEARERS):
+                    hearer.hear(self, args, kwargs)
             # Not of `super()`: what `module.compile()` has made of it stays after `unfollow`.
             call = functools.partial(own_class._call_impl, self)
             if "forward" in self.__dict__:  # others have put theirs before that of the class

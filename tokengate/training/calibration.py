@@ -7,22 +7,17 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokengate.arguments import share, switch
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.gates.fisher import FisherGate
-from tokengate.gates.score_counts import FineCounts
-from tokengate.kernels.norms import Norms
 from tokengate.layers.changing import exclusive
 from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.leading.led_gates import refuse_mixed
 from tokengate.training.measuring import measure
-
-# How far from the share asked for is not worth a word.
-_NEAR = 0.1
+from tokengate.training.seen_scores import SeenScores, percent
 
 
 @exclusive
@@ -108,7 +103,7 @@ def calibrate(
     if not switch("per_layer", per_layer):
         refuse_mixed("calibrate was asked to set", gates)
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
-    counted = {each: _Seen() for own in names.values() for each in own}
+    counted = {each: SeenScores() for own in names.values() for each in own}
     taus = {name: tau.detach().clone() for name, (_, tau) in gated.items()}
     try:
         if not switch("warm_start", warm_start):
@@ -126,7 +121,7 @@ def calibrate(
         seen = {name: each for name, each in counted.items() if each.total}
         judged = seen
         if not per_layer:
-            all_seen = _Seen.together(each for each in seen.values() if each.moved())
+            all_seen = SeenScores.together(each for each in seen.values() if each.moved())
             seen = {name: all_seen if each.moved() else each for name, each in seen.items()}
             judged = {"all layers": all_seen}
         found = {name: tau.clone() for name, tau in taus.items()}
@@ -143,71 +138,14 @@ def calibrate(
     return dict(chain.from_iterable(pairs))
 
 
-def _warn_of_misses(seen: Mapping[str, _Seen], sparsity: float) -> None:
+def _warn_of_misses(seen: Mapping[str, SeenScores], sparsity: float) -> None:
     found = {name: each.miss(sparsity) for name, each in seen.items()}
     missed = [f"{name!r} ({miss})" for name, miss in found.items() if miss]
     if missed:
         warnings.warn(
-            f"calibrate was asked to close {_percent(sparsity)} of the positions, which no tau "
+            f"calibrate was asked to close {percent(sparsity)} of the positions, which no tau "
             f"does in {listed(missed)}: mask padding, or pass other batches or "
             "another sparsity.",
             UnreachedSparsityWarning,
             stacklevel=4,
         )
-
-
-class _Seen(FineCounts):
-    """The scores of one layer, of one expert or of all."""
-
-    @classmethod
-    def together(cls, several: Iterable[_Seen]) -> _Seen:
-        """What all have seen, each of them as much."""
-        found = cls()
-        for each in several:
-            found.include(each.bins, each.weights / each.total, each.heaviest / each.total)
-        return found
-
-    def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
-        self.add(scores.cpu(), weights.cpu())
-
-    def moved(self) -> bool:
-        """Whether r was above 0 anywhere."""
-        return bool((self.bins > self.FIRST).any())
-
-    def threshold(self, share: float) -> tuple[float, float]:
-        """A tau, and the share that it closes, as near to `share` as these positions allow.
-
-        It lies between two ratios that were seen, or just beyond the last on a side.
-        """
-        closable = self.bins < self.LAST
-        at = self.bins[closable]
-        if share == 0 or not len(at) or at[-1] == self.FIRST:
-            return 0.0, 0.0
-        sums = self.weights[closable].cumsum(0)
-        closed = torch.cat([torch.zeros(1), sums]) / self.total
-        nearest = int((closed - share).abs().argmin())
-        if nearest == 0 and at[0] == self.FIRST:
-            return 0.0, 0.0
-        around = torch.cat([at[:1] - 2, at, at[-1:] + 2])
-        between = (around[nearest] + around[nearest + 1] + 1).item() / 2
-        return self.score_at(between), closed[nearest].item()
-
-    def miss(self, share: float) -> str | None:
-        """What keeps `threshold` from `share`, and where that leaves it; None if nothing does."""
-        _, closed = self.threshold(share)
-        unclosable = self.weights[self.bins == self.LAST].sum().item() / self.total
-        if share > 1 - unclosable:
-            reason = f"W0 x is 0, or next to it, at {_percent(unclosable)}"
-        elif abs(closed - share) > _NEAR and self._heaped():
-            reason = "r is the same at many"
-        else:
-            return None
-        return f"the nearest one closes {_percent(closed)}, because {reason}"
-
-    def _heaped(self) -> bool:
-        """Whether some r that is not 0 alone was seen at more than one position."""
-        return bool((self.weights.max() > 1.5 * self.heaviest) and self.moved())
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -54,14 +54,8 @@ def measure(
             f"{asked} was asked of a model whose rows have their own adapters: call "
             "tokengate.use(model, name) first, with the one that is meant."
         )
-    # Of a layer's experts some may be given no position.
-    unseen = {name: layer for name, layer in patched.items() if name in listeners}
-
-    def observer(name: str) -> Observer:
-        told = partial(_observe, asked, name, listeners[name], unseen)
-        return Observer(told, norms=True, scores=scores)
-
-    with evaluating(model), in_context(RECORD, observers(patched, observer)):
+    watchers, unseen = watching(asked, patched, listeners, scores)
+    with evaluating(model), in_context(RECORD, watchers):
         for batch in batches:
             run(model, batch)
     if unseen:
@@ -69,6 +63,20 @@ def measure(
             f"{asked} saw no position of {next(iter(unseen))!r} in the batches: pass some with "
             "which the model calls all its layers."
         )
+
+
+def watching(
+    asked: str, patched: Mapping[str, Gated], listeners: Mapping[str, Listener], scores: bool
+) -> tuple[dict[nn.Module, Observer], dict[str, Gated]]:
+    """For `in_context(RECORD, ...)`; and those of `patched` that have seen no position so far."""
+    # Of a layer's experts some may be given no position.
+    unseen = {name: layer for name, layer in patched.items() if name in listeners}
+
+    def observer(name: str) -> Observer:
+        told = partial(_observe, asked, name, listeners[name], unseen)
+        return Observer(told, norms=True, scores=scores)
+
+    return observers(patched, observer), unseen
 
 
 def _observe(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, UselessGateWarning
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.living import lead, lead_no_more, leader_of, tau_of
 from tokengate.gates.score_counts import no_counts, share_below, shares_of
+from tokengate.gates.threshold import TokenGate
 from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, local_part
 
@@ -222,4 +224,45 @@ def refuse_unlearnt(gates: Mapping[str, Gate], learn_from: float) -> None:
             f"learn_from={learn_from} was asked of {len(unlearnt)} gates, e.g. that of {name!r}, "
             f"whose threshold nothing trains ({type(gate).__name__}): leave learn_from out, or "
             'patch with gate="threshold" and a tau that is trainable.'
+        )
+
+
+def check_first_step(
+    optimizer: torch.optim.Optimizer,
+    gates: Collection[Gate],
+    modifications: Iterable[nn.Module],
+    seen: Tensor,
+) -> None:
+    """An error if backward, or the model, was not called; a warning if others are trained.
+
+    Args:
+        optimizer: whose first step it is.
+        gates: that are led.
+        modifications: that these decide on.
+        seen: what was counted, `(gates, BINS)`.
+    """
+    taus = [gate.tau for gate in gates if isinstance(gate, TokenGate) and gate.tau.requires_grad]
+    skipped = any(gate.skipped for gate in gates)
+    if taus and not skipped and all(tau.grad is None for tau in taus):
+        raise TokenGateError(
+            f"no gradient of tau was seen in any of the {len(taus)} gates that the "
+            "SparsitySchedule leads: call loss.backward() before optimizer.step(); under "
+            "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
+        )
+    if not bool(seen.any()):
+        raise TokenGateError(
+            f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
+            "the first optimizer.step(): call the model, with gradients, and loss.backward() "
+            "before it."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parts = [*modifications, *gates]
+    trained = [id(p) for part in parts for p in part.parameters() if p.grad is not None]
+    if held and trained and held.isdisjoint(trained):
+        warnings.warn(
+            f"SparsitySchedule was given an {type(optimizer).__name__} that holds no parameter "
+            f"of the {len(gates)} layers that it leads: give it the optimizer that trains them, "
+            "whose steps it counts.",
+            UselessGateWarning,
+            stacklevel=5,
         )

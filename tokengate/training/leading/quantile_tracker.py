@@ -118,11 +118,6 @@ class QuantileTracker:
         """
         return self._believed(self._quantiles(share))
 
-    def worth(self) -> Tensor:
-        """How many steps the average that is believed is worth, of the series with the fewest."""
-        power = self._powers[:, 0][self._errors.argmin(0)]
-        return (self._line[0].amax() * (2 * power + 1) / (power + 1) ** 2).amin()
-
     def share_below(self, log_scores: Tensor) -> Tensor:
         """The share that lies below these at the next step, on average over what was counted."""
         shares = self._foretold(log_scores.unsqueeze(-1)).squeeze(-1)

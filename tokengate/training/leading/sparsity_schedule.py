@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -10,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
-from tokengate.errors import TokenGateError, UselessGateWarning, brief
+from tokengate.errors import TokenGateError, brief
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import mean_of_counted, share_below, shares_of
-from tokengate.gates.threshold import TokenGate
 from tokengate.layers.patched import require_layers
-from tokengate.training.leading.led_gates import LedGates, gates_to_lead, refuse_unlearnt
+from tokengate.training.leading.last_calls import CALLS, LastCalls
+from tokengate.training.leading.led_gates import (
+    LedGates,
+    check_first_step,
+    gates_to_lead,
+    refuse_unlearnt,
+)
 from tokengate.training.leading.quantile_tracker import QuantileTracker
+from tokengate.training.leading.settling import settled
 from tokengate.training.leading.unreached import LastSteps, say_if_beyond, say_if_missed
 from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
@@ -39,7 +44,9 @@ class SparsitySchedule:
     together: which layers close is decided by their scores. Scores grow with M(x), in each layer as
     they do; so their growth and their distribution are averaged over steps, layer by layer and
     apart (`QuantileTracker`), and nothing closes before M(x) has grown. After the last step the
-    thresholds stay as they are. Thresholds that were trained, loaded or calibrated stay so until
+    thresholds are set once more, and stay: the model is called again, in evaluation, with what it
+    was called with last (64 calls, 512 samples or 64 MiB, of which copies are kept meanwhile), and
+    tells what closes the target. Thresholds that were trained, loaded or calibrated stay so until
     the first step, and the share goes on from what they close, up or down to the target; with one
     threshold for all from 0 if a layer is new, whose small M(x) that of the others would close for
     good.
@@ -67,6 +74,10 @@ class SparsitySchedule:
         warmup_steps: first steps, after which the share begins to rise.
         learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
             from where they are; None for never. Only of gates that train their threshold.
+        settle: False for thresholds that stay as they were followed, so that the model is not
+            called. They do also where that would tell less: where it is compiled as a whole, its
+            calls took other things than plain tensors, or were within other contexts, as of
+            `restrict`, and where they are few, or change in the course of the training.
 
     Attributes:
         steps: optimiser steps seen.
@@ -88,6 +99,7 @@ class SparsitySchedule:
         per_layer: bool = False,
         warmup_steps: int = 0,
         learn_from: float | None = None,
+        settle: bool = True,
     ) -> None:
         self.target = wanted_sparsity("target", target)
         self.total_steps = count("total_steps", total_steps)
@@ -107,6 +119,7 @@ class SparsitySchedule:
         self.per_layer = switch("per_layer", per_layer)
         gates = gates_to_lead(model, patched, together=not self.per_layer)
         self._modifications = [patched[name].modification for name in gates]
+        self._model, self._patched = model, {name: patched[name] for name in gates}
         if learn_from is not None:
             refuse_unlearnt(gates, learn_from)
         inside = next(iter(hooked_in(optimizer)), None)
@@ -133,7 +146,11 @@ class SparsitySchedule:
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
+        self._calls = LastCalls(model, self._led.device.type)
+        self._settles = switch("settle", settle) and not self._learns
+        self._keep_calls()
         self._hook = inside.register_step_pre_hook(self._before_step)
+        self._hook_after = inside.register_step_post_hook(self._after_step)
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = inside._optimizer_step_pre_hooks
         hooks.move_to_end(self._hook.id, last=False)
@@ -170,11 +187,14 @@ class SparsitySchedule:
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
         self._hook.remove()
+        self._hook_after.remove()
+        self._calls.end()
         self._led.end(self)
 
     def skip_step(self) -> None:
         """Forget what was counted for a step that is not taken: it is no part of the next one."""
         self._led.forget()
+        self._calls.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on as if it had not stopped, but for the model's."""
@@ -185,6 +205,7 @@ class SparsitySchedule:
             "led": self._led.state_dict(),
             "thresholds": self._log_thresholds.clone(),
             "tracker": self._tracker.state_dict(),
+            "calls": self._calls.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,6 +236,9 @@ class SparsitySchedule:
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
+        if "calls" in state:  # not in one of an earlier version
+            self._calls.load_state_dict(state["calls"])
+        self._keep_calls()
         if self.steps >= self._last:
             self._end()
         if self._learns and self.steps > self._last:  # taus have gone on by themselves
@@ -252,26 +276,9 @@ class SparsitySchedule:
             if self._led.held and not self._learns:
                 say_if_beyond(self.steps, self._last)
             return
-        gates = self._led.by_name.values()
-        taus = [
-            gate.tau for gate in gates if isinstance(gate, TokenGate) and gate.tau.requires_grad
-        ]
-        skipped = any(gate.skipped for gate in gates)
-        if self.steps == 1 and taus and not skipped and all(tau.grad is None for tau in taus):
-            raise TokenGateError(
-                f"no gradient of tau was seen in any of the {len(taus)} gates that the "
-                "SparsitySchedule leads: call loss.backward() before optimizer.step(); under "
-                "DeepSpeed's ZeRO, which keeps gradients to itself, train by TokenGateCallback."
-            )
         seen, fed = self._led.collected()
-        if self.steps == 1 and not bool(seen.any()):
-            raise TokenGateError(
-                f"SparsitySchedule saw no position in any of its {len(gates)} layers before "
-                "the first optimizer.step(): call the model, with gradients, and loss.backward() "
-                "before it."
-            )
         if self.steps == 1:
-            self._say_if_others_train(optimizer)
+            check_first_step(optimizer, self._led.by_name.values(), self._modifications, seen)
         if fed:
             self._led.fold(fed)
         each = shares_of(seen) if self.per_layer else self._led.weighed(seen)
@@ -286,10 +293,29 @@ class SparsitySchedule:
         self._tracker.add(each, wanted, self._moves(optimizer))
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
-        if self.steps == self._last:
+        self._calls.step()
+        self._keep_calls()
+
+    def _keep_calls(self) -> None:
+        """From where on the last ones may be among the steps that are left."""
+        if self._settles and self._last - CALLS <= self.steps < self._last:
+            self._calls.begin()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """The last step sets the thresholds that stay: the model is what it will be."""
+        if self.steps != self._last or self in _ENDED or is_part(optimizer, kwargs):
+            return
+        again, now = self._calls.again(), self._log_thresholds.exp2()
+        found = settled(self._model, self._patched, again, self.target, now)
+        self._end()
+        if found is None:
             told = float(self._tracker.share_below(self._log_thresholds))
-            say_if_missed(self, told, self._recent, float(self._tracker.worth()))
-            self._end()
+            say_if_missed(self, self._recent.closed(told, self.target), 0.0)
+        else:
+            self._log_thresholds = now.new_tensor(found.thresholds).log2()
+            self._led.write(self._log_thresholds)
+            say_if_missed(self, found.closed, 2 * found.error)
 
     def _moves(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
         """How far this step moves what they decide on: the learning rate."""
@@ -304,18 +330,6 @@ class SparsitySchedule:
         return moves.to(self._led.device) if isinstance(moves, Tensor) else moves
 
     def _end(self) -> None:
+        self._calls.end()
         self._led.end(self)
         _ENDED.add(self)
-
-    def _say_if_others_train(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parts = [*self._modifications, *self._led.by_name.values()]
-        trained = [id(p) for part in parts for p in part.parameters() if p.grad is not None]
-        if held and trained and held.isdisjoint(trained):
-            warnings.warn(
-                f"SparsitySchedule was given an {type(optimizer).__name__} that holds no parameter "
-                f"of the {len(self._modifications)} layers that it leads: give it the optimizer "
-                "that trains them, whose steps it counts.",
-                UselessGateWarning,
-                stacklevel=5,
-            )

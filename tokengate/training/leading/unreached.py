@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # How far from the target what is closed may be without a word.
 _NEAR = 0.03
-# How unsure it may be likewise: of some twenty steps of few samples it often is by .03 to .04.
+# How unsure it may be likewise, at two standard errors.
 _UNSURE = 0.05
 # How many standard errors of the mean are no chance.
 _ERRORS = 3.0
@@ -36,19 +36,19 @@ class LastSteps:
     def __init__(self, steps: int, level: float, device: torch.device) -> None:
         self._begin = max(steps - max(8, steps // 10), level)
         self._count = 0
-        # Of w, w o, w o^2, w^2, w^2 o and w^2 o^2, what a step weighs and how far it was off.
-        self._sums = torch.zeros(6, device=device)
+        # Of w, w o, w^2, w^2 o and w^2 o^2, what a step weighs and how far it was off.
+        self._sums = torch.zeros(5, device=device)
 
     def add(self, step: int, off: Tensor, weight: Tensor) -> None:
         """One step's, `()` both."""
         if step > self._begin:
             self._count += 1
             powers = torch.stack([torch.ones_like(off), off, off.square()])
-            self._sums = self._sums + torch.cat([weight * powers, weight.square() * powers])
+            self._sums = self._sums + torch.cat([weight * powers[:2], weight.square() * powers])
 
     def miss(self) -> float:
         """The mean, or 0 where it may be chance."""
-        weight, off, _, *squares = self._sums.tolist()
+        weight, off, *squares = self._sums.tolist()
         if self._count < 4 or not weight:
             return 0.0
         mean = off / weight
@@ -56,39 +56,31 @@ class LastSteps:
         error = (variance * self._count / (self._count - 1)) ** 0.5 / weight
         return mean if abs(mean) > _ERRORS * error else 0.0
 
-    def spread(self) -> float:
-        """The standard deviation of a step; 0 where too few tell, or not all of all layers."""
-        weight, off, square, weights, *_ = self._sums.tolist()
-        if self._count < 8 or not weight or self._count * weights > 1.01 * weight**2:
-            return 0.0
-        variance = max(0.0, square / weight - (off / weight) ** 2)
-        return float((variance * self._count / (self._count - 1)) ** 0.5)
+    def closed(self, told: float, wanted: float) -> float:
+        """The share that is closed in the end, `told` by the scores: as far off as it was lately.
+
+        Unless these tell themselves that it is not what was wanted.
+        """
+        return told if abs(told - wanted) > _NEAR else told + self.miss()
 
 
-def say_if_missed(schedule: SparsitySchedule, told: float, last: LastSteps, worth: float) -> None:
-    """A warning if what is closed in the end, `told` by the scores, is not what was asked.
-
-    Or is not known to be: of so many steps as the thresholds are `worth`, which a line goes on
-    from, at whose end an error is twice that of a mean.
-    """
-    target, spread = schedule.target, last.spread()
-    error = 2 * spread / max(worth, 1.0) ** 0.5
-    closed = told if abs(told - target) > _NEAR else told + last.miss()
+def say_if_missed(schedule: SparsitySchedule, closed: float, error: float) -> None:
+    """A warning if the share that is `closed` is not what was asked; or known with an `error`."""
+    target = schedule.target
     if abs(closed - target) > _NEAR:
         found = f"ended with {closed:.0%}: {_calibrate(schedule)} comes nearer if a threshold can."
     elif error > _UNSURE:
         found = (
-            f"did so on average, with a standard deviation of {spread:.0%} from one of the last "
-            f"steps to the next, so that the share of other data is known to some {error:.0%} "
-            "alone: take larger steps, or more, or set the thresholds by more positions, "
-            f"{_calibrate(schedule)}."
+            f"did so of what its last steps were given, which tells that of other data to some "
+            f"{error:.0%} alone: take larger steps, or more, or set the thresholds by more "
+            f"positions, {_calibrate(schedule)}."
         )
     else:
         return
     warnings.warn(
         f"SparsitySchedule was to close {target:.0%} of the positions and {found}",
         UnreachedSparsityWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
