@@ -72,6 +72,9 @@ def test_one_schedule_on_all_ranks(found, engine, per_layer):
     ours = first[f"per_layer={per_layer}"]
     assert ours["thresholds"] == second[f"per_layer={per_layer}"]["thresholds"]
     assert distance(one["thresholds"], 0.0) > 1e-2
+    # The last ones are not those that were followed, but told anew, on all ranks.
+    followed = runs.training("lora", "", schedule={**options, "settle": False})
+    assert distance(one["thresholds"][-1], followed["thresholds"][-1]) > 1e-4
     assert ours["sparsity"] == pytest.approx(one["sparsity"], abs=1e-6)
     assert distance(ours["thresholds"], one["thresholds"]) < 1e-6
     assert distance(ours["taus"], one["taus"]) < 1e-6

@@ -11,7 +11,8 @@ from torch import nn
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
-from tokengate.training.leading.last_calls import CALLS, LEAST, LastCalls
+from tokengate.training.leading import last_calls
+from tokengate.training.leading.last_calls import LEAST, LastCalls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,7 +266,7 @@ def kept(calls):
 @pytest.mark.parametrize(
     ("shape", "count", "left"),
     [
-        ((1, 10, 6), 100, CALLS),
+        ((1, 10, 6), 100, last_calls.STEPS),
         ((100, 10, 6), 100, LEAST),
         ((40, 10, 6), 100, 13),  # 512 samples
         ((4, 10**5, 6), 20, LEAST),  # 64 MiB
@@ -285,7 +286,7 @@ def test_what_is_kept_goes_on_where_it_was():
     other = LastCalls(model, "cpu")
     other.load_state_dict(copy.deepcopy(last.state_dict()))
     model.eval()
-    outputs = [call() for call in other.again()]
+    outputs = [call() for (call,) in other.again()]
     assert len(outputs) == 10
     for step, output in enumerate(outputs):
         assert torch.equal(output, model(given(step)))

@@ -14,9 +14,9 @@ from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, Context, contexts
 from tokengate.layers.following import HEARERS
 
-# So many of the last calls are kept at most, and no more than have so many samples, or bytes of
-# inputs; but always the least number.
-CALLS, LEAST = 64, 8
+# The calls of so many of the last steps are kept at most, and of no more than have so many samples,
+# or bytes of inputs; but always of the least number.
+STEPS, LEAST = 64, 8
 _SAMPLES, _BYTES = 512, 2**26
 
 
@@ -36,15 +36,6 @@ class _Call:
     autocast: torch.dtype | None
     around: tuple[Context, ...] | None
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """The samples in it, and the bytes of its inputs."""
-        tensors = list(_tensors(self.given))
-        return (
-            next((len(t) for t in tensors if t.dim()), 1),
-            sum(t.numel() * t.element_size() for t in tensors),
-        )
-
 
 class LastCalls:
     """The last calls of the steps that were taken, from `begin` on.
@@ -62,7 +53,7 @@ class LastCalls:
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
         self._device_type = device_type
-        self._calls: deque[_Call] = deque()
+        self._steps: deque[list[_Call]] = deque()
         self._now: list[_Call] = []
         self._lacks = False
 
@@ -73,7 +64,7 @@ class LastCalls:
     def end(self) -> None:
         """Keep none, and forget all."""
         HEARERS.discard(self)
-        self._calls.clear()
+        self._steps.clear()
         self._now = []
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,26 +86,27 @@ class LastCalls:
 
     def step(self) -> None:
         """A step is taken with them; leave those out that are not among the last any more."""
-        self._calls.extend(self._now)
+        self._steps.append(self._now)
         self._now = []
-        sizes = [call.size for call in self._calls]
-        samples, held = (sum(each) for each in zip(*sizes, strict=True)) if sizes else (0, 0)
+        sizes = [_size(calls) for calls in self._steps]
+        samples, held = (sum(each) for each in zip(*sizes, strict=True))
         for own_samples, own_bytes in sizes:
-            samples, held = samples - own_samples, held - own_bytes
-            enough = samples >= _SAMPLES or held + own_bytes > _BYTES or len(self._calls) > CALLS
-            if len(self._calls) <= LEAST or not enough:
+            samples -= own_samples
+            enough = samples >= _SAMPLES or held > _BYTES or len(self._steps) > STEPS
+            if len(self._steps) <= LEAST or not enough:
                 break
-            self._calls.popleft()
+            held -= own_bytes
+            self._steps.popleft()
 
-    def again(self) -> list[Callable[[], Any]]:
-        """What makes each of them once more, from the first on; none if not all is known.
+    def again(self) -> list[list[Callable[[], Any]]]:
+        """What makes those of each step once more, from the first on; none if not all is known.
 
         Or if contexts were around one that are no more.
         """
         here = _around()
-        if self._lacks or any(call.around not in (None, here) for call in self._calls):
+        if self._lacks or any(c.around not in (None, here) for own in self._steps for c in own):
             return []
-        return [self._maker(call) for call in self._calls]
+        return [[self._maker(call) for call in calls] for calls in self._steps]
 
     def _maker(self, call: _Call) -> Callable[[], Any]:
         args, kwargs = call.given
@@ -128,21 +120,29 @@ class LastCalls:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, but for the contexts."""
-        calls = [(call.module, *call.given, call.autocast) for call in self._calls]
-        return {"calls": calls, "lacks": self._lacks}
+        steps = [[(c.module, *c.given, c.autocast) for c in calls] for calls in self._steps]
+        return {"steps": steps, "lacks": self._lacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; the contexts are those that there are."""
         self._lacks = bool(state["lacks"])
         self._now = []
-        self._calls = deque(
-            _Call(name, (args, kwargs), dtype, None) for name, args, kwargs, dtype in state["calls"]
+        self._steps = deque(
+            [_Call(name, (args, kwargs), dtype, None) for name, args, kwargs, dtype in calls]
+            for calls in state["steps"]
         )
 
 
 def _around() -> tuple[Context, ...]:
     """The contexts that hold here and say what layers do."""
     return tuple(context for context in contexts() if context.kind != RECORD)
+
+
+def _size(calls: list[_Call]) -> tuple[int, int]:
+    """The samples in these, and the bytes of their inputs."""
+    tensors = [list(_tensors(call.given)) for call in calls]
+    samples = [next((len(t) for t in own if t.dim()), 1) for own in tensors]
+    return sum(samples), sum(t.numel() * t.element_size() for own in tensors for t in own)
 
 
 def _copied(value: Any) -> Any:

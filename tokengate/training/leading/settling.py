@@ -31,8 +31,8 @@ class Settled:
 
     Attributes:
         thresholds: one of each layer, or one for all.
-        closed: the share that they close of what the calls have shown.
-        error: its standard error, as calls differ.
+        closed: the share that they close of what these have shown.
+        error: its standard error, as steps differ.
     """
 
     thresholds: list[float]
@@ -43,26 +43,26 @@ class Settled:
 def settled(
     model: nn.Module,
     patched: Mapping[str, Gated],
-    calls: Sequence[Callable[[], Any]],
+    steps: Sequence[Sequence[Callable[[], Any]]],
     share: float,
     now: Tensor,
 ) -> Settled | None:
-    """The thresholds that close a `share` when the model makes `calls` again, in evaluation.
+    """The thresholds that close a `share` when the calls of `steps` are made again, in evaluation.
 
     What a schedule follows are scores of a model that goes on changing, and with everybody's
     dropout; this is of the model that there is in the end, as it will be evaluated.
 
-    None where that would tell less: of few calls, of calls that leave out a layer, or of such whose
-    data change in the course of a training, which is followed better. Every rank must ask.
+    None where that would tell less: of few steps, of such that leave out a layer, or whose data
+    change in the course of a training, which is followed better. Every rank must ask.
 
     Args:
         model: what is trained, with gates as they are `now`.
         patched: its layers that are led, by name.
-        calls: what makes them, the last one last.
+        steps: what makes the calls of each, the last one last.
         share: of the positions.
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
     """
-    fewest = int(_over_ranks([len(calls)], now, "min")[0])
+    fewest = int(_over_ranks([len(steps)], now, "min")[0])
     if fewest < LEAST:
         return None
     names = {name: module_names(name, layer) for name, layer in patched.items()}
@@ -71,19 +71,20 @@ def settled(
     listeners = {name: each.listen for name, each in seen.items()}
     watchers, unseen = watching("SparsitySchedule", patched, listeners, scores=True)
     problem: Exception | None = None
+    eager = torch.compiler.set_stance("force_eager")
     try:
-        with evaluating(model), apart(model), torch.compiler.set_stance("force_eager"):
-            for call in calls[-fewest:]:
-                with unobserved(), in_context(RECORD, watchers):
+        with evaluating(model), apart(model), unobserved(), eager, in_context(RECORD, watchers):
+            for calls in steps[-fewest:]:
+                for call in calls:
                     call()
                 for each in seen.values():
-                    each.next_call()
+                    each.next_step()
     except Exception as raised:  # whatever a model may do that is trained alone
         problem = raised
     lacks = any(not may_be_idle(name, layer) for name, layer in unseen.items())
     failed, lacking = _over_ranks([problem is not None, lacks], now, "max")
     if problem is not None:
-        _say_why(problem, len(calls))
+        _say_why(problem, len(steps))
     if failed or lacking:
         return None
     off = _off([each.closed for each in seen.values()])
@@ -105,44 +106,45 @@ def settled(
 
 
 class _Seen(SeenScores):
-    """The scores of a layer or expert, and what `before` closes of them, of call after call."""
+    """The scores of a layer or expert, and what `before` closes of them, in step after step."""
 
     def __init__(self, before: float) -> None:
         super().__init__()
         self.before = before
-        self.closed = [torch.nan]
+        self.closed: list[float] = []
+        self._closed = self._counted = 0.0
 
     def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
         super().listen(of_m, of_w, weights, scores)
-        self.closed[-1] = float((weights * (scores < self.before)).sum() / weights.sum())
+        self._closed += float((weights * (scores < self.before)).sum())
+        self._counted += float(weights.sum())
 
-    def next_call(self) -> None:
-        self.closed.append(torch.nan)
+    def next_step(self) -> None:
+        self.closed.append(self._closed / self._counted if self._counted else torch.nan)
+        self._closed = self._counted = 0.0
 
 
 def _off(closed: list[list[float]]) -> Tensor:
-    """How far each call is off the mean of all in what is closed, `(calls,)`.
+    """How far each step is off the mean of all in what is closed, `(steps,)`.
 
-    Calls may be of some layers alone, as of one of two towers: each layer has its own mean, and
-    counts as much in all.
+    Not all layers, or experts, need be called in each: each has its own mean, and counts as much.
     """
-    shares = torch.tensor(closed, dtype=torch.float64)[:, :-1]
+    shares = torch.tensor(closed, dtype=torch.float64)
     off = shares - shares.nanmean(-1, keepdim=True)
     called = shares.isfinite().double().mean(-1, keepdim=True)
     return (off / called).nan_to_num(0).mean(0)
 
 
 def _trends(off: Tensor) -> bool:
-    """Whether what is closed rises or falls from call to call, and not by chance: `(calls,)`.
+    """Whether what is closed rises or falls from step to step, and not by chance: `(steps,)`.
 
     Of one model that is so where its inputs change.
     """
-    calls = len(off)
-    steps = torch.arange(calls) - (calls - 1) / 2
+    steps = torch.arange(len(off)) - (len(off) - 1) / 2
     square = steps.square().sum()
     slope = (steps * off).sum() / square
-    error = ((off - slope * steps).square().sum() / (calls - 2) / square).sqrt()
-    return bool((slope.abs() > _ERRORS * error) & (slope.abs() * calls > _SMALL))
+    error = ((off - slope * steps).square().sum() / (len(off) - 2) / square).sqrt()
+    return bool((slope.abs() > _ERRORS * error) & (slope.abs() * len(off) > _SMALL))
 
 
 def _in_ranks() -> bool:
@@ -175,10 +177,10 @@ def _of_all_ranks(seen: Mapping[str, SeenScores]) -> Iterable[SeenScores]:
             yield whole
 
 
-def _say_why(problem: Exception, calls: int) -> None:
+def _say_why(problem: Exception, steps: int) -> None:
     warnings.warn(
-        f"SparsitySchedule called the model again, in evaluation, with what its last {calls} calls "
-        f"were given, to set its last thresholds, and that failed ({type(problem).__name__}: "
+        f"SparsitySchedule called the model again, in evaluation, with what its last {steps} steps "
+        f"gave it, to set its last thresholds, and that failed ({type(problem).__name__}: "
         f"{str(problem).rstrip('.')}), so that they are those that it followed: pass settle=False, "
         "or set them by tokengate.calibrate.",
         UnreachedSparsityWarning,

@@ -13,7 +13,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import mean_of_counted, share_below, shares_of
 from tokengate.layers.patched import require_layers
-from tokengate.training.leading.last_calls import CALLS, LastCalls
+from tokengate.training.leading.last_calls import STEPS, LastCalls
 from tokengate.training.leading.led_gates import (
     LedGates,
     check_first_step,
@@ -45,11 +45,11 @@ class SparsitySchedule:
     they do; so their growth and their distribution are averaged over steps, layer by layer and
     apart (`QuantileTracker`), and nothing closes before M(x) has grown. After the last step the
     thresholds are set once more, and stay: the model is called again, in evaluation, with what it
-    was called with last (64 calls, 512 samples or 64 MiB, of which copies are kept meanwhile), and
-    tells what closes the target. Thresholds that were trained, loaded or calibrated stay so until
-    the first step, and the share goes on from what they close, up or down to the target; with one
-    threshold for all from 0 if a layer is new, whose small M(x) that of the others would close for
-    good.
+    was called with in the last steps (64 of them, 512 samples or 64 MiB, of which copies are kept
+    meanwhile), and tells what closes the target. Thresholds that were trained, loaded or calibrated
+    stay so until the first step, and the share goes on from what they close, up or down to the
+    target; with one threshold for all from 0 if a layer is new, whose small M(x) that of the others
+    would close for good.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -298,7 +298,7 @@ class SparsitySchedule:
 
     def _keep_calls(self) -> None:
         """From where on the last ones may be among the steps that are left."""
-        if self._settles and self._last - CALLS <= self.steps < self._last:
+        if self._settles and self._last - STEPS <= self.steps < self._last:
             self._calls.begin()
 
     @torch.no_grad()
