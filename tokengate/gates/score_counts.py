@@ -83,6 +83,12 @@ class FineCounts:
         self.weights = torch.zeros(len(self.bins)).double().index_add(0, at, both)
         self.heaviest = max(self.heaviest, heaviest)
 
+    def share_below(self, score: float) -> float:
+        """The share that lies below a score, by the middles of bins."""
+        middles = ((self.bins - 0.5) / (_PARTS * PER_OCTAVE) + LOW).exp2()
+        below = self.weights[(middles < score) & (self.bins < self.LAST)]
+        return below.sum().item() / self.total
+
     @staticmethod
     def score_at(place: float) -> float:
         """The score so far into the bins, of which each is 1 wide."""

@@ -18,6 +18,14 @@ class SeenScores(FineCounts):
     """The scores of one layer, of one expert or of all."""
 
     @classmethod
+    def of(cls, several: Iterable[SeenScores]) -> SeenScores:
+        """What all have seen."""
+        found = cls()
+        for each in several:
+            found.include(each.bins, each.weights, each.heaviest)
+        return found
+
+    @classmethod
     def together(cls, several: Iterable[SeenScores]) -> SeenScores:
         """What all have seen, each of them as much."""
         found = cls()
