@@ -114,6 +114,7 @@ def test_public_names():
             "errors",
             [
                 "DifferentBaseWarning",
+                "FrozenAdapterWarning",
                 "FrozenHeadWarning",
                 "KernelsWarning",
                 "LeftOutWarning",

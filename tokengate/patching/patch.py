@@ -45,7 +45,7 @@ from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
 from tokengate.patching.options import options_by_layer, warn_of_rank
 from tokengate.patching.other_words import check_no_config, check_words
-from tokengate.patching.peft_adapters import refuse_around_patched
+from tokengate.patching.peft_adapters import refuse_around_patched, telling_of_frozen
 from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
@@ -85,7 +85,8 @@ def patch(
     pixels of its output. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
     what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
-    a rank above both features of a layer, a `RankWarning`.
+    PEFT's adapter that was in training and is frozen, a `FrozenAdapterWarning`; of a rank above
+    both features of a layer, a `RankWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -221,7 +222,7 @@ def install(
     """
     others = list(all_layers(model).values())
     refuse_around_patched()
-    with all_or_nothing(model.modules()):
+    with telling_of_frozen(model), all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:
             put_on(layer, modification, layer_gate)
