@@ -116,7 +116,7 @@ class KernelsWarning(_OneLine, UserWarning):
 
 
 class LeftOutWarning(_OneLine, UserWarning):
-    """An optimiser leaves out what was patched in, or moves what it was patched into."""
+    """An optimiser leaves out what was patched in, moves the base, or holds what was taken out."""
 
 
 class RankWarning(_OneLine, UserWarning):

@@ -15,7 +15,7 @@ from tokengate.gates.registry import check_options
 from tokengate.gates.stacked import stacked
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew, watch
-from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
+from tokengate.layers.folded import folded, marking_what_goes, unchanged_if_interrupted, unfold
 from tokengate.layers.following import follow, unfollow
 from tokengate.layers.named_adapters import (
     check_can_remove,
@@ -247,7 +247,7 @@ def unpatch(model: _Model, *, name: str | None = None) -> _Model:
 
     With a `name` that adapter alone goes, of several; it must not be in use. The others stay what
     they are and the objects they are. What `train` named stays trainable, and an optimiser that has
-    the parameters keeps them until it is made anew.
+    the parameters keeps them until it is made anew, of which a `LeftOutWarning` tells at its step.
 
     Args:
         model: a patched model.
@@ -262,7 +262,7 @@ def unpatch(model: _Model, *, name: str | None = None) -> _Model:
     check_can_unpatch(model, patched)
     if name is not None:
         check_can_remove(model, name)
-    with unchanged_if_interrupted(model):
+    with marking_what_goes(model), unchanged_if_interrupted(model):
         if name is None:
             _unpatch(model)
         else:
