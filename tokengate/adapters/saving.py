@@ -239,7 +239,8 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         gate_options={} if gate is None else dict(gate.options),
     )
     try:
-        on_meta(linear, config)
+        if config.options != layer.modification._options:  # those were checked when it was made
+            on_meta(linear, config)
     except TokenGateError as error:
         raise TokenGateError(
             f"save found options of {name!r} that {method!r} refuses, as load would: {error}"
