@@ -21,7 +21,13 @@ from torch import nn
 
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, unused, wanted_sparsity
+from tokengate.arguments import count, non_negative
+from tokengate.integrations.callbacks import (
+    check_target,
+    refuse_allocation,
+    resume,
+    tau_numbers,
+)
 from tokengate.integrations.live_logging import report_of, tau_scalars
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
@@ -29,7 +35,6 @@ from tokengate.sharding import numbers_here
 from tokengate.training.following import Following
 from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.orthogonality import add_penalty
-from tokengate.training.param_groups import tau_rule
 from tokengate.training.scale_penalty import set_unit
 
 # Where a tau is no parameter of its own, or its gradient no average over processes.
@@ -63,13 +68,13 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
     Args:
         s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` was
             asked for, or else what it chooses for as many `total_steps` as the Trainer takes.
-        alpha: learning rate of eq. 22, which multiplies s.
-        betas: Adam's decay rates for tau.
-        eps: of eq. 22.
+        alpha: learning rate of eq. 22, which multiplies s; 1 by default.
+        betas: Adam's decay rates for tau; (0.9, 0.98) by default.
+        eps: of eq. 22; 1e-8 by default.
         orthogonality: weight of AdaLoRA's penalty; 0 leaves it to the loss.
         allocator: options of the `RankAllocator`; `total_steps` is the Trainer's otherwise.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
-            the steps of the training.
+            the steps of the training, so that the numbers of tau's own rule are not asked for.
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
             rise, 0 by default.
 
@@ -88,25 +93,21 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self,
         s: float | None = None,
         *,
-        alpha: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-8,
+        alpha: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | None = None,
     ) -> None:
         super().__init__()
-        # For its checks alone: numbers are wrong here and not after an hour.
-        tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
-        self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        rule = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        self._numbers = tau_numbers(**rule)
         self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        if target_sparsity is not None:
-            wanted_sparsity("target_sparsity", target_sparsity)
-        else:
-            unused("TokenGateCallback", "without target_sparsity=", target_warmup=target_warmup)
+        check_target(target_sparsity, target_warmup, **rule)
         self._warmup = count(
             "target_warmup", 0 if target_warmup is None else target_warmup, least=0
         )
@@ -167,9 +168,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
             options = {"total_steps": steps, **self._allocation}
             self.allocator = RankAllocator(model, self._optimizer, **options)
         else:
-            unused(
-                "TokenGateCallback", "without AdaLoRA layers", allocator=self._allocation or None
-            )
+            refuse_allocation(self._allocation)
         if self._target is not None:
             if steps is None:
                 raise TokenGateError(
@@ -182,20 +181,9 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
 
     def _resume(self, step: int) -> None:
         loaded, self._loaded = self._loaded, {}
-        if not step:
-            return
-        for name, part in (
-            ("allocator", self.allocator),
-            ("sparsity_schedule", self.sparsity_schedule),
-        ):
-            if part is None:
-                continue
-            if name not in loaded:
-                raise TokenGateError(
-                    f"the checkpoint at step {step} has no state of the {name}: resume with the "
-                    "callback that the run was started with."
-                )
-            part.load_state_dict(loaded[name])
+        if step:
+            parts = {"allocator": self.allocator, "sparsity_schedule": self.sparsity_schedule}
+            resume({n: p for n, p in parts.items() if p is not None}, loaded, step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The taus go on following their optimiser, whose state has theirs when it is saved."""

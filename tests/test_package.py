@@ -28,7 +28,7 @@ def loaded_by(code):
 # The integrations that look at models without importing their library, and those that import it.
 WITHOUT_HOST, WITH_HOST = (
     [
-        *("attention", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
+        *("attention", "callbacks", "hf_peft.exporting", "hf_peft.format", "hf_peft.importing"),
         *("hf_peft.linear_pattern", "hf_peft.names", "hf_peft.parameters", "hf_peft.pruned_rows"),
         *("hf_peft.reading", "hf_peft.writing", "hub", "language", "live_logging", "llava"),
         *("model_configs", "roles"),
@@ -114,6 +114,7 @@ def test_public_names():
             "errors",
             [
                 "DifferentBaseWarning",
+                "FrozenAdapterWarning",
                 "FrozenHeadWarning",
                 "KernelsWarning",
                 "LeftOutWarning",

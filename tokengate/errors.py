@@ -83,6 +83,10 @@ class DifferentBaseWarning(_OneLine, UserWarning):
     """A model has other layers, another head or running means than an adapter was trained on."""
 
 
+class FrozenAdapterWarning(_OneLine, UserWarning):
+    """Another library's adapter, which was in training, stays frozen beside a patch."""
+
+
 class FrozenHeadWarning(_OneLine, UserWarning):
     """What a model's checkpoint had no values for, as a new head, stays frozen beside a patch."""
 
@@ -112,7 +116,7 @@ class KernelsWarning(_OneLine, UserWarning):
 
 
 class LeftOutWarning(_OneLine, UserWarning):
-    """An optimiser leaves out what was patched in, or moves what it was patched into."""
+    """An optimiser leaves out what was patched in, moves the base, or holds what was taken out."""
 
 
 class RankWarning(_OneLine, UserWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from tokengate.errors import TokenGateError, brief
@@ -56,6 +56,12 @@ def is_one_word(pattern: Pattern) -> bool:
 
 def as_patterns(argument: str, value: Any) -> list[Pattern]:
     """`value` as a list of patterns; one pattern stands for a list of one."""
+    if isinstance(value, Mapping):
+        raise TokenGateError(
+            f"{argument}={brief(value)} is a dict, and nothing would use its values: pass its keys "
+            f"as a list, {argument}={brief([*value])}, and an option that differs from layer to "
+            'layer as a dict of its own, e.g. patch(rank={"*.q_proj": 16, "*": 8}).'
+        )
     if isinstance(value, (str, re.Pattern)):
         value = [value]
     try:

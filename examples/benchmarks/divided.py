@@ -65,7 +65,7 @@ def train(run: argparse.Namespace, world: int) -> list[dict[str, float]]:
             use_cpu=not torch.cuda.is_available(), **engine(run),
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        callbacks=[TokenGateCallback(s=2e-3, target_sparsity=0.6)],
+        callbacks=[TokenGateCallback(target_sparsity=0.6)],
     )  # fmt: skip
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

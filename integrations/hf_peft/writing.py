@@ -177,7 +177,8 @@ def adalora_config(
     as a `RankAllocator` leaves them, are pruned; before any training, none.
     """
     rank = max(layer.modification.rank for layer in patched.values())
-    scale = next(iter(patched.values())).modification.scale
+    scales = (layer.modification.scale for layer in patched.values())
+    scale = next(filter(None, scales), 1.0)  # one that was set to 0 is the other's factor alone
     untrained = all((tensors[f"{PREFIX}{name}.lora_E"] == 0).all() for name in patched)
     pattern = {}
     for name, layer in patched.items():

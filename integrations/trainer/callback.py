@@ -25,7 +25,13 @@ from transformers import (
 
 import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, share, switch, unused, wanted_sparsity
+from tokengate.arguments import count, non_negative, share, switch
+from tokengate.integrations.callbacks import (
+    check_target,
+    refuse_allocation,
+    resume,
+    tau_numbers,
+)
 from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
@@ -43,7 +49,6 @@ from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
 from tokengate.sharding import is_absent
 from tokengate.training.leading.unreached import say_if_early
-from tokengate.training.param_groups import tau_rule
 from tokengate.training.scale_penalty import set_unit
 
 _log = logging.getLogger(__name__)
@@ -81,14 +86,14 @@ class TokenGateCallback(TrainerCallback):
     Args:
         s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` chooses
             for as many `total_steps` as the Trainer takes.
-        alpha: learning rate of eq. 22, which multiplies s.
-        betas: Adam's decay rates for tau.
-        eps: of eq. 22.
+        alpha: learning rate of eq. 22, which multiplies s; 1 by default.
+        betas: Adam's decay rates for tau; (0.9, 0.98) by default.
+        eps: of eq. 22; 1e-8 by default.
         schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
         orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
-            the steps of the training.
+            the steps of the training, so that the numbers of tau's own rule are not asked for.
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
             rise, 0 by default: an int for their number, a float in [0, 1) for their share of the
             training's.
@@ -113,9 +118,9 @@ class TokenGateCallback(TrainerCallback):
         self,
         s: float | None = None,
         *,
-        alpha: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-8,
+        alpha: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
         schedule: bool = False,
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
@@ -124,17 +129,13 @@ class TokenGateCallback(TrainerCallback):
         details: bool = False,
         history: History | None = None,
     ) -> None:
-        # For its checks alone: tau's numbers are wrong here and not after an hour.
-        tau_rule(0.0 if s is None else non_negative("s", s), alpha, betas, eps)
-        self._numbers = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        rule = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
+        self._numbers = tau_numbers(**rule)
         self._schedule = switch("schedule", schedule)
         self._gradients = Gradients(non_negative("orthogonality", orthogonality))
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        if target_sparsity is not None:
-            wanted_sparsity("target_sparsity", target_sparsity)
-        else:
-            unused("TokenGateCallback", "without target_sparsity=", target_warmup=target_warmup)
+        check_target(target_sparsity, target_warmup, **rule, schedule=schedule or None)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", 0 if target_warmup is None else target_warmup)
         self._details = switch("details", details)
@@ -168,9 +169,7 @@ class TokenGateCallback(TrainerCallback):
         modifications = [layer.modification for layer in patched.values()]
         adalora = [m for m in modifications if isinstance(m, AdaLoRA)]
         if not adalora:
-            unused(
-                "TokenGateCallback", "without AdaLoRA layers", allocator=self._allocation or None
-            )
+            refuse_allocation(self._allocation)
         engine = engine_of(accelerator, optimizer, model, adalora, self._gradients.weight)
         self._engine, base = engine, engine.optimizer
         numbers = dict(self._numbers)
@@ -227,14 +226,9 @@ class TokenGateCallback(TrainerCallback):
                 self.sparsity_schedule = SparsitySchedule(
                     model, base, self._target, state.max_steps, warmup_steps=warmup
                 )
-            for name, part in steps.others(self.allocator, self.sparsity_schedule).items():
-                if resumed:
-                    if name not in saved:
-                        raise TokenGateError(
-                            f"the checkpoint at step {state.global_step} has no state of the "
-                            f"{name}: resume with the options that the run was started with."
-                        )
-                    part.load_state_dict(saved[name])
+            parts = steps.others(self.allocator, self.sparsity_schedule)
+            if resumed:
+                resume(parts, saved, state.global_step)
         except BaseException:
             self._end()
             raise

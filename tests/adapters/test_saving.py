@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from models import Net, away_from_initialisation, snapshot
+from models import Net, away_from_initialisation, one_sentence, snapshot
 from safetensors.torch import load_file
 from saved_adapters import X, fresh, refused, same, trained, values
 from torch import nn
@@ -77,6 +77,44 @@ def test_a_scale_of_any_kind_is_saved(tmp_path, scale):
     other = fresh().eval()
     tokengate.load(other, tmp_path)
     assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [0, -0.5])
+def test_a_scale_that_takes_back_what_was_trained_is_saved(tmp_path, method, scale):
+    model = trained(method).eval()
+    before = model(X)
+    tokengate.layers(model)["blocks.0.q_proj"].modification.scale = scale
+    assert not torch.equal(model(X), before)
+    tokengate.save(model, tmp_path)
+    other = fresh().eval()
+    tokengate.load(other, tmp_path)
+    assert torch.equal(other(X), model(X))
+
+
+def test_a_dropout_and_an_activation_that_were_set_since_are_saved(tmp_path):
+    model = trained("adapter", activation="ReLU", dropout=0.1)
+    for layer in tokengate.layers(model).values():
+        layer.modification.dropout = 0.4
+        layer.modification.activation = "gelu"
+    tokengate.save(model, tmp_path)
+    other = fresh()
+    tokengate.load(other, tmp_path)
+    for layer in tokengate.layers(other).values():
+        assert (layer.modification.dropout, layer.modification.activation) == (0.4, "gelu")
+    assert torch.equal(other.eval()(X), model.eval()(X))
+
+
+def test_what_load_would_refuse_is_not_written(tmp_path):
+    tokengate.save(model := trained("lora"), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    modification = tokengate.layers(model)["blocks.0.q_proj"].modification
+    modification.dropout = 1.0
+    with one_sentence("save found options of 'blocks.0.q_proj' that 'lora' refuses", "dropout=1.0"):
+        tokengate.save(model, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    modification.dropout = 0.0
+    tokengate.save(model, tmp_path)
 
 
 def test_a_scale_in_another_unit_than_its_option_is_the_methods_own():

@@ -299,7 +299,7 @@ def counted(monkeypatch, trainer):
 def test_rollouts_and_references_are_not_counted(folder, tmp_path, monkeypatch, name, reentrant):
     model = continued(plain(folder), tmp_path / "sft", tau=0.0)  # as a schedule begins
     options = {"beta": 0.1, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    callbacks = [TokenGateCallback(s=1e-2, target_sparsity=0.5)]
+    callbacks = [TokenGateCallback(target_sparsity=0.5)]
     before = reference(model, "before")
     trainer = made(
         name, model, tmp_path, options=options, callbacks=callbacks, ref_model=before

@@ -7,6 +7,7 @@ import torch
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.errors import FrozenAdapterWarning
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -90,9 +91,40 @@ def test_what_peft_put_there_is_not_patched(targets):
 
 def test_what_is_beneath_and_beside_it_can_be():
     model = peft.get_peft_model(llama(), LORA)
-    tokengate.patch(model, ["up_proj", "q_proj.base_layer"])
-    tokengate.patch(model, ["k_proj"])
+    with pytest.warns(FrozenAdapterWarning):
+        tokengate.patch(model, ["up_proj", "q_proj.base_layer"])
+    tokengate.patch(model, ["k_proj"])  # which freezes nothing, and says nothing
     assert len(tokengate.layers(model)) == 6
     model.add_adapter("second", LORA)
     model.set_adapter("second")
     tokengate.verify(model, torch.ones(1, 4, dtype=torch.long))
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_who_freezes_an_adapter_in_training_is_told(other, tmp_path):
+    model = peft.get_peft_model(llama(), OTHERS[other])
+    before = trained(model)
+    with pytest.warns(FrozenAdapterWarning, match="which PEFT had in training") as caught:
+        tokengate.patch(model, ["k_proj"])
+    assert min(before).removeprefix("base_model.") in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(caught) == 1
+    assert not trained(model) & before
+    tokengate.save(model, tmp_path)
+    assert trained(tokengate.unpatch(model)) == before
+    with pytest.warns(FrozenAdapterWarning):
+        tokengate.load(model, tmp_path)
+
+
+def test_one_that_is_trained_along_or_was_not_in_training_is_not_spoken_of(tmp_path):
+    model = peft.get_peft_model(llama(), LORA)
+    before = trained(model)
+    tokengate.patch(model, ["k_proj"], train=["lora_A", "lora_B"])
+    assert trained(model) > before
+    plain = peft.get_peft_model(llama(), LORA)
+    plain.save_pretrained(tmp_path)
+    tokengate.patch(peft.PeftModel.from_pretrained(llama(), tmp_path), ["k_proj"])

@@ -177,6 +177,8 @@ def test_models_of_another_kind():
         tokengate.compare(Net(), x, ids=ids)
     with one_sentence("tokenizer", "convert_ids_to_tokens"):
         tokengate.compare(model, x, ids=ids).views("words")
+    with one_sentence("views was given 3 titles for 2 samples"):
+        tokengate.compare(model, x, ids=ids).views(lambda ids: list(map(str, ids)), "abc")
     with one_sentence("no patched layer saw these 4 texts of 5 tokens"):
         folded = tokengate.compare(model, x, ids=ids)
         type(folded)(ids.repeat(2, 1), folded.real, folded.effect, folded.recorded).views(list)

@@ -91,3 +91,52 @@ def test_an_optimizer_that_is_made_anew_in_each_phase_is_waited_for(waits):
                 if waits:
                     second.step()
     assert [each.category for each in told] == ([] if waits else [LeftOutWarning])
+
+
+def unpatched(model, folder):
+    tokengate.unpatch(model)
+
+
+def patched_anew(model, folder):
+    tokengate.patch(tokengate.unpatch(model), ["q_proj"], rank=2)
+
+
+def merged(model, folder):
+    tokengate.merge_and_unload(model)
+
+
+def one_less(model, folder):
+    another_adapter(model, folder)
+    tokengate.unpatch(model, name="default")
+
+
+@pytest.mark.parametrize("change", [unpatched, patched_anew, merged, one_less])
+def test_what_no_model_has_any_more(change, tmp_path):
+    model = tokengate.patch(Net(), ["q_proj"], rank=2, tau=-1.0, train=["head"])
+    away_from_initialisation(model)
+    groups = tokengate.param_groups(model, lr=1e-3)
+    optimizer, of_taus = torch.optim.AdamW(groups), torch.optim.Adam(groups[-1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, steps=3)
+        change(model, tmp_path / "adapter")
+    with pytest.warns(LeftOutWarning, match="holds 6 parameters that unpatch or merge") as told:
+        train(model, optimizer)
+    assert [each.filename for each in told] == [__file__]
+    with pytest.warns(LeftOutWarning, match="holds 2 parameters that unpatch or merge"):
+        of_taus.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_taus.step()
+
+
+def test_what_a_folding_can_take_back_is_not_gone():
+    model = away_from_initialisation(tokengate.patch(Net(), ["q_proj"], rank=2, gate=False))
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer)
+        folding = tokengate.fold(model, [torch.randn(2, 3, 8)])
+        optimizer.step()
+        folding.undo()
+        train(model, optimizer, steps=3)

@@ -13,6 +13,7 @@ from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.other_patch import (
     axes_of,
     divided_by,
+    on_meta,
     other_experts,
     other_patch,
     otherwise_divided,
@@ -23,12 +24,11 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES, check_options
 from tokengate.gates.stacked import stacked
-from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
 from tokengate.linears.experts import StackedLinear
-from tokengate.linears.linear_like import features_of, holder, is_linear_like, stub_of, whole
+from tokengate.linears.linear_like import features_of, is_linear_like, whole
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.names import joined, named_modules, named_parameters, submodule
@@ -196,21 +196,14 @@ class Fit:
         return True
 
     def _on_meta(self, name: str, layer: Any) -> Modification | None:
-        """The layer's modification without memory; None if the method needs a real layer for it."""
         config = self.saved.config.layers[name]
-        dtype = trainable_dtype(holder(layer))
-        stub: Any = stub_of(layer, config.in_features, config.out_features, dtype)
         try:
-            made = METHODS.find(config.method)(stub, **config.options)
-            count = layer.num_experts if isinstance(layer, StackedLinear) else None
-            return made if count is None else stacked([made] * count)
+            return on_meta(layer, config)
         except TokenGateError as error:
             raise TokenGateError(
                 f"the adapter in {str(self.saved.folder)!r} has options for {name!r} that "
                 f"{config.method!r} refuses: {error}"
             ) from None
-        except Exception:
-            return None
 
     def _unfit(self, name: str, config: LayerConfig, modules: dict[str, nn.Module]) -> str | None:
         """Why the model has no layer of this name and shape."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from tokengate.adapters.config import LayerConfig
-from tokengate.errors import brief
+from tokengate.errors import TokenGateError, brief
 from tokengate.gates.registry import GATES, check_options, with_defaults
+from tokengate.gates.stacked import stacked
+from tokengate.kernels.precision import trainable_dtype
 from tokengate.layers.gated_linear import Gated
 from tokengate.linears.experts import StackedLinear, some_experts
+from tokengate.linears.linear_like import holder, stub_of
 from tokengate.linears.slices import Slices
+from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patterns import FullName
@@ -59,6 +64,25 @@ def targets_of(name: str, config: LayerConfig, modules: dict[str, nn.Module]) ->
     if isinstance(layer, StackedLinear) and config.experts is not None:
         return [FullName(each) for each in layer.of(config.experts).names_of_experts(name)]
     return [FullName(name)]
+
+
+def on_meta(layer: Any, config: LayerConfig) -> Modification | None:
+    """The modification that saved options make beside `layer`, without memory.
+
+    None if the method needs a real layer for it.
+
+    Raises:
+        TokenGateError: the method refuses them.
+    """
+    dtype = trainable_dtype(holder(layer))
+    stub: Any = stub_of(layer, config.in_features, config.out_features, dtype)
+    try:
+        made = METHODS.find(config.method)(stub, **config.options)
+        return stacked([made] * layer.num_experts) if isinstance(layer, StackedLinear) else made
+    except TokenGateError:
+        raise
+    except Exception:
+        return None
 
 
 def other_patch(layer: Gated, config: LayerConfig) -> str | None:

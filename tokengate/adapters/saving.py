@@ -28,6 +28,7 @@ from tokengate.adapters.folder import (
     read_config,
     with_digest,
 )
+from tokengate.adapters.other_patch import on_meta
 from tokengate.adapters.weights import DTYPES, all_finite
 from tokengate.arguments import in_our_words
 from tokengate.errors import TokenGateError, brief
@@ -223,7 +224,7 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
     gate = layer.gate
     linear = base_layer(layer)
     slices = slices_of_part(linear)
-    return LayerConfig(
+    config = LayerConfig(
         method=method,
         options=dict(layer.modification.options),
         in_features=layer.modification.in_features,
@@ -237,6 +238,14 @@ def _layer_config(name: str, layer: Gated | Folded) -> LayerConfig:
         gate=None if gate is None else _gate_name(name, gate),
         gate_options={} if gate is None else dict(gate.options),
     )
+    try:
+        if config.options != layer.modification._options:  # those were checked when it was made
+            on_meta(linear, config)
+    except TokenGateError as error:
+        raise TokenGateError(
+            f"save found options of {name!r} that {method!r} refuses, as load would: {error}"
+        ) from None
+    return config
 
 
 def _gate_name(name: str, gate: Gate) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengate.gates.base import Gate
 from tokengate.layers.changing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.patched import forget_plain, rest, rise
+from tokengate.layers.patched import all_layers, forget_plain, rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.linear_like import holder
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
@@ -23,6 +23,8 @@ from tokengate.names import inside, joined, named_modules
 _FOLDED = "_tokengate_folded"
 # What a layer has on itself once its adapters have names.
 _NAMED = ("_adapters", "_in_use")
+# On a parameter that its model has no more, and an optimiser may have.
+_TAKEN_OUT = "_tokengate_taken_out"
 
 
 @dataclass
@@ -150,9 +152,30 @@ def unfold(model: nn.Module) -> None:
 
 def let_go(model: nn.Module) -> None:
     """What is folded in `model` is plain for good: the other weights are kept no more."""
-    forget_plain(model)
-    for module in model.modules():
-        module.__dict__.pop(_FOLDED, None)
+    with marking_what_goes(model):
+        forget_plain(model)
+        for module in model.modules():
+            module.__dict__.pop(_FOLDED, None)
+
+
+@contextlib.contextmanager
+def marking_what_goes(model: nn.Module) -> Iterator[None]:
+    """What modifications and gates `model` has before this context and not after is `taken_out`."""
+    before = _own(model)
+    yield
+    for key in before.keys() - _own(model).keys():
+        setattr(before[key], _TAKEN_OUT, True)
+
+
+def taken_out(parameter: Tensor) -> bool:
+    """Whether it was a modification's or a gate's that its model has no more."""
+    return getattr(parameter, _TAKEN_OUT, False)
+
+
+def _own(model: nn.Module) -> dict[int, nn.Parameter]:
+    found: list[Any] = [*all_layers(model).values(), *folded(model).values()]
+    parts = (part for each in found for part in each.all_parts() if part is not None)
+    return {id(p): p for part in parts for p in part.parameters()}
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:
     if not isinstance(where, Mapping):
         region = Region(valid_where("restrict", where), new)
         return dict.fromkeys(names, region)
-    patterns = as_patterns("restrict", where)
+    patterns = as_patterns("restrict", [*where])
     regions = {p: Region(valid_where("restrict", where[p]), new) for p in patterns}
     found: dict[str, Region] = {}
     used: set[Pattern] = set()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokengate.arguments import choice, count, positive, share
+from tokengate.arguments import choice, count, finite, share
 from tokengate.kernels.up import scaled
 from tokengate.methods.base import Modification
 from tokengate.methods.maps import Maps
@@ -59,7 +59,7 @@ class Adapter(Modification):
     ) -> None:
         super().__init__(linear)
         self.rank = count("rank", rank)
-        self.scale = positive("scale", scale)
+        self.scale = finite("scale", scale)
         self.activation = choice("activation", activation, _ACTIVATIONS)
         self.dropout = share("dropout", dropout)
         self.D = self.new_parameter(self.rank, self.in_features)

@@ -20,6 +20,8 @@ from tokengate.methods.maps import Maps
 
 # The gradients of an input with fewer elements are added up sooner than Python is asked to do it.
 _LARGE = 2**17
+# What every call reads anew, so that it may be set later than by `patch`.
+_SETTABLE = ("scale", "dropout", "activation")
 
 
 class Modification(KeepsFloat32):
@@ -103,22 +105,26 @@ class Modification(KeepsFloat32):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that `patch` was given for this layer; a `scale` that was set since replaces it.
+        """Those that `patch` was given for this layer; what was set since replaces them.
 
-        Of methods whose attribute of that name is the option as it was given.
+        A scale, a dropout or an activation, of methods whose attribute of that name is the option
+        as it was given.
         """
-        scale = _number(getattr(self, "scale", None))
-        if scale is None or self._made_with in (None, scale):
-            return self._options
-        given = with_defaults(type(self), self._options).get("scale", math.nan)
-        if given is not None and given != self._made_with:
-            return self._options
-        other = {k: v for k, v in self._options.items() if k not in ("alpha", "rslora")}
-        return {**other, "scale": scale}
+        options = self._options
+        for name, made_with in self._made_with.items():
+            now = _plain(getattr(self, name, None))
+            if now is None or made_with in (None, now):
+                continue
+            given = with_defaults(type(self), self._options).get(name, math.nan)
+            if given is None or given == made_with or isinstance(given, str):
+                instead = ("alpha", "rslora") if name == "scale" else ()
+                options = {**{k: v for k, v in options.items() if k not in instead}, name: now}
+        return options
 
     @options.setter
     def options(self, options: dict[str, Any]) -> None:
-        self._options, self._made_with = dict(options), _number(getattr(self, "scale", None))
+        self._options = dict(options)
+        self._made_with = {name: _plain(getattr(self, name, None)) for name in _SETTABLE}
 
     @property
     def has_factors(self) -> bool:
@@ -186,8 +192,10 @@ class Modification(KeepsFloat32):
         return factors.product(w)
 
 
-def _number(value: Any) -> float | None:
-    """As JSON can hold it, of a number or a tensor of one; None of anything else."""
+def _plain(value: Any) -> float | str | None:
+    """As JSON can hold it, of a word, a number or a tensor of one; None of anything else."""
+    if isinstance(value, str):
+        return value
     one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
     return float(value) if one and not isinstance(value, nn.Parameter) else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tokengate.arguments import positive, switch
+from tokengate.arguments import finite, positive, switch
 from tokengate.errors import TokenGateError
 
 
@@ -13,7 +13,8 @@ def scale_of(rank: int, scale: float | None, alpha: float | None, rslora: bool =
 
     alpha / rank is LoRA's (Hu et al., 2022), alpha / sqrt(rank) is rsLoRA's (Kalajdzievski, 2023,
     arXiv 2312.03732), which keeps the size of the modification when the rank grows; 0.5 is what
-    Tables 6-8 of the gate's paper use.
+    Tables 6-8 of the gate's paper use. A `scale` may be 0 or less, as one that was set later is in
+    an adapter on disk; `build` refuses what would train nothing.
     """
     switch("rslora", rslora)
     if scale is not None and alpha is not None:
@@ -28,4 +29,4 @@ def scale_of(rank: int, scale: float | None, alpha: float | None, rslora: bool =
             "rslora=True was given without alpha: it means scale = alpha / sqrt(rank), so pass "
             "alpha, and no scale."
         )
-    return 0.5 if scale is None else positive("scale", scale)
+    return 0.5 if scale is None else finite("scale", scale)

@@ -58,7 +58,7 @@ def _by_pattern(
                 f"{option}= has the key {brief(key)}, which is no pattern: use names, globs or "
                 "compiled regular expressions."
             )
-    patterns = as_patterns(option, table)
+    patterns = as_patterns(option, [*table])
     values: dict[str, Any] = {}
     used: set[Pattern] = set()
     for name in names:

@@ -15,7 +15,7 @@ from tokengate.gates.registry import check_options
 from tokengate.gates.stacked import stacked
 from tokengate.layers.changing import all_or_nothing, exclusive
 from tokengate.layers.coverage import look_anew, watch
-from tokengate.layers.folded import folded, unchanged_if_interrupted, unfold
+from tokengate.layers.folded import folded, marking_what_goes, unchanged_if_interrupted, unfold
 from tokengate.layers.following import follow, unfollow
 from tokengate.layers.named_adapters import (
     check_can_remove,
@@ -45,7 +45,7 @@ from tokengate.patching.gates import build_gate, gates_by_layer
 from tokengate.patching.heads import forget_new, remember_new, warn_of_frozen
 from tokengate.patching.options import options_by_layer, warn_of_rank
 from tokengate.patching.other_words import check_no_config, check_words
-from tokengate.patching.peft_adapters import refuse_around_patched
+from tokengate.patching.peft_adapters import refuse_around_patched, telling_of_frozen
 from tokengate.patching.save_pretrained import watch_saving
 from tokengate.patching.targets import ALL_LINEAR, Targets, all_linear_or, find_targets
 from tokengate.patching.trained import named_by_train
@@ -85,7 +85,8 @@ def patch(
     pixels of its output. A model may be patched again, on other layers and with another
     method. Of layers that mix tokens or heads, as a Mixer's, a `MixedPositionsWarning` says so; of
     what a checkpoint of transformers had no values for and stays frozen, a `FrozenHeadWarning`; of
-    a rank above both features of a layer, a `RankWarning`.
+    PEFT's adapter that was in training and is frozen, a `FrozenAdapterWarning`; of a rank above
+    both features of a layer, a `RankWarning`.
 
     Args:
         model: any module. Patch it before wrapping it (DDP, FSDP) or compiling it.
@@ -221,7 +222,7 @@ def install(
     """
     others = list(all_layers(model).values())
     refuse_around_patched()
-    with all_or_nothing(model.modules()):
+    with telling_of_frozen(model), all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:
             put_on(layer, modification, layer_gate)
@@ -246,7 +247,7 @@ def unpatch(model: _Model, *, name: str | None = None) -> _Model:
 
     With a `name` that adapter alone goes, of several; it must not be in use. The others stay what
     they are and the objects they are. What `train` named stays trainable, and an optimiser that has
-    the parameters keeps them until it is made anew.
+    the parameters keeps them until it is made anew, of which a `LeftOutWarning` tells at its step.
 
     Args:
         model: a patched model.
@@ -261,7 +262,7 @@ def unpatch(model: _Model, *, name: str | None = None) -> _Model:
     check_can_unpatch(model, patched)
     if name is not None:
         check_can_remove(model, name)
-    with unchanged_if_interrupted(model):
+    with marking_what_goes(model), unchanged_if_interrupted(model):
         if name is None:
             _unpatch(model)
         else:

@@ -74,7 +74,7 @@ def _given_slices(model: nn.Module, given: Any) -> dict[nn.Module, Slices]:
     found: dict[nn.Module, Slices] = {}
     linear = [(n, m) for n, m in named_modules(model, remove_duplicate=False) if is_linear(m)]
     stacks = [joined(n, own) for n, m in named_modules(model) for own in m._parameters]
-    for pattern in as_patterns("slices", given):
+    for pattern in as_patterns("slices", [*given]):
         slices = given[pattern]
         if not isinstance(slices, Slices):
             raise TokenGateError(
@@ -165,7 +165,7 @@ def check_slices(
                     f"all of {whole!r} or nothing of it."
                 )
     divided = {module.fused for module in chosen if isinstance(module, PARTS)}
-    for pattern in as_patterns("slices", given or ()):
+    for pattern in as_patterns("slices", [*(given or ())]):
         layers = [
             m
             for m, name in first.items()

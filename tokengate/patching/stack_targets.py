@@ -173,7 +173,7 @@ def _given(model: nn.Module, axes: Any) -> list[tuple[nn.Module, str, str]]:
         if parameter is not None and parameter.dim() == 3
     ]
     found = []
-    for pattern in as_patterns("experts", axes):
+    for pattern in as_patterns("experts", [*axes]):
         if axes[pattern] not in AXES:
             raise TokenGateError(
                 f"experts= has {brief(axes[pattern])} for {show(pattern)}: pass "

@@ -165,6 +165,19 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
         close(logits(loaded_by_peft(base, tmp_path / "b")), logits(ours))
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_a_layer_whose_scale_was_set_to_0(tmp_path, method):
+    base = base_of(llama)
+    saved_by_peft(base, tmp_path, method)
+    ours = copy.deepcopy(base)
+    import_peft(ours, tmp_path)
+    before = logits(ours)
+    next(iter(tokengate.layers(ours).values())).modification.scale = 0.0
+    assert (logits(ours) - before).abs().max() > 1e-3
+    export_peft(ours, tmp_path / "b")
+    close(logits(loaded_by_peft(base, tmp_path / "b")), logits(ours))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -68,8 +68,7 @@ def made(folder, engine, method="lora", dropout=0.0, **options):
     more = {"target_rank": 2} if method == "adalora" else {}
     tau = 0.9 if method == "dora" else 0.2
     model = runs.language_model(method, tau=tau, dropout=dropout, **more)
-    wanted = {} if method == "dora" else {"target_sparsity": 0.6}
-    callback = TokenGateCallback(s=5e-3, **wanted)
+    callback = TokenGateCallback(**({"s": 5e-3} if method == "dora" else {"target_sparsity": 0.6}))
     watch = Watch(callback)
     world = 2 if engine else 1
     options = {

@@ -49,11 +49,11 @@ class Comparison:
         Args:
             tokenizer: one of transformers, or a function that makes a list of strings of a list
                 of ids.
-            titles: of the samples.
+            titles: of the first samples, or of all.
 
         Raises:
             TokenGateError: no patched layer saw these tokens, as where a vision tower alone is
-                patched; `tokenizer` is something else.
+                patched; `tokenizer` is something else; there are more titles than samples.
         """
         read = getattr(tokenizer, "convert_ids_to_tokens", tokenizer)
         if not isinstance(read, Callable):  # type: ignore[arg-type]
@@ -62,6 +62,11 @@ class Comparison:
                 "convert_ids_to_tokens, or a function from ids to strings."
             )
         samples = self._samples()
+        if len(titles) > len(samples):
+            raise TokenGateError(
+                f"views was given {len(titles)} titles for {len(samples)} samples: pass at most "
+                "one for each."
+            )
         return [
             TokenView(
                 read(self.ids[i].clamp(min=0).tolist()),  # a label of -100 has no word

@@ -1,6 +1,7 @@
-"""What an optimiser leaves out of a patched model, or moves of its base: said once of each.
+"""What an optimiser leaves out of a patched model, moves of its base, or holds that none has.
 
-It is looked at before the first two steps after a model has changed, by `patch`, another adapter in
+It is said once of each. What was taken out is known at once. For what is left or moved an optimiser
+is looked at before the first two steps after a model has changed, by `patch`, another adapter in
 use or `fold`, and what is found twice is said: in one step another optimiser, as one for the taus
 alone, may not have been called yet. Only what has a gradient tells; and only an optimiser that
 holds a parameter of the model, so that one with parts of its own, as under ZeRO, says nothing.
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from tokengate.errors import LeftOutWarning, listed
 from tokengate.gates.optimizer_steps import is_part, watch_steps
 from tokengate.layers.changing import times_changed
-from tokengate.layers.folded import folded
+from tokengate.layers.folded import folded, taken_out
 from tokengate.layers.patched import ROOTS, layers, own_parameters
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.training.checks.thawed import REMEDY, thawed
@@ -45,6 +46,7 @@ class _Looked:
     again: bool = False
 
 
+_GONE = "unpatch or merge_and_unload"
 _LOOKED: WeakKeyDictionary[Optimizer, _Looked] = WeakKeyDictionary()
 
 
@@ -57,6 +59,16 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Non
         return
     looked.after = times_changed()
     own, held = _ids(optimizer), {i for o in list(_LOOKED) for i in _ids(o) | followed(o)}
+    gone = [p for group in optimizer.param_groups for p in group["params"] if taken_out(p)]
+    if gone and _GONE not in looked.told:
+        looked.told.add(_GONE)
+        warnings.warn(
+            f"{type(optimizer).__name__} holds {len(gone)} parameters that {_GONE} has taken "
+            "out of their model, so that to step them changes nothing: make the optimizer anew, of "
+            "what is to be trained now.",
+            LeftOutWarning,
+            stacklevel=5,
+        )
     found = [
         f"{type(optimizer).__name__} {said}."
         for model in list(ROOTS)
