@@ -10,8 +10,6 @@ from tokengate.arguments import non_negative, unused, wanted_sparsity
 from tokengate.training.param_groups import tau_rule
 
 _ASKED = "TokenGateCallback"
-# Of eq. 20-22, where the user names none.
-_RULE: dict[str, Any] = {"alpha": 1.0, "betas": (0.9, 0.98), "eps": 1e-8}
 
 
 def tau_numbers(s: float | None, **rule: Any) -> dict[str, Any]:
@@ -19,29 +17,26 @@ def tau_numbers(s: float | None, **rule: Any) -> dict[str, Any]:
 
     Args:
         s: slope of eq. 11, or None where the length of the training gives it.
-        rule: alpha, betas and eps, each None for the paper's.
+        rule: alpha, betas and eps.
 
     Raises:
         TokenGateError: a number is out of its range.
     """
-    rule = _RULE | {name: value for name, value in rule.items() if value is not None}
     tau_rule(0.0 if s is None else non_negative("s", s), **rule)
     return {"s": s, **rule}
 
 
-def check_target(target: float | None, warmup: float | None, **own_rule: Any) -> None:
-    """An error if the sparsity that a schedule is to lead to is none, or something has no use.
+def check_target(target: float | None, warmup: float | None) -> None:
+    """An error if the sparsity that a schedule is to lead to is none, or a warmup of nothing.
 
     Args:
         target: that sparsity, or None if nothing is led.
         warmup: the steps before it, or None.
-        own_rule: what the user gave for tau's own rule, None where nothing was given.
     """
     if target is None:
         unused(_ASKED, "without target_sparsity=", target_warmup=warmup)
     else:
         wanted_sparsity("target_sparsity", target)
-        unused(_ASKED, "with target_sparsity=, which leads the taus", **own_rule)
 
 
 def refuse_allocation(allocation: Mapping[str, Any]) -> None:

@@ -68,13 +68,13 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
     Args:
         s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` was
             asked for, or else what it chooses for as many `total_steps` as the Trainer takes.
-        alpha: learning rate of eq. 22, which multiplies s; 1 by default.
-        betas: Adam's decay rates for tau; (0.9, 0.98) by default.
-        eps: of eq. 22; 1e-8 by default.
+        alpha: learning rate of eq. 22, which multiplies s.
+        betas: Adam's decay rates for tau.
+        eps: of eq. 22.
         orthogonality: weight of AdaLoRA's penalty; 0 leaves it to the loss.
         allocator: options of the `RankAllocator`; `total_steps` is the Trainer's otherwise.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
-            the steps of the training, so that the numbers of tau's own rule are not asked for.
+            the steps of the training, whatever the numbers of tau's own rule.
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
             rise, 0 by default.
 
@@ -93,21 +93,20 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         self,
         s: float | None = None,
         *,
-        alpha: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
+        alpha: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | None = None,
     ) -> None:
         super().__init__()
-        rule = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
-        self._numbers = tau_numbers(**rule)
+        self._numbers = tau_numbers(s, alpha=alpha, betas=betas, eps=eps)
         self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        check_target(target_sparsity, target_warmup, **rule)
+        check_target(target_sparsity, target_warmup)
         self._warmup = count(
             "target_warmup", 0 if target_warmup is None else target_warmup, least=0
         )

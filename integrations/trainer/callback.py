@@ -86,14 +86,14 @@ class TokenGateCallback(TrainerCallback):
     Args:
         s: slope of eq. 11, the farthest tau moves in one step; None for what `param_groups` chooses
             for as many `total_steps` as the Trainer takes.
-        alpha: learning rate of eq. 22, which multiplies s; 1 by default.
-        betas: Adam's decay rates for tau; (0.9, 0.98) by default.
-        eps: of eq. 22; 1e-8 by default.
+        alpha: learning rate of eq. 22, which multiplies s.
+        betas: Adam's decay rates for tau.
+        eps: of eq. 22.
         schedule: True lets the Trainer's scheduler multiply tau's learning rate, too.
         orthogonality: weight of AdaLoRA's penalty, where the model has AdaLoRA layers.
         allocator: options of the `RankAllocator` other than `total_steps`.
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
-            the steps of the training, so that the numbers of tau's own rule are not asked for.
+            the steps of the training, whatever the numbers of tau's own rule.
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
             rise, 0 by default: an int for their number, a float in [0, 1) for their share of the
             training's.
@@ -118,9 +118,9 @@ class TokenGateCallback(TrainerCallback):
         self,
         s: float | None = None,
         *,
-        alpha: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
+        alpha: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
         schedule: bool = False,
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
@@ -129,13 +129,12 @@ class TokenGateCallback(TrainerCallback):
         details: bool = False,
         history: History | None = None,
     ) -> None:
-        rule = {"s": s, "alpha": alpha, "betas": betas, "eps": eps}
-        self._numbers = tau_numbers(**rule)
+        self._numbers = tau_numbers(s, alpha=alpha, betas=betas, eps=eps)
         self._schedule = switch("schedule", schedule)
         self._gradients = Gradients(non_negative("orthogonality", orthogonality))
         self._allocation = dict(allocator or {})
         self._target = target_sparsity
-        check_target(target_sparsity, target_warmup, **rule, schedule=schedule or None)
+        check_target(target_sparsity, target_warmup)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", 0 if target_warmup is None else target_warmup)
         self._details = switch("details", details)

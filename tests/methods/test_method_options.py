@@ -64,7 +64,7 @@ COMMON = [
     ({"rank": 2.5}, "rank=2.5 is not"),
     ({"rank": True}, "rank=True is not"),
     ({"scale": math.nan}, "scale=nan is not a finite number"),
-    ({"scale": 0.0}, "scale=0.0 was given, with which M.x. is 0 whatever is trained"),
+    ({"scale": 0.0}, "scale=0.0 is not above 0"),
     ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
     ({"dropout": -0.1}, r"dropout=-0.1 is not in"),
 ]

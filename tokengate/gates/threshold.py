@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokengate.arguments import finite, non_negative, unused
+from tokengate.arguments import finite, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import PenalisedGate
 from tokengate.gates.positions import Positions
@@ -66,12 +66,6 @@ def token_gate(
     _check_tensors(w, m, mask)
     if not isinstance(tau, Tensor):
         dtype = accumulation_dtype(w, m)
-        unused(
-            "token_gate",
-            "with a number for tau, which learns nothing",
-            penalty=non_negative("penalty", penalty) or None,
-            mask=mask,
-        )
         tau = torch.full((1,), finite("tau", tau), dtype=dtype, device=w.device)
     elif tau.numel() != 1 or not tau.is_floating_point():
         raise TokenGateError(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokengate.errors import TokenGateError, brief
+from tokengate.arguments import positive
 from tokengate.gates.registry import Registry
 from tokengate.methods.base import Modification
 
@@ -29,15 +29,12 @@ def build(method: type[Modification], linear: nn.Linear, options: dict[str, Any]
     """The modification of `linear`, with its initial values.
 
     Raises:
-        TokenGateError: an option is out of range, or would let nothing be trained.
+        TokenGateError: an option is out of range. Of a scale that is more than of a loaded one,
+            which may have been set to what takes back what was trained.
     """
     modification = method(linear, **options)
-    scale = options.get("scale")
-    if isinstance(scale, Real) and scale == 0:
-        raise TokenGateError(
-            f"scale={brief(scale)} was given, with which M(x) is 0 whatever is trained: pass "
-            "another number, e.g. 0.5."
-        )
+    if isinstance(scale := options.get("scale"), Real):
+        positive("scale", float(scale))
     modification.options = options
     modification.reset_parameters()
     return modification

@@ -14,7 +14,7 @@ def scale_of(rank: int, scale: float | None, alpha: float | None, rslora: bool =
     alpha / rank is LoRA's (Hu et al., 2022), alpha / sqrt(rank) is rsLoRA's (Kalajdzievski, 2023,
     arXiv 2312.03732), which keeps the size of the modification when the rank grows; 0.5 is what
     Tables 6-8 of the gate's paper use. A `scale` may be 0 or less, as one that was set later is in
-    an adapter on disk; `build` refuses what would train nothing.
+    an adapter on disk; `build` refuses it of what is to be trained.
     """
     switch("rslora", rslora)
     if scale is not None and alpha is not None:
