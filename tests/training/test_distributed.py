@@ -75,6 +75,8 @@ def test_one_schedule_on_all_ranks(found, engine, per_layer):
     # The last ones are not those that were followed, but told anew, on all ranks.
     followed = runs.training("lora", "", schedule={**options, "settle": False})
     assert distance(one["thresholds"][-1], followed["thresholds"][-1]) > 1e-4
+    assert ours["error"] == pytest.approx(one["error"], rel=1e-3)
+    assert one["error"] > 1e-3
     assert ours["sparsity"] == pytest.approx(one["sparsity"], abs=1e-6)
     assert distance(ours["thresholds"], one["thresholds"]) < 1e-6
     assert distance(ours["taus"], one["taus"]) < 1e-6

@@ -1,7 +1,10 @@
 """The last thresholds are told by the model that has come of a training, and what it was given."""
 
+import contextlib
 import copy
 import importlib.util
+import io
+import warnings
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
+from tokengate.layers.following import HEARERS
 from tokengate.training.leading import last_calls
 from tokengate.training.leading.last_calls import LEAST, LastCalls
 
@@ -48,11 +52,11 @@ class Net(nn.Module):
         return self.last(self.dropout(hidden.tanh())) * scale
 
 
-def made(make=Net, steps=STEPS, **options):
+def made(make=Net, steps=STEPS, optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
     model = make()
     tokengate.patch(model, "all-linear", rank=4)
-    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    optimizer = optimizer(tokengate.param_groups(model, lr=1e-2))
     return model, optimizer, tokengate.SparsitySchedule(model, optimizer, 0.5, steps, **options)
 
 
@@ -181,16 +185,10 @@ def test_few_calls_tell_less(steps):
 
 
 def test_a_model_that_is_not_called_so_in_evaluation():
-    class Training(Net):
-        def forward(self, x):
-            if not self.training:
-                raise ValueError("targets are wanted")
-            return super().forward(x)
-
     said = r"again, in evaluation, .* failed \(ValueError: targets are wanted\), .* settle=False"
     with pytest.warns(UnreachedSparsityWarning, match=said):
-        found = thresholds(make=Training)
-    assert found == thresholds(make=Training, settle=False)
+        found = thresholds(make=Untold)
+    assert found == thresholds(make=Untold, settle=False)
 
 
 def test_a_step_that_is_not_taken():
@@ -255,7 +253,7 @@ def test_within_an_autocast():
 
 def kept(calls):
     model = tokengate.patch(Net(), "all-linear")
-    last = LastCalls(model, "cpu")
+    last = LastCalls(model, torch.device("cpu"))
     last.begin()
     for x in calls:
         model(x)
@@ -283,7 +281,7 @@ def test_so_much_is_kept(shape, count, left):
 def test_what_is_kept_goes_on_where_it_was():
     last = kept([given(step) for step in range(10)])
     model = tokengate.patch(Net(), "all-linear")
-    other = LastCalls(model, "cpu")
+    other = LastCalls(model, torch.device("cpu"))
     other.load_state_dict(copy.deepcopy(last.state_dict()))
     model.eval()
     outputs = [call() for (call,) in other.again()]
@@ -293,5 +291,218 @@ def test_what_is_kept_goes_on_where_it_was():
 
 
 def test_settle_is_true_or_false():
-    with one_sentence("settle=1.5", "neither True nor False"):
-        made(settle=1.5)
+    model, optimizer, schedule = made()
+    schedule.detach()
+    before = copy.deepcopy(model.state_dict())
+    with one_sentence("settle=1.5", "neither True nor False") as error:
+        tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS, settle=1.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not is_led(model), error
+
+
+def is_led(model):
+    return any(layer.gate.is_led for layer in tokengate.layers(model).values())
+
+
+class Untold(Net):
+    """It is called in training alone."""
+
+    problem = ValueError("targets are wanted")
+
+    def forward(self, x):
+        if not self.training:
+            raise self.problem
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("problem", [Untold.problem, KeyboardInterrupt()])
+def test_it_has_ended_whatever_becomes_of_it(problem, monkeypatch):
+    """Also in a program whose warnings are errors; its thresholds are those that it followed."""
+    monkeypatch.setattr(Untold, "problem", problem)
+    model, optimizer, schedule = made(Untold)
+    with pytest.raises((UnreachedSparsityWarning, KeyboardInterrupt)):
+        train(model, optimizer, lambda model, x, step: model(x))
+    assert not is_led(model)
+    assert schedule._calls not in HEARERS
+    assert all(module.training for module in model.modules())
+    assert list(schedule.thresholds.values()) == thresholds(settle=False)
+
+
+def test_it_is_said_of_the_user_s_step():
+    for model, optimizer, _ in (made(Untold), made(steps=LEAST - 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(model, optimizer, lambda model, x, step: model(x))
+        assert {each.filename for each in said} == {__file__}
+
+
+def test_a_last_step_that_fails_is_taken_again(monkeypatch):
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), STEPS - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_init_group", None)
+        with pytest.raises(TypeError):
+            train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
+    assert is_led(model)
+    train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
+    assert not is_led(model)
+    assert schedule._calls not in HEARERS
+
+
+def test_what_else_is_done_in_a_step_comes_before():
+    """An allocator takes back what Adam makes of what it has taken out, made before or after."""
+
+    def thresholds(first):
+        torch.manual_seed(0)
+        model = tokengate.patch(Net(), "all-linear", method="adalora", rank=8, target_rank=6)
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+        makers = [
+            lambda: tokengate.RankAllocator(model, optimizer, total_steps=STEPS),
+            lambda: tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS),
+        ]
+        made = {first: makers[first](), 1 - first: makers[1 - first]()}
+        train(model, optimizer, lambda model, x, step: model(x))
+        return made[1].thresholds
+
+    assert thresholds(0) == thresholds(1)
+
+
+def test_a_step_of_a_class_that_calls_its_parent_s():
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # whose step torch announces, too
+
+    class Own(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    assert thresholds(optimizer=Own) == thresholds()
+
+
+def test_a_step_that_is_compiled():
+    model, optimizer, schedule = made()
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    train(model, optimizer, lambda model, x, step: model(x))
+    assert list(schedule.thresholds.values()) == thresholds()
+
+
+def test_of_a_closure_s_calls_the_first():
+    model, optimizer, schedule = made(
+        optimizer=lambda groups: torch.optim.LBFGS(groups[0]["params"], lr=0.05, max_iter=5)
+    )
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        calls.append(schedule.steps)
+        loss = (model(given(step)) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    evaluated = []
+    model.register_forward_hook(lambda *_: evaluated.append(None) if not model.training else None)
+    for step in range(STEPS):  # noqa: B007
+        optimizer.step(closure)
+    assert len(calls) > 3 * STEPS
+    assert len(evaluated) == STEPS
+
+
+def test_another_forward_for_the_time_of_a_call():
+    """As Lightning has its training step called on several devices."""
+
+    def call(model, x, step):
+        own = model.forward
+        model.forward = lambda x, step: own(x)
+        try:
+            return model(x, step)
+        finally:
+            model.forward = own
+
+    assert thresholds(call) == thresholds(call, settle=False)
+
+
+def test_what_an_autocast_has_cast_is_of_before_the_step():
+    class Trained(Net):
+        def __init__(self):
+            super().__init__()
+            self.before = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return super().forward(self.before(x))
+
+    def trained(within):
+        torch.manual_seed(0)
+        model = tokengate.patch(Trained(), ["first", "last"], rank=4, train=["before"])
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-1))
+        schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                loss = (model(given(step)).float() - 1).square().mean()
+                if not within:
+                    stack.close()
+                loss.backward()
+                optimizer.step()
+        return schedule.thresholds
+
+    assert trained(within=True) == trained(within=False)
+
+
+def test_an_evaluation_with_gradients_takes_no_memory(monkeypatch):
+    """Nor a large batch; what was kept is let go."""
+    monkeypatch.setattr(last_calls, "_MOST", 10 * given(0).numel() * 4)
+    last = kept([given(0)] * 5)
+    model = last._modules[""]
+    for step in range(6):
+        assert len(last.again()) == 5
+        model(given(step))
+    assert (last.again(), list(last._steps), last._now) == ([], [], [])
+    last.begin()
+    assert last not in HEARERS
+
+
+def test_memory_that_is_short(monkeypatch):
+    def short(value):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(last_calls, "_copied", short)
+    assert thresholds() == thresholds(settle=False)
+
+
+def resumed(settle=True, saved=True):
+    """From step 16 on; of a training that was `saved` with calls or not."""
+    model, optimizer, schedule = made(settle=saved)
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in (model, optimizer, schedule)], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    again = made(settle=settle)
+    for each, state in zip(again, states, strict=True):
+        each.load_state_dict(state)
+    train(*again[:2], lambda model, x, step: model(x), begin=16)
+    return list(again[2].thresholds.values())
+
+
+def test_a_resumed_training_ends_as_one_that_went_on():
+    assert resumed() == thresholds()
+    assert resumed(settle=False) == resumed(settle=False, saved=False) == thresholds(settle=False)
+    # Of 8 of its own, which are enough.
+    assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
+
+
+def test_what_is_loaded_goes_where_the_model_is():
+    """Trainers load a checkpoint to the CPU; what was elsewhere than the model stays there."""
+    model = tokengate.patch(Net(), "all-linear")
+    last = LastCalls(model, torch.device("cpu"))
+    last.begin()
+    model(given(0), more=[given(1), torch.zeros(2, device="meta")])
+    last.step()
+    state = last.state_dict()
+    elsewhere = LastCalls(model, torch.device("meta"))
+    elsewhere.load_state_dict(state)
+    ((call,),) = elsewhere._steps
+    assert [t.device.type for t in last_calls._tensors(call.given)] == ["meta"] * 3
+    state["steps"][0][0][-1][:] = [True, False, True]
+    elsewhere.load_state_dict(state)
+    ((call,),) = elsewhere._steps
+    assert [t.device.type for t in last_calls._tensors(call.given)] == ["meta", "cpu", "meta"]

@@ -434,4 +434,4 @@ def test_an_optimiser_that_finds_its_own_rate_is_followed_over_steps():
     """As Adafactor, whose groups say None."""
     _, optimizer, schedule = followed(0.01)
     optimizer.param_groups[1]["lr"] = None
-    assert schedule._moves(optimizer) == 1.0
+    assert schedule._moves.of(optimizer) == 1.0

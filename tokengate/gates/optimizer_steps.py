@@ -6,7 +6,9 @@ also of those that have nothing to do with gates: so all of them by one hook.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -84,6 +86,22 @@ def once_there_are_gradients(
     return args, {**kwargs, "closure": compute}
 
 
+# What torch makes of every `step`, which announces it.
+_ANNOUNCED = Optimizer.profile_hook_step(nothing).__code__
+
+
 def is_part(optimizer: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether it is no whole step: of one parameter in backward, or of the taus in another's."""
-    return kwargs.get("param") is not None or getattr(optimizer, "follows", False)
+    """Whether it is no whole step.
+
+    But of one parameter in backward, of the taus in another's, or of the parent class in that of a
+    class of somebody's own, which is announced twice.
+    """
+    if kwargs.get("param") is not None or getattr(optimizer, "follows", False):
+        return True
+    announced = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _ANNOUNCED and frame.f_locals.get("self") is optimizer:
+            announced += 1
+        frame = frame.f_back
+    return announced > 1

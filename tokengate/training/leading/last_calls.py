@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from tokengate.layers.calls import RECORD, Context, contexts
 from tokengate.layers.following import HEARERS
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
-# or bytes of inputs; but always of the least number.
+# or bytes of inputs; but always of the least number, or none if these have more than may be held.
 STEPS, LEAST = 64, 8
-_SAMPLES, _BYTES = 512, 2**26
+_SAMPLES, _BYTES, _MOST = 512, 2**26, 2**28
 
 
 @dataclass(eq=False)
@@ -28,13 +29,22 @@ class _Call:
         module: what was called, by its name in the model.
         given: copies of its arguments by position and by keyword.
         autocast: the dtype of an autocast around it, or None.
-        around: the contexts around it; None for whichever there will be.
+        around: the contexts around it, and what others had put in the place of the module's
+            forward; None for whichever there will be.
     """
 
     module: str
     given: tuple[tuple[Any, ...], dict[str, Any]]
     autocast: torch.dtype | None
-    around: tuple[Context, ...] | None
+    around: tuple[tuple[Context, ...], Any] | None
+
+    @cached_property
+    def samples(self) -> int:
+        return next((len(t) for t in _tensors(self.given) if t.dim()), 1)
+
+    @cached_property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in _tensors(self.given))
 
 
 class LastCalls:
@@ -42,24 +52,25 @@ class LastCalls:
 
     Arguments are copied, since loops write the next batch into the same memory. Nothing is known
     any more once a call has others than tensors without gradients, numbers and strings, in lists,
-    tuples and dicts, as a cache is: what is left would be of one kind.
+    tuples and dicts, as a cache is, or there is no room: what is left would be of one kind.
 
     Args:
         model: whose modules' calls from outside these are.
-        device_type: whose autocast they are within.
+        device: where it is, by whose autocast.
     """
 
-    def __init__(self, model: nn.Module, device_type: str) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
-        self._device_type = device_type
+        self._device = device
         self._steps: deque[list[_Call]] = deque()
         self._now: list[_Call] = []
         self._lacks = False
 
     def begin(self) -> None:
         """Keep those from here on."""
-        HEARERS.add(self)
+        if not self._lacks:
+            HEARERS.add(self)
 
     def end(self) -> None:
         """Keep none, and forget all."""
@@ -69,16 +80,20 @@ class LastCalls:
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One is about to begin."""
-        if module not in self._names or self._lacks or not is_learnt_from():
+        if module not in self._names or not is_learnt_from():
             return
+        kind = self._device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         try:
-            given = _copied(args), _copied(kwargs)
-        except TypeError:
+            given = _each(_copied, (args, kwargs))
+        except (TypeError, RuntimeError):  # of what is no plain tensor, or memory
             self._lacks = True
-            return
-        is_on = torch.is_autocast_enabled(self._device_type)
-        dtype = torch.get_autocast_dtype(self._device_type) if is_on else None
-        self._now.append(_Call(self._names[module], given, dtype, _around()))
+        else:
+            self._now.append(_Call(self._names[module], given, dtype, _around(module)))
+            held = sum(call.bytes for calls in (*self._steps, self._now) for call in calls)
+            self._lacks = held > _MOST
+        if self._lacks:
+            self.end()
 
     def forget(self) -> None:
         """Those since the last step, which is not taken."""
@@ -88,7 +103,9 @@ class LastCalls:
         """A step is taken with them; leave those out that are not among the last any more."""
         self._steps.append(self._now)
         self._now = []
-        sizes = [_size(calls) for calls in self._steps]
+        sizes = [
+            (sum(c.samples for c in calls), sum(c.bytes for c in calls)) for calls in self._steps
+        ]
         samples, held = (sum(each) for each in zip(*sizes, strict=True))
         for own_samples, own_bytes in sizes:
             samples -= own_samples
@@ -101,68 +118,86 @@ class LastCalls:
     def again(self) -> list[list[Callable[[], Any]]]:
         """What makes those of each step once more, from the first on; none if not all is known.
 
-        Or if contexts were around one that are no more.
+        Or if contexts were around one that are no more, or its module has another forward.
         """
-        here = _around()
-        if self._lacks or any(c.around not in (None, here) for own in self._steps for c in own):
+        calls = [call for calls in self._steps for call in calls]
+        if self._lacks or any(c.around not in (None, self._around_now(c)) for c in calls):
             return []
         return [[self._maker(call) for call in calls] for calls in self._steps]
+
+    def _around_now(self, call: _Call) -> tuple[tuple[Context, ...], Any]:
+        return _around(self._modules[call.module])
 
     def _maker(self, call: _Call) -> Callable[[], Any]:
         args, kwargs = call.given
         on = call.autocast is not None
 
         def make() -> Any:
-            with torch.autocast(self._device_type, call.autocast, enabled=on):
+            # What an autocast around the step has cast is of before it.
+            kind = self._device.type
+            with torch.autocast(kind, call.autocast, enabled=on, cache_enabled=False):
                 return self._modules[call.module](*args, **kwargs)
 
         return make
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, but for the contexts."""
-        steps = [[(c.module, *c.given, c.autocast) for c in calls] for calls in self._steps]
+        """All of it, but for what is around calls."""
+        steps = [
+            [(c.module, *c.given, c.autocast, self._are_here(c)) for c in calls]
+            for calls in self._steps
+        ]
         return {"steps": steps, "lacks": self._lacks}
 
+    def _are_here(self, call: _Call) -> list[bool]:
+        """Which tensors are where the model is, wherever somebody will load them to."""
+        return [t.device.type == self._device.type for t in _tensors(call.given)]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the contexts are those that there are."""
+        """Go on from `state`; what is around calls is what there will be."""
         self._lacks = bool(state["lacks"])
         self._now = []
-        self._steps = deque(
-            [_Call(name, (args, kwargs), dtype, None) for name, args, kwargs, dtype in calls]
-            for calls in state["steps"]
-        )
+        self._steps = deque([self._loaded(*call) for call in calls] for calls in state["steps"])
+
+    def _loaded(
+        self, module: str, args: Any, kwargs: Any, autocast: torch.dtype | None, here: list[bool]
+    ) -> _Call:
+        are_here = iter(here)
+
+        def placed(value: Any) -> Any:
+            moves = isinstance(value, Tensor) and next(are_here)
+            return value.to(self._device) if moves else value
+
+        return _Call(module, _each(placed, (args, kwargs)), autocast, None)
 
 
-def _around() -> tuple[Context, ...]:
-    """The contexts that hold here and say what layers do."""
-    return tuple(context for context in contexts() if context.kind != RECORD)
+def _around(module: nn.Module) -> tuple[tuple[Context, ...], Any]:
+    """What holds here and says what layers do; and the forward that others have put in.
+
+    As Lightning on several devices does for the time of a call, to have its training step called.
+    """
+    holding = tuple(context for context in contexts() if context.kind != RECORD)
+    return holding, vars(module).get("forward")
 
 
-def _size(calls: list[_Call]) -> tuple[int, int]:
-    """The samples in these, and the bytes of their inputs."""
-    tensors = [list(_tensors(call.given)) for call in calls]
-    samples = [next((len(t) for t in own if t.dim()), 1) for own in tensors]
-    return sum(samples), sum(t.numel() * t.element_size() for own in tensors for t in own)
+def _each(do: Callable[[Any], Any], value: Any) -> Any:
+    """The same lists, tuples and dicts of what `do` makes of what is in them, one by one."""
+    if type(value) in (list, tuple):
+        return type(value)([_each(do, part) for part in value])
+    if type(value) is dict:
+        return {key: _each(do, part) for key, part in value.items()}
+    return do(value)
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if value.requires_grad or type(value) is not Tensor or value.layout != torch.strided:
-            raise TypeError
+    if type(value) is Tensor and not value.requires_grad and value.layout == torch.strided:
         return value.clone()
-    if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    parts = value.values() if isinstance(value, dict) else value
-    if isinstance(value, (list, tuple, dict)):
-        for part in parts:
-            yield from _tensors(part)
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in it, in the order of `_each`."""
+    found: list[Tensor] = []
+    _each(lambda part: found.append(part) if isinstance(part, Tensor) else None, value)
+    return found

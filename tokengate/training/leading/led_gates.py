@@ -228,19 +228,16 @@ def refuse_unlearnt(gates: Mapping[str, Gate], learn_from: float) -> None:
 
 
 def check_first_step(
-    optimizer: torch.optim.Optimizer,
-    gates: Collection[Gate],
-    modifications: Iterable[nn.Module],
-    seen: Tensor,
+    optimizer: torch.optim.Optimizer, led: Collection[Gated], seen: Tensor
 ) -> None:
     """An error if backward, or the model, was not called; a warning if others are trained.
 
     Args:
         optimizer: whose first step it is.
-        gates: that are led.
-        modifications: that these decide on.
+        led: the layers whose gates are.
         seen: what was counted, `(gates, BINS)`.
     """
+    gates = [layer.gate for layer in led if layer.gate is not None]
     taus = [gate.tau for gate in gates if isinstance(gate, TokenGate) and gate.tau.requires_grad]
     skipped = any(gate.skipped for gate in gates)
     if taus and not skipped and all(tau.grad is None for tau in taus):
@@ -256,7 +253,7 @@ def check_first_step(
             "before it."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parts = [*modifications, *gates]
+    parts = [*(layer.modification for layer in led), *gates]
     trained = [id(p) for part in parts for p in part.parameters() if p.grad is not None]
     if held and trained and held.isdisjoint(trained):
         warnings.warn(
@@ -264,5 +261,5 @@ def check_first_step(
             f"of the {len(gates)} layers that it leads: give it the optimizer that trains them, "
             "whose steps it counts.",
             UselessGateWarning,
-            stacklevel=5,
+            stacklevel=9,
         )

@@ -83,9 +83,7 @@ def settled(
     off = torch.tensor(_over_ranks(_off(shares).tolist(), now, "mean"))
     if _trends(off):
         return None
-    ranks = dist.get_world_size() if _in_ranks() else 1
-    error = float(off.std()) / (LEAST * ranks) ** 0.5
-    return Settled(thresholds, sum(closes) / len(closes), error)
+    return Settled(thresholds, sum(closes) / len(closes), float(off.std()) / LEAST**0.5)
 
 
 def _called_again(
@@ -191,5 +189,5 @@ def _say_why(problem: Exception, steps: int) -> None:
         f"{str(problem).rstrip('.')}), so that they are those that it followed: pass settle=False, "
         "or set them by tokengate.calibrate.",
         UnreachedSparsityWarning,
-        stacklevel=2,
+        stacklevel=8,
     )

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
 from tokengate.errors import TokenGateError, brief
@@ -20,6 +20,7 @@ from tokengate.training.leading.led_gates import (
     gates_to_lead,
     refuse_unlearnt,
 )
+from tokengate.training.leading.moves import Moves
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.leading.settling import settled
 from tokengate.training.leading.unreached import LastSteps, say_if_beyond, say_if_missed
@@ -43,13 +44,13 @@ class SparsitySchedule:
     p of the scores of the step's positions (r, or what a gate's `scores` gives), all layers
     together: which layers close is decided by their scores. Scores grow with M(x), in each layer as
     they do; so their growth and their distribution are averaged over steps, layer by layer and
-    apart (`QuantileTracker`), and nothing closes before M(x) has grown. After the last step the
-    thresholds are set once more, and stay: the model is called again, in evaluation, with what it
-    was called with in the last steps (64 of them, 512 samples or 64 MiB, of which copies are kept
-    meanwhile), and tells what closes the target. Thresholds that were trained, loaded or calibrated
-    stay so until the first step, and the share goes on from what they close, up or down to the
-    target; with one threshold for all from 0 if a layer is new, whose small M(x) that of the others
-    would close for good.
+    apart (`QuantileTracker`), and nothing closes before M(x) has grown. Thresholds that were
+    trained, loaded or calibrated stay so until the first step, and the share goes on from what they
+    close, up or down to the target; with one threshold for all from 0 if a layer is new, whose
+    small M(x) that of the others would close for good. After the last step the thresholds are set
+    once more, and stay: the model is called again, in evaluation, with what it was called with in
+    the last steps, at least 8, at most 64 of them, and tells what closes the target. Copies of that
+    are kept meanwhile, and in checkpoints: 512 samples, or 64 MiB.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -75,9 +76,10 @@ class SparsitySchedule:
         learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
             from where they are; None for never. Only of gates that train their threshold.
         settle: False for thresholds that stay as they were followed, so that the model is not
-            called. They do also where that would tell less: where it is compiled as a whole, its
-            calls took other things than plain tensors, or were within other contexts, as of
-            `restrict`, and where they are few, or change in the course of the training.
+            called. They do also where that would tell less: where it is compiled as a whole; where
+            calls took other things than plain tensors, or 256 MiB of them, or were within other
+            contexts, as of `restrict`, or with another forward, as Lightning's of several devices;
+            and where they are few, or change in the course of the training.
 
     Attributes:
         steps: optimiser steps seen.
@@ -115,10 +117,10 @@ class SparsitySchedule:
                 "that it would never close anything: pass fewer."
             )
         self._learns = learn_from is not None
+        self._settles = switch("settle", settle) and not self._learns
         patched = require_layers(model, "SparsitySchedule")
         self.per_layer = switch("per_layer", per_layer)
         gates = gates_to_lead(model, patched, together=not self.per_layer)
-        self._modifications = [patched[name].modification for name in gates]
         self._model, self._patched = model, {name: patched[name] for name in gates}
         if learn_from is not None:
             refuse_unlearnt(gates, learn_from)
@@ -129,9 +131,8 @@ class SparsitySchedule:
                 "torch.optim.Optimizer, or what wraps one."
             )
         self.steps = 0
-        self._groups: list[int] = []
-        self._groups_of = 0
         self._led = LedGates(gates)
+        self._moves = Moves(self._patched.values(), self._led.device)
         weights = None if self.per_layer else self._led.weights
         self._tracker = QuantileTracker(len(gates), self._led.device, weights)
         self._recent = LastSteps(self._last, self._warmup + self._rise, self._led.device)
@@ -146,14 +147,12 @@ class SparsitySchedule:
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
-        self._calls = LastCalls(model, self._led.device.type)
-        self._settles = switch("settle", settle) and not self._learns
+        self._calls = LastCalls(model, self._led.device)
         self._keep_calls()
-        self._hook = inside.register_step_pre_hook(self._before_step)
-        self._hook_after = inside.register_step_post_hook(self._after_step)
+        self._hooks = [inside.register_step_pre_hook(self._before_step)]
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = inside._optimizer_step_pre_hooks
-        hooks.move_to_end(self._hook.id, last=False)
+        hooks.move_to_end(self._hooks[0].id, last=False)
 
     @property
     def sparsity(self) -> float:
@@ -186,8 +185,8 @@ class SparsitySchedule:
 
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
-        self._hook.remove()
-        self._hook_after.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._calls.end()
         self._led.end(self)
 
@@ -236,7 +235,7 @@ class SparsitySchedule:
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
-        if "calls" in state:  # not in one of an earlier version
+        if self._settles and "calls" in state:  # not in one of an earlier version
             self._calls.load_state_dict(state["calls"])
         self._keep_calls()
         if self.steps >= self._last:
@@ -248,6 +247,8 @@ class SparsitySchedule:
         else:
             self._led.restore()
 
+    # Left out of graphs, as is what comes after a step: what it does changes from step to step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
@@ -256,8 +257,10 @@ class SparsitySchedule:
         step = self.steps
 
         def look() -> None:
-            if self.steps == step:  # of a closure's calls the first
+            if self.steps == step:
                 self._look(optimizer)
+            else:  # of a closure's calls the first counts, and the others in no other step
+                self.skip_step()
             if not (self._learns and self.steps > self._last):
                 for threshold in self._led.held:
                     threshold.grad = None  # no optimiser touches a parameter without a gradient
@@ -278,7 +281,7 @@ class SparsitySchedule:
             return
         seen, fed = self._led.collected()
         if self.steps == 1:
-            check_first_step(optimizer, self._led.by_name.values(), self._modifications, seen)
+            check_first_step(optimizer, self._patched.values(), seen)
         if fed:
             self._led.fold(fed)
         each = shares_of(seen) if self.per_layer else self._led.weighed(seen)
@@ -290,25 +293,29 @@ class SparsitySchedule:
             fresh = not self.per_layer and self._led.any_is_new(seen)
             self._start = wanted = 0.0 if fresh else float(self._sparsity)
         self._recent.add(self.steps, self._sparsity - wanted, counts.sum())
-        self._tracker.add(each, wanted, self._moves(optimizer))
+        self._tracker.add(each, wanted, self._moves.of(optimizer))
         self._log_thresholds = self._tracker.quantile(self.wanted)
         self._led.write(self._log_thresholds)
         self._calls.step()
         self._keep_calls()
+        if self.steps == self._last:
+            # Only now, to come after whatever else is hooked in and changes the model in a step.
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     def _keep_calls(self) -> None:
         """From where on the last ones may be among the steps that are left."""
         if self._settles and self._last - STEPS <= self.steps < self._last:
             self._calls.begin()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """The last step sets the thresholds that stay: the model is what it will be."""
-        if self.steps != self._last or self in _ENDED or is_part(optimizer, kwargs):
+        """After the last one the thresholds are set that stay: the model is what it will be."""
+        if self in _ENDED or is_part(optimizer, kwargs):
             return
         again, now = self._calls.again(), self._log_thresholds.exp2()
+        self._end()  # also where what follows is interrupted
         found = settled(self._model, self._patched, again, self.target, now)
-        self._end()
         if found is None:
             told = float(self._tracker.share_below(self._log_thresholds))
             say_if_missed(self, self._recent.closed(told, self.target), 0.0)
@@ -316,18 +323,6 @@ class SparsitySchedule:
             self._log_thresholds = now.new_tensor(found.thresholds).log2()
             self._led.write(self._log_thresholds)
             say_if_missed(self, found.closed, 2 * found.error)
-
-    def _moves(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
-        """How far this step moves what they decide on: the learning rate."""
-        groups = optimizer.param_groups
-        if self._groups_of != len(groups):
-            self._groups_of = len(groups)
-            own = {id(p) for part in self._modifications for p in part.parameters()}
-            holds = [any(id(p) in own for p in group["params"]) for group in groups]
-            self._groups = [i for i, held in enumerate(holds) if held or not any(holds)]
-        rates = [groups[i].get("lr") for i in self._groups]
-        moves = sum(1.0 if rate is None else rate for rate in rates)
-        return moves.to(self._led.device) if isinstance(moves, Tensor) else moves
 
     def _end(self) -> None:
         self._calls.end()

@@ -80,7 +80,7 @@ def say_if_missed(schedule: SparsitySchedule, closed: float, error: float) -> No
     warnings.warn(
         f"SparsitySchedule was to close {target:.0%} of the positions and {found}",
         UnreachedSparsityWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -100,7 +100,7 @@ def say_if_beyond(steps: int, last: int) -> None:
             "its thresholds stay, and close another share as M(x) goes on changing: make it for "
             "the steps of the whole training, total_steps=.",
             UnreachedSparsityWarning,
-            stacklevel=4,
+            stacklevel=9,
         )
 
 
