@@ -266,7 +266,7 @@ def kept(calls):
 @pytest.mark.parametrize(
     ("shape", "count", "left"),
     [
-        ((1, 10, 6), 100, last_calls.STEPS),
+        ((1, 10, 6), 200, last_calls.STEPS),
         ((100, 10, 6), 100, LEAST),
         ((40, 10, 6), 100, 13),  # 512 samples
         ((4, 10**5, 6), 20, LEAST),  # 64 MiB

@@ -16,7 +16,7 @@ from tokengate.layers.following import HEARERS
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
 # or bytes of inputs; but always of the least number.
-STEPS, LEAST = 64, 8
+STEPS, LEAST = 128, 8
 _SAMPLES, _BYTES = 512, 2**26
 
 

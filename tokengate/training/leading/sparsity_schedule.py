@@ -45,7 +45,7 @@ class SparsitySchedule:
     they do; so their growth and their distribution are averaged over steps, layer by layer and
     apart (`QuantileTracker`), and nothing closes before M(x) has grown. After the last step the
     thresholds are set once more, and stay: the model is called again, in evaluation, with what it
-    was called with in the last steps (64 of them, 512 samples or 64 MiB, of which copies are kept
+    was called with in the last steps (128 of them, 512 samples or 64 MiB, of which copies are kept
     meanwhile), and tells what closes the target. Thresholds that were trained, loaded or calibrated
     stay so until the first step, and the share goes on from what they close, up or down to the
     target; with one threshold for all from 0 if a layer is new, whose small M(x) that of the others
