@@ -330,3 +330,22 @@ def test_a_grad_scaler_scales_tau_s_gradient_too():
         layer.zero_grad()
     assert found[0].any()
     torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["threshold", "firm", "fisher"])
+def test_a_schedule_leads_without_waiting_and_settles(gate):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 16)).to(DEVICE)
+    tokengate.patch(model, "all-linear", rank=8, gate=gate)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+    schedule = tokengate.SparsitySchedule(model, optimizer, 0.5, 40)
+    x = torch.randn(41, 16, 30, 32, device=DEVICE)
+    for step in range(40):
+        with no_wait() if 2 <= step < 39 else contextlib.nullcontext():
+            optimizer.zero_grad()
+            (model(x[step]) - 1).square().mean().backward()
+            optimizer.step()
+    assert all(threshold > 0 for threshold in schedule.thresholds.values())
+    with torch.no_grad(), tokengate.record(model.eval()) as rec:
+        model(x[40])
+    assert abs(rec.report().sparsity - 0.5) < 0.05

@@ -17,7 +17,7 @@ from tokengate.layers.following import HEARERS
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
 # or bytes of inputs; but always of the least number, or none if these have more than may be held.
-STEPS, LEAST = 64, 8
+STEPS, LEAST = 128, 8
 _SAMPLES, _BYTES, _MOST = 512, 2**26, 2**28
 
 

@@ -22,7 +22,7 @@ from tokengate.training.seen_scores import SeenScores
 
 # How many pairs of parts that go one way more than the other are no chance, and what is too small a
 # change to matter.
-_PAIRS, _SMALL = 20, 0.01
+_PAIRS, _SMALL = 20, 0.02
 
 
 @dataclass

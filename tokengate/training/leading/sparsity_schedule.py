@@ -49,7 +49,7 @@ class SparsitySchedule:
     close, up or down to the target; with one threshold for all from 0 if a layer is new, whose
     small M(x) that of the others would close for good. After the last step the thresholds are set
     once more, and stay: the model is called again, in evaluation, with what it was called with in
-    the last steps, at least 8, at most 64 of them, and tells what closes the target. Copies of that
+    the last steps, at least 8, at most 128 of them, and tells what closes the target. Copies of that
     are kept meanwhile, and in checkpoints: 512 samples, or 64 MiB.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
