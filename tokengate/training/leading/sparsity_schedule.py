@@ -49,8 +49,8 @@ class SparsitySchedule:
     close, up or down to the target; with one threshold for all from 0 if a layer is new, whose
     small M(x) that of the others would close for good. After the last step the thresholds are set
     once more, and stay: the model is called again, in evaluation, with what it was called with in
-    the last steps, at least 8, at most 128 of them, and tells what closes the target. Copies of that
-    are kept meanwhile, and in checkpoints: 512 samples, or 64 MiB.
+    the last 8 to 128 steps, of which copies are kept meanwhile, and in checkpoints (512 samples, or
+    64 MiB), and tells what closes the target.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
