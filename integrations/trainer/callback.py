@@ -79,7 +79,7 @@ class TokenGateCallback(TrainerCallback):
       without a length. On several processes `eval_sparsity` counts twice the samples that
       Accelerate repeats to fill their last batches.
     - The optimiser's part of a checkpoint has it all, so that a run that is resumed ends as one
-      that was never stopped. Under FSDP2 and ZeRO a file of its own has it.
+      that was never stopped. Of several processes each has a file of its own for it.
 
     What a callback cannot do is left to `TokenGateTrainer`.
 
@@ -198,9 +198,9 @@ class TokenGateCallback(TrainerCallback):
         """From the beginning, or from where a checkpoint or an earlier training left them."""
         saved: dict[str, Any] = state_of(base).pop(KEY, {})
         resumed = state.global_step > 0
-        checkpoint = resumed_from() if resumed and self._engine.apart else None
+        checkpoint = resumed_from() if resumed and self._several() else None
         if checkpoint is not None:
-            saved = read_state(checkpoint)
+            saved = read_state(checkpoint) or saved
         if resumed and not saved:
             raise TokenGateError(
                 f"training is resumed at step {state.global_step} from a checkpoint whose "
@@ -314,13 +314,18 @@ class TokenGateCallback(TrainerCallback):
 
     def save_state(self, checkpoint: Path) -> None:
         """Write into a checkpoint what its optimiser has no room for; all processes call it."""
-        if self._steps is None or not self._engine.apart or self._saved == checkpoint:
+        if self._steps is None or not self._several() or self._saved == checkpoint:
             return
         self._saved = checkpoint
         with self._engine.values():
             state = self._steps.state()
-        if torch.distributed.get_rank() == 0:
-            write_state(checkpoint, state)
+        write_state(checkpoint, state)
+
+    def _several(self) -> bool:
+        """Whether each process has a state of its own, or there is no room for that of one."""
+        ranks = torch.distributed
+        several = ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1
+        return several or self._engine.apart
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any

@@ -1,7 +1,9 @@
 """A Trainer's checkpoints: which were saved to their end, and what one has beside the Trainer's.
 
 Where a model is divided over processes its optimiser's checkpoint has room for the state of its
-parameters alone. Ours is then in a file of its own, the same for any number of processes.
+parameters alone, and where there are several each was given batches of its own, of which a
+`SparsitySchedule` knows the last. Ours is then in files of its own, one of each process; more
+processes than there were go on from that of the first.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from tokengate import TokenGateError
 from tokengate.errors import brief
 from tokengate.files.atomic_write import write_atomically
 
-#: What `TokenGateCallback` has to remember of a training on several processes.
+#: What `TokenGateCallback` has to remember of a training on several processes: the first's file.
 STATE = "tokengate_training.pt"
 
 
@@ -82,9 +84,15 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+def _own(folder: Path) -> Path:
+    rank = torch.distributed.get_rank()
+    return folder / STATE if rank == 0 else (folder / STATE).with_stem(f"tokengate_training_{rank}")
+
+
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Beside the Trainer's; one process does it."""
-    write_atomically(folder / STATE, lambda path: torch.save(state, path))
+    """That of this process, beside the Trainer's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(_own(folder), lambda path: torch.save(state, path))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -93,13 +101,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         TokenGateError: the file is damaged.
     """
-    if not (folder / STATE).exists():
+    file = _own(folder) if _own(folder).exists() else folder / STATE
+    if not file.exists():
         return {}
     try:
-        found: dict[str, Any] = torch.load(folder / STATE, "cpu", weights_only=True)
+        found: dict[str, Any] = torch.load(file, "cpu", weights_only=True)
     except Exception as error:
         raise TokenGateError(
-            f"{str(folder / STATE)!r} could not be read ({brief(str(error))}): resume from another "
+            f"{str(file)!r} could not be read ({brief(str(error))}): resume from another "
             "checkpoint."
         ) from None
     return found

@@ -490,6 +490,19 @@ def test_a_resumed_training_ends_as_one_that_went_on():
     assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
 
 
+def test_what_is_loaded_of_another_model_breaks_nothing():
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    schedule._calls._steps[0][0].module = "another"
+    states = [each.state_dict() for each in (model, optimizer, schedule)]
+    again = made()
+    for each, state in zip(again, states, strict=True):
+        each.load_state_dict(state)
+    with pytest.warns(UnreachedSparsityWarning, match=r"failed \(KeyError: 'another'\)"):
+        train(*again[:2], lambda model, x, step: model(x), begin=16)
+    assert not is_led(again[0])
+
+
 def test_what_is_loaded_goes_where_the_model_is():
     """Trainers load a checkpoint to the CPU; what was elsewhere than the model stays there."""
     model = tokengate.patch(Net(), "all-linear")

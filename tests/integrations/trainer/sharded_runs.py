@@ -20,7 +20,7 @@ DIVIDED = ["FSDP2", "ZeRO-3"]
 TRAINED = [(engine, method) for engine in DIVIDED for method in METHODS] + [("ZeRO-2", "adalora")]
 RESUMED = ["FSDP2", "ZeRO-3"]
 WEIGHTS = "adapter_model.safetensors"
-STEPS, CLIP = 4, 0.1
+STEPS, CLIP = 8, 0.1
 KEPT = ("loss", "grad_norm", "sparsity", "tau_mean", "tau_min", "tau_max", "orthogonality")
 
 
@@ -40,7 +40,7 @@ def as_gpus(rank, port):
 
 def dividing(engine):
     """TrainingArguments."""
-    if engine == "":
+    if engine in ("", "DDP"):
         return {}
     if engine == "FSDP2":
         config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -111,6 +111,14 @@ def resumed(folder, engine):
         found.append(history(trainer, watch))
         found[-1]["masks"] = found[-1]["masks"][-STEPS // 2 :]
     return found
+
+
+def replicated(folder, rank, port):
+    """In one process of two, each of which has all of the model."""
+    ranks.become(rank, port)
+    warnings.simplefilter("ignore")
+    (folder / f"rank{rank}.json").write_text(json.dumps(resumed(folder / "resumed", "DDP")))
+    torch.distributed.destroy_process_group()
 
 
 def everything(folder, rank, port):

@@ -64,6 +64,14 @@ def test_two_processes_are_one(found, alone, engine, method):
         assert (value - adapters[1][name]).abs().max() < 1e-5, name
 
 
+def test_each_of_several_processes_goes_on_from_its_own(processes, tmp_path):
+    """It was given batches of its own, of which a schedule's end is told."""
+    two_ranks.wait_for(two_ranks.start(processes, runs.replicated, tmp_path))
+    for rank in (0, 1):
+        whole, resumed = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert resumed == whole
+
+
 @pytest.mark.parametrize("engine", runs.RESUMED)
 def test_a_resumed_run_is_one_that_was_not_stopped(found, engine):
     (first, second), folder = found
@@ -76,7 +84,7 @@ def test_a_resumed_run_is_one_that_was_not_stopped(found, engine):
         for place in (
             "whole/" + runs.WEIGHTS,
             "again/" + runs.WEIGHTS,
-            "checkpoint-2/" + runs.WEIGHTS,
+            f"checkpoint-{runs.STEPS // 2}/" + runs.WEIGHTS,
         )
     )
     assert before.keys() == after.keys()

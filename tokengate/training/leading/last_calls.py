@@ -120,13 +120,12 @@ class LastCalls:
 
         Or if contexts were around one that are no more, or its module has another forward.
         """
-        calls = [call for calls in self._steps for call in calls]
-        if self._lacks or any(c.around not in (None, self._around_now(c)) for c in calls):
+        if self._lacks or not all(self._is_as_it_was(c) for calls in self._steps for c in calls):
             return []
         return [[self._maker(call) for call in calls] for calls in self._steps]
 
-    def _around_now(self, call: _Call) -> tuple[tuple[Context, ...], Any]:
-        return _around(self._modules[call.module])
+    def _is_as_it_was(self, call: _Call) -> bool:
+        return call.around is None or call.around == _around(self._modules[call.module])
 
     def _maker(self, call: _Call) -> Callable[[], Any]:
         args, kwargs = call.given
