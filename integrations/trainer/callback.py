@@ -273,6 +273,10 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Evaluation comes next, if it comes."""
+        schedule = self.sparsity_schedule
+        if schedule is not None and state.global_step >= schedule.total_steps:
+            with self._engine.values():
+                schedule.end()  # as where a GradScaler skipped some
         if control.should_evaluate:
             self._evaluation.start(context["model"])
 

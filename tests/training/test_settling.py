@@ -490,6 +490,23 @@ def test_a_resumed_training_ends_as_one_that_went_on():
     assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
 
 
+def test_a_training_that_ends_before():
+    """As one of whose steps a GradScaler skipped some; a target that is not wanted yet is none."""
+    model, optimizer, schedule = made(steps=STEPS + 2)
+    train(model, optimizer, lambda model, x, step: model(x))
+    followed = schedule.thresholds
+    schedule.end()
+    settled = schedule.thresholds
+    assert (settled != followed, is_led(model)) == (True, False)
+    schedule.end()
+    train(model, optimizer, lambda model, x, step: model(x), 2)
+    assert schedule.thresholds == settled
+    model, optimizer, schedule = made(steps=2 * STEPS)
+    train(model, optimizer, lambda model, x, step: model(x))
+    schedule.end()
+    assert is_led(model)
+
+
 def test_what_is_loaded_of_another_model_breaks_nothing():
     model, optimizer, schedule = made()
     train(model, optimizer, lambda model, x, step: model(x), 16)

@@ -11,10 +11,11 @@ import tokengate
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 pytest.importorskip("accelerate", reason="the transformers extra is not installed")
 
-from trainer_runs import Huge, language_model, taus, trained, trainer  # noqa: E402
+from trainer_runs import Huge, Scaled, language_model, taus, trained, trainer  # noqa: E402
 
 from tokengate.errors import NonFiniteWarning  # noqa: E402
 from tokengate.integrations.trainer import TokenGateCallback  # noqa: E402
+from tokengate.training.leading import sparsity_schedule  # noqa: E402
 
 # One thread as in the processes started here.
 pytestmark = pytest.mark.usefixtures("one_thread", "own_accelerate")
@@ -52,6 +53,19 @@ def test_skipped_steps_leave_tau_alone(tmp_path, optim):
             moments += len(old) == 4
             assert all(bool(value.isfinite().all()) for value in state.values())
     assert moments
+
+
+def test_a_schedule_ends_with_the_training_none_the_less(tmp_path):
+    class Some(Scaled):
+        scale, growth = 2.0**14, 12  # which soon is too much
+
+    callback = TokenGateCallback(target_sparsity=0.5)
+    options = {"kind": Some, "max_steps": 60, "optim": "adamw_torch"}
+    trained(tmp_path, callback=callback, **options)
+    schedule = callback.sparsity_schedule
+    assert 40 < schedule.steps < 60
+    assert not schedule._calls._steps
+    assert schedule in sparsity_schedule._ENDED
 
 
 def test_a_skipped_step_is_not_counted(tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError, UselessGateWarning
+from tokengate.errors import TokenGateError, UselessGateWarning, brief
 from tokengate.gates.base import Gate
 from tokengate.gates.fisher import FisherGate
 from tokengate.gates.living import lead, lead_no_more, leader_of, tau_of
@@ -262,4 +263,25 @@ def check_first_step(
             "whose steps it counts.",
             UselessGateWarning,
             stacklevel=9,
+        )
+
+
+def check_state(state: Mapping[str, Any], led: Collection[str], thresholds: Tensor) -> None:
+    """An error if the state of a schedule is of other layers than are `led`, or another kind."""
+    if "led" not in state or "way" not in state["tracker"]:
+        raise TokenGateError(
+            "the state to load is of a SparsitySchedule of an earlier version, which averaged "
+            "otherwise: finish that training with that version, or begin a schedule anew."
+        )
+    if list(state["layers"]) != list(led):
+        other = sorted({*state["layers"]} ^ {*led})
+        raise TokenGateError(
+            "the state to load and this schedule differ in the layer "
+            f"{brief(other[0] if other else state['layers'][0])}: load it into a model that is "
+            "patched in the same way."
+        )
+    if state["thresholds"].shape != thresholds.shape:
+        raise TokenGateError(
+            "the state to load is of a schedule with another per_layer: make this one as that "
+            "one was made."
         )

@@ -189,5 +189,5 @@ def _say_why(problem: Exception, steps: int) -> None:
         f"{str(problem).rstrip('.')}), so that they are those that it followed: pass settle=False, "
         "or set them by tokengate.calibrate.",
         UnreachedSparsityWarning,
-        stacklevel=8,
+        stacklevel=9,
     )

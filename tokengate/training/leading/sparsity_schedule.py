@@ -17,6 +17,7 @@ from tokengate.training.leading.last_calls import STEPS, LastCalls
 from tokengate.training.leading.led_gates import (
     LedGates,
     check_first_step,
+    check_state,
     gates_to_lead,
     refuse_unlearnt,
 )
@@ -62,7 +63,8 @@ class SparsitySchedule:
     Scores are counted without the method's dropout, as they will be evaluated. Of a step's forwards
     those count that gradients may come back through: no `generate`, no reference. A
     step that a GradScaler skips is never seen here, so say it: `schedule.skip_step()`, after a
-    `scaler.update()` that lowered the scale. Fused optimisers and `TokenGateCallback` do.
+    `scaler.update()` that lowered the scale, and `schedule.end()` when the training is over. Fused
+    optimisers do the former, the Trainer's `TokenGateCallback` both.
 
     Args:
         model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
@@ -190,6 +192,16 @@ class SparsitySchedule:
         self._calls.end()
         self._led.end(self)
 
+    @torch.no_grad()
+    def end(self) -> None:
+        """The training is over, if less than `total_steps` were taken, as where some were skipped.
+
+        What follows the last step is done now, if the share that was wanted is the target by then.
+        """
+        if self.wanted == self.target and not self._learns:
+            self._last = min(self._last, self.steps)
+            self._settle()
+
     def skip_step(self) -> None:
         """Forget what was counted for a step that is not taken: it is no part of the next one."""
         self._led.forget()
@@ -214,23 +226,7 @@ class SparsitySchedule:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
                 earlier version.
         """
-        if "led" not in state or "way" not in state["tracker"]:
-            raise TokenGateError(
-                "the state to load is of a SparsitySchedule of an earlier version, which averaged "
-                "otherwise: finish that training with that version, or begin a schedule anew."
-            )
-        if list(state["layers"]) != list(self._led.by_name):
-            other = sorted({*state["layers"]} ^ {*self._led.by_name})
-            raise TokenGateError(
-                "the state to load and this schedule differ in the layer "
-                f"{brief(other[0] if other else state['layers'][0])}: load it into a model that is "
-                "patched in the same way."
-            )
-        if state["thresholds"].shape != self._log_thresholds.shape:
-            raise TokenGateError(
-                "the state to load is of a schedule with another per_layer: make this one as that "
-                "one was made."
-            )
+        check_state(state, self._led.by_name, self._log_thresholds)
         self.steps, self._start = int(state["step"]), float(state["start"])
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
@@ -311,7 +307,11 @@ class SparsitySchedule:
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """After the last one the thresholds are set that stay: the model is what it will be."""
-        if self in _ENDED or is_part(optimizer, kwargs):
+        if not is_part(optimizer, kwargs):
+            self._settle()
+
+    def _settle(self) -> None:
+        if self in _ENDED:
             return
         again, now = self._calls.again(), self._log_thresholds.exp2()
         self._end()  # also where what follows is interrupted

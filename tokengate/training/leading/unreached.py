@@ -80,7 +80,7 @@ def say_if_missed(schedule: SparsitySchedule, closed: float, error: float) -> No
     warnings.warn(
         f"SparsitySchedule was to close {target:.0%} of the positions and {found}",
         UnreachedSparsityWarning,
-        stacklevel=6,
+        stacklevel=7,
     )
 
 
