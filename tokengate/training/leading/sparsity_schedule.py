@@ -61,10 +61,10 @@ class SparsitySchedule:
     The rule is not the paper's, which learns tau by eq. 14-22; `learn_from` goes over to it.
 
     Scores are counted without the method's dropout, as they will be evaluated. Of a step's forwards
-    those count that gradients may come back through: no `generate`, no reference. A
-    step that a GradScaler skips is never seen here, so say it: `schedule.skip_step()`, after a
-    `scaler.update()` that lowered the scale, and `schedule.end()` when the training is over. Fused
-    optimisers do the former, the Trainer's `TokenGateCallback` both.
+    those count that gradients may come back through: no `generate`, no reference. A step that a
+    GradScaler skips is never seen here, so say it, after a `scaler.update()` that lowered the
+    scale: `schedule.skip_step()`, and `schedule.end()` when training is over. Fused optimisers do
+    the former, the Trainer's `TokenGateCallback` both.
 
     Args:
         model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
