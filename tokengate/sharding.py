@@ -18,6 +18,11 @@ import torch
 from torch import Tensor, nn
 
 
+def in_processes() -> bool:
+    """Whether this is one of several processes that train together, or may be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds but its part of `tensor`."""
     return hasattr(tensor, "full_tensor")

@@ -157,6 +157,17 @@ def training(
     return path
 
 
+def calibrated(engine, **options):
+    """The taus that close a half of what was given; the second of two batches is small."""
+    model = away_from_initialisation(patched())
+    batches = [share(batch(0)), share(batch(1)[:2])]
+    if engine:
+        tokengate.calibrate(wrapped(model, engine), batches, 0.5, **options)
+    else:
+        tokengate.calibrate(model, batches, 0.5, **options)
+    return taus(model)
+
+
 def some(name, shape):
     """For `record(groups=...)`: the first samples have a group of their own."""
     first = torch.zeros(shape[0], shape[1:].numel(), dtype=torch.bool)
@@ -254,6 +265,8 @@ def everything(folder, engine, rank, port):
     found["checkpointed"] = training("dora", engine, schedule={}, again=True)
     if engine == "fsdp2":
         found["hsdp"] = training("adalora", "hsdp", schedule={})
+    if engine == "ddp":
+        found["calibrated"] = [calibrated(engine), calibrated(engine, reduce=True)]
     found["TauAdam"] = training("lora", engine, adam=True)
     found["reports"] = alone(engine)
     found["saved"] = saved(engine, folder)

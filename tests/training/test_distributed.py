@@ -82,6 +82,14 @@ def test_one_schedule_on_all_ranks(found, engine, per_layer):
     assert distance(ours["taus"], one["taus"]) < 1e-6
 
 
+def test_calibrated_by_the_batches_of_all_ranks(found):
+    (first, second), _ = found["ddp"]
+    (alone, together), (other, others) = first["calibrated"], second["calibrated"]
+    assert distance(alone, other) > 1e-4
+    assert distance(together, others) == 0.0
+    assert distance(together, runs.calibrated("", reduce=True)) == 0.0
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_16_bit_base(found, engine):
     (first, second), _ = found[engine]

@@ -17,7 +17,7 @@ from tokengate.layers.patched import module_names, require_layers
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.leading.led_gates import refuse_mixed
 from tokengate.training.measuring import measure
-from tokengate.training.seen_scores import SeenScores, percent
+from tokengate.training.seen_scores import SeenScores, of_all_processes, percent
 
 
 @exclusive
@@ -28,6 +28,7 @@ def calibrate(
     *,
     per_layer: bool = True,
     warm_start: bool = False,
+    reduce: bool = False,
 ) -> dict[str, float]:
     """Set every tau so that a share of the positions in `batches` is left unmodified:
 
@@ -52,7 +53,8 @@ def calibrate(
     the layers: those that see many positions with W0 x = 0, which every tau leaves open, as padding
     without a mask may be, or many with the same r.
 
-    Of several processes each sets its own taus by the batches that it is given: give all the same.
+    Of several processes each sets its own taus by the batches that it is given: give all the same,
+    or have all call it with `reduce=True`, each with its own.
 
     The rule is not the paper's, which learns tau.
 
@@ -63,6 +65,7 @@ def calibrate(
         per_layer: False for one threshold, which closes that share of all layers together, as a
             schedule leads them; each layer, or expert, that does anything counts as much.
         warm_start: True for a pass with the gates as they are.
+        reduce: True for taus by the batches of all processes of `torch.distributed`.
 
     Returns:
         The new tau of every layer by name, or of every expert by its own. What has an r of 0
@@ -100,6 +103,7 @@ def calibrate(
             f"calibrate was asked of {listed(unfed)}, to which no gradient has shown what the loss "
             "hangs on: train with a SparsitySchedule, under which backward feeds their Q."
         )
+    switch("reduce", reduce)
     if not switch("per_layer", per_layer):
         refuse_mixed("calibrate was asked to set", gates)
     names = {name: module_names(name, layer) for name, (layer, _) in gated.items()}
@@ -112,6 +116,8 @@ def calibrate(
         patched = {name: layer for name, (layer, _) in gated.items()}
         listeners = {name: seen.listen for name, seen in counted.items()}
         measure("calibrate", model, patched, listeners, batches, scores=True)
+        if reduce:
+            counted = of_all_processes(counted)
         if not any(seen.moved() for seen in counted.values()):
             raise TokenGateError(
                 f"calibrate found M(x) = 0 at every position of this {type(model).__name__}, as it "

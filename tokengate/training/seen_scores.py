@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from tokengate.gates.score_counts import FineCounts
 from tokengate.kernels.norms import Norms
+from tokengate.sharding import in_processes
 
 # How far from the share asked for is not worth a word.
 _NEAR = 0.1
@@ -74,6 +75,15 @@ class SeenScores(FineCounts):
     def _heaped(self) -> bool:
         """Whether some r that is not 0 alone was seen at more than one position."""
         return bool((self.weights.max() > 1.5 * self.heaviest) and self.moved())
+
+
+def of_all_processes(seen: Mapping[str, SeenScores]) -> dict[str, SeenScores]:
+    """What all of several processes have seen, each of which must ask."""
+    parts = [seen]
+    if in_processes():
+        parts = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, dict(seen))
+    return {name: SeenScores.of(part[name] for part in parts) for name in seen}
 
 
 def percent(share: float) -> str:

@@ -17,7 +17,7 @@ from tokengate.gates.living import lead, lead_no_more, leader_of, tau_of
 from tokengate.gates.score_counts import no_counts, share_below, shares_of
 from tokengate.gates.threshold import TokenGate
 from tokengate.layers.gated_linear import Gated
-from tokengate.sharding import anywhere, gathered, local_part
+from tokengate.sharding import anywhere, gathered, in_processes, local_part
 
 _STATE = ("folded", "called", "since", "unit")
 
@@ -119,7 +119,7 @@ class LedGates:
         seen = torch.stack([g._seen.to(self.device) for g in gates if g._seen is not None])
         fed = [gate._fed.to(seen) for gate in self._fisher if gate._fed is not None]
         flat = torch.cat([each.flatten() for each in fed]) if fed else seen.new_zeros(0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if in_processes():
             torch.distributed.all_reduce(seen)
             if len(flat):
                 torch.distributed.all_reduce(flat)

@@ -20,7 +20,7 @@ from tokengate.gates.base import Gate
 from tokengate.gates.living import held_by, tau_of
 from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.gates.score_counts import log_quantile
-from tokengate.sharding import local_part
+from tokengate.sharding import in_processes, local_part
 from tokengate.training.following import followed
 from tokengate.training.wrapped_optimizers import Follower
 
@@ -59,7 +59,7 @@ def _pace(optimizer: Optimizer, before: dict[nn.Parameter, Tensor]) -> None:
         return
     device = next(iter(before.values())).device
     seen = torch.stack([gate._seen.to(device) for _, gate in own if gate._seen is not None])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_processes():
         torch.distributed.all_reduce(seen)
     seen[:, -1] = 0  # where w is 0
     # Of a layer without positions, or with M(x) = 0, it is 0: its tau stays.

@@ -16,9 +16,10 @@ from tokengate.layers.batches import apart, evaluating
 from tokengate.layers.calls import RECORD, in_context, unobserved
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import may_be_idle, module_names
+from tokengate.sharding import in_processes
 from tokengate.training.leading.last_calls import LEAST
 from tokengate.training.measuring import watching
-from tokengate.training.seen_scores import SeenScores
+from tokengate.training.seen_scores import SeenScores, of_all_processes
 
 # How many pairs of parts that go one way more than the other are no chance, and what is too small a
 # change to matter.
@@ -69,7 +70,8 @@ def settled(
     seen = {own: _InParts() for each in names.values() for own in each}
     if not _called_again(model, patched, steps[-fewest:], seen, now):
         return None
-    groups = [_of_all_ranks({own: seen[own].whole() for own in each}) for each in names.values()]
+    whole = [of_all_processes({own: seen[own].whole() for own in each}) for each in names.values()]
+    groups = [[seen for seen in each.values() if seen.total] for each in whole]
     if len(now) == 1:
         groups = [[each for group in groups for each in group]]
     found = [
@@ -158,28 +160,14 @@ def _trends(off: Tensor) -> bool:
     return bool((later >= _PAIRS) & ((last.mean() - first.mean()).abs() > _SMALL))
 
 
-def _in_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _over_ranks(values: Sequence[float], like: Tensor, how: str) -> list[float]:
     """The least, largest or mean of each over all ranks; on a device that these can talk of."""
-    if not _in_ranks():
+    if not in_processes():
         return list(values)
     all_values = torch.tensor(values, dtype=like.dtype, device=like.device)
     by = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "mean": dist.ReduceOp.SUM}[how]
     dist.all_reduce(all_values, by)
     return (all_values / (dist.get_world_size() if how == "mean" else 1)).tolist()
-
-
-def _of_all_ranks(seen: Mapping[str, SeenScores]) -> list[SeenScores]:
-    """What all have seen, of each that somebody has seen anything of."""
-    parts = [seen]
-    if _in_ranks():
-        parts = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, dict(seen))
-    whole = [SeenScores.of(part[name] for part in parts) for name in seen]
-    return [each for each in whole if each.total]
 
 
 def _say_why(problem: Exception, steps: int) -> None:

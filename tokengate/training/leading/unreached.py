@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # How far from the target what is closed may be without a word.
 _NEAR = 0.03
 # How unsure it may be likewise, at two standard errors.
-_UNSURE = 0.05
+_UNSURE = 0.1
 # How many standard errors of the mean are no chance.
 _ERRORS = 3.0
 
