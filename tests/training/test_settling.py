@@ -185,7 +185,7 @@ def test_few_calls_tell_less(steps):
 
 
 def test_a_model_that_is_not_called_so_in_evaluation():
-    said = r"again, in evaluation, .* failed \(ValueError: targets are wanted\), .* settle=False"
+    said = r"again, in evaluation, .* failed \(ValueError: 'targets are wanted'\), .* settle=False"
     with pytest.warns(UnreachedSparsityWarning, match=said):
         found = thresholds(make=Untold)
     assert found == thresholds(make=Untold, settle=False)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokengate.errors import UnreachedSparsityWarning
+from tokengate.errors import UnreachedSparsityWarning, brief
 from tokengate.layers.batches import apart, evaluating
 from tokengate.layers.calls import RECORD, in_context, unobserved
 from tokengate.layers.gated_linear import Gated
@@ -71,7 +71,7 @@ def settled(
     if not _called_again(model, patched, steps[-fewest:], seen, now):
         return None
     whole = [of_all_processes({own: seen[own].whole() for own in each}) for each in names.values()]
-    groups = [[seen for seen in each.values() if seen.total] for each in whole]
+    groups = [[own for own in each.values() if own.total] for each in whole]
     if len(now) == 1:
         groups = [[each for group in groups for each in group]]
     found = [
@@ -117,10 +117,11 @@ def _called_again(
 
 
 class _InParts:
-    """The scores of a layer or expert, in as many parts of the calls, one after the other.
+    """The scores of a layer or expert, apart by when they were called, in as many parts as there
+    are steps at least.
 
     Attributes:
-        part: of which those are that are heard.
+        part: that those belong to which are heard now.
     """
 
     def __init__(self) -> None:
@@ -174,8 +175,8 @@ def _say_why(problem: Exception, steps: int) -> None:
     warnings.warn(
         f"SparsitySchedule called the model again, in evaluation, with what its last {steps} steps "
         f"gave it, to set its last thresholds, and that failed ({type(problem).__name__}: "
-        f"{str(problem).rstrip('.')}), so that they are those that it followed: pass settle=False, "
-        "or set them by tokengate.calibrate.",
+        f"{brief(str(problem))}), so that they are those that it followed: pass settle=False, or "
+        "set them by tokengate.calibrate.",
         UnreachedSparsityWarning,
         stacklevel=9,
     )
