@@ -137,7 +137,7 @@ def test_what_is_closed_held_out(script, monkeypatch, tmp_path, capsys):
         asked = [*options.split(), "--asked", "20", "24", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["held_out.py", *asked])
         held_out.main()
-        shown.append(re.findall(r"\| \d of (\d) \|", capsys.readouterr().out))
+        shown.append(re.findall(r"\| \d of (\d), ", capsys.readouterr().out))
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     found = [(each["kind"], each["seed"]) for each in map(json.loads, lines)]
     assert found == [(kind, seed) for seed in range(2) for kind in ("apart", "alike", "pictures")]
