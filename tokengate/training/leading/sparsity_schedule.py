@@ -198,7 +198,7 @@ class SparsitySchedule:
 
         What follows the last step is done now, if the share that was wanted is the target by then.
         """
-        if self.wanted == self.target and not self._learns:
+        if self.steps >= self._warmup + self._rise and not self._learns:
             self._last = min(self._last, self.steps)
             self._settle()
 
