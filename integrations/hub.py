@@ -25,6 +25,7 @@ from tokengate.adapters.card import CARD, write_card
 from tokengate.adapters.destination import check_destination, check_no_model
 from tokengate.adapters.folder import CONFIG, OLD_CONFIG, WEIGHTS, read_adapter
 from tokengate.errors import brief
+from tokengate.sharding import in_processes
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -83,13 +84,11 @@ def push(
             refused.
     """
     host = _host(f"push to {repository!r} was asked for")
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         # First, as all processes do it together: what is refused later, one of them alone knows.
         tokengate.save(model, folder, name=name, report=report)
-        if several and distributed.get_rank() > 0:
+        if in_processes() and torch.distributed.get_rank() > 0:
             return ""
         is_there = _asked(repository, lambda: host.repo_exists(repository, token=token))
         if is_there and private is not None:

@@ -47,7 +47,7 @@ from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.reports.picture import load_plots
-from tokengate.sharding import is_absent
+from tokengate.sharding import in_processes, is_absent
 from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.scale_penalty import set_unit
 
@@ -327,8 +327,7 @@ class TokenGateCallback(TrainerCallback):
 
     def _several(self) -> bool:
         """Whether each process has a state of its own, or there is no room for that of one."""
-        ranks = torch.distributed
-        several = ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1
+        several = in_processes() and torch.distributed.get_world_size() > 1
         return several or self._engine.apart
 
     def on_evaluate(

@@ -139,4 +139,6 @@ def test_what_a_folding_can_take_back_is_not_gone():
         folding = tokengate.fold(model, [torch.randn(2, 3, 8)])
         optimizer.step()
         folding.undo()
+        before = model.blocks[0].q_proj.modification.B.detach().clone()
         train(model, optimizer, steps=3)
+    assert not torch.equal(model.blocks[0].q_proj.modification.B, before)

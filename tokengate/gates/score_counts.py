@@ -8,6 +8,8 @@ those in which there is something.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -49,6 +51,9 @@ def _bins_of(scores: Tensor, per_octave: int) -> Tensor:
     return place.nan_to_num(last, last, 0).clamp(0, last).long()
 
 
+_Place = TypeVar("_Place", float, Tensor)
+
+
 class FineCounts:
     """The same in bins of 0.07 %, of which those are kept in which something was.
 
@@ -85,14 +90,15 @@ class FineCounts:
 
     def share_below(self, score: float) -> float:
         """The share that lies below a score, by the middles of bins."""
-        middles = ((self.bins - 0.5) / (_PARTS * PER_OCTAVE) + LOW).exp2()
+        middles = self.score_at(self.bins + 0.5)
         below = self.weights[(middles < score) & (self.bins < self.LAST)]
         return below.sum().item() / self.total
 
     @staticmethod
-    def score_at(place: float) -> float:
+    def score_at(place: _Place) -> _Place:
         """The score so far into the bins, of which each is 1 wide."""
-        return float(2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW))
+        score: _Place = 2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW)
+        return score
 
 
 def shares_of(counts: Tensor) -> Tensor:

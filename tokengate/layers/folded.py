@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengate.gates.base import Gate
 from tokengate.layers.changing import all_or_nothing
 from tokengate.layers.gated_linear import Gated
-from tokengate.layers.patched import all_layers, forget_plain, rest, rise
+from tokengate.layers.patched import all_layers, forget_plain, own_by_id, rest, rise
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.linear_like import holder
 from tokengate.linears.merged_weight import MergedWeight, merged_weight
@@ -173,9 +173,7 @@ def taken_out(parameter: Tensor) -> bool:
 
 
 def _own(model: nn.Module) -> dict[int, nn.Parameter]:
-    found: list[Any] = [*all_layers(model).values(), *folded(model).values()]
-    parts = (part for each in found for part in each.all_parts() if part is not None)
-    return {id(p): p for part in parts for p in part.parameters()}
+    return own_by_id([*all_layers(model).values(), *folded(model).values()])
 
 
 @contextlib.contextmanager

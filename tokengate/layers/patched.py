@@ -47,10 +47,15 @@ def observers(
     return found
 
 
-def own_parameters(patched: Iterable[Any]) -> set[int]:
-    """The ids of what modifications and gates have, of all adapters of patched or folded layers."""
+def own_by_id(patched: Iterable[Any]) -> dict[int, nn.Parameter]:
+    """What modifications and gates have, of all adapters of patched or folded layers."""
     parts = (part for layer in patched for part in layer.all_parts())
-    return {id(p) for part in parts if part is not None for p in part.parameters()}
+    return {id(p): p for part in parts if part is not None for p in part.parameters()}
+
+
+def own_parameters(patched: Iterable[Any]) -> set[int]:
+    """The ids of the same."""
+    return set(own_by_id(patched))
 
 
 def all_layers(model: nn.Module) -> dict[str, Gated]:

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +15,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
 from tokengate.linears.by_name import is_from
 from tokengate.names import named_modules, named_parameters, with_wrappers
-from tokengate.sharding import is_flattened, is_sharded
+from tokengate.sharding import in_processes, is_flattened, is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing
 # them would cost what most users do not use.
@@ -127,7 +126,7 @@ def _wrapped_around(model: nn.Module) -> Iterator[tuple[str, str]]:
     A module does not know what holds it. Whoever waits for gradients of others needs a process
     group, so that without one nothing is looked through.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_processes():
         return
     if any(_holders(model)):
         gc.collect()  # one that is gone stays until then

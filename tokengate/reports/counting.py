@@ -13,6 +13,7 @@ from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.tables.sparsity_table import value
+from tokengate.sharding import in_processes
 
 # Of a layer's name and the shape of its S, for each group by name: which of these positions are in
 # it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
@@ -60,7 +61,7 @@ def of_all_ranks(mine: Found, reduce: Any, asked: dict[str, bool]) -> list[Found
             f"reduce={brief(reduce)} was asked: pass True, False, or a process group of "
             "torch.distributed."
         )
-    if not (there and distributed.is_initialized()):
+    if not in_processes():
         return [mine]
     group = None if reduce is True else reduce
     # As objects, because a rank that had nothing to run knows neither modules nor groups of

@@ -1,5 +1,7 @@
 """A training that ends short of what its schedule was to close, or goes on after it, is told of."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -110,5 +112,13 @@ def test_a_share_that_is_known_of_few_is_told_of_with_what_sets_it():
 
 def test_many_small_steps_tell_what_one_does_not():
     """Each one's share goes up and down by a fifth; all together know it."""
-    model, optimizer, _ = made(steps=200)
-    train(model, optimizer, 200, batch=(2, 8))
+    model, optimizer, schedule = made(steps=200)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(model, optimizer, 199, batch=(2, 8))
+        before = abs(schedule.sparsity - 0.5)
+        train(model, optimizer, 1, batch=(2, 8))
+    assert not told
+    with torch.no_grad(), tokengate.record(model.eval()) as rec:
+        model(torch.randn(300, 10, 6, generator=torch.Generator().manual_seed(1)))
+    assert abs(rec.report().sparsity - 0.5) < 0.03 < before

@@ -60,8 +60,8 @@ class LastCalls:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
+        self._names = {module: name for name, module in self._modules.items()}
         self._device = device
         self._steps: deque[list[_Call]] = deque()
         self._now: list[_Call] = []
