@@ -3,20 +3,16 @@
 import contextlib
 import copy
 import importlib.util
-import io
-import warnings
 
 import pytest
 import torch
+from led_trainings import STEPS, Net, closed, given, is_led, made, thresholds, train, trained
 from models import one_sentence
 from places import EXAMPLES
 from torch import nn
 
 import tokengate
-from tokengate.errors import UnreachedSparsityWarning
-from tokengate.layers.following import HEARERS
-from tokengate.training.leading import last_calls
-from tokengate.training.leading.last_calls import LEAST, LastCalls
+from tokengate.training.leading.last_calls import LEAST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +20,6 @@ _spec = importlib.util.spec_from_file_location("networks", EXAMPLES / "benchmark
 networks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(networks)
 
-STEPS = 24
 HALF = (torch.arange(10) < 5).expand(16, -1)
 
 
@@ -37,50 +32,6 @@ def test_where_few_samples_were_followed(kind, seed):
     followed, settled = (networks.case(kind, (20, 700), seed, settle) for settle in (False, True))
     assert abs(networks.held_out(**followed)["off"]) > 0.03
     assert abs(networks.held_out(**settled)["off"]) <= 0.03
-
-
-class Net(nn.Module):
-    """With what is otherwise in training than in evaluation."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
-        self.norm, self.dropout = nn.BatchNorm1d(16), nn.Dropout(dropout)
-
-    def forward(self, x, *, scale=1.0, more=None):
-        hidden = self.norm(self.first(x).transpose(1, 2)).transpose(1, 2)
-        return self.last(self.dropout(hidden.tanh())) * scale
-
-
-def made(make=Net, steps=STEPS, optimizer=torch.optim.AdamW, **options):
-    torch.manual_seed(0)
-    model = make()
-    tokengate.patch(model, "all-linear", rank=4)
-    optimizer = optimizer(tokengate.param_groups(model, lr=1e-2))
-    return model, optimizer, tokengate.SparsitySchedule(model, optimizer, 0.5, steps, **options)
-
-
-def given(step, size=16):
-    return torch.randn(size, 10, 6, generator=torch.Generator().manual_seed(step))
-
-
-def trained(call=lambda model, x, step: model(x), steps=STEPS, make=Net, begin=0, **options):
-    model, optimizer, schedule = made(make, steps, **options)
-    train(model, optimizer, call, steps, begin)
-    return model, schedule
-
-
-def train(model, optimizer, call, steps=STEPS, begin=0):
-    for step in range(begin, steps):
-        optimizer.zero_grad()
-        (call(model, given(step), step) - 1).square().mean().backward()
-        optimizer.step()
-
-
-def closed(model):
-    with torch.no_grad(), tokengate.record(model.eval()) as rec:
-        model(given(-1, size=1000))
-    return rec.report().sparsity
 
 
 def test_it_is_of_a_model_in_evaluation():
@@ -108,10 +59,6 @@ def test_nothing_else_is_changed():
     assert all(rest[0])
     assert torch.equal(rest[1], others[1])
     assert rest[2] == others[2]
-
-
-def thresholds(*args, **options):
-    return list(trained(*args, **options)[1].thresholds.values())
 
 
 def test_batches_may_be_written_into_the_same_memory():
@@ -184,13 +131,6 @@ def test_few_calls_tell_less(steps):
     assert (thresholds(steps=steps) == thresholds(steps=steps, settle=False)) == (steps < LEAST)
 
 
-def test_a_model_that_is_not_called_so_in_evaluation():
-    said = r"again, in evaluation, .* failed \(ValueError: 'targets are wanted'\), .* settle=False"
-    with pytest.warns(UnreachedSparsityWarning, match=said):
-        found = thresholds(make=Untold)
-    assert found == thresholds(make=Untold, settle=False)
-
-
 def test_a_step_that_is_not_taken():
     """Nor what it was given, which may be no numbers."""
 
@@ -251,45 +191,6 @@ def test_within_an_autocast():
     assert dtypes.count((False, torch.bfloat16)) == len(dtypes) - STEPS > 0
 
 
-def kept(calls):
-    model = tokengate.patch(Net(), "all-linear")
-    last = LastCalls(model, torch.device("cpu"))
-    last.begin()
-    for x in calls:
-        model(x)
-        last.step()
-    return last
-
-
-@pytest.mark.parametrize(
-    ("shape", "count", "left"),
-    [
-        ((1, 10, 6), 200, last_calls.STEPS),
-        ((100, 10, 6), 100, LEAST),
-        ((40, 10, 6), 100, 13),  # 512 samples
-        ((4, 10**5, 6), 20, LEAST),  # 64 MiB
-        ((4, 10, 6), 5, 5),
-    ],
-)
-def test_so_much_is_kept(shape, count, left):
-    last = kept(torch.zeros(shape) for _ in range(count))
-    assert len(last.again()) == left
-    last.end()
-    assert last.again() == []
-
-
-def test_what_is_kept_goes_on_where_it_was():
-    last = kept([given(step) for step in range(10)])
-    model = tokengate.patch(Net(), "all-linear")
-    other = LastCalls(model, torch.device("cpu"))
-    other.load_state_dict(copy.deepcopy(last.state_dict()))
-    model.eval()
-    outputs = [call() for (call,) in other.again()]
-    assert len(outputs) == 10
-    for step, output in enumerate(outputs):
-        assert torch.equal(output, model(given(step)))
-
-
 def test_settle_is_true_or_false():
     model, optimizer, schedule = made()
     schedule.detach()
@@ -298,73 +199,6 @@ def test_settle_is_true_or_false():
         tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS, settle=1.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not is_led(model), error
-
-
-def is_led(model):
-    return any(layer.gate.is_led for layer in tokengate.layers(model).values())
-
-
-class Untold(Net):
-    """It is called in training alone."""
-
-    problem = ValueError("targets are wanted")
-
-    def forward(self, x):
-        if not self.training:
-            raise self.problem
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("problem", [Untold.problem, KeyboardInterrupt()])
-def test_it_has_ended_whatever_becomes_of_it(problem, monkeypatch):
-    """Also in a program whose warnings are errors; its thresholds are those that it followed."""
-    monkeypatch.setattr(Untold, "problem", problem)
-    model, optimizer, schedule = made(Untold)
-    with pytest.raises((UnreachedSparsityWarning, KeyboardInterrupt)):
-        train(model, optimizer, lambda model, x, step: model(x))
-    assert not is_led(model)
-    assert schedule._calls not in HEARERS
-    assert all(module.training for module in model.modules())
-    assert list(schedule.thresholds.values()) == thresholds(settle=False)
-
-
-def test_it_is_said_of_the_user_s_step():
-    for model, optimizer, _ in (made(Untold), made(steps=LEAST - 1)):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            train(model, optimizer, lambda model, x, step: model(x))
-        assert {each.filename for each in said} == {__file__}
-
-
-def test_a_last_step_that_fails_is_taken_again(monkeypatch):
-    model, optimizer, schedule = made()
-    train(model, optimizer, lambda model, x, step: model(x), STEPS - 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "_init_group", None)
-        with pytest.raises(TypeError):
-            train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
-    assert is_led(model)
-    train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
-    assert not is_led(model)
-    assert schedule._calls not in HEARERS
-
-
-def test_what_else_is_done_in_a_step_comes_before():
-    """An allocator takes back what Adam makes of what it has taken out, made before or after."""
-
-    def thresholds(first):
-        torch.manual_seed(0)
-        model = tokengate.patch(Net(), "all-linear", method="adalora", rank=8, target_rank=6)
-        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
-        makers = [
-            lambda: tokengate.RankAllocator(model, optimizer, total_steps=STEPS),
-            lambda: tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS),
-        ]
-        made = {first: makers[first](), 1 - first: makers[1 - first]()}
-        train(model, optimizer, lambda model, x, step: model(x))
-        return made[1].thresholds
-
-    assert thresholds(0) == thresholds(1)
 
 
 def test_a_step_of_a_class_that_calls_its_parent_s():
@@ -445,94 +279,3 @@ def test_what_an_autocast_has_cast_is_of_before_the_step():
         return schedule.thresholds
 
     assert trained(within=True) == trained(within=False)
-
-
-def test_an_evaluation_with_gradients_takes_no_memory(monkeypatch):
-    """Nor a large batch; what was kept is let go."""
-    monkeypatch.setattr(last_calls, "_MOST", 10 * given(0).numel() * 4)
-    last = kept([given(0)] * 5)
-    model = last._modules[""]
-    for step in range(6):
-        assert len(last.again()) == 5
-        model(given(step))
-    assert (last.again(), list(last._steps), last._now) == ([], [], [])
-    last.begin()
-    assert last not in HEARERS
-
-
-def test_memory_that_is_short(monkeypatch):
-    def short(value):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(last_calls, "_copied", short)
-    assert thresholds() == thresholds(settle=False)
-
-
-def resumed(settle=True, saved=True):
-    """From step 16 on; of a training that was `saved` with calls or not."""
-    model, optimizer, schedule = made(settle=saved)
-    train(model, optimizer, lambda model, x, step: model(x), 16)
-    file = io.BytesIO()
-    torch.save([each.state_dict() for each in (model, optimizer, schedule)], file)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
-    again = made(settle=settle)
-    for each, state in zip(again, states, strict=True):
-        each.load_state_dict(state)
-    train(*again[:2], lambda model, x, step: model(x), begin=16)
-    return list(again[2].thresholds.values())
-
-
-def test_a_resumed_training_ends_as_one_that_went_on():
-    assert resumed() == thresholds()
-    assert resumed(settle=False) == resumed(settle=False, saved=False) == thresholds(settle=False)
-    # Of 8 of its own, which are enough.
-    assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
-
-
-def test_a_training_that_ends_before():
-    """As one of whose steps a GradScaler skipped some; a target that is not wanted yet is none."""
-    model, optimizer, schedule = made(steps=STEPS + 2)
-    train(model, optimizer, lambda model, x, step: model(x))
-    followed = schedule.thresholds
-    schedule.end()
-    settled = schedule.thresholds
-    assert (settled != followed, is_led(model)) == (True, False)
-    schedule.end()
-    train(model, optimizer, lambda model, x, step: model(x), 2)
-    assert schedule.thresholds == settled
-    model, optimizer, schedule = made(steps=2 * STEPS)
-    train(model, optimizer, lambda model, x, step: model(x))
-    schedule.end()
-    assert is_led(model)
-
-
-def test_what_is_loaded_of_another_model_breaks_nothing():
-    model, optimizer, schedule = made()
-    train(model, optimizer, lambda model, x, step: model(x), 16)
-    schedule._calls._steps[0][0].module = "another"
-    states = [each.state_dict() for each in (model, optimizer, schedule)]
-    again = made()
-    for each, state in zip(again, states, strict=True):
-        each.load_state_dict(state)
-    with pytest.warns(UnreachedSparsityWarning, match=r"failed \(KeyError: .*another"):
-        train(*again[:2], lambda model, x, step: model(x), begin=16)
-    assert not is_led(again[0])
-
-
-def test_what_is_loaded_goes_where_the_model_is():
-    """Trainers load a checkpoint to the CPU; what was elsewhere than the model stays there."""
-    model = tokengate.patch(Net(), "all-linear")
-    last = LastCalls(model, torch.device("cpu"))
-    last.begin()
-    model(given(0), more=[given(1), torch.zeros(2, device="meta")])
-    last.step()
-    state = last.state_dict()
-    elsewhere = LastCalls(model, torch.device("meta"))
-    elsewhere.load_state_dict(state)
-    ((call,),) = elsewhere._steps
-    assert [t.device.type for t in last_calls._tensors(call.given)] == ["meta"] * 3
-    state["steps"][0][0][-1][:] = [True, False, True]
-    elsewhere.load_state_dict(state)
-    ((call,),) = elsewhere._steps
-    assert [t.device.type for t in last_calls._tensors(call.given)] == ["meta", "cpu", "meta"]

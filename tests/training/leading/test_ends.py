@@ -1,0 +1,137 @@
+"""A training that a schedule leads ends once and whole, also where it is interrupted or resumed."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from led_trainings import STEPS, Net, is_led, made, thresholds, train
+
+import tokengate
+from tokengate.errors import UnreachedSparsityWarning
+from tokengate.layers.following import HEARERS
+from tokengate.training.leading.last_calls import LEAST
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_model_that_is_not_called_so_in_evaluation():
+    said = r"again, in evaluation, .* failed \(ValueError: 'targets are wanted'\), .* settle=False"
+    with pytest.warns(UnreachedSparsityWarning, match=said):
+        found = thresholds(make=Untold)
+    assert found == thresholds(make=Untold, settle=False)
+
+
+class Untold(Net):
+    """It is called in training alone."""
+
+    problem = ValueError("targets are wanted")
+
+    def forward(self, x):
+        if not self.training:
+            raise self.problem
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("problem", [Untold.problem, KeyboardInterrupt()])
+def test_it_has_ended_whatever_becomes_of_it(problem, monkeypatch):
+    """Also in a program whose warnings are errors; its thresholds are those that it followed."""
+    monkeypatch.setattr(Untold, "problem", problem)
+    model, optimizer, schedule = made(Untold)
+    with pytest.raises((UnreachedSparsityWarning, KeyboardInterrupt)):
+        train(model, optimizer, lambda model, x, step: model(x))
+    assert not is_led(model)
+    assert schedule._calls not in HEARERS
+    assert all(module.training for module in model.modules())
+    assert list(schedule.thresholds.values()) == thresholds(settle=False)
+
+
+def test_it_is_said_of_the_user_s_step():
+    for model, optimizer, _ in (made(Untold), made(steps=LEAST - 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(model, optimizer, lambda model, x, step: model(x))
+        assert {each.filename for each in said} == {train.__code__.co_filename}
+
+
+def test_a_last_step_that_fails_is_taken_again(monkeypatch):
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), STEPS - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_init_group", None)
+        with pytest.raises(TypeError):
+            train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
+    assert is_led(model)
+    train(model, optimizer, lambda model, x, step: model(x), begin=STEPS - 1)
+    assert not is_led(model)
+    assert schedule._calls not in HEARERS
+
+
+def test_what_else_is_done_in_a_step_comes_before():
+    """An allocator takes back what Adam makes of what it has taken out, made before or after."""
+
+    def thresholds(first):
+        torch.manual_seed(0)
+        model = tokengate.patch(Net(), "all-linear", method="adalora", rank=8, target_rank=6)
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-2))
+        makers = [
+            lambda: tokengate.RankAllocator(model, optimizer, total_steps=STEPS),
+            lambda: tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS),
+        ]
+        made = {first: makers[first](), 1 - first: makers[1 - first]()}
+        train(model, optimizer, lambda model, x, step: model(x))
+        return made[1].thresholds
+
+    assert thresholds(0) == thresholds(1)
+
+
+def resumed(settle=True, saved=True):
+    """From step 16 on; of a training that was `saved` with calls or not."""
+    model, optimizer, schedule = made(settle=saved)
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in (model, optimizer, schedule)], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    again = made(settle=settle)
+    for each, state in zip(again, states, strict=True):
+        each.load_state_dict(state)
+    train(*again[:2], lambda model, x, step: model(x), begin=16)
+    return list(again[2].thresholds.values())
+
+
+def test_a_resumed_training_ends_as_one_that_went_on():
+    assert resumed() == thresholds()
+    assert resumed(settle=False) == resumed(settle=False, saved=False) == thresholds(settle=False)
+    # Of 8 of its own, which are enough.
+    assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
+
+
+def test_a_training_that_ends_before():
+    """As one of whose steps a GradScaler skipped some; a target that is not wanted yet is none."""
+    model, optimizer, schedule = made(steps=STEPS + 2)
+    train(model, optimizer, lambda model, x, step: model(x))
+    followed = schedule.thresholds
+    schedule.end()
+    settled = schedule.thresholds
+    assert (settled != followed, is_led(model)) == (True, False)
+    schedule.end()
+    train(model, optimizer, lambda model, x, step: model(x), 2)
+    assert schedule.thresholds == settled
+    model, optimizer, schedule = made(steps=2 * STEPS)
+    train(model, optimizer, lambda model, x, step: model(x))
+    schedule.end()
+    assert is_led(model)
+
+
+def test_what_is_loaded_of_another_model_breaks_nothing():
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    schedule._calls._steps[0][0].module = "another"
+    states = [each.state_dict() for each in (model, optimizer, schedule)]
+    again = made()
+    for each, state in zip(again, states, strict=True):
+        each.load_state_dict(state)
+    with pytest.warns(UnreachedSparsityWarning, match=r"failed \(KeyError: .*another"):
+        train(*again[:2], lambda model, x, step: model(x), begin=16)
+    assert not is_led(again[0])
