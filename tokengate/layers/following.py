@@ -28,8 +28,8 @@ from tokengate.linears.class_swap import Swapped, swap, swap_back
 
 _FOLLOWED = "_tokengate_followed"
 
-# Those that are told, by `hear`, what followed modules are called with from outside, but for what
-# is compiled as a whole.
+# Those that are told, by their `hear`, what followed modules are called with from outside. What
+# `torch.compile` has returned for one is no such module, and calls none from outside.
 HEARERS: WeakSet[Any] = WeakSet()
 
 # Modules of transformers that call all layers inside of them sequence-first; found by running them.
@@ -63,10 +63,11 @@ class Followed(Swapped):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _told(self, functools.partial(own_class.forward, self), args, kwargs)
 
+        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hear(self, args, kwargs)
+            return own_class.__call__(self, *args, **kwargs)
+
         def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and HEARERS and not running():
-                for hearer in list(HEARERS):
-                    hearer.hear(self, args, kwargs)
             # Not of `super()`: what `module.compile()` has made of it stays after `unfollow`.
             call = functools.partial(own_class._call_impl, self)
             if "forward" in self.__dict__:  # others have put theirs before that of the class
@@ -75,7 +76,14 @@ class Followed(Swapped):
 
         same = ("__name__", "__qualname__", "__module__", "__doc__")
         members = {name: getattr(own_class, name) for name in same}
-        return {"forward": forward, "_call_impl": _call_impl, **members}
+        return {"forward": forward, "_call_impl": _call_impl, "__call__": __call__, **members}
+
+
+def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell those who want to know that `module` is about to be called, if that is from outside."""
+    if not torch.compiler.is_compiling() and HEARERS and not running():
+        for hearer in list(HEARERS):
+            hearer.hear(module, args, kwargs)
 
 
 def _told(

@@ -21,10 +21,11 @@ class Net(nn.Module):
         return self.last(self.dropout(hidden.tanh())) * scale
 
 
-def made(make=Net, steps=STEPS, optimizer=torch.optim.AdamW, **options):
+def made(make=Net, steps=STEPS, optimizer=torch.optim.AdamW, then=lambda model: model, **options):
     torch.manual_seed(0)
     model = make()
     tokengate.patch(model, "all-linear", rank=4)
+    model = then(model)
     optimizer = optimizer(tokengate.param_groups(model, lr=1e-2))
     return model, optimizer, tokengate.SparsitySchedule(model, optimizer, 0.5, steps, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, Context, contexts
-from tokengate.layers.following import HEARERS
+from tokengate.layers.following import HEARERS, hear
+from tokengate.names import inside
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
 # or bytes of inputs; but always of the least number, or none if these have more than may be held.
 STEPS, LEAST = 128, 8
 _SAMPLES, _BYTES, _MOST = 512, 2**26, 2**28
+
+# What `torch.compile` returns for a module.
+_COMPILED = "OptimizedModule"
 
 
 @dataclass(eq=False)
@@ -66,6 +71,8 @@ class LastCalls:
         self._steps: deque[list[_Call]] = deque()
         self._now: list[_Call] = []
         self._lacks = False
+        # On what is compiled, once that was sought.
+        self._hooks: list[Any] | None = None
 
     def begin(self) -> None:
         """Keep those from here on."""
@@ -75,6 +82,8 @@ class LastCalls:
     def end(self) -> None:
         """Keep none, and forget all."""
         HEARERS.discard(self)
+        for hook in self._hooks or []:
+            hook.remove()
         self._steps.clear()
         self._now = []
 
@@ -101,6 +110,9 @@ class LastCalls:
 
     def step(self) -> None:
         """A step is taken with them; leave those out that are not among the last any more."""
+        if not self._now:
+            self._seek_compiled()
+            return
         self._steps.append(self._now)
         self._now = []
         sizes = [
@@ -114,6 +126,19 @@ class LastCalls:
                 break
             held -= own_bytes
             self._steps.popleft()
+
+    def _seek_compiled(self) -> None:
+        """Hear what `torch.compile` has returned for one of these modules, too.
+
+        It calls that within code that can tell nobody, and no module knows what was made of it.
+        """
+        if self._hooks is None and self in HEARERS:
+            compiled = [each for each in gc.get_objects() if type(each).__name__ == _COMPILED]
+            self._hooks = [
+                each.register_forward_pre_hook(_hear_inside, with_kwargs=True)
+                for each in compiled
+                if inside(each) in self._names
+            ]
 
     def again(self) -> list[list[Callable[[], Any]]]:
         """What makes those of each step once more, from the first on; none if not all is known.
@@ -167,6 +192,10 @@ class LastCalls:
             return value.to(self._device) if moves else value
 
         return _Call(module, _each(placed, (args, kwargs)), autocast, None)
+
+
+def _hear_inside(compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hear(inside(compiled), args, kwargs)
 
 
 def _around(module: nn.Module) -> tuple[tuple[Context, ...], Any]:

@@ -78,10 +78,10 @@ class SparsitySchedule:
         learn_from: the share of the steps, in (0, 1], after which the taus are learned by eq. 14-22
             from where they are; None for never. Only of gates that train their threshold.
         settle: False for thresholds that stay as they were followed, so that the model is not
-            called. They do also where that would tell less: where it is compiled as a whole; where
-            calls took other things than plain tensors, or 256 MiB of them, or were within other
-            contexts, as of `restrict`, or with another forward, as Lightning's of several devices;
-            and where they are few, or change in the course of the training.
+            called. They do also where that would tell less: where calls were made by a function
+            that is compiled, took other things than plain tensors, or 256 MiB of them, were within
+            other contexts, as of `restrict`, or with another forward, as Lightning's of several
+            devices; and where they are few, or change in the course of the training.
 
     Attributes:
         steps: optimiser steps seen.
