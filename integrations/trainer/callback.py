@@ -32,29 +32,19 @@ from tokengate.integrations.callbacks import (
     resume,
     tau_numbers,
 )
-from tokengate.integrations.live_logging import HEATMAP, report_of, scalars, sparsities
 from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
-from tokengate.integrations.trainer.sparsity_logs import (
-    Recording,
-    evaluated,
-    log_heatmap,
-    will_be_logged,
-)
+from tokengate.integrations.trainer.sparsity_logs import SparsityLogs, will_be_logged
 from tokengate.integrations.trainer.surroundings import resumed_from, trainer_that_calls, unwrapped
 from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
-from tokengate.reports.picture import load_plots
 from tokengate.sharding import in_processes, is_absent
 from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.scale_penalty import set_unit
 
 _log = logging.getLogger(__name__)
-
-# Of which one is in each log of a loss that has been added to.
-_TOLD = {"tau_mean", "tau_broken"}
 
 
 class TokenGateCallback(TrainerCallback):
@@ -106,7 +96,6 @@ class TokenGateCallback(TrainerCallback):
     Attributes:
         allocator: the `RankAllocator`, from the beginning of the training on; or None.
         sparsity_schedule: the `SparsitySchedule`, likewise.
-        report: of the last evaluation, over all processes; or None.
 
     Raises:
         TokenGateError: a number is out of its range. When training begins: the model is not
@@ -137,25 +126,19 @@ class TokenGateCallback(TrainerCallback):
         check_target(target_sparsity, target_warmup)
         check = share if isinstance(target_warmup, float) else partial(count, least=0)
         self._target_warmup = check("target_warmup", 0 if target_warmup is None else target_warmup)
-        self._details = switch("details", details)
-        if details:
-            load_plots()  # or an error now, and not after an hour
-        if history is not None and not isinstance(history, History):
-            raise TokenGateError(
-                f"history is a {type(history).__name__}: pass tokengate.History(model)."
-            )
-        self._history = history
-        # A report that the reporters have not seen, and the name it is logged by.
-        self._unseen: tuple[str, SparsityReport] | None = None
+        self._logs = SparsityLogs(switch("details", details), history)
         self.allocator: RankAllocator | None = None
         self.sparsity_schedule: SparsitySchedule | None = None
-        self.report: SparsityReport | None = None
         self._steps: TauSteps | None = None
         self._engine = Engine(None)
-        self._training, self._evaluation = Recording(trained=True), Recording()
         self._warned = False
         self._before: dict[nn.Parameter, torch.Tensor] = {}
         self._saved: Path | None = None  # the checkpoint that has our state already
+
+    @property
+    def report(self) -> SparsityReport | None:
+        """Of the last evaluation, over all processes; or None."""
+        return self._logs.report
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -185,7 +168,7 @@ class TokenGateCallback(TrainerCallback):
         self._gradients.attach(accelerator, model, steps.taus.values(), is_ours)
         set_unit(model, args.world_size)
         if args.eval_on_start:
-            self._evaluation.start(model)
+            self._logs.evaluation.start(model)
 
     def _take_over(
         self,
@@ -236,19 +219,19 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Before the first micro-batch of a step."""
-        self._evaluation.drop()
+        self._logs.evaluation.drop()
         self._engine.begin()
         scaler = getattr(context["optimizer"], "scaler", None)
         if scaler is not None:
             set_unit(context["model"], args.world_size, scaler)
         if will_be_logged(args, state, context.get("train_dataloader")):
-            self._training.start(context["model"])
+            self._logs.training.start(context["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """After the last micro-batch, with gradients summed up, averaged and unscaled."""
-        self._training.stop()
+        self._logs.training.stop()
         self._gradients.before_step(context["optimizer"], context["model"])
         if self._steps is not None:
             self._steps.seen = False
@@ -278,25 +261,22 @@ class TokenGateCallback(TrainerCallback):
             with self._engine.values():
                 schedule.end()  # as where a GradScaler skipped some
         if control.should_evaluate:
-            self._evaluation.start(context["model"])
+            self._logs.evaluation.start(context["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Evaluation comes next, if it comes."""
         if control.should_evaluate:
-            self._evaluation.start(context["model"])
+            self._logs.evaluation.start(context["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Add what `TokenGateTrainer` has not added before."""
         added = self.add_to(context["logs"])
-        if self._unseen is not None and state.is_world_process_zero:
-            # From here, because the reporters, which come before, open their files in this event.
-            callbacks = trainer_that_calls().callback_handler.callbacks
-            log_heatmap(callbacks, *self._unseen, state.global_step)
-        self._unseen = None
+        # From here, because the reporters, which come before, open their files in this event.
+        self._logs.draw(state)
         if not added:
             return
         if state.log_history:
@@ -334,9 +314,9 @@ class TokenGateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Another data set may be evaluated at once, while training runs."""
-        self._evaluation.drop()
+        self._logs.evaluation.drop()
         if self._steps is not None:
-            self._evaluation.start(context["model"])
+            self._logs.evaluation.start(context["model"])
 
     def on_predict(
         self,
@@ -347,10 +327,10 @@ class TokenGateCallback(TrainerCallback):
         **context: Any,
     ) -> None:
         """`Trainer.predict` logs nothing: its metrics are added to here."""
-        if self._evaluation.runs:
+        if self._logs.evaluation.runs:
             self.add_to(metrics)
-        self._evaluation.drop()
-        self._unseen = None
+        self._logs.evaluation.drop()
+        self._logs.unseen = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -376,44 +356,23 @@ class TokenGateCallback(TrainerCallback):
 
     def start_evaluation(self, model: Any) -> None:
         """Count from here to the next log of an evaluation; `TokenGateTrainer` calls it."""
-        self._evaluation.drop()  # of one that failed, or of what ran in between
-        self._evaluation.start(model)
+        self._logs.evaluation.drop()  # of one that failed, or of what ran in between
+        self._logs.evaluation.start(model)
 
     def add_to(self, logs: dict[str, Any]) -> dict[str, float]:
         """Add to `logs` what belongs there, once, and return that.
 
         Called by every process, with the same keys, if there are several.
         """
-        added: dict[str, float] = {}
-        prefix = evaluated(logs)
-        if prefix and f"{prefix}_sparsity" not in logs:
-            added |= self._measured(f"{prefix}_", report_of(self._evaluation.take()))
-        elif "loss" in logs and not _TOLD & logs.keys() and self._steps is not None:
-            report = report_of(self._training.take())
-            added |= self._measured("", report)
-            with self._engine.values():
-                added |= self._steps.statistics()
-            distance = self._engine.distance or self._gradients.distance
-            if distance is not None:
-                added["orthogonality"] = distance.item()
-            if self._history is not None:
-                step = trainer_that_calls().state.global_step
-                if self._history.steps[-1:] != [step]:  # unless it has been told, with the report
-                    self._history.log(step, loss=logs["loss"], report=report)
-        logs.update(added)
-        return added
+        return self._logs.add_to(logs, None if self._steps is None else self._statistics)
 
-    def _measured(self, prefix: str, report: SparsityReport | None) -> dict[str, float]:
-        """What a log gets of a report."""
-        if report is None:
-            return {}
-        if prefix:
-            self.report = report
-        if not self._details:
-            return {f"{prefix}sparsity": report.sparsity}
-        self._unseen = f"{prefix}{HEATMAP}", report
-        found = sparsities(report) if prefix else scalars(trainer_that_calls().model, report)
-        return {f"{prefix}{name}": value for name, value in found.items()}
+    def _statistics(self) -> dict[str, float]:
+        """Of the taus, and AdaLoRA's distance from orthogonal maps."""
+        assert self._steps is not None
+        with self._engine.values():
+            found = self._steps.statistics()
+        distance = self._engine.distance or self._gradients.distance
+        return found if distance is None else found | {"orthogonality": distance.item()}
 
     def _end(self) -> None:
         self._gradients.detach()
@@ -424,6 +383,5 @@ class TokenGateCallback(TrainerCallback):
                     part.detach()
         self._engine.detach()
         self._engine = Engine(None)
-        self._training.drop()
-        self._evaluation.drop()
+        self._logs.drop()
         self._steps = self._saved = None
