@@ -270,6 +270,16 @@ def test_resumed_bit_for_bit(both, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_schedule_after_a_share_of_the_steps_and_with_its_end(pl, tmp_path, settle):
+    net, trained = patched(), []
+    net.register_forward_hook(lambda net, *_: trained.append(net.training))
+    own = callback(pl, target_sparsity=0.5, target_warmup=0.5, settle=settle)
+    trainer_of(pl, own, tmp_path).fit(module_of(pl, net), batches(8))
+    assert own.sparsity_schedule.wanted_at(4) == 0 < own.sparsity_schedule.wanted_at(5)
+    assert trained == [True] * 8 + [False] * 8 * settle
+
+
 def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
     class Stops(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -350,6 +360,8 @@ def test_refusals(pl, tmp_path):
         callback(pl, target_sparsity=0.0)
     with pytest.raises(tokengate.TokenGateError, match="no effect without target_sparsity="):
         callback(pl, target_warmup=3)
+    with pytest.raises(tokengate.TokenGateError, match="settle=False, which has no effect without"):
+        callback(pl, settle=False)
     whole = module_of(pl, patched(), lambda g: torch.optim.SGD(g, lr=0.1))
     lowering = trainer_of(pl, callback(pl, allocator={"interval": 2}), tmp_path)
     with pytest.raises(tokengate.TokenGateError, match=r"allocator=.* without AdaLoRA layers"):
