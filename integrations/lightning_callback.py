@@ -225,11 +225,15 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
     ) -> None:
         """After the step, if one was taken."""
         stepped, self._stepped = self._stepped, None
-        if self.sparsity_schedule is not None and stepped == self.sparsity_schedule.steps:
-            self.sparsity_schedule.skip_step()  # as a GradScaler did
-        if self._recorder is None or not trainer._logger_connector.should_update_logs:
+        schedule, loop = self.sparsity_schedule, trainer.fit_loop
+        if schedule is not None and stepped == schedule.steps:
+            schedule.skip_step()  # as a GradScaler did
+        if loop._should_accumulate():
             return
-        if trainer.fit_loop._should_accumulate():
+        # Lightning counts this batch only after.
+        if schedule and loop.epoch_loop._batches_that_stepped + 1 >= schedule.total_steps:
+            schedule.end()  # if some were skipped
+        if self._recorder is None or not trainer._logger_connector.should_update_logs:
             return
         report = self._report()
         if report is not None and self.following is not None:

@@ -233,9 +233,12 @@ def test_a_skipped_step_is_no_step_of_anything(pl, tmp_path):
     own = callback(pl, target_sparsity=0.5, allocator={"total_steps": 10})
     trainer = trainer_of(pl, own, tmp_path, plugins=[amp])
     trainer.callbacks.append(Overflows())
-    trainer.fit(module_of(pl, net), batches(8))
+    trained = []
+    net.register_forward_hook(lambda net, *_: trained.append(net.training))
+    trainer.fit(module_of(pl, net), batches(12))
     assert scaler.get_scale() == 512.0
-    assert own.allocator.steps == own.sparsity_schedule.steps == own.following.begun == 7
+    assert own.allocator.steps == own.sparsity_schedule.steps == own.following.begun == 11
+    assert trained == [True] * 12 + [False] * 11, "the schedule has ended with the training"
     assert all(layer.gate._seen is None for layer in tokengate.layers(net).values())
     assert all(p.isfinite().all() for p in net.parameters())
 

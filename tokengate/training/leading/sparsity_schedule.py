@@ -61,7 +61,7 @@ class SparsitySchedule:
     those count that gradients may come back through: no `generate`, no reference. A step that a
     GradScaler skips is never seen here, so say it, after a `scaler.update()` that lowered the
     scale: `schedule.skip_step()`, and `schedule.end()` when training is over. Fused optimisers do
-    the former, the Trainer's `TokenGateCallback` both.
+    the former, the callbacks of the Trainer and of Lightning both.
 
     Args:
         model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
