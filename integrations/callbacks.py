@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tokengate import TokenGateError
-from tokengate.arguments import non_negative, unused, wanted_sparsity
+from torch import nn
+
+from tokengate import SparsitySchedule, TokenGateError
+from tokengate.arguments import count, non_negative, share, switch, unused, wanted_sparsity
 from tokengate.training.param_groups import tau_rule
 
 _ASKED = "TokenGateCallback"
@@ -26,17 +29,58 @@ def tau_numbers(s: float | None, **rule: Any) -> dict[str, Any]:
     return {"s": s, **rule}
 
 
-def check_target(target: float | None, warmup: float | None) -> None:
-    """An error if the sparsity that a schedule is to lead to is none, or a warmup of nothing.
+@dataclass(frozen=True)
+class Leading:
+    """What a callback was asked of a schedule, checked now and not after an hour of training.
 
-    Args:
-        target: that sparsity, or None if nothing is led.
-        warmup: the steps before it, or None.
+    Attributes:
+        target: the sparsity that it is to lead to, or None if nothing is led.
+        warmup: the steps before it, or their share of all; None for none.
+        settle: whether it sets its last thresholds by calling the model again; None for yes.
+
+    Raises:
+        TokenGateError: a number is out of its range, or of no use without a target.
     """
-    if target is None:
-        unused(_ASKED, "without target_sparsity=", target_warmup=warmup)
-    else:
-        wanted_sparsity("target_sparsity", target)
+
+    target: float | None
+    warmup: int | float | None
+    settle: bool | None
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            where = "without target_sparsity="
+            unused(_ASKED, where, target_warmup=self.warmup, settle=self.settle)
+            return
+        wanted_sparsity("target_sparsity", self.target)
+        if self.settle is not None:
+            switch("settle", self.settle)
+        if isinstance(self.warmup, float):
+            share("target_warmup", self.warmup)
+        elif self.warmup is not None:
+            count("target_warmup", self.warmup, least=0)
+
+    def schedule(
+        self, model: nn.Module, optimizer: Any, steps: int | None
+    ) -> SparsitySchedule | None:
+        """The one that leads `model` over a training of so many `steps`.
+
+        Raises:
+            TokenGateError: that training has no end.
+        """
+        if self.target is None:
+            return None
+        if steps is None:
+            raise TokenGateError(
+                f"target_sparsity={self.target} was asked of a training without an end: give "
+                "Lightning's Trainer max_steps or max_epochs."
+            )
+        warmup = 0 if self.warmup is None else self.warmup
+        if isinstance(warmup, float):
+            warmup = int(warmup * steps)
+        settle = self.settle is not False
+        return SparsitySchedule(
+            model, optimizer, self.target, steps, warmup_steps=warmup, settle=settle
+        )
 
 
 def refuse_allocation(allocation: Mapping[str, Any]) -> None:

@@ -21,9 +21,9 @@ from torch import nn
 
 import tokengate
 from tokengate import RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative
+from tokengate.arguments import non_negative
 from tokengate.integrations.callbacks import (
-    check_target,
+    Leading,
     refuse_allocation,
     resume,
     tau_numbers,
@@ -76,7 +76,9 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         target_sparsity: the sparsity to which a `tokengate.SparsitySchedule` leads all gates over
             the steps of the training, whatever the numbers of tau's own rule.
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
-            rise, 0 by default.
+            rise, 0 by default: an int for their number, a float in [0, 1) for their share of all.
+        settle: with `target_sparsity`, False for last thresholds as they were followed, so that the
+            model is not called again for them; see the schedule. True by default.
 
     Attributes:
         following: what moves the taus, from the beginning of the training on; or None.
@@ -99,17 +101,14 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         orthogonality: float = 0.1,
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
-        target_warmup: int | None = None,
+        target_warmup: int | float | None = None,
+        settle: bool | None = None,
     ) -> None:
         super().__init__()
         self._numbers = tau_numbers(s, alpha=alpha, betas=betas, eps=eps)
         self._orthogonality = non_negative("orthogonality", orthogonality)
         self._allocation = dict(allocator or {})
-        self._target = target_sparsity
-        check_target(target_sparsity, target_warmup)
-        self._warmup = count(
-            "target_warmup", 0 if target_warmup is None else target_warmup, least=0
-        )
+        self._leading = Leading(target_sparsity, target_warmup, settle)
         self.following: Following | None = None
         self.allocator: RankAllocator | None = None
         self.sparsity_schedule: SparsitySchedule | None = None
@@ -168,15 +167,7 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
             self.allocator = RankAllocator(model, self._optimizer, **options)
         else:
             refuse_allocation(self._allocation)
-        if self._target is not None:
-            if steps is None:
-                raise TokenGateError(
-                    f"target_sparsity={self._target} was asked of a training without an end: give "
-                    "Lightning's Trainer max_steps or max_epochs."
-                )
-            self.sparsity_schedule = SparsitySchedule(
-                model, self._optimizer, self._target, steps, warmup_steps=self._warmup
-            )
+        self.sparsity_schedule = self._leading.schedule(model, self._optimizer, steps)
 
     def _resume(self, step: int) -> None:
         loaded, self._loaded = self._loaded, {}
@@ -234,11 +225,15 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
     ) -> None:
         """After the step, if one was taken."""
         stepped, self._stepped = self._stepped, None
-        if self.sparsity_schedule is not None and stepped == self.sparsity_schedule.steps:
-            self.sparsity_schedule.skip_step()  # as a GradScaler did
-        if self._recorder is None or not trainer._logger_connector.should_update_logs:
+        schedule, loop = self.sparsity_schedule, trainer.fit_loop
+        if schedule is not None and stepped == schedule.steps:
+            schedule.skip_step()  # as a GradScaler did
+        if loop._should_accumulate():
             return
-        if trainer.fit_loop._should_accumulate():
+        # Lightning counts this batch only after.
+        if schedule and loop.epoch_loop._batches_that_stepped + 1 >= schedule.total_steps:
+            schedule.end()  # if some were skipped
+        if self._recorder is None or not trainer._logger_connector.should_update_logs:
             return
         report = self._report()
         if report is not None and self.following is not None:

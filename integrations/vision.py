@@ -20,7 +20,9 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from tokengate import TokenGateError
+from tokengate.errors import brief
 from tokengate.integrations.roles import check_known, choose, holders
+from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules
 
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -138,14 +140,15 @@ def patch_grid(model: Any, is_open: Tensor, layer: str | None = None) -> Tensor:
         model: a plain vision transformer of timm (ViT, DeiT, BEiT, EVA-02, SigLIP...) or a Swin.
         is_open: S as it was recorded: (B, N) of a plain one, whose class and register tokens are
             left out here; of a Swin, (B * windows, T) in attention, (B, N) in the MLP.
-        layer: the layer's name; only a Swin needs it, whose blocks differ in size and shift.
+        layer: the layer's name; only a Swin needs it, whose blocks differ in size and shift. Of
+            others it must be one of theirs, if it is given.
 
     Returns:
         (B, H, W), of the dtype of `is_open`.
 
     Raises:
         TokenGateError: the model's positions are no grid of patches, or those of `is_open` not
-            its own.
+            its own; it has no such layer.
     """
     kind = type(model).__name__
     if isinstance(model, (SwinTransformer, SwinTransformerV2)):
@@ -154,6 +157,11 @@ def patch_grid(model: Any, is_open: Tensor, layer: str | None = None) -> Tensor:
         raise TokenGateError(
             f"patch_grid knows plain vision transformers of timm and its Swins, not a {kind}: "
             "arrange its positions yourself."
+        )
+    if layer is not None and not any(map(is_linear_like, _around(model, layer))):
+        raise TokenGateError(
+            f"layer={brief(layer)} is no layer of this {kind}: pass the name of the layer whose S "
+            "this is, or leave it out."
         )
     plain: Any = model
     (height, width), prefix = plain.patch_embed.grid_size, plain.num_prefix_tokens
@@ -166,23 +174,27 @@ def patch_grid(model: Any, is_open: Tensor, layer: str | None = None) -> Tensor:
     return is_open[:, prefix:].reshape(-1, height, width)
 
 
+def _around(model: Any, layer: str | None) -> list[nn.Module]:
+    """The modules around that layer, and itself; a slice need be none."""
+    parts = layer.split(".") if isinstance(layer, str) else []
+    names = {".".join(parts[: i + 1]) for i in range(len(parts))}
+    return [module for name, module in named_modules(model) if name in names]
+
+
 def _swin_grid(model: Any, is_open: Tensor, layer: str | None) -> Tensor:
-    parts = (layer or "").split(".")
-    names = [".".join(parts[: i + 1]) for i in range(len(parts))] if layer else []
-    modules = dict(named_modules(model))
     blocks: list[Any] = [
         module
-        for name in names
-        if isinstance(module := modules.get(name), (SwinTransformerBlock, SwinTransformerV2Block))
+        for module in _around(model, layer)
+        if isinstance(module, (SwinTransformerBlock, SwinTransformerV2Block))
     ]
-    if not blocks:
+    if layer is None or not blocks:
         raise TokenGateError(
-            f"layer={layer!r} is in no block of this {type(model).__name__}, whose blocks differ "
-            "in size and shift: pass the name of the layer whose S this is."
+            f"layer={brief(layer)} is in no block of this {type(model).__name__}, whose blocks "
+            "differ in size and shift: pass the name of the layer whose S this is."
         )
     block = blocks[-1]
     height, width = block.input_resolution
-    windowed = "attn" in parts
+    windowed = "attn" in layer.split(".")
     high, wide = block.window_size if windowed else (height, width)
     # The last windows of a row and of a column may be padded.
     rows, columns = math.ceil(height / high), math.ceil(width / wide)

@@ -70,7 +70,7 @@ def trainings(setting: Setting) -> dict[str, Ours]:
         found[gate] = training = Ours(model, tokens(setting), setting.method)
         training.schedule = tokengate.SparsitySchedule(model, training.optimizer, 0.5, STEPS)
         training.step()
-        training.schedule.steps = BEGIN
+        training.schedule.load_state_dict({**training.schedule.state_dict(), "step": BEGIN})
         training.step()
     return found
 

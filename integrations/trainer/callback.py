@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from transformers import (
 
 import tokengate
 from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, TokenGateError
-from tokengate.arguments import count, non_negative, share, switch
+from tokengate.arguments import non_negative, switch
 from tokengate.integrations.callbacks import (
-    check_target,
+    Leading,
     refuse_allocation,
     resume,
     tau_numbers,
@@ -87,6 +86,8 @@ class TokenGateCallback(TrainerCallback):
         target_warmup: with `target_sparsity`, steps before the share of closed positions begins to
             rise, 0 by default: an int for their number, a float in [0, 1) for their share of the
             training's.
+        settle: with `target_sparsity`, False for last thresholds as they were followed, so that the
+            model is not called again for them; see the schedule. True by default.
         details: True adds to the logs of the loss and of evaluations the sparsity of every
             projection, e.g. `sparsity_q_proj`, and to those of the loss the average lambda,
             `penalty`; and gives TensorBoard and Weights & Biases, where they are told of such a
@@ -115,6 +116,7 @@ class TokenGateCallback(TrainerCallback):
         allocator: Mapping[str, Any] | None = None,
         target_sparsity: float | None = None,
         target_warmup: int | float | None = None,
+        settle: bool | None = None,
         details: bool = False,
         history: History | None = None,
     ) -> None:
@@ -122,10 +124,7 @@ class TokenGateCallback(TrainerCallback):
         self._schedule = switch("schedule", schedule)
         self._gradients = Gradients(non_negative("orthogonality", orthogonality))
         self._allocation = dict(allocator or {})
-        self._target = target_sparsity
-        check_target(target_sparsity, target_warmup)
-        check = share if isinstance(target_warmup, float) else partial(count, least=0)
-        self._target_warmup = check("target_warmup", 0 if target_warmup is None else target_warmup)
+        self._leading = Leading(target_sparsity, target_warmup, settle)
         self._logs = SparsityLogs(switch("details", details), history)
         self.allocator: RankAllocator | None = None
         self.sparsity_schedule: SparsitySchedule | None = None
@@ -201,13 +200,7 @@ class TokenGateCallback(TrainerCallback):
                 self.allocator = RankAllocator(
                     model, base, total_steps=state.max_steps, **self._allocation
                 )
-            if self._target is not None:
-                warmup = self._target_warmup
-                if isinstance(warmup, float):
-                    warmup = int(warmup * state.max_steps)
-                self.sparsity_schedule = SparsitySchedule(
-                    model, base, self._target, state.max_steps, warmup_steps=warmup
-                )
+            self.sparsity_schedule = self._leading.schedule(model, base, state.max_steps)
             parts = steps.others(self.allocator, self.sparsity_schedule)
             if resumed:
                 resume(parts, saved, state.global_step)

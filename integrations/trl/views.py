@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import brief
-from tokengate.layers.batches import keeping_modes
+from tokengate.layers.batches import keeping_state
 from tokengate.layers.calls import unobserved
 from tokengate.layers.named_adapters import names_of
 from tokengate.layers.patched import all_layers, own_parameters
@@ -92,7 +92,7 @@ class Reference(nn.Module):
         model, adapter = self._model, self._adapter
         with (
             torch.no_grad(),
-            keeping_modes(model),
+            keeping_state(model),
             unobserved(),
             tokengate.disabled(model) if adapter is None else tokengate.use(model, adapter),
         ):

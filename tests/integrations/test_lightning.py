@@ -233,9 +233,12 @@ def test_a_skipped_step_is_no_step_of_anything(pl, tmp_path):
     own = callback(pl, target_sparsity=0.5, allocator={"total_steps": 10})
     trainer = trainer_of(pl, own, tmp_path, plugins=[amp])
     trainer.callbacks.append(Overflows())
-    trainer.fit(module_of(pl, net), batches(8))
+    trained = []
+    net.register_forward_hook(lambda net, *_: trained.append(net.training))
+    trainer.fit(module_of(pl, net), batches(12))
     assert scaler.get_scale() == 512.0
-    assert own.allocator.steps == own.sparsity_schedule.steps == own.following.begun == 7
+    assert own.allocator.steps == own.sparsity_schedule.steps == own.following.begun == 11
+    assert trained == [True] * 12 + [False] * 11, "the schedule has ended with the training"
     assert all(layer.gate._seen is None for layer in tokengate.layers(net).values())
     assert all(p.isfinite().all() for p in net.parameters())
 
@@ -268,6 +271,16 @@ def test_resumed_bit_for_bit(both, tmp_path):
     assert min(own.sparsity_schedule.thresholds.values()) > 0
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_schedule_after_a_share_of_the_steps_and_with_its_end(pl, tmp_path, settle):
+    net, trained = patched(), []
+    net.register_forward_hook(lambda net, *_: trained.append(net.training))
+    own = callback(pl, target_sparsity=0.5, target_warmup=0.5, settle=settle)
+    trainer_of(pl, own, tmp_path).fit(module_of(pl, net), batches(8))
+    assert own.sparsity_schedule.wanted_at(4) == 0 < own.sparsity_schedule.wanted_at(5)
+    assert trained == [True] * 8 + [False] * 8 * settle
 
 
 def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
@@ -350,6 +363,8 @@ def test_refusals(pl, tmp_path):
         callback(pl, target_sparsity=0.0)
     with pytest.raises(tokengate.TokenGateError, match="no effect without target_sparsity="):
         callback(pl, target_warmup=3)
+    with pytest.raises(tokengate.TokenGateError, match="settle=False, which has no effect without"):
+        callback(pl, settle=False)
     whole = module_of(pl, patched(), lambda g: torch.optim.SGD(g, lr=0.1))
     lowering = trainer_of(pl, callback(pl, allocator={"interval": 2}), tmp_path)
     with pytest.raises(tokengate.TokenGateError, match=r"allocator=.* without AdaLoRA layers"):

@@ -6,6 +6,7 @@ import torch
 from drawing import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import one_sentence
 
 import tokengate
 
@@ -106,6 +107,11 @@ def test_refused():
     assert patch_grid(vit(), ones).all()
     refused(r"given \(2, 6\), but a layer in the blocks .* sees \(B, 7\)", vit(), ones[:, 1:])
     refused(r"given \(7,\)", vit(), ones[0])
+    for name in ("blocks.0.attn.proj", "blocks.0.attn.qkv.q"):  # a slice of what is not patched
+        assert patch_grid(vit(), ones, name).all()
+    for layer in ("backbone.blocks.0.attn.proj", "blocks.0", vit().blocks[0].attn.proj):
+        with one_sentence("layer=", "no layer of this VisionTransformer", "leave it out"):
+            patch_grid(vit(), ones, layer)
     hiera = timm.create_model("hiera_tiny_224", embed_dim=16, stages=(1, 1, 1, 1))
     refused("knows plain vision transformers of timm and its Swins, not a Hiera", hiera, ones)
     name = "layers.0.blocks.1.attn.qkv"

@@ -4,26 +4,63 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.kernels.recomputation import trial
 from tokengate.layers.padding import signature_of
 from tokengate.names import inside
+from tokengate.sharding import local_part
+
+# A buffer of at most so many bytes may be what a forward counts or averages; larger ones, which are
+# not copied, are quantised weights.
+_SMALL = 2**16
 
 
 @contextlib.contextmanager
-def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """After this context every module is in training or evaluation as it was before."""
+def keeping_state(model: nn.Module, most: float = _SMALL) -> Iterator[None]:
+    """After this context every module is in training or evaluation, and has the buffers, as before.
+
+    But for buffers that are in no state_dict: a cache goes with attributes that say what it is of.
+
+    Args:
+        model: whatever is run in it.
+        most: bytes of the largest buffer to put back.
+    """
     modes = {module: module.training for module in model.modules()}
+    held = [
+        (module, name, buffer, local_part(buffer).clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if name not in module._non_persistent_buffers_set and _may_change(buffer, most)
+    ]
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in held:
+                module._buffers[name] = buffer  # a forward may have put another in its place
+                own = local_part(buffer)
+                # Not unless it has: some backward may wait for it. BatchNorm's have no version.
+                if not torch.equal(_bytes(own), _bytes(value)):
+                    own.copy_(value)
+
+
+def _may_change(buffer: Tensor | None, most: float) -> TypeGuard[Tensor]:
+    if buffer is None or buffer.is_meta:
+        return False
+    own = local_part(buffer)
+    return type(own) is Tensor and own.layout == torch.strided and own.nbytes <= most
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Which are equal also where numbers are NaN, and of every dtype."""
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 @contextlib.contextmanager
@@ -37,7 +74,7 @@ def apart(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context nothing is dropped and nothing kept for backward; then all is as was."""
-    with keeping_modes(model), torch.no_grad():
+    with keeping_state(model), torch.no_grad():
         model.eval()
         yield
 
@@ -64,9 +101,7 @@ def check_batches(asked: str, batches: Any) -> Iterator[Any]:
 
     At once, if these cannot be iterated over; in the end, if there was none.
     """
-    if not isinstance(batches, Iterable) or isinstance(
-        batches, (str, bytes, Mapping, torch.Tensor)
-    ):
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, Tensor)):
         raise TokenGateError(
             f"{asked} was given {brief(batches)}: pass several batches, e.g. a DataLoader or a "
             "list of what the model is called with."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
 from tokengate.gates.optimizer_steps import is_part
-from tokengate.layers.batches import apart, keeping_modes
+from tokengate.layers.batches import apart, keeping_state
 from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
@@ -64,7 +65,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     `logits`, else from the sum of all that is floating-point in it. Every layer must be called in
     each of them, and each of its trainable parameters must be given a gradient:
     DistributedDataParallel fails on those that are not. Experts, which may get no token, are
-    exempt. Afterwards parameters, gradients, buffers, modes and random states are as before.
+    exempt. Afterwards parameters, gradients, the state_dict's buffers, modes and random states are
+    as before.
 
     Args:
         model: a patched model.
@@ -300,23 +302,15 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever is done in this context to a model but to its parameters' values is undone."""
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     reached = {layer: layer._reached for layer in layers(model).values()}
     unseen = [module for module in model.modules() if module.__dict__.get(SEEN) is False]
     for module in unseen:
         module.__dict__[SEEN] = True
     try:
-        with keeping_modes(model), apart(model):
+        with keeping_state(model, most=math.inf), apart(model):
             yield
     finally:
-        for own, before in held:  # a forward may put another in a buffer's place
-            own.clear()
-            own.update(before)
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for layer, flag in reached.items():

@@ -101,6 +101,16 @@ def test_a_wanted_sparsity(tmp_path, warmup):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.parametrize("settle", [None, True, False])
+def test_whether_the_model_is_called_again_in_the_end(tmp_path, settle):
+    callback = TokenGateCallback(target_sparsity=0.9, settle=settle)
+    made, _ = trainer(tmp_path, callback=callback, max_steps=8)
+    trained = []
+    made.model.register_forward_hook(lambda model, *_: trained.append(model.training))
+    made.train()
+    assert trained.count(False) == (0 if settle is False else trained.count(True))
+
+
 @pytest.mark.parametrize("how", ["stopped", "best"])
 def test_a_model_from_before_the_target_is_told_of(tmp_path, how):
     class Ends(transformers.TrainerCallback):

@@ -253,6 +253,8 @@ def test_refused(tmp_path):
         {"target_sparsity": 0.5, "target_warmup": -1},
         {"target_sparsity": 0.5, "target_warmup": True},
         {"target_warmup": 3},
+        {"target_sparsity": 0.5, "settle": 1},
+        {"settle": False},
     ):
         with pytest.raises(TokenGateError):
             TokenGateCallback(**options)

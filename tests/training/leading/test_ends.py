@@ -1,11 +1,14 @@
 """A training that a schedule leads ends once and whole, also where it is interrupted or resumed."""
 
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
 from led_trainings import STEPS, Net, is_led, made, thresholds, train
+from models import one_sentence
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
@@ -135,3 +138,42 @@ def test_what_is_loaded_of_another_model_breaks_nothing():
     with pytest.warns(UnreachedSparsityWarning, match=r"failed \(KeyError: .*another"):
         train(*again[:2], lambda model, x, step: model(x), begin=16)
     assert not is_led(again[0])
+
+
+@pytest.mark.parametrize("how", ["ended", "detached", "handed over"])
+def test_no_optimiser_keeps_a_model_alive(how):
+    model, optimizer, schedule = made(learn_from=0.9 if how == "handed over" else None)
+    train(model, optimizer, lambda model, x, step: model(x), STEPS if how != "detached" else 12)
+    if how == "detached":
+        schedule.detach()
+    known = [weakref.ref(each) for each in (model, schedule)]
+    del model, schedule
+    gc.collect()
+    assert [each() for each in known] == [None, None]
+    optimizer.step()
+
+
+def test_its_end_is_kept_without_it():
+    """As in a loop that never held it: thresholds stay, and what goes on is told of, once."""
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x))
+    found = schedule.thresholds
+    del schedule
+    gc.collect()
+    with pytest.warns(UnreachedSparsityWarning, match=f"for {STEPS} steps, .* step 32") as told:
+        train(model, optimizer, lambda model, x, step: model(x), 20)
+    assert [each.filename for each in told] == [train.__code__.co_filename]
+    layers = tokengate.layers(model)
+    assert {name: layer.gate.tau.item() for name, layer in layers.items()} == pytest.approx(found)
+
+
+def test_a_state_that_is_loaded_after_the_end():
+    """As of a best checkpoint: its thresholds are there; but what has ended leads no more."""
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    state, found = schedule.state_dict(), schedule.thresholds
+    train(model, optimizer, lambda model, x, step: model(x), begin=16)
+    schedule.load_state_dict(state)
+    assert schedule.thresholds == found
+    with one_sentence("the state of step 16", "had ended in step 24", "make another one"):
+        train(model, optimizer, lambda model, x, step: model(x), 1)

@@ -62,6 +62,26 @@ def test_nothing_else_is_changed():
     assert rest[2] == others[2]
 
 
+def test_buffers_that_are_changed_in_evaluation_too():
+    class Counting(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x):
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+            return super().forward(x)
+
+    (settled, schedule), (followed, other) = (
+        trained(make=Counting, settle=settle) for settle in (True, False)
+    )
+    assert schedule.thresholds != other.thresholds
+    assert (settled.calls.item(), followed.calls.item()) == (STEPS, STEPS)
+    assert torch.equal(settled.mean, followed.mean)
+
+
 def test_batches_may_be_written_into_the_same_memory():
     memory = torch.empty_like(given(0))
     again = thresholds(lambda model, x, step: model(memory.copy_(x)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import function
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import apart, check_batches, keeping_modes, run
+from tokengate.layers.batches import apart, check_batches, keeping_state, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 
@@ -159,7 +159,7 @@ def _gradients(asked: str, model: nn.Module, batch: Any, loss: Loss) -> dict[str
         leaves[name].append(torch.ones(shape, requires_grad=True))
         return leaves[name][-1]
 
-    with keeping_modes(model), torch.enable_grad(), restrict(model, weight):
+    with keeping_state(model), torch.enable_grad(), restrict(model, weight):
         model.eval()
         total = loss(model, batch)
         check_finite(asked, float(total.detach()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, positive, unused
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import apart, check_batches, keeping_modes
+from tokengate.layers.batches import apart, check_batches, keeping_state
 from tokengate.layers.patched import all_layers
 from tokengate.patching.patch import patch, unpatch
 from tokengate.reports.measures.fisher_scores import (
@@ -121,7 +121,7 @@ def _trained_a_little(
         )
     kept: list[tuple[Tensor, Tensor | None]] = [(p.detach().clone(), p.grad) for p in trained]
     try:
-        with keeping_modes(model):
+        with keeping_state(model):
             model.eval()
             check_finite("suggest", before := _mean(model, batches, loss))
             for share in _CALMER:

@@ -44,8 +44,6 @@ class LedGates:
         self.since = torch.zeros_like(self.called)
         # What E[||g||^2] is measured in; 0 before anything was.
         self.unit = self.called.new_zeros(())
-        # Whose threshold no optimiser touches.
-        self._held = list(gates.values())
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
         # Whether a threshold was trained, loaded or calibrated, of each; all ranks must ask.
         changed = (
@@ -58,11 +56,6 @@ class LedGates:
     def thresholds(self) -> list[Tensor]:
         """Of all, as they are now: a model that is moved gives its buffers new ones."""
         return _thresholds(self.by_name.values())
-
-    @property
-    def held(self) -> list[Tensor]:
-        """The thresholds that no optimiser touches."""
-        return _thresholds(self._held)
 
     def begin(self, leader: object) -> None:
         """From now on they are led, count their scores and are fed."""
@@ -160,11 +153,6 @@ class LedGates:
         self.since += self.called > 0
         weights = self.weights * self.since / self.called.clamp(min=1)
         return shares * weights.unsqueeze(-1)
-
-    def let_go(self, gates: Iterable[Gate]) -> None:
-        """Hold the thresholds of these no more."""
-        others = set(gates)
-        self._held = [gate for gate in self._held if gate not in others]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it has counted, and in which unit."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
 from tokengate.errors import TokenGateError, brief
-from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.gates.score_counts import mean_of_counted, share_below, shares_of
 from tokengate.layers.patched import require_layers
 from tokengate.training.leading.last_calls import STEPS, LastCalls
@@ -22,15 +20,14 @@ from tokengate.training.leading.led_gates import (
     refuse_unlearnt,
 )
 from tokengate.training.leading.moves import Moves
+from tokengate.training.leading.optimizer_hook import OptimizerHook
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.leading.settling import settled
-from tokengate.training.leading.unreached import LastSteps, say_if_beyond, say_if_missed
+from tokengate.training.leading.unreached import LastSteps, say_if_missed
 from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
 # The share of a training in which the wanted sparsity rises to the target.
 _RISE = 0.6
-# Those that have ended, and hold the thresholds where they are.
-_ENDED: WeakSet[SparsitySchedule] = WeakSet()
 
 
 class SparsitySchedule:
@@ -64,7 +61,7 @@ class SparsitySchedule:
     those count that gradients may come back through: no `generate`, no reference. A step that a
     GradScaler skips is never seen here, so say it, after a `scaler.update()` that lowered the
     scale: `schedule.skip_step()`, and `schedule.end()` when training is over. Fused optimisers do
-    the former, the Trainer's `TokenGateCallback` both.
+    the former, the callbacks of the Trainer and of Lightning both.
 
     Args:
         model: a patched model with gates that have a threshold: `"threshold"`, `"firm"`,
@@ -82,9 +79,6 @@ class SparsitySchedule:
             that is compiled, took other things than plain tensors, or 256 MiB of them, were within
             other contexts, as of `restrict`, or with another forward, as Lightning's of several
             devices; and where they are few, or change in the course of the training.
-
-    Attributes:
-        steps: optimiser steps seen.
 
     Raises:
         TokenGateError: no layer has a gate with a threshold; something else leads them already;
@@ -132,7 +126,6 @@ class SparsitySchedule:
                 f"SparsitySchedule was given {brief(optimizer)} as the optimizer: pass a "
                 "torch.optim.Optimizer, or what wraps one."
             )
-        self.steps = 0
         self._led = LedGates(gates)
         self._moves = Moves(self._patched.values(), self._led.device)
         weights = None if self.per_layer else self._led.weights
@@ -144,17 +137,17 @@ class SparsitySchedule:
         # The share that is closed before the first step.
         self._start = 0.0
         self._continues = any(self._led.are_set)
-        for other in list(_ENDED):
-            other._led.let_go(gates.values())
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
         self._calls = LastCalls(model, self._led.device)
+        self._hook = OptimizerHook(inside, self, gates.values())
         self._keep_calls()
-        self._hooks = [inside.register_step_pre_hook(self._before_step)]
-        # Before what takes tau's gradient out of the optimiser's sight.
-        hooks: Any = inside._optimizer_step_pre_hooks
-        hooks.move_to_end(self._hooks[0].id, last=False)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps seen, also after its end."""
+        return self._hook.steps
 
     @property
     def sparsity(self) -> float:
@@ -187,10 +180,8 @@ class SparsitySchedule:
 
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._calls.end()
-        self._led.end(self)
+        self._end()
+        self._hook.remove()
 
     @torch.no_grad()
     def end(self) -> None:
@@ -227,7 +218,7 @@ class SparsitySchedule:
                 earlier version.
         """
         check_state(state, self._led.by_name, self._log_thresholds)
-        self.steps, self._start = int(state["step"]), float(state["start"])
+        self._hook.steps, self._start = int(state["step"]), float(state["start"])
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
         self._tracker.load_state_dict(state["tracker"])
@@ -243,37 +234,9 @@ class SparsitySchedule:
         else:
             self._led.restore()
 
-    # Left out of graphs, as is what comes after a step: what it does changes from step to step.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments | None:
-        if is_part(optimizer, kwargs):
-            return None
-        step = self.steps
-
-        def look() -> None:
-            if self.steps == step:
-                self._look(optimizer)
-            else:  # of a closure's calls the first counts, and the others in no other step
-                self.skip_step()
-            if not (self._learns and self.steps > self._last):
-                for threshold in self._led.held:
-                    threshold.grad = None  # no optimiser touches a parameter without a gradient
-
-        return once_there_are_gradients(args, kwargs, look)
-
     @torch.no_grad()
     def _look(self, optimizer: torch.optim.Optimizer) -> None:
-        # A fused optimiser is stepped by a GradScaler on infinite gradients, too.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf > 0):
-            self.skip_step()
-            return
-        self.steps += 1
-        if self.steps > self._last:
-            if self._led.held and not self._learns:
-                say_if_beyond(self.steps, self._last)
+        if self.steps > self._last:  # the last one was begun, and failed
             return
         seen, fed = self._led.collected()
         if self.steps == 1:
@@ -295,23 +258,15 @@ class SparsitySchedule:
         self._calls.step()
         self._keep_calls()
         if self.steps == self._last:
-            # Only now, to come after whatever else is hooked in and changes the model in a step.
-            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._hook.after_this_step(optimizer)
 
     def _keep_calls(self) -> None:
         """From where on the last ones may be among the steps that are left."""
         if self._settles and self._last - STEPS <= self.steps < self._last:
             self._calls.begin()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """After the last one the thresholds are set that stay: the model is what it will be."""
-        if not is_part(optimizer, kwargs):
-            self._settle()
-
     def _settle(self) -> None:
-        if self in _ENDED:
+        if self._hook.schedule is None:  # it has ended
             return
         again, now = self._calls.again(), self._log_thresholds.exp2()
         self._end()  # also where what follows is interrupted
@@ -327,4 +282,4 @@ class SparsitySchedule:
     def _end(self) -> None:
         self._calls.end()
         self._led.end(self)
-        _ENDED.add(self)
+        self._hook.end(self._last, holds=not self._learns)

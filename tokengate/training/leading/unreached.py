@@ -100,7 +100,7 @@ def say_if_beyond(steps: int, last: int) -> None:
             "its thresholds stay, and close another share as M(x) goes on changing: make it for "
             "the steps of the whole training, total_steps=.",
             UnreachedSparsityWarning,
-            stacklevel=9,
+            stacklevel=7,
         )
 
 

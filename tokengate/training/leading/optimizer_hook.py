@@ -1,0 +1,109 @@
+"""What an optimiser has of a schedule, while that leads and after its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch.optim import Optimizer
+
+from tokengate.errors import TokenGateError
+from tokengate.gates.base import Gate
+from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
+from tokengate.training.leading.unreached import say_if_beyond
+
+if TYPE_CHECKING:
+    from tokengate.training.leading.sparsity_schedule import SparsitySchedule
+
+# All that are alive.
+_HOOKS: WeakSet[OptimizerHook] = WeakSet()
+
+
+class OptimizerHook:
+    """Counts the steps of an optimiser, tells the schedule of them, and holds thresholds.
+
+    It knows gates weakly, and the schedule until that ends, so that no optimiser keeps a model
+    alive.
+
+    Args:
+        optimizer: whose steps.
+        schedule: that is told.
+        gates: whose thresholds the optimiser does not touch; no other schedule's hook holds them.
+
+    Attributes:
+        steps: that were begun.
+        schedule: None after its end.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, schedule: SparsitySchedule, gates: Iterable[Gate]
+    ) -> None:
+        self.steps = 0
+        self.schedule: SparsitySchedule | None = schedule
+        self._last = 0  # the step in which it has ended
+        self._held = WeakSet(gates)
+        for other in list(_HOOKS):
+            other._held.difference_update(self._held)
+        _HOOKS.add(self)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        # Before what takes tau's gradient out of the optimiser's sight.
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._handles[0].id, last=False)
+
+    def after_this_step(self, optimizer: Optimizer) -> None:
+        """Let the schedule settle; only now, to come after whatever else changes the model then."""
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def end(self, last: int, holds: bool) -> None:
+        """The schedule has ended, in step `last`; its thresholds stay, or are learned from here."""
+        self.schedule, self._last = None, last
+        if not holds:
+            self._held.clear()
+
+    def remove(self) -> None:
+        """Count no more, and hold nothing."""
+        for handle in self._handles:
+            handle.remove()
+
+    # Left out of graphs, as is what comes after a step: what it does changes from step to step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if is_part(optimizer, kwargs):
+            return None
+        step = self.steps
+
+        def look() -> None:
+            # A fused optimiser is stepped by a GradScaler on infinite gradients, too.
+            found_inf = getattr(optimizer, "found_inf", None)
+            infinite = found_inf is not None and bool(found_inf > 0)
+            # Of a closure's calls the first counts, and the others in no other step.
+            if self.steps == step and not infinite:
+                self.steps += 1
+                if self.schedule is not None:
+                    self.schedule._look(optimizer)
+                elif self.steps <= self._last:
+                    raise TokenGateError(
+                        f"the state of step {self.steps - 1} was loaded into a SparsitySchedule "
+                        f"that had ended in step {self._last}: call its detach(), make another "
+                        "one, and load it there."
+                    )
+                elif self._held:
+                    say_if_beyond(self.steps, self._last)
+            elif self.schedule is not None:
+                self.schedule.skip_step()
+            for threshold in (gate.threshold for gate in self._held):
+                if threshold is not None:
+                    threshold.grad = None  # no optimiser touches a parameter without a gradient
+
+        return once_there_are_gradients(args, kwargs, look)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """After the last one the thresholds are set that stay: the model is what it will be."""
+        if self.schedule is not None and not is_part(optimizer, kwargs):
+            self.schedule._settle()
