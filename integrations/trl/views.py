@@ -92,7 +92,7 @@ class Reference(nn.Module):
         model, adapter = self._model, self._adapter
         with (
             torch.no_grad(),
-            keeping_state(model),
+            keeping_state(model, most=0),  # at every step: none is compared
             unobserved(),
             tokengate.disabled(model) if adapter is None else tokengate.use(model, adapter),
         ):

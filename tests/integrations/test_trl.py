@@ -20,7 +20,7 @@ from places import ROOT  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, attached  # noqa: E402
-from tokengate.integrations.trainer import callback as trainer_callback  # noqa: E402
+from tokengate.integrations.trainer import sparsity_logs  # noqa: E402
 from tokengate.integrations.trl import gated, reference  # noqa: E402
 
 pytestmark = [
@@ -267,7 +267,7 @@ def test_kto(folder, tmp_path):
 def counted(monkeypatch, trainer):
     """Positions that are logged of each step, that the schedule saw, and that have gradients."""
     logged_positions, seen, learnt, texts = [], [], [], []
-    report_of, model = trainer_callback.report_of, trainer.model
+    report_of, model = sparsity_logs.report_of, trainer.model
 
     def reported(recorder):
         report = report_of(recorder)
@@ -284,7 +284,7 @@ def counted(monkeypatch, trainer):
             gates = [layer.gate for layer in tokengate.layers(model).values()]
             seen.append({round(float(gate._seen.sum())) for gate in gates})
 
-    monkeypatch.setattr(trainer_callback, "report_of", reported)
+    monkeypatch.setattr(sparsity_logs, "report_of", reported)
     model.model.register_forward_pre_hook(called, with_kwargs=True)
     trainer.add_callback(Look())
     with tokengate.record(model) as everything:

@@ -118,12 +118,12 @@ def _through_product(
     grad_z = torch.zeros_like(low)
     grad_up, grad_gain = torch.zeros_like(up, dtype=c.dtype), torch.zeros_like(gain, dtype=c.dtype)
     for rows in at:
-        w = without_bias(flat[rows], bias)
-        m = (c[rows] * torch.addmm(gain * w, low[rows], up.T)).to(out.dtype)
+        w, some_z = without_bias(flat[rows], bias), low[rows]
+        m = (c[rows] * (gain * w).addmm_(some_z, up.T)).to(out.dtype)
         if grad_w is not None:
             grad_w[rows] = gain * m
         grad_z[rows] = m @ up
-        grad_up = grad_up + m.T @ low[rows]
+        grad_up = grad_up + m.T @ some_z
         grad_gain = grad_gain + (m * w).sum(0, dtype=c.dtype)
     grad_bias = None if grad_w is None or bias is None else -grad_w.sum(0).to(bias.dtype)
     grad_out = None if grad_w is None else grad_w.view(out.shape)
