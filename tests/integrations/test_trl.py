@@ -19,8 +19,12 @@ from models import away_from_initialisation  # noqa: E402
 from places import ROOT  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from tokengate.integrations.trainer import TokenGateCallback, TokenGateTrainer, attached  # noqa: E402
-from tokengate.integrations.trainer import sparsity_logs  # noqa: E402
+from tokengate.integrations.trainer import (  # noqa: E402
+    TokenGateCallback,
+    TokenGateTrainer,
+    attached,
+    sparsity_logs,
+)
 from tokengate.integrations.trl import gated, reference  # noqa: E402
 
 pytestmark = [
