@@ -16,7 +16,31 @@ KINDS = {
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
     "without early stop": {"use_reentrant": False, "early_stop": False},
+    "of another's own": {"function": True},
 }
+
+
+class Again(torch.autograd.Function):
+    """A checkpoint as others write it, Unsloth among them."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block, ctx.x, ctx.state = block, x.detach(), torch.get_rng_state()
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng():
+            torch.set_rng_state(ctx.state)
+            given = ctx.block(x)
+        torch.autograd.backward(given, gradient)
+        return None, x.grad
+
+
+def checkpointed(block, x, function=False, **kind):
+    """What a block gives, which its backward computes again."""
+    return Again.apply(block, x) if function else checkpoint(block, x, **kind)
 
 
 class Checkpointed(Net):
@@ -26,7 +50,7 @@ class Checkpointed(Net):
 
     def forward(self, x):
         for block in self.blocks:
-            x = block(x) if self.kind is None else checkpoint(block, x, **self.kind)
+            x = block(x) if self.kind is None else checkpointed(block, x, **self.kind)
         return self.head(x)
 
 

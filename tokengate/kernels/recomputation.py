@@ -136,15 +136,16 @@ def _in_reentrant_checkpoint() -> bool:
     """Whether a checkpoint of the reentrant kind runs, which computes without a graph at first.
 
     Nothing but the stack tells it from other code without gradients: an evaluation, a reference
-    model. torch's function and those made after it (DeepSpeed, fairscale) have `run_function`.
+    model. It is a function of autograd's, torch's own or another's, and calls what it is given a
+    `ctx` for.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        runs = code.co_name == "forward" and "run_function" in code.co_varnames
+        runs = code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
         # One without gradients around it, or of inputs that want none, has nowhere to pass any on
         # to, and computes nothing again.
-        if runs and getattr(frame.f_locals.get("ctx"), "next_functions", True):
+        if runs and getattr(frame.f_locals.get("ctx"), "next_functions", False):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
