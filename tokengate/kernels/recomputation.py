@@ -136,8 +136,7 @@ def _in_reentrant_checkpoint() -> bool:
     """Whether a checkpoint of the reentrant kind runs, which computes without a graph at first.
 
     Nothing but the stack tells it from other code without gradients: an evaluation, a reference
-    model. It is a function of autograd's, torch's own or another's, and calls what it is given a
-    `ctx` for.
+    model. It is a function of autograd, torch's own or another's, whose forward is given a `ctx`.
     """
     frame = sys._getframe(1)
     while frame is not None:
