@@ -1,11 +1,13 @@
 """A training that a schedule leads ends once and whole, also where it is interrupted or resumed."""
 
+import copy
 import io
 import warnings
 
 import pytest
 import torch
 from led_trainings import STEPS, Net, is_led, made, thresholds, train
+from models import one_sentence
 
 import tokengate
 from tokengate.errors import UnreachedSparsityWarning
@@ -105,6 +107,33 @@ def test_a_resumed_training_ends_as_one_that_went_on():
     assert resumed(settle=False) == resumed(settle=False, saved=False) == thresholds(settle=False)
     # Of 8 of its own, which are enough.
     assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"settle": False}, {"learn_from": 0.8}])
+def test_a_training_that_goes_back_from_its_end_ends_as_before(options):
+    """As after a loss that went up, in the same process."""
+    parts = made(**options)
+    model, optimizer, schedule = parts
+
+    def call(model, x, step):
+        return model(x)
+
+    train(model, optimizer, call, 16)
+    states = copy.deepcopy([each.state_dict() for each in parts])
+    ends = []
+    for _ in range(3):
+        train(model, optimizer, call, begin=16)
+        assert not is_led(model)
+        ends.append((schedule.thresholds, schedule.steps))
+        for each, state in zip(parts, states, strict=True):
+            each.load_state_dict(copy.deepcopy(state))  # Adam goes on in what it is given
+        assert is_led(model)
+    assert ends[0] == ends[1] == ends[2]
+    train(model, optimizer, call, begin=16)
+    tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS)
+    with one_sentence("has a SparsitySchedule already"):
+        schedule.load_state_dict(states[2])
+    assert (schedule.thresholds, schedule.steps) == ends[0]
 
 
 def test_a_training_that_ends_before():

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.sharding import anywhere, gathered, in_processes, local_part
 
 _STATE = ("folded", "called", "since", "unit")
+# Those that have been led to the end.
+_ENDED: WeakSet[LedGates] = WeakSet()
 
 
 class LedGates:
@@ -45,7 +48,7 @@ class LedGates:
         # What E[||g||^2] is measured in; 0 before anything was.
         self.unit = self.called.new_zeros(())
         # Whose threshold no optimiser touches.
-        self._held = list(gates.values())
+        self._held: list[Gate] = []
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
         # Whether a threshold was trained, loaded or calibrated, of each; all ranks must ask.
         changed = (
@@ -65,7 +68,11 @@ class LedGates:
         return _thresholds(self._held)
 
     def begin(self, leader: object) -> None:
-        """From now on they are led, count their scores and are fed."""
+        """From now on they are led, count their scores and are fed, whoever has led them before."""
+        for other in list(_ENDED):
+            other._held = [gate for gate in other._held if gate not in set(self.by_name.values())]
+        _ENDED.discard(self)
+        self._held = list(self.by_name.values())
         for gate in self.by_name.values():
             gate.count_in("_seen", "_fed")
             lead(gate, leader)
@@ -75,6 +82,16 @@ class LedGates:
         for gate in [gate for gate in self.by_name.values() if leader_of(gate) is leader]:
             lead_no_more(gate)
             gate.count_alone()
+
+    def hold(self, leader: object) -> None:
+        """No more, and the thresholds stay where they are, until another one leads them."""
+        self.end(leader)
+        _ENDED.add(self)
+
+    @property
+    def are_held(self) -> bool:
+        """Whether they are led no more and stay."""
+        return self in _ENDED
 
     def closed(self, seen: Tensor) -> Tensor:
         """The share that the thresholds close of what was seen, `(gates, BINS)`; all modules alike.
@@ -160,11 +177,6 @@ class LedGates:
         self.since += self.called > 0
         weights = self.weights * self.since / self.called.clamp(min=1)
         return shares * weights.unsqueeze(-1)
-
-    def let_go(self, gates: Iterable[Gate]) -> None:
-        """Hold the thresholds of these no more."""
-        others = set(gates)
-        self._held = [gate for gate in self._held if gate not in others]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it has counted, and in which unit."""

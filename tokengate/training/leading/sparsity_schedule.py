@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -29,8 +28,6 @@ from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
 # The share of a training in which the wanted sparsity rises to the target.
 _RISE = 0.6
-# Those that have ended, and hold the thresholds where they are.
-_ENDED: WeakSet[SparsitySchedule] = WeakSet()
 
 
 class SparsitySchedule:
@@ -144,8 +141,6 @@ class SparsitySchedule:
         # The share that is closed before the first step.
         self._start = 0.0
         self._continues = any(self._led.are_set)
-        for other in list(_ENDED):
-            other._led.let_go(gates.values())
         self._led.begin(self)
         if not self._continues:
             self._led.write(self._log_thresholds)
@@ -224,9 +219,12 @@ class SparsitySchedule:
 
         Raises:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
-                earlier version.
+                earlier version; or this one has ended, and another leads its gates.
         """
         check_state(state, self._led.by_name, self._log_thresholds)
+        if self._led.are_held and int(state["step"]) < self._last:  # a training that goes back
+            gates_to_lead(self._model, self._patched, together=not self.per_layer)
+            self._led.begin(self)
         self.steps, self._start = int(state["step"]), float(state["start"])
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
@@ -307,11 +305,11 @@ class SparsitySchedule:
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """After the last one the thresholds are set that stay: the model is what it will be."""
-        if not is_part(optimizer, kwargs):
+        if not is_part(optimizer, kwargs) and self.steps >= self._last:
             self._settle()
 
     def _settle(self) -> None:
-        if self in _ENDED:
+        if self._led.are_held:
             return
         again, now = self._calls.again(), self._log_thresholds.exp2()
         self._end()  # also where what follows is interrupted
@@ -326,5 +324,4 @@ class SparsitySchedule:
 
     def _end(self) -> None:
         self._calls.end()
-        self._led.end(self)
-        _ENDED.add(self)
+        self._led.hold(self)
