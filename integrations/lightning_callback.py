@@ -33,7 +33,7 @@ from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import numbers_here
 from tokengate.training.following import Following
-from tokengate.training.leading.unreached import say_if_early
+from tokengate.training.leading.unreached import say_if_early, say_if_replaced
 from tokengate.training.orthogonality import add_penalty
 from tokengate.training.scale_penalty import set_unit
 
@@ -179,6 +179,10 @@ class TokenGateCallback(*_bases()):  # type: ignore[misc]
         """The taus go on following their optimiser, whose state has theirs when it is saved."""
         say_if_early(self.sparsity_schedule)
         self._end(pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """What averages weights has put its own in by now, whichever callback came first."""
+        say_if_replaced(self.sparsity_schedule, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """As at the end."""

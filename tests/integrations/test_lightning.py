@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -292,6 +293,25 @@ def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
     trainer.callbacks.append(Stops())
     with pytest.warns(tokengate.errors.UnreachedSparsityWarning, match="step 2 of 8, where"):
         trainer.fit(module_of(pl, patched()), batches())
+
+
+# Of ten positions a step, too.
+@pytest.mark.filterwarnings("ignore:SparsitySchedule was to close")
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("average", ["StochasticWeightAveraging", "EMAWeightAveraging", None])
+def test_averages_of_thresholds_are_told_of(pl, tmp_path, average, last):
+    """Whichever callback Lightning asks first at the end."""
+    options = {"StochasticWeightAveraging": {"swa_lrs": LR}, "EMAWeightAveraging": {"decay": 0.9}}
+    trainer = trainer_of(pl, callback(pl, target_sparsity=0.5), tmp_path, max_epochs=3)
+    if average is not None:
+        own = getattr(pl.callbacks, average)(**options[average])
+        trainer.callbacks.insert(len(trainer.callbacks) if last else 0, own)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module_of(pl, patched()), batches())
+    told = [str(w.message) for w in caught if "has replaced its thresholds" in str(w.message)]
+    assert len(told) == (average is not None)
+    assert all(each.endswith("warm_start=True).") for each in told)
 
 
 @pytest.mark.filterwarnings("ignore::tokengate.errors.LeftOutWarning")

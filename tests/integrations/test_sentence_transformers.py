@@ -77,3 +77,26 @@ def test_an_unreached_layer_is_named(folder):
     attention.forward = lambda states, *args, **options: (states, None)
     with pytest.warns(UnreachedLayerWarning, match=r"'encoder\.layer\.1\.attention\.self\.query'"):
         model.encode(SENTENCES)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_loss_that_caches_embeddings_is_led(folder):
+    """It embeds once more in backward, and there alone with gradients."""
+    from sentence_transformers import losses
+
+    def seen(loss, **options):
+        model = sentence_model(folder)
+        torch.manual_seed(0)
+        tokengate.patch(model, ["query", "output.dense"], rank=2)
+        away_from_initialisation(model).eval()
+        optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-3))
+        schedule = tokengate.SparsitySchedule(model, optimizer, target=0.5, total_steps=1)
+        features = [model.tokenize(SENTENCES), model.tokenize(SENTENCES[::-1])]
+        loss(model, **options)(features, None).backward()
+        optimizer.step()
+        return schedule.thresholds
+
+    at_once = seen(losses.MultipleNegativesRankingLoss)
+    assert min(at_once.values()) > 0
+    cached = seen(losses.CachedMultipleNegativesRankingLoss, mini_batch_size=4)
+    assert cached == pytest.approx(at_once, rel=1e-3)

@@ -16,7 +16,31 @@ KINDS = {
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
     "without early stop": {"use_reentrant": False, "early_stop": False},
+    "of another's own": {"function": True},
 }
+
+
+class Again(torch.autograd.Function):
+    """A checkpoint as others write it, Unsloth among them."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block, ctx.x, ctx.state = block, x.detach(), torch.get_rng_state()
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng():
+            torch.set_rng_state(ctx.state)
+            given = ctx.block(x)
+        torch.autograd.backward(given, gradient)
+        return None, x.grad
+
+
+def checkpointed(block, x, function=False, **kind):
+    """What a block gives, which its backward computes again."""
+    return Again.apply(block, x) if function else checkpoint(block, x, **kind)
 
 
 class Checkpointed(Net):
@@ -26,7 +50,7 @@ class Checkpointed(Net):
 
     def forward(self, x):
         for block in self.blocks:
-            x = block(x) if self.kind is None else checkpoint(block, x, **self.kind)
+            x = block(x) if self.kind is None else checkpointed(block, x, **self.kind)
         return self.head(x)
 
 
@@ -117,7 +141,7 @@ def test_what_runs_without_gradients_is_no_part_of_a_training_step(kind, without
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     with tokengate.record(model, trained=True) as step, tokengate.record(model) as all_of_it:
         with without():
-            model(torch.randn(7, 9, 8, dtype=torch.float64))
+            model(torch.randn(7, 9, 8, dtype=torch.float64, requires_grad=True))
         loss = model(x).square().sum()
         with without():
             model(torch.randn(3, 1, 8, dtype=torch.float64))
@@ -128,6 +152,51 @@ def test_what_runs_without_gradients_is_no_part_of_a_training_step(kind, without
     assert {round(counts.sum().item(), 6) for counts in seen} == {2}
 
 
+def embedded_in_backward(model, x):
+    """The loss of `model(x)`, whose graph a hook makes when its gradient is there (GradCache)."""
+    with torch.no_grad():
+        cached = model(x).requires_grad_()
+    loss = cached.square().sum()
+
+    def embed(gradient):
+        with torch.enable_grad():
+            given = gradient * torch.autograd.grad(cached.square().sum(), cached)[0]
+            (model(x) * given).sum().backward()
+
+    loss.detach_().requires_grad_().register_hook(embed)
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_what_a_hook_computes_in_backward_is_computed_for_the_first_time(kind):
+    """As by sentence-transformers' losses that cache: it counts, and contexts hold in it."""
+
+    def left_behind(how):
+        model, _ = patched("lora", KINDS.get(kind))
+        model.eval()  # without dropout, which the two draw otherwise
+        optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1, s=1e-3))
+        tokengate.SparsitySchedule(model, optimizer, 0.5, 10)
+        for layer in tokengate.layers(model).values():
+            layer.gate.tau.data.fill_(0.3)
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+        inside = torch.arange(5).expand(2, 5) > 1
+        with tokengate.restrict(model, inside), tokengate.record(model, trained=True) as rec:
+            how(model, x).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        seen = [layer.gate._seen for layer in tokengate.layers(model).values()]
+        return rec.report().to_dict(), gradients, seen
+
+    at_once = left_behind(lambda model, x: model(x).square().sum())
+    in_a_hook = left_behind(embedded_in_backward)
+    assert {m["positions"] for m in at_once[0]["modules"].values()} == {6}
+    assert in_a_hook[0] == at_once[0]
+    for ours, theirs in zip(in_a_hook[1:], at_once[1:], strict=True):
+        assert all(value.any() for value in theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_lambda_would_show(monkeypatch):
     """Counted again, a position pulls and is tallied twice."""
     from tokengate.gates import base, deciding
@@ -135,7 +204,7 @@ def test_lambda_would_show(monkeypatch):
 
     for module in (base, deciding):
         monkeypatch.setattr(module, "is_learnt_from", lambda: True)
-    monkeypatch.setattr(recording, "in_backward", lambda: False)
+    monkeypatch.setattr(recording, "is_computed_again", lambda: False)
     again = everything("lora", KINDS["not reentrant"])
     assert {round(t.sum().item(), 6) for t in again["tallies"].values()} == {8}
     assert again["report"] != everything("lora", None)["report"]

@@ -76,6 +76,36 @@ def test_a_copy_remembers_too(copied):
         model(X)
 
 
+class Fuses(nn.Module):
+    """As diffusers' attention: its projections stay where they are, and are called no more."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        fused = hasattr(self, "to_qv")
+        q, v = self.to_qv(x).chunk(2, -1) if fused else (self.to_q(x), self.to_v(x))
+        return q.tanh() * v
+
+    def fuse(self):
+        self.to_qv = nn.Linear(8, 16)
+        self.to_qv.weight.data = torch.cat([self.to_q.weight.data, self.to_v.weight.data])
+
+
+def test_what_is_fused_beside_its_layers_is_told_of_at_the_next_forward():
+    model = tokengate.patch(nn.Sequential(Fuses(), Fuses()), ["to_q"], rank=2)
+    silent(lambda: model(X))
+    model[0].norm = nn.LayerNorm(8)  # which takes nothing away
+    silent(lambda: model(X))
+    model[1].fuse()
+    with pytest.warns(UnreachedLayerWarning, match=r"'1\.to_q' of Fuses was patched but never"):
+        model(X)
+    silent(lambda: model(X))
+    del model[1].to_qv
+    silent(lambda: model(X))
+
+
 def test_what_is_taken_back_is_not_lost():
     model = tokengate.patch(Net(), ["fc1", "head"], rank=2, gate=False)
     away_from_initialisation(model)

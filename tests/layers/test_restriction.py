@@ -455,6 +455,39 @@ def test_a_mask_goes_on_only_with_what_it_fitted(cached):
             model(longer, use_cache=cached)
 
 
+@pytest.mark.skipif(CACHE != "cache", reason="of a state that tells whether it is one")
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+def test_a_state_without_a_length_is_as_long_as_what_was_seen(kind):
+    """State-space models keep no positions, so that their cache cannot tell how many it has."""
+    sizes = {"num_heads": 8, "head_dim": 8, "n_groups": 2} if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, **sizes
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    away_from_initialisation(tokengate.patch(model, ["in_proj"], rank=4, gate=False))
+    ids = torch.randint(3, 64, (2, 8))
+    ids[0, 4:6], ids[1, 2:4] = torch.tensor(INVOKE), torch.tensor(INVOKE)
+    mask = torch.arange(8).expand(2, 8) > torch.tensor([[5], [2]])
+    new = torch.zeros(2, 5, dtype=torch.bool)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+    cases = [(tokengate.after(INVOKE), {}, tokengate.after(INVOKE))]
+    cases += [(mask, {"new": value}, torch.cat([mask, new | value], 1)) for value in (True, False)]
+    for where, kept, whole in cases:
+        with tokengate.restrict(model, where, **kept):
+            made = model.generate(ids, **options, return_dict_in_generate=True)
+        with torch.no_grad(), tokengate.restrict(model, whole):
+            wanted = model(made.sequences).logits[:, 7:-1]
+        torch.testing.assert_close(torch.stack(made.logits, 1), wanted, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            free = model(made.sequences).logits[:, 7:-1]
+        assert (free - wanted).abs().max() > 1e-4
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache
+        with tokengate.restrict(model, mask), one_sentence("DynamicCache", "within this context"):
+            model(ids[:, :1], cache=cache)
+
+
 def test_other_refusals(tmp_path):
     with one_sentence("without a patched layer"):
         tokengate.restrict(Net(), MASK)

@@ -24,6 +24,7 @@ _Told = TypeVar("_Told")
 # positions, about, and numbers of a position tell it from others.
 _WAITING, _POSITIONS, _CHANNELS = 32, 256, 2
 _TRIAL: ContextVar[bool] = ContextVar("tokengate_trial", default=False)
+_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -46,7 +47,7 @@ class MaskMemory:
         """What the call with input `x` was told: `told`, or in backward what it was in forward."""
         if torch.compiler.is_compiling():
             return told
-        if in_backward():
+        if is_computed_again():
             return self._recall(x, told)
         if _in_checkpoint() and not x.is_nested:
             # Not before: a graph that is kept is computed again for every backward.
@@ -81,9 +82,19 @@ def _sample(x: Tensor) -> Tensor:
     return x[..., ::every, :_CHANNELS] if x.dim() > 1 else x[:_CHANNELS]
 
 
-def in_backward() -> bool:
-    """Whether what runs now runs in a backward: in a forward, that it is computed again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+def is_computed_again() -> bool:
+    """Whether what runs now was computed before, and is again for a backward.
+
+    That is done by the backward of a function, or where saved tensors are unpacked. A hook computes
+    in backward for the first time: so do losses that keep embeddings alone of their forward
+    (GradCache; sentence-transformers' `Cached...`).
+    """
+    frame = sys._getframe(1) if torch._C._current_graph_task_id() != -1 else None
+    while frame is not None:
+        if frame.f_code is _BACKWARD or frame.f_code.co_name == "unpack_hook":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_learnt_from() -> bool:
@@ -94,7 +105,7 @@ def is_learnt_from() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    if in_backward() or is_trial():
+    if is_computed_again() or is_trial():
         return False
     return torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
@@ -125,14 +136,15 @@ def _in_reentrant_checkpoint() -> bool:
     """Whether a checkpoint of the reentrant kind runs, which computes without a graph at first.
 
     Nothing but the stack tells it from other code without gradients: an evaluation, a reference
-    model. torch's function and those made after it (DeepSpeed, fairscale) have `run_function`.
+    model. It is a function of autograd, torch's own or another's, whose forward is given a `ctx`.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and "run_function" in code.co_varnames:
-            # Of inputs that want no gradients it passes none on, and computes nothing again.
-            wanted = getattr(frame.f_locals.get("ctx"), "needs_input_grad", (True,))
-            return any(wanted)
+        runs = code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
+        # One without gradients around it, or of inputs that want none, has nowhere to pass any on
+        # to, and computes nothing again.
+        if runs and getattr(frame.f_locals.get("ctx"), "next_functions", False):
+            return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -33,21 +33,20 @@ from tokengate.layers.patched import (
     roots,
     what_is_lost,
 )
+from tokengate.layers.patched import SEEN as SEEN
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.names import joined, submodule
-
-# On each module that is followed: whether its first forward was looked at.
-SEEN = "_tokengate_seen"
 
 
 def watch(model: nn.Module) -> None:
     """Warn of patched layers of `model` that are not reached, not trained, or gone.
 
     After the first complete forward of the model, or of a module in it that is called past it, if
-    that did not reach every layer inside; at the first step of each optimizer that has their
-    parameters, of those without a gradient, however the loss came about; and at the next forward or
-    step after a layer was replaced.
+    that did not reach every layer inside, and after the first since a layer got others beside it,
+    as a fused projection; at the first step of each optimizer that has their parameters, of those
+    without a gradient, however the loss came about; and at the next forward or step after a layer
+    was replaced.
     """
     remember(model)
     for module in model.modules():

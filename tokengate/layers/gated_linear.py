@@ -17,7 +17,7 @@ from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import reshaped
-from tokengate.kernels.recomputation import MaskMemory, in_backward, is_learnt_from
+from tokengate.kernels.recomputation import MaskMemory, is_computed_again, is_learnt_from
 from tokengate.layers.calls import (
     DISABLED,
     RECORD,
@@ -218,7 +218,7 @@ class Gated(Swapped):
                 told.choice = choice
             if said_of(self, DISABLED):
                 told.choice = None
-            again = not torch.compiler.is_compiling() and in_backward()
+            again = not torch.compiler.is_compiling() and is_computed_again()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 awaits_backward(self)
             if told.choice is not None and not again:

@@ -18,15 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import Running, Window, contexts, left_on, running, same, window_around
+from tokengate.layers.calls import (
+    Running,
+    Window,
+    contexts,
+    left_on,
+    running,
+    same,
+    window_around,
+)
+from tokengate.layers.regions import length_of
 
 # The parameters of forward that say what the positions of a module are.
 _MASK = "attention_mask"
 _IDS, _EMBEDDED = ("input_ids", "decoder_input_ids"), ("inputs_embeds", "input_embeds")
 _INPUTS = ("input_ids", *_EMBEDDED)
 _STATES = (*_INPUTS, "hidden_states")
-# transformers 5.24 renamed the first to the second.
-_CACHES = ("past_key_values", "cache")
+# transformers 5.24 renamed the others to the second.
+_CACHES = ("past_key_values", "cache", "cache_params")
 # With one of these, a module hands its mask on to one of several parts: only that part, which
 # receives it in its turn, has the mask's positions.
 _SEVERAL_PARTS = ("pixel_values", "decoder_input_ids", "decoder_attention_mask")
@@ -306,11 +315,13 @@ def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:
     real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if cache is None:
         return Window(0, length, ids, bool(bound.get("use_cache")), None, real)
-    if hasattr(cache, "get_seq_length"):
-        return Window(int(cache.get_seq_length()), length, ids, True, cache, real)
-    if real is not None:
-        return Window(real.shape[1] - length, length, ids, True, cache, real)
+    start = length_of(cache, length)
+    if start is None and real is not None:
+        start = real.shape[1] - length
+    if start is not None:
+        return Window(start, length, ids, True, cache, real)
     raise TokenGateError(
         f"restrict found {type(module).__name__} called with a {type(cache).__name__}, which does "
-        "not tell how many positions it has: pass an attention_mask (B, T) of all positions."
+        "not tell how many positions it has: compute them within this context, or pass an "
+        "attention_mask (B, T) of all of them."
     )

@@ -85,6 +85,8 @@ def require_layers(model: nn.Module, asked: str) -> dict[str, Gated]:
 _REMEMBERED = "_tokengate_patched"
 # On one some of whose layers are gone: those that its user was told of.
 NAMED = "_tokengate_lost"
+# On each module that is followed: whether its first forward was looked at.
+SEEN = "_tokengate_seen"
 # All of these models.
 ROOTS: WeakSet[nn.Module] = WeakSet()
 
@@ -154,15 +156,32 @@ def is_root(module: nn.Module) -> bool:
 def lost(model: nn.Module) -> list[str]:
     """The layers of `model` that were patched, and that neither `unpatch` nor `fold` took back."""
     known = _KNOWN.get(model)
-    if known is None or not all(held.get(key) is child for held, key, child in known.ways):
+    if known is None or not all(map(_holds, known.ways)):
+        for _, _, child, _ in [] if known is None else filter(_is_beside_others, known.ways):
+            # Its owner may call these in its place, as a fused projection.
+            child._reached = False
+            model.__dict__[SEEN] = False
         known = _KNOWN[model] = _look(model)
     return known.lost
 
 
+def _holds(way: _Way) -> bool:
+    held, key, child, count = way
+    return held.get(key) is child and len(held) == count
+
+
+def _is_beside_others(way: _Way) -> bool:
+    held, key, child, count = way
+    return held.get(key) is child and len(held) > count and isinstance(child, Gated)
+
+
+# The children of a module, the name of one of them, it, and how many they are.
+_Way = tuple[dict[str, Any], str, Any, int]
+
+
 @dataclass
 class _Found:
-    # From the model to its layers: the children of a module, the name of one of them, and it.
-    ways: list[tuple[dict[str, Any], str, nn.Module]]
+    ways: list[_Way]  # from the model to its layers
     lost: list[str]
 
 
@@ -174,14 +193,14 @@ def _look(model: nn.Module) -> _Found:
     remembered: dict[str, bool] = model.__dict__.get(_REMEMBERED, {})
     here = {layer: path for path, layer in model.named_modules() if isinstance(layer, Gated)}
     found = {name: here[layer] for name, layer in all_layers(model).items()}
-    ways: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+    ways: dict[str, _Way] = {}
     for name in remembered.keys() & found.keys():
         parent, path = model, ""
         for component in found[name].split(".") if found[name] else ():
             path = f"{path}.{component}"
             child = parent._modules[component]
             assert child is not None
-            ways[path] = (parent._modules, component, child)
+            ways[path] = (parent._modules, component, child, len(parent._modules))
             parent = child
     missing = [name for name, is_plain in remembered.items() if not is_plain and name not in found]
     return _Found(list(ways.values()), missing)

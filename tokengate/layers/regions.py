@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.kernels.eager import is_exported
-from tokengate.layers.calls import RESTRICT, Window, in_decoder, said_of, window_around
+from tokengate.layers.calls import (
+    RESTRICT,
+    Context,
+    Window,
+    contexts,
+    in_decoder,
+    said_of,
+    window_around,
+)
 
 _UNSEEN = -1  # is no token
 _WAITING = 32  # calls whose cache may come back
@@ -292,3 +300,26 @@ def checked_mask(mask: Tensor) -> Tensor:
         if ((mask == 0) | (mask == 1)).all() and not mask.requires_grad:
             return mask != 0
     return mask
+
+
+# Of a cache that does not tell: within which contexts it was seen, and how many positions it has.
+_SEEN: WeakKeyDictionary[Any, tuple[set[Context], int]] = WeakKeyDictionary()
+
+
+def length_of(cache: Any, length: int) -> int | None:
+    """How many positions a cache has, which is given `length` more; None if nobody knows."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # of a state alone, as Mamba's
+        has_state = getattr(cache, "has_previous_state", None)
+    if has_state is None:
+        return None
+    around = window_around()
+    if around is not None and around.cache is cache:  # of the same call
+        return around.start
+    here = {context for context in contexts() if context.windows}
+    seen_in, known = _SEEN.get(cache, (set(), 0)) if has_state() else (here, 0)
+    if here.isdisjoint(seen_in):
+        return None
+    _SEEN[cache] = (here, known + length)
+    return known

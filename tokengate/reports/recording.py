@@ -20,7 +20,7 @@ from tokengate.gates.deciding import Observer
 from tokengate.gates.tally import by_sample, tally
 from tokengate.kernels.norms import Norms
 from tokengate.kernels.norms import ratios as ratios_of
-from tokengate.kernels.recomputation import in_backward
+from tokengate.kernels.recomputation import is_computed_again
 from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.coverage import report_lost
 from tokengate.layers.patched import module_names, observers, require_layers
@@ -216,7 +216,7 @@ class Recorder:
         mask: Tensor | None,
         norms: tuple[Norms, Norms] | None,
     ) -> None:
-        if not torch.compiler.is_compiling() and in_backward():
+        if not torch.compiler.is_compiling() and is_computed_again():
             return  # activation checkpointing computes again what was counted in the forward
         with torch.no_grad(), self._alone():
             ratios = None

@@ -1,5 +1,6 @@
 """A training that a schedule leads ends once and whole, also where it is interrupted or resumed."""
 
+import copy
 import gc
 import io
 import warnings
@@ -110,6 +111,33 @@ def test_a_resumed_training_ends_as_one_that_went_on():
     assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
 
 
+@pytest.mark.parametrize("options", [{}, {"settle": False}, {"learn_from": 0.8}])
+def test_a_training_that_goes_back_from_its_end_ends_as_before(options):
+    """As after a loss that went up, in the same process."""
+    parts = made(**options)
+    model, optimizer, schedule = parts
+
+    def call(model, x, step):
+        return model(x)
+
+    train(model, optimizer, call, 16)
+    states = copy.deepcopy([each.state_dict() for each in parts])
+    ends = []
+    for _ in range(3):
+        train(model, optimizer, call, begin=16)
+        assert not is_led(model)
+        ends.append((schedule.thresholds, schedule.steps))
+        for each, state in zip(parts, states, strict=True):
+            each.load_state_dict(copy.deepcopy(state))  # Adam goes on in what it is given
+        assert is_led(model)
+    assert ends[0] == ends[1] == ends[2]
+    train(model, optimizer, call, begin=16)
+    tokengate.SparsitySchedule(model, optimizer, 0.5, STEPS)
+    with one_sentence("has a SparsitySchedule already"):
+        schedule.load_state_dict(states[2])
+    assert (schedule.thresholds, schedule.steps) == ends[0]
+
+
 def test_a_training_that_ends_before():
     """As one of whose steps a GradScaler skipped some; a target that is not wanted yet is none."""
     model, optimizer, schedule = made(steps=STEPS + 2)
@@ -165,15 +193,3 @@ def test_its_end_is_kept_without_it():
     assert [each.filename for each in told] == [train.__code__.co_filename]
     layers = tokengate.layers(model)
     assert {name: layer.gate.tau.item() for name, layer in layers.items()} == pytest.approx(found)
-
-
-def test_a_state_that_is_loaded_after_the_end():
-    """As of a best checkpoint: its thresholds are there; but what has ended leads no more."""
-    model, optimizer, schedule = made()
-    train(model, optimizer, lambda model, x, step: model(x), 16)
-    state, found = schedule.state_dict(), schedule.thresholds
-    train(model, optimizer, lambda model, x, step: model(x), begin=16)
-    schedule.load_state_dict(state)
-    assert schedule.thresholds == found
-    with one_sentence("the state of step 16", "had ended in step 24", "make another one"):
-        train(model, optimizer, lambda model, x, step: model(x), 1)

@@ -9,7 +9,6 @@ from weakref import WeakSet
 import torch
 from torch.optim import Optimizer
 
-from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
 from tokengate.training.leading.unreached import say_if_beyond
@@ -34,27 +33,35 @@ class OptimizerHook:
 
     Attributes:
         steps: that were begun.
-        schedule: None after its end.
+        schedule: None where it does not lead.
     """
 
     def __init__(
         self, optimizer: Optimizer, schedule: SparsitySchedule, gates: Iterable[Gate]
     ) -> None:
         self.steps = 0
-        self.schedule: SparsitySchedule | None = schedule
+        self.schedule: SparsitySchedule | None = None
         self._last = 0  # the step in which it has ended
-        self._held = WeakSet(gates)
-        for other in list(_HOOKS):
-            other._held.difference_update(self._held)
+        self._held: WeakSet[Gate] = WeakSet()
         _HOOKS.add(self)
+        self.begin(schedule, gates)
         self._handles = [optimizer.register_step_pre_hook(self._before_step)]
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(self._handles[0].id, last=False)
 
+    def begin(self, schedule: SparsitySchedule, gates: Iterable[Gate]) -> None:
+        """The schedule leads, and the thresholds of `gates` are held here and nowhere else."""
+        held = WeakSet(gates)
+        for other in list(_HOOKS):
+            other._held.difference_update(held)
+        self.schedule, self._held = schedule, held
+
     def after_this_step(self, optimizer: Optimizer) -> None:
         """Let the schedule settle; only now, to come after whatever else changes the model then."""
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        for handle in self._handles[1:]:  # of an end that a training went back from
+            handle.remove()
+        self._handles[1:] = [optimizer.register_step_post_hook(self._after_step)]
 
     def end(self, last: int, holds: bool) -> None:
         """The schedule has ended, in step `last`; its thresholds stay, or are learned from here."""
@@ -62,10 +69,16 @@ class OptimizerHook:
         if not holds:
             self._held.clear()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the schedule leads no more, but would if its training went back."""
+        return self.schedule is None and bool(self._handles)
+
     def remove(self) -> None:
         """Count no more, and hold nothing."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     # Left out of graphs, as is what comes after a step: what it does changes from step to step.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -85,12 +98,6 @@ class OptimizerHook:
                 self.steps += 1
                 if self.schedule is not None:
                     self.schedule._look(optimizer)
-                elif self.steps <= self._last:
-                    raise TokenGateError(
-                        f"the state of step {self.steps - 1} was loaded into a SparsitySchedule "
-                        f"that had ended in step {self._last}: call its detach(), make another "
-                        "one, and load it there."
-                    )
                 elif self._held:
                     say_if_beyond(self.steps, self._last)
             elif self.schedule is not None:
@@ -105,5 +112,6 @@ class OptimizerHook:
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """After the last one the thresholds are set that stay: the model is what it will be."""
-        if self.schedule is not None and not is_part(optimizer, kwargs):
+        is_last = self.schedule is not None and self.steps >= self.schedule._last
+        if self.schedule is not None and is_last and not is_part(optimizer, kwargs):
             self.schedule._settle()

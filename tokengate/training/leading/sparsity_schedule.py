@@ -112,6 +112,7 @@ class SparsitySchedule:
                 f"warmup_steps={warmup_steps} was given for total_steps={total_steps}{handed}, so "
                 "that it would never close anything: pass fewer."
             )
+        self._planned = self._last
         self._learns = learn_from is not None
         self._settles = switch("settle", settle) and not self._learns
         patched = require_layers(model, "SparsitySchedule")
@@ -215,9 +216,14 @@ class SparsitySchedule:
 
         Raises:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
-                earlier version.
+                earlier version; or this one has ended, and another leads its gates.
         """
         check_state(state, self._led.by_name, self._log_thresholds)
+        if self._hook.has_ended and int(state["step"]) < self._planned:  # a training that goes back
+            gates = gates_to_lead(self._model, self._patched, together=not self.per_layer)
+            self._led.begin(self)
+            self._hook.begin(self, gates.values())
+            self._last = self._planned
         self._hook.steps, self._start = int(state["step"]), float(state["start"])
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])

@@ -6,9 +6,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokengate.errors import UnreachedSparsityWarning
+from tokengate.layers.patched import all_layers
+from tokengate.sharding import local_part
 
 if TYPE_CHECKING:
     from tokengate.training.leading.sparsity_schedule import SparsitySchedule
@@ -124,3 +126,32 @@ def say_if_early(schedule: SparsitySchedule | None, step: int | None = None) -> 
             UnreachedSparsityWarning,
             stacklevel=3,
         )
+
+
+def say_if_replaced(schedule: SparsitySchedule | None, model: nn.Module) -> None:
+    """A warning if thresholds are others by now than those it has set last.
+
+    A mean of a training's weights has a mean of its thresholds, most of which were to close less.
+
+    Args:
+        schedule: of a training that has ended, if it has one.
+        model: what was trained.
+    """
+    if schedule is None:
+        return
+    patched = all_layers(model)
+    for name, value in schedule.thresholds.items():
+        gate = patched[name].gate if name in patched else None
+        if gate is None or gate.threshold is None:
+            continue
+        own = local_part(gate.threshold.detach())
+        if bool((own != own.new_tensor(value)).any()):
+            warnings.warn(
+                f"a SparsitySchedule was to close {schedule.target:.0%} of the positions, and "
+                f"something has replaced its thresholds, e.g. that of {name!r}, after the last "
+                "step, as what averages weights does: they close another share, so call "
+                f"{_calibrate(schedule)}.",
+                UnreachedSparsityWarning,
+                stacklevel=3,
+            )
+            return
