@@ -175,5 +175,6 @@ def test_a_state_that_is_loaded_after_the_end():
     train(model, optimizer, lambda model, x, step: model(x), begin=16)
     schedule.load_state_dict(state)
     assert schedule.thresholds == found
+    assert schedule._calls not in HEARERS
     with one_sentence("the state of step 16", "had ended in step 24", "make another one"):
         train(model, optimizer, lambda model, x, step: model(x), 1)
