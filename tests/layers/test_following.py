@@ -163,6 +163,11 @@ def test_copies_are_followed_for_themselves(copied):
     assert type(twin.model.block) is Block
 
 
+class CalledOtherwise(Model):
+    def __call__(self, ids, *, more=None):
+        return super().__call__(ids)
+
+
 def test_a_followed_module_looks_like_its_own_class():
     model = patched()
     assert isinstance(model, Model)
@@ -172,6 +177,8 @@ def test_a_followed_module_looks_like_its_own_class():
         assert type(module).__doc__ == own.__doc__
         assert inspect.signature(module.forward) == inspect.signature(own().forward)
     assert type(model.model.embed) is nn.Embedding
+    own_call = tokengate.patch(CalledOtherwise(), rank=2, targets=["head"])
+    assert inspect.signature(own_call) == inspect.signature(CalledOtherwise())
     tokengate.unpatch(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in Model().modules()]
     assert not any("tokengate" in key for m in model.modules() for key in vars(m))

@@ -91,11 +91,39 @@ def test_a_cache_stays_beside_what_says_what_it_is_of():
     assert model(long).shape == (2, 40, 6)
 
 
+def test_a_buffer_that_the_first_call_makes():
+    """No state_dict has it yet, and what is run on a user's behalf is not the first call."""
+
+    class Beginning(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.register_buffer("mean", None)
+
+        def forward(self, x):
+            if self.mean is None:
+                self.mean = x.mean()
+            return super().forward(x - self.mean)
+
+    runs = (
+        lambda model, x: tokengate.patch(model, ["1"]),  # asks classes of others what they give
+        tokengate.verify,
+        lambda model, x: tokengate.drift(model, [x], measure="cosine"),
+    )
+    model = nn.Sequential(Beginning(), nn.Linear(6, 6))
+    for run in runs:
+        run(model, torch.randn(2, 3, 6))
+        assert model[0].mean is None
+    model(torch.randn(2, 3, 6))
+    assert model[0].mean is not None
+
+
 def test_what_is_unchanged_is_not_written_to():
     """A backward may wait for it; its numbers may be none; its dtype may know no comparison."""
     model = nn.Linear(2, 2)
     for dtype in (torch.float32, torch.float8_e4m3fn, torch.bool, torch.complex64):
         model.register_buffer(str(dtype).split(".")[1], torch.ones(3, 2).T.to(dtype))
+    model.register_buffer("conjugate", torch.ones(2, dtype=torch.complex64).conj())
+    model.register_buffer("imaginary", model.conjugate.imag)
     model.register_buffer("nan", torch.tensor(torch.nan))
     model.register_buffer("absent", torch.ones(2, device="meta"))
     model.register_buffer("sparse", torch.eye(2).to_sparse())

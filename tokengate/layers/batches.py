@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ _SMALL = 2**16
 def keeping_state(model: nn.Module, most: float = _SMALL) -> Iterator[None]:
     """After this context every module is in training or evaluation, and has the buffers, as before.
 
-    But for buffers that are in no state_dict: a cache goes with attributes that say what it is of.
+    But for buffers that no state_dict is to have: a cache goes with attributes that say what it is
+    of.
 
     Args:
         model: whatever is run in it.
@@ -32,7 +33,7 @@ def keeping_state(model: nn.Module, most: float = _SMALL) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     held = [
-        (module, name, buffer, local_part(buffer).clone())
+        (module, name, buffer, None if buffer is None else local_part(buffer).clone())
         for module in modes
         for name, buffer in module._buffers.items()
         if name not in module._non_persistent_buffers_set and _may_change(buffer, most)
@@ -45,22 +46,25 @@ def keeping_state(model: nn.Module, most: float = _SMALL) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in held:
                 module._buffers[name] = buffer  # a forward may have put another in its place
+                if buffer is None or value is None:
+                    continue
                 own = local_part(buffer)
                 # Not unless it has: some backward may wait for it. BatchNorm's have no version.
                 if not torch.equal(_bytes(own), _bytes(value)):
                     own.copy_(value)
 
 
-def _may_change(buffer: Tensor | None, most: float) -> TypeGuard[Tensor]:
-    if buffer is None or buffer.is_meta:
-        return False
+def _may_change(buffer: Tensor | None, most: float) -> bool:
+    if buffer is None:  # as long as nothing was called
+        return True
     own = local_part(buffer)
-    return type(own) is Tensor and own.layout == torch.strided and own.nbytes <= most
+    plain = type(own) is Tensor and own.layout == torch.strided
+    return plain and not (own.is_meta or own.is_quantized) and own.nbytes <= most
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """Which are equal also where numbers are NaN, and of every dtype."""
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,7 @@ class Followed(Swapped):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _told(self, functools.partial(own_class.forward, self), args, kwargs)
 
+        @functools.wraps(own_class.__call__)
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hear(self, args, kwargs)
             return own_class.__call__(self, *args, **kwargs)

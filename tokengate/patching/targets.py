@@ -9,6 +9,7 @@ from torch import nn
 
 from tokengate.arguments import spelled
 from tokengate.errors import TokenGateError
+from tokengate.layers.batches import keeping_state
 from tokengate.layers.experts.owner import patched_projections
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced
@@ -68,7 +69,8 @@ def find_targets(
         TokenGateError: a pattern matches nothing, or nothing that can be patched; a layer is
             patched already.
     """
-    names = _Names(model, slices, experts)
+    with keeping_state(model):  # some layers are called, to see what they give
+        names = _Names(model, slices, experts)
     if not callable(targets):
         targets = as_patterns("targets", targets)
     excluded: set[nn.Module] = set()

@@ -193,3 +193,13 @@ def test_its_end_is_kept_without_it():
     assert [each.filename for each in told] == [train.__code__.co_filename]
     layers = tokengate.layers(model)
     assert {name: layer.gate.tau.item() for name, layer in layers.items()} == pytest.approx(found)
+
+
+def test_what_was_detached_keeps_no_calls():
+    model, optimizer, schedule = made()
+    train(model, optimizer, lambda model, x, step: model(x), 16)
+    assert schedule._calls in HEARERS
+    state = schedule.state_dict()
+    schedule.detach()
+    schedule.load_state_dict(state)
+    assert schedule._calls not in HEARERS

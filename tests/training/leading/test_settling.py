@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib.util
-from functools import partial
 
 import pytest
 import torch
@@ -135,39 +134,6 @@ def test_as_followed_within_restrictions_that_are_no_more():
             train(model, optimizer, lambda model, x, step: model(x))
         found.append(schedule.thresholds)
     assert found[0] != found[1]
-
-
-@pytest.mark.parametrize("where", ["in place", "before", "after", "step"])
-def test_a_model_that_is_compiled_as_a_whole(where):
-    """As one that is not; but where a function is compiled that calls it."""
-    compiled = partial(torch.compile, backend="eager", fullgraph=True)
-
-    def thresholds_of(settle):
-        then = compiled if where == "before" else lambda model: model
-        model, optimizer, schedule = made(settle=settle, then=then)
-        if where == "in place":
-            model.compile(backend="eager", fullgraph=True)
-        called = compiled(model) if where == "after" else model
-        call = lambda model, x, step: model(x)  # noqa: E731
-        train(called, optimizer, compiled(call) if where == "step" else call)
-        return list(schedule.thresholds.values())
-
-    followed, settled = thresholds_of(settle=False), thresholds_of(settle=True)
-    assert followed != pytest.approx(thresholds(), rel=0.01)
-    assert settled == pytest.approx(followed if where == "step" else thresholds(), rel=1e-2)
-
-
-def test_nothing_hears_a_compiled_model_after():
-    model, optimizer, _ = made()
-    compiled = torch.compile(model, backend="eager")
-    hooked = []
-    train(
-        compiled,
-        optimizer,
-        lambda model, x, step: hooked.append(len(compiled._forward_pre_hooks)) or model(x),
-    )
-    assert hooked[-1] == 1
-    assert not compiled._forward_pre_hooks
 
 
 @pytest.mark.parametrize("steps", [LEAST - 1, LEAST])

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from tokengate.kernels.recomputation import is_learnt_from
 from tokengate.layers.calls import RECORD, Context, contexts
 from tokengate.layers.following import HEARERS, hear
-from tokengate.names import inside
+from tokengate.names import inside, named_modules
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
 # or bytes of inputs; but always of the least number, or none if these have more than may be held.
 STEPS, LEAST = 128, 8
 _SAMPLES, _BYTES, _MOST = 512, 2**26, 2**28
-
-# What `torch.compile` returns for a module.
-_COMPILED = "OptimizedModule"
 
 
 @dataclass(eq=False)
@@ -62,34 +59,42 @@ class LastCalls:
     Args:
         model: whose modules' calls from outside these are.
         device: where it is, by whose autocast.
+
+    Attributes:
+        within: whether a call runs of what is compiled.
     """
 
+    within = False
+
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._modules = dict(model.named_modules())
+        self._modules = dict(named_modules(model))
         self._names = {module: name for name, module in self._modules.items()}
         self._device = device
         self._steps: deque[list[_Call]] = deque()
         self._now: list[_Call] = []
         self._lacks = False
-        # On what is compiled, once that was sought.
-        self._hooks: list[Any] | None = None
+        # On what is compiled; and whether that was sought because nothing was heard.
+        self._hooks: list[Any] = []
+        self._sought = False
 
     def begin(self) -> None:
         """Keep those from here on."""
-        if not self._lacks:
+        if not self._lacks and self not in HEARERS:
             HEARERS.add(self)
+            self._seek_compiled()
 
     def end(self) -> None:
         """Keep none, and forget all."""
         HEARERS.discard(self)
-        for hook in self._hooks or []:
+        for hook in self._hooks:
             hook.remove()
+        self._hooks, self.within = [], False
         self._steps.clear()
         self._now = []
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One is about to begin."""
-        if module not in self._names or not is_learnt_from():
+        if self.within or module not in self._names or not is_learnt_from():
             return
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -111,7 +116,9 @@ class LastCalls:
     def step(self) -> None:
         """A step is taken with them; leave those out that are not among the last any more."""
         if not self._now:
-            self._seek_compiled()
+            if self in HEARERS and not self._hooks and not self._sought:  # compiled since
+                self._sought = True
+                self._seek_compiled()
             return
         self._steps.append(self._now)
         self._now = []
@@ -131,14 +138,16 @@ class LastCalls:
         """Hear what `torch.compile` has returned for one of these modules, too.
 
         It calls that within code that can tell nobody, and no module knows what was made of it.
+        Where that is not compiled after all, as beyond dynamo's limit, its module would tell again.
         """
-        if self._hooks is None and self in HEARERS:
-            compiled = [each for each in gc.get_objects() if type(each).__name__ == _COMPILED]
-            self._hooks = [
-                each.register_forward_pre_hook(_hear_inside, with_kwargs=True)
-                for each in compiled
-                if inside(each) in self._names
-            ]
+        from torch._dynamo import OptimizedModule  # which `import torch` leaves out
+
+        for each in gc.get_objects():
+            if type(each) is OptimizedModule and inside(each) in self._names:
+                self._hooks += [
+                    each.register_forward_pre_hook(_begins, with_kwargs=True),
+                    each.register_forward_hook(_ends, always_call=True),
+                ]
 
     def again(self) -> list[list[Callable[[], Any]]]:
         """What makes those of each step once more, from the first on; none if not all is known.
@@ -194,8 +203,19 @@ class LastCalls:
         return _Call(module, _each(placed, (args, kwargs)), autocast, None)
 
 
-def _hear_inside(compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begins(compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     hear(inside(compiled), args, kwargs)
+    _within(True)
+
+
+def _ends(*_: Any) -> None:
+    _within(False)
+
+
+def _within(compiled: bool) -> None:
+    if not torch.compiler.is_compiling():
+        for hearer in list(HEARERS):
+            hearer.within = compiled
 
 
 def _around(module: nn.Module) -> tuple[tuple[Context, ...], Any]:

@@ -268,7 +268,8 @@ class SparsitySchedule:
 
     def _keep_calls(self) -> None:
         """From where on the last ones may be among the steps that are left."""
-        if self._settles and self._last - STEPS <= self.steps < self._last:
+        leads = self._hook.schedule is not None
+        if leads and self._settles and self._last - STEPS <= self.steps < self._last:
             self._calls.begin()
 
     def _settle(self) -> None:
