@@ -65,7 +65,9 @@ class Followed(Swapped):
 
         @functools.wraps(own_class.__call__)
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            hear(self, args, kwargs)
+            if not torch.compiler.is_compiling() and HEARERS and not running():
+                for hearer in list(HEARERS):
+                    hearer.hear(self, args, kwargs)
             return own_class.__call__(self, *args, **kwargs)
 
         def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -78,13 +80,6 @@ class Followed(Swapped):
         same = ("__name__", "__qualname__", "__module__", "__doc__")
         members = {name: getattr(own_class, name) for name in same}
         return {"forward": forward, "_call_impl": _call_impl, "__call__": __call__, **members}
-
-
-def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell those who want to know that `module` is about to be called, if that is from outside."""
-    if not torch.compiler.is_compiling() and HEARERS and not running():
-        for hearer in list(HEARERS):
-            hearer.hear(module, args, kwargs)
 
 
 def _told(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.kernels.recomputation import is_learnt_from
-from tokengate.layers.calls import RECORD, Context, contexts
-from tokengate.layers.following import HEARERS, hear
+from tokengate.layers.calls import RECORD, Context, contexts, running
+from tokengate.layers.following import HEARERS
 from tokengate.names import inside, named_modules
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
@@ -59,12 +59,7 @@ class LastCalls:
     Args:
         model: whose modules' calls from outside these are.
         device: where it is, by whose autocast.
-
-    Attributes:
-        within: whether a call runs of what is compiled.
     """
-
-    within = False
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._modules = dict(named_modules(model))
@@ -76,6 +71,8 @@ class LastCalls:
         # On what is compiled; and whether that was sought because nothing was heard.
         self._hooks: list[Any] = []
         self._sought = False
+        # Whether a call runs of what is compiled.
+        self._within = False
 
     def begin(self) -> None:
         """Keep those from here on."""
@@ -88,13 +85,13 @@ class LastCalls:
         HEARERS.discard(self)
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self.within = [], False
+        self._hooks, self._within = [], False
         self._steps.clear()
         self._now = []
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One is about to begin."""
-        if self.within or module not in self._names or not is_learnt_from():
+        if self._within or module not in self._names or not is_learnt_from():
             return
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -145,9 +142,20 @@ class LastCalls:
         for each in gc.get_objects():
             if type(each) is OptimizedModule and inside(each) in self._names:
                 self._hooks += [
-                    each.register_forward_pre_hook(_begins, with_kwargs=True),
-                    each.register_forward_hook(_ends, always_call=True),
+                    each.register_forward_pre_hook(self._call_begins, with_kwargs=True),
+                    each.register_forward_hook(self._call_ends, always_call=True),
                 ]
+
+    def _call_begins(
+        self, compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not torch.compiler.is_compiling() and not running():
+            self.hear(inside(compiled), args, kwargs)
+            self._within = self in HEARERS
+
+    def _call_ends(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and not running():
+            self._within = False
 
     def again(self) -> list[list[Callable[[], Any]]]:
         """What makes those of each step once more, from the first on; none if not all is known.
@@ -201,21 +209,6 @@ class LastCalls:
             return value.to(self._device) if moves else value
 
         return _Call(module, _each(placed, (args, kwargs)), autocast, None)
-
-
-def _begins(compiled: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hear(inside(compiled), args, kwargs)
-    _within(True)
-
-
-def _ends(*_: Any) -> None:
-    _within(False)
-
-
-def _within(compiled: bool) -> None:
-    if not torch.compiler.is_compiling():
-        for hearer in list(HEARERS):
-            hearer.within = compiled
 
 
 def _around(module: nn.Module) -> tuple[tuple[Context, ...], Any]:
