@@ -22,6 +22,7 @@ from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import (
     NAMED,
     ROOTS,
+    SEEN,
     all_layers,
     is_root,
     layers,
@@ -33,7 +34,6 @@ from tokengate.layers.patched import (
     roots,
     what_is_lost,
 )
-from tokengate.layers.patched import SEEN as SEEN
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.accelerate_hooks import check_trainable
 from tokengate.names import joined, submodule

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.layers.calls import LEFT, Left, Running, begin, end, running
-from tokengate.layers.coverage import SEEN, report_lost_of, report_unreached
+from tokengate.layers.coverage import report_lost_of, report_unreached
 from tokengate.layers.experts.owner import Experts
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.padding import Signature, signature_of, what_is_said
+from tokengate.layers.patched import SEEN
 from tokengate.layers.sliced_linear import Sliced
 from tokengate.linears.by_name import class_names
 from tokengate.linears.class_swap import Swapped, swap, swap_back

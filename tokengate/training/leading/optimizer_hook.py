@@ -112,6 +112,6 @@ class OptimizerHook:
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """After the last one the thresholds are set that stay: the model is what it will be."""
-        is_last = self.schedule is not None and self.steps >= self.schedule._last
-        if self.schedule is not None and is_last and not is_part(optimizer, kwargs):
-            self.schedule._settle()
+        schedule = self.schedule
+        if schedule and self.steps >= schedule._last and not is_part(optimizer, kwargs):
+            schedule._settle()
