@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import (
-    Running,
-    Window,
-    contexts,
-    left_on,
-    running,
-    same,
-    window_around,
-)
+from tokengate.layers.calls import Running, Window, contexts, left_on, running, same, window_around
 from tokengate.layers.regions import length_of
 
 # The parameters of forward that say what the positions of a module are.

@@ -60,7 +60,7 @@ def scores_of(asked: str, model: nn.Module, batches: Iterable[Any], loss: Loss) 
             "outside of it."
         )
     count, hangs = 0, False
-    with apart(model):
+    with apart(model), keeping_state(model):
         for batch in check_batches(asked, batches):
             count += 1
             for name, calls in _gradients(asked, model, batch, loss).items():
@@ -159,7 +159,7 @@ def _gradients(asked: str, model: nn.Module, batch: Any, loss: Loss) -> dict[str
         leaves[name].append(torch.ones(shape, requires_grad=True))
         return leaves[name][-1]
 
-    with keeping_state(model), torch.enable_grad(), restrict(model, weight):
+    with torch.enable_grad(), restrict(model, weight):
         model.eval()
         total = loss(model, batch)
         check_finite(asked, float(total.detach()))
