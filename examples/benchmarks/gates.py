@@ -1,7 +1,8 @@
 """What the gates that a schedule leads cost beside the paper's: time, memory, operations of a step.
 
-All are led by a SparsitySchedule, in the part of a training in which half of the positions are
-closed, and take their steps in turns, in one process, from the same values.
+All are led by a SparsitySchedule, in the part of a training in which its share of the positions is
+closed, and take their steps in turns, in one process, from the same values. Of this model, which is
+no trained one, every position that "firm" opens is open in part, and that is what it costs.
 
     python examples/benchmarks/gates.py --rounds 30
     python examples/benchmarks/gates.py --device cuda --shape llama3-8b --dtypes bfloat16
@@ -50,7 +51,7 @@ def operations(training: Ours) -> int:
     return counter.calls
 
 
-def trainings(setting: Setting) -> dict[str, Ours]:
+def trainings(setting: Setting, share: float) -> dict[str, Ours]:
     """The same one with each gate; two steps have been taken."""
     torch.manual_seed(setting.seed)
     config = transformers.LlamaConfig(**setting.shape)
@@ -68,7 +69,7 @@ def trainings(setting: Setting) -> dict[str, Ours]:
             for parameter in layer.modification.parameters():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
         found[gate] = training = Ours(model, tokens(setting), setting.method)
-        training.schedule = tokengate.SparsitySchedule(model, training.optimizer, 0.5, STEPS)
+        training.schedule = tokengate.SparsitySchedule(model, training.optimizer, share, STEPS)
         training.step()
         training.schedule.load_state_dict({**training.schedule.state_dict(), "step": BEGIN})
         training.step()
@@ -78,18 +79,19 @@ def trainings(setting: Setting) -> dict[str, Ours]:
 def main() -> None:
     """Measure every setting."""
     options = parser(__doc__.splitlines()[0], "gates")
+    options.add_argument("--sparsity", type=float, default=0.5, help="the share that is closed")
     options.set_defaults(methods=["lora", "dora"], rounds=10, warmup=2)
     options = options.parse_args()
     found: Found = {}
     counted, closed = {}, {}
     once = argparse.Namespace(seed=options.seed, warmup=0, rounds=1)  # memory is the same each time
     for setting in settings(options):
-        each = trainings(setting)
+        each = trainings(setting, options.sparsity)
         counted[str(setting)] = {gate: operations(training) for gate, training in each.items()}
-        closed[str(setting)] = sparsity(each[THRESHOLD].model, tokens(setting))
         cases = {"kept, MiB": kept, "peak, MiB": lambda training: peak(training.step)}
         steps = {gate: training.step for gate, training in each.items()}
         found[f"{setting}, ms"] = timed(steps, options, f"{setting}, ms")
+        closed[str(setting)] = sparsity(each[THRESHOLD].model, tokens(setting))
         for case, measure in cases.items():
             measures = {gate: partial(measure, training) for gate, training in each.items()}
             found[f"{setting}, {case}"] = in_turns(measures, once, f"{setting}, {case}")

@@ -109,7 +109,8 @@ def _through_product(
     """The gradients of out, bias, z, up and gain from dL/dm_i = c_i m_i; c is `(N, 1)`."""
     flat, low = out.reshape(-1, out.shape[-1]), z.reshape(-1, z.shape[-1])
     at: Any = blocks(flat)
-    if torch.is_grad_enabled():  # gradients of what has none, too, and in one
+    derives = torch.is_grad_enabled()
+    if derives:  # gradients of what has none, too, in one, and nothing is written over
         at = [slice(None)]
     elif c.device.type == "cpu":  # elsewhere to ask which have one would be to wait
         some = c.view(-1).nonzero().view(-1)
@@ -119,12 +120,13 @@ def _through_product(
     grad_up, grad_gain = torch.zeros_like(up, dtype=c.dtype), torch.zeros_like(gain, dtype=c.dtype)
     for rows in at:
         w, some_z = without_bias(flat[rows], bias), low[rows]
-        m = (c[rows] * (gain * w).addmm_(some_z, up.T)).to(out.dtype)
-        if grad_w is not None:
-            grad_w[rows] = gain * m
+        m = (gain * w).addmm_(some_z, up.T)
+        m = torch.mul(c[rows], m, out=None if derives else m).to(out.dtype)
         grad_z[rows] = m @ up
         grad_up = grad_up + m.T @ some_z
         grad_gain = grad_gain + (m * w).sum(0, dtype=c.dtype)
+        if grad_w is not None:
+            grad_w[rows] = torch.mul(gain, m, out=None if derives else m)
     grad_bias = None if grad_w is None or bias is None else -grad_w.sum(0).to(bias.dtype)
     grad_out = None if grad_w is None else grad_w.view(out.shape)
     return grad_out, grad_bias, grad_z.view(z.shape), grad_up.to(up.dtype), grad_gain.to(gain.dtype)
