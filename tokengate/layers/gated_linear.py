@@ -48,6 +48,7 @@ from tokengate.linears.linear_like import (
     is_unbatched,
     positions_of,
 )
+from tokengate.linears.rescaled import refuse_rescaled
 from tokengate.methods.base import Modification
 
 #: The name of what `patch` adds, and `load` where it is not told another.
@@ -251,6 +252,10 @@ class Gated(Swapped):
         flattened = out.dim() == 2 and len(out) == mask.numel()
         return mask if flattened or out.shape[:-1] == mask.shape else None
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_rescaled(self, name, param, modifications_in(self))
+        super().register_parameter(name, param)
+
     def _kept_by_copies(self, state: Any) -> Any:
         # A class's own __getstate__ may give something else than its attributes.
         return {**state, "_reached": False} if isinstance(state, dict) else state
@@ -270,6 +275,11 @@ class GatedLinear(Gated, nn.Linear):
     """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
 
     _own_class = nn.Linear
+
+
+def modifications_in(layer: nn.Module) -> list[Modification]:
+    """Those of all adapters of a patched layer, or of its slices."""
+    return [module for module in layer.modules() if isinstance(module, Modification)]
 
 
 def _moved(modification: Modification) -> bool:
