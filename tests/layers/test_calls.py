@@ -517,7 +517,7 @@ class Interleavings(RuleBasedStateMachine):
                 for _, context in entered:
                     self.on(thread, lambda context=context: context.__exit__(None, None, None))
                 self.pools[thread].shutdown()
-            assert not calls._OPEN
+            assert not calls.OPEN
             assert torch.equal(run(self.model), self.expected["free"])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import busy_elsewhere
+from tokengate.layers.calls import OPEN, RUNNING
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,6 +29,21 @@ def changed() -> None:
     """Once more."""
     global _times
     _times += 1
+
+
+def busy_elsewhere(model: nn.Module) -> str | None:
+    """What another thread does with the model at this time; None if there is none."""
+    if not OPEN and not RUNNING:
+        return None
+    here, modules = threading.get_ident(), set(model.modules())
+    alive = {thread.ident for thread in threading.enumerate()} - {here}
+    for thread, running in list(RUNNING.items()):
+        if thread in alive and any(call.module in modules for call in list(running)):
+            return "runs it"
+    for context in list(OPEN.values()):
+        if context.thread in alive and not modules.isdisjoint(context.layers):
+            return f"is in {context.kind}"
+    return None
 
 
 @contextlib.contextmanager
