@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, UnenteredContextWarning
 from tokengate.gates.base import Gate
 from tokengate.gates.deciding import Changed, Observer, changed, wanted
 from tokengate.kernels.change import Change
@@ -257,6 +258,15 @@ class Gated(Swapped):
         super().register_parameter(name, param)
 
     def _kept_by_copies(self, state: Any) -> Any:
+        kinds = [kind for kind in (USE, DISABLED) if said_of(self, kind)]
+        if kinds:
+            warnings.warn(
+                f"a patched layer was copied or pickled within tokengate.{kinds[-1]}, which its "
+                "copy is not in: call tokengate.unpatch(copy) for the base model, or "
+                "tokengate.use(copy, name) for another adapter.",
+                UnenteredContextWarning,
+                stacklevel=2,
+            )
         # A class's own __getstate__ may give something else than its attributes.
         return {**state, "_reached": False} if isinstance(state, dict) else state
 

@@ -31,7 +31,7 @@ def refuse_rescaled(
         raise TokenGateError(
             f"the weight of a patched {layer._own_class.__name__} was to have its rows scaled, as "  # type: ignore[union-attr]
             "fuse_conv_bn_eval does, and M(x), which is beside it, would not be: fuse before "
-            "tokengate.patch, or call tokengate.fold first, which merges open layers."
+            "tokengate.patch, or call tokengate.merge_and_unload first."
         )
 
 
