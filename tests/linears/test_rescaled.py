@@ -46,7 +46,7 @@ def test_it_is_refused_and_nothing_has_changed(kind, method, how):
     model, x = made(kind, method)
     before = model(x)
     fuse = FUSE.get(kind, fuse_linear_bn_eval) if how == "torch's" else in_place
-    with one_sentence("M(x)", "fuse before tokengate.patch", "tokengate.fold"):
+    with one_sentence("M(x)", "fuse before tokengate.patch", "tokengate.merge_and_unload"):
         fuse(model[0], model[1])
     assert torch.equal(model(x), before)
 
@@ -57,7 +57,7 @@ def test_what_it_names_does(kind):
     before = model(x)
     with tokengate.disabled(model):
         assert (model(x) - before).abs().max() > 0.1
-    tokengate.fold(model, [x])
+    tokengate.merge_and_unload(model)
     fused = FUSE[kind](model[0], model[1])
     torch.testing.assert_close(fused(x), before, rtol=0, atol=1e-5)
 
