@@ -91,3 +91,11 @@ def test_gates_that_were_taken_out_take_no_state():
     with one_sentence("whose gate of 'blocks.0.fc1' is in this Net no more"):
         schedule.load_state_dict(state)
     assert schedule.steps == 3
+
+
+@pytest.mark.parametrize("name", ["total_steps", "per_layer", "steps"])
+def test_what_a_schedule_was_made_with_is_not_written_over(name):
+    """It was to no effect, as where a training is made longer."""
+    schedule = made("SparsitySchedule")[2]
+    with pytest.raises(AttributeError, match=f"'{name}' of 'SparsitySchedule'"):
+        setattr(schedule, name, 40)

@@ -100,7 +100,7 @@ class SparsitySchedule:
         settle: bool = True,
     ) -> None:
         self.target = wanted_sparsity("target", target)
-        self.total_steps = count("total_steps", total_steps)
+        self._total_steps = count("total_steps", total_steps)
         self._warmup = count("warmup_steps", warmup_steps, least=0)
         self._rise = max(1.0, _RISE * (self.total_steps - self._warmup))
         self._last = self.total_steps
@@ -116,7 +116,7 @@ class SparsitySchedule:
         self._learns = learn_from is not None
         self._settles = switch("settle", settle) and not self._learns
         patched = require_layers(model, "SparsitySchedule")
-        self.per_layer = switch("per_layer", per_layer)
+        self._per_layer = switch("per_layer", per_layer)
         gates = gates_to_lead(model, patched, together=not self.per_layer)
         self._model, self._patched = model, {name: patched[name] for name in gates}
         if learn_from is not None:
@@ -144,6 +144,16 @@ class SparsitySchedule:
         self._calls = LastCalls(model, self._led.device)
         self._hook = OptimizerHook(inside, self, gates.values())
         self._keep_calls()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training; for others make a new one, and load this state."""
+        return self._total_steps
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer is led to the target."""
+        return self._per_layer
 
     @property
     def steps(self) -> int:
