@@ -116,7 +116,9 @@ class KernelsWarning(_OneLine, UserWarning):
 
 
 class LeftOutWarning(_OneLine, UserWarning):
-    """An optimiser leaves out what was patched in, moves the base, or holds what was taken out."""
+    """An optimiser leaves out what was patched in or leads that, moves the base, or holds what is
+    taken out.
+    """
 
 
 class RankWarning(_OneLine, UserWarning):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tokengate
+from tokengate.errors import UnenteredContextWarning
 from tokengate.layers import calls
 from tokengate.layers.named_adapters import add_adapter
 
@@ -297,13 +298,39 @@ def test_what_is_trained_in_a_context_is_what_it_uses():
     assert not any("adapters.c." in n for n, p in model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", ["disabled", "restrict"])
+def test_layers_that_a_context_would_not_know_are_added_before_it(name, tmp_path):
+    model = several()
+    tokengate.save(tokengate.patch(Net(), ["fc1", "head"], rank=2), tmp_path / "more")
+    tokengate.save(tokengate.patch(Net(), ["fc1"], rank=2), tmp_path / "same")
+    keys = set(model.state_dict())
+    with ways(model)[name]():
+        expected = run(model)
+        for added in (
+            lambda: tokengate.patch(model, ["head"], rank=2),
+            lambda: tokengate.load(model, tmp_path / "more", name="more"),
+        ):
+            with one_sentence("more layers than before, 1,", f"within tokengate.{name}"):
+                added()
+        assert set(model.state_dict()) == keys
+        tokengate.load(model, tmp_path / "same", name="same")
+        assert torch.equal(run(model), expected)
+    with tokengate.use(model, "b"):
+        tokengate.patch(model, ["head"], rank=2)
+
+
 def test_copies_in_a_context_are_in_none():
     model = several()
     expected = answers(model)
-    with tokengate.use(model, "b"), tokengate.disabled(model):
-        twin = copy.deepcopy(model)
+    for name in ("use", "disabled"):
+        around = tokengate.disabled(model) if name == "disabled" else tokengate.use(model, "b")
+        with around:
+            with pytest.warns(
+                UnenteredContextWarning, match=f"copied or .* tokengate.{name}, which"
+            ):
+                twin = copy.deepcopy(model)
+            assert torch.equal(run(twin), expected["free"])
         assert torch.equal(run(twin), expected["free"])
-    assert torch.equal(run(twin), expected["free"])
 
 
 @pytest.mark.parametrize("reference", ["disabled", "b"])
@@ -329,6 +356,7 @@ def test_a_reference_without_gradients_is_no_checkpoint(reentrant, training, ref
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore::tokengate.errors.UnenteredContextWarning")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_in_a_context_trains_what_the_original_does(copied):
     model = several()
@@ -517,7 +545,7 @@ class Interleavings(RuleBasedStateMachine):
                 for _, context in entered:
                     self.on(thread, lambda context=context: context.__exit__(None, None, None))
                 self.pools[thread].shutdown()
-            assert not calls._OPEN
+            assert not calls.OPEN
             assert torch.equal(run(self.model), self.expected["free"])
 
 

@@ -1,8 +1,11 @@
 """Activation checkpointing: what is computed again in backward counts once, in everything."""
 
+import concurrent.futures
+import functools
+
 import pytest
 import torch
-from models import Net, away_from_initialisation
+from models import Net, away_from_initialisation, one_sentence
 from torch.utils.checkpoint import checkpoint
 
 import tokengate
@@ -195,6 +198,55 @@ def test_what_a_hook_computes_in_backward_is_computed_for_the_first_time(kind):
     for ours, theirs in zip(in_a_hook[1:], at_once[1:], strict=True):
         assert all(value.any() for value in theirs)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+AROUND = {
+    "restrict": lambda model: tokengate.restrict(model, torch.arange(5).expand(2, 5) > 1),
+    "disabled": tokengate.disabled,
+    "use": lambda model: tokengate.use(model, None),
+}
+
+
+@pytest.mark.parametrize("within", AROUND)
+def test_a_hook_computes_within_what_its_forward_was_in(within):
+    """Also where backward runs in another thread, as a device's does; or it is said."""
+    model, _ = patched("lora", None)
+    model.eval()
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    outputs = []
+
+    def seen(model, x):
+        outputs.append(model(x))
+        return outputs[-1]
+
+    def backward(loss):
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            other.submit(loss.backward).result()
+
+    free = model(x)
+    around = functools.partial(AROUND[within], model)
+    with around(), around():
+        backward(embedded_in_backward(functools.partial(seen, model), x))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], free)
+    with around():
+        with around():
+            loss = embedded_in_backward(model, x)
+        with one_sentence(
+            "this Checkpointed", "a hook of backward", f"tokengate.{within}", "same block"
+        ):
+            loss.backward()  # in one of two
+    embedded_in_backward(lambda x: within_its_own(model, around, x), x).backward()
+    embedded_in_backward(model, x).backward()
+    with around(), torch.no_grad():
+        model(x)  # of an evaluation
+    model(x).sum().backward()
+
+
+def within_its_own(model, around, x):
+    with around():
+        return model(x)
 
 
 def test_lambda_would_show(monkeypatch):

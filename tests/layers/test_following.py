@@ -294,7 +294,7 @@ def test_an_interrupted_forward_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         model.forward(IDS, MASK)
     assert not calls._THREAD.running
-    assert not calls._RUNNING
+    assert not calls.RUNNING
     hook.remove()
     assert positions(model, lambda m: m(IDS)) == {"model.block.fc": 10, "head": 10}
 

@@ -219,7 +219,7 @@ def test_wrong_arguments(wrong, words):
     model = patched()
     with one_sentence(*words), tokengate.record(model, **wrong):
         pass
-    assert not calls._OPEN
+    assert not calls.OPEN
 
 
 def test_rows_of_several_adapters_have_no_r(tmp_path):

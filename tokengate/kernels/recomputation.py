@@ -85,16 +85,27 @@ def _sample(x: Tensor) -> Tensor:
 def is_computed_again() -> bool:
     """Whether what runs now was computed before, and is again for a backward.
 
-    That is done by the backward of a function, or where saved tensors are unpacked. A hook computes
-    in backward for the first time: so do losses that keep embeddings alone of their forward
-    (GradCache; sentence-transformers' `Cached...`).
+    That is done by the backward of a function, or where saved tensors are unpacked.
     """
-    frame = sys._getframe(1) if torch._C._current_graph_task_id() != -1 else None
+    frame = sys._getframe(1) if _in_backward() else None
     while frame is not None:
         if frame.f_code is _BACKWARD or frame.f_code.co_name == "unpack_hook":
             return True
         frame = frame.f_back
     return False
+
+
+def is_in_hook() -> bool:
+    """Whether what runs now is computed in backward for the first time, with a backward of its own.
+
+    So do losses that keep embeddings alone of their forward (GradCache; sentence-transformers'
+    `Cached...`): they compute without gradients at first, and again in a hook.
+    """
+    return _in_backward() and torch.is_grad_enabled() and not (is_computed_again() or is_trial())
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_learnt_from() -> bool:

@@ -46,20 +46,20 @@ class Context:
 # Those that are in force, from the first entered on.
 _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("tokengate_contexts", default=())
 # Of all threads and tasks.
-_OPEN: dict[int, Context] = {}
+OPEN: dict[int, Context] = {}
 
 
 def enter(kind: str, layers: Mapping[Any, Any], owner: object, *, windows: bool = False) -> Context:
     """From here on, in this thread and task, this holds of these layers."""
     context = Context(kind, layers, owner, threading.get_ident(), windows)
-    _OPEN[id(context)] = context
+    OPEN[id(context)] = context
     _CONTEXTS.set((*_holding(_CONTEXTS.get()), context))
     return context
 
 
 def _holding(contexts: tuple[Context, ...]) -> Iterator[Context]:
     """Those that still say something: a chain of tasks, each begun in the last, would pile up."""
-    left = [c for c in contexts if c.kind in (USE, DISABLED) and id(c) not in _OPEN]
+    left = [c for c in contexts if c.kind in (USE, DISABLED) and id(c) not in OPEN]
     for context in contexts:
         later = left[left.index(context) + 1 :] if context in left else []
         hidden = any(
@@ -78,22 +78,22 @@ def leave(owner: object) -> Context | None:
     """
     contexts = _CONTEXTS.get()
     own = [c for c in contexts if c.owner is owner] or [
-        c for c in list(_OPEN.values()) if c.owner is owner
+        c for c in list(OPEN.values()) if c.owner is owner
     ]
     if not own:
         return None
     last = own[-1]
     last.ended = last.kind == RECORD or last not in contexts
-    _OPEN.pop(id(last), None)
+    OPEN.pop(id(last), None)
     _CONTEXTS.set(tuple(c for c in contexts if c is not last and not c.ended))
     return last
 
 
 @contextlib.contextmanager
-def in_context(kind: str, layers: Mapping[Any, Any]) -> Iterator[None]:
+def in_context(kind: str, layers: Mapping[Any, Any], *, windows: bool = False) -> Iterator[None]:
     """The two in one."""
     owner = object()
-    enter(kind, layers, owner)
+    enter(kind, layers, owner, windows=windows)
     try:
         yield
     finally:
@@ -234,7 +234,7 @@ class _Thread(threading.local):
 
 _THREAD = _Thread()
 # Of all threads that run a module of a patched model, outside of compiled code.
-_RUNNING: dict[int, list[Running]] = {}
+RUNNING: dict[int, list[Running]] = {}
 
 
 def running() -> Sequence[Running]:
@@ -248,7 +248,7 @@ def begin(call: Running) -> None:
     if call.tells or call.others:
         _THREAD.telling.append(call)
     if len(_THREAD.running) == 1 and not torch.compiler.is_compiling():
-        _RUNNING[threading.get_ident()] = _THREAD.running
+        RUNNING[threading.get_ident()] = _THREAD.running
 
 
 def end(call: Running) -> None:
@@ -257,7 +257,7 @@ def end(call: Running) -> None:
         if calls and calls[-1] is call:
             calls.pop()
     if not _THREAD.running and not torch.compiler.is_compiling():
-        _RUNNING.pop(threading.get_ident(), None)
+        RUNNING.pop(threading.get_ident(), None)
 
 
 def same(input: Tensor, states: Tensor) -> bool:
@@ -312,18 +312,3 @@ def padding_of(layer: nn.Module, input: Tensor) -> tuple[Tensor | None, bool]:
             guess = call.mask
     left = left_on(input)
     return (guess if left is None else left.mask), False
-
-
-def busy_elsewhere(model: nn.Module) -> str | None:
-    """What another thread does with the model at this time; None if there is none."""
-    if not _OPEN and not _RUNNING:
-        return None
-    here, modules = threading.get_ident(), set(model.modules())
-    alive = {thread.ident for thread in threading.enumerate()} - {here}
-    for thread, running in list(_RUNNING.items()):
-        if thread in alive and any(call.module in modules for call in list(running)):
-            return "runs it"
-    for context in list(_OPEN.values()):
-        if context.thread in alive and not modules.isdisjoint(context.layers):
-            return f"is in {context.kind}"
-    return None

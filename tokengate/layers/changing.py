@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import busy_elsewhere
+from tokengate.layers.calls import DISABLED, OPEN, RESTRICT, RUNNING, contexts
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,6 +29,21 @@ def changed() -> None:
     """Once more."""
     global _times
     _times += 1
+
+
+def busy_elsewhere(model: nn.Module) -> str | None:
+    """What another thread does with the model at this time; None if there is none."""
+    if not OPEN and not RUNNING:
+        return None
+    here, modules = threading.get_ident(), set(model.modules())
+    alive = {thread.ident for thread in threading.enumerate()} - {here}
+    for thread, running in list(RUNNING.items()):
+        if thread in alive and any(call.module in modules for call in list(running)):
+            return "runs it"
+    for context in list(OPEN.values()):
+        if context.thread in alive and not modules.isdisjoint(context.layers):
+            return f"is in {context.kind}"
+    return None
 
 
 @contextlib.contextmanager
@@ -50,6 +65,22 @@ def changing(model: Any, asked: str) -> Iterator[None]:
             yield
         finally:
             changed()
+
+
+def refuse_within(present: Collection[nn.Module], added: Iterable[nn.Module]) -> None:
+    """An error if contexts around are about the layers that are `present`, and not those `added`.
+
+    What restricts a model, or disables it, was told which layers it has.
+    """
+    new = [layer for layer in added if layer not in present]
+    for context in contexts():
+        about = context.kind in (DISABLED, RESTRICT) and any(p in context.layers for p in present)
+        if about and any(layer not in context.layers for layer in new):
+            raise TokenGateError(
+                f"more layers than before, {len(new)}, were to be patched within "
+                f"tokengate.{context.kind}, which was told of the others and would not hold of "
+                "them: patch or load before the block."
+            )
 
 
 def exclusive(function: _Function) -> _Function:

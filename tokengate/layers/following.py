@@ -7,17 +7,33 @@ so, as `encode_image`, is seen alike; hooks would see the first of these alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.layers.calls import LEFT, Left, Running, begin, end, running
+from tokengate.errors import TokenGateError
+from tokengate.kernels.recomputation import is_in_hook
+from tokengate.layers.calls import (
+    LEFT,
+    OPEN,
+    RECORD,
+    Context,
+    Left,
+    Running,
+    begin,
+    contexts,
+    end,
+    in_context,
+    running,
+)
 from tokengate.layers.coverage import report_lost_of, report_unreached
 from tokengate.layers.experts.owner import Experts
 from tokengate.layers.gated_linear import Gated
@@ -32,6 +48,9 @@ _FOLLOWED = "_tokengate_followed"
 # Those that are told, by their `hear`, what followed modules are called with from outside. What
 # `torch.compile` has returned for one is no such module, and calls none from outside.
 HEARERS: WeakSet[Any] = WeakSet()
+
+# Of each module, the contexts around its last call from outside without gradients, by their kind.
+_AROUND: WeakKeyDictionary[nn.Module, list[tuple[str, ref[Context]]]] = WeakKeyDictionary()
 
 # Modules of transformers that call all layers inside of them sequence-first; found by running them.
 _TRANSPOSING = tuple(
@@ -93,9 +112,16 @@ def _told(
     followed: _Followed | None = module.__dict__.get(_FOLLOWED)
     if followed is None:  # made of the class of one that is
         return forward(*args, **kwargs)
-    if not torch.compiler.is_compiling() and _was_interrupted(module):
-        while running():
-            end(running()[-1])
+    if not torch.compiler.is_compiling():
+        if _was_interrupted(module):
+            while running():
+                end(running()[-1])
+        missing = [] if running() else _missing(module)
+        if missing:
+            with contextlib.ExitStack() as stack:
+                for each in missing:
+                    stack.enter_context(in_context(each.kind, each.layers, windows=each.windows))
+                return _told(module, forward, args, kwargs)
     outermost = not running()
     if outermost:
         report_lost_of(module)
@@ -115,6 +141,30 @@ def _told(
     if followed.partial and not any(around.tells for around in running()):
         _leave_behind(call, output)
     return output
+
+
+def _missing(module: nn.Module) -> Sequence[Context]:
+    """The contexts that a call in a hook of backward is not in, and the forward before it was.
+
+    It computes the same again, and may do so in another thread, that of its device.
+    """
+    if not is_in_hook():
+        found = [] if torch.is_grad_enabled() else [(c.kind, ref(c)) for c in contexts()]
+        if found or module in _AROUND:
+            _AROUND[module] = found
+        return ()
+    around, here = _AROUND.get(module, ()), contexts()
+    fewer = Counter(kind for kind, _ in around) - Counter(context.kind for context in here)
+    before = [(kind, c()) for kind, c in around if kind in fewer and c() not in here]
+    held = [c for _, c in before if c is not None and OPEN.get(id(c)) is c]
+    left = [kind for kind, c in before if c not in held and kind != RECORD]
+    if left:
+        raise TokenGateError(
+            f"this {type(module).__name__} was called in a hook of backward, as by a loss that "
+            f"embeds again (GradCache, sentence-transformers' Cached...), and tokengate.{left[0]}, "
+            "which its forward before was in, has ended: call backward within the same block."
+        )
+    return held
 
 
 def _was_interrupted(module: nn.Module) -> bool:

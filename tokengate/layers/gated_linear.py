@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import TokenGateError, UnenteredContextWarning
 from tokengate.gates.base import Gate
 from tokengate.gates.deciding import Changed, Observer, changed, wanted
 from tokengate.kernels.change import Change
@@ -48,6 +49,7 @@ from tokengate.linears.linear_like import (
     is_unbatched,
     positions_of,
 )
+from tokengate.linears.rescaled import refuse_rescaled
 from tokengate.methods.base import Modification
 
 #: The name of what `patch` adds, and `load` where it is not told another.
@@ -251,7 +253,20 @@ class Gated(Swapped):
         flattened = out.dim() == 2 and len(out) == mask.numel()
         return mask if flattened or out.shape[:-1] == mask.shape else None
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_rescaled(self, name, param, modifications_in(self))
+        super().register_parameter(name, param)
+
     def _kept_by_copies(self, state: Any) -> Any:
+        kinds = [kind for kind in (USE, DISABLED) if said_of(self, kind)]
+        if kinds:
+            warnings.warn(
+                f"a patched layer was copied or pickled within tokengate.{kinds[-1]}, which its "
+                "copy is not in: call tokengate.unpatch(copy) for the base model, or "
+                "tokengate.use(copy, name) for another adapter.",
+                UnenteredContextWarning,
+                stacklevel=2,
+            )
         # A class's own __getstate__ may give something else than its attributes.
         return {**state, "_reached": False} if isinstance(state, dict) else state
 
@@ -270,6 +285,11 @@ class GatedLinear(Gated, nn.Linear):
     """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
 
     _own_class = nn.Linear
+
+
+def modifications_in(layer: nn.Module) -> list[Modification]:
+    """Those of all adapters of a patched layer, or of its slices."""
+    return [module for module in layer.modules() if isinstance(module, Modification)]
 
 
 def _moved(modification: Modification) -> bool:

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.calls import USE, busy_elsewhere, contexts, enter, leave
-from tokengate.layers.changing import changed
+from tokengate.layers.calls import USE, contexts, enter, leave
+from tokengate.layers.changing import busy_elsewhere, changed
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import Gated

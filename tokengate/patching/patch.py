@@ -13,7 +13,7 @@ from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
 from tokengate.gates.stacked import stacked
-from tokengate.layers.changing import all_or_nothing, exclusive
+from tokengate.layers.changing import all_or_nothing, exclusive, refuse_within
 from tokengate.layers.coverage import look_anew, watch
 from tokengate.layers.folded import folded, marking_what_goes, unchanged_if_interrupted, unfold
 from tokengate.layers.following import follow, unfollow
@@ -222,6 +222,7 @@ def install(
     """
     others = list(all_layers(model).values())
     refuse_around_patched()
+    refuse_within(others, [layer for layer, _, _ in planned])
     with telling_of_frozen(model), all_or_nothing(model.modules()):
         _freeze_all_but(model, trained)
         for layer, modification, layer_gate in planned:

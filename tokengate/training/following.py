@@ -18,6 +18,7 @@ from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
 from tokengate.gates.living import any_led, tau_of
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.layers.patched import require_layers
+from tokengate.training.hooked import Hooked
 from tokengate.training.param_groups import slope, tau_rule
 from tokengate.training.wrapped_optimizers import (
     Follower,
@@ -90,7 +91,7 @@ def follow(
     return following
 
 
-class Following:
+class Following(Hooked):
     """What `follow` returns.
 
     Attributes:
@@ -136,9 +137,7 @@ class Following:
 
     def detach(self) -> None:
         """Follow no more; the optimiser keeps the state of the taus that it holds."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.unhook()
         _ALL.discard(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,8 +152,9 @@ class Following:
         """Go on from what `state_dict` returned.
 
         Raises:
-            TokenGateError: it is of other layers.
+            TokenGateError: it is of other layers; or this one is detached.
         """
+        self.check_hooked()
         if not isinstance(state, dict) or state.keys() != self.taus.keys():
             found = set(state) if isinstance(state, dict) else set()
             other = min(map(str, found ^ self.taus.keys()), default="")

@@ -13,6 +13,7 @@ from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
 from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
 from tokengate.sharding import divided_as, gathered
+from tokengate.training.hooked import Hooked
 from tokengate.training.importance import Importance
 from tokengate.training.orthogonality import adalora_layers
 from tokengate.training.wrapped_optimizers import NO_STEP
@@ -21,7 +22,7 @@ from tokengate.training.wrapped_optimizers import NO_STEP
 LED: WeakSet[nn.Module] = WeakSet()
 
 
-class RankAllocator:
+class RankAllocator(Hooked):
     """Lowers the ranks of all AdaLoRA layers together, from `rank` to `target_rank` on average:
 
         optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4))
@@ -150,8 +151,7 @@ class RankAllocator:
 
     def detach(self) -> None:
         """Take the hooks off the optimiser: no further step changes anything here."""
-        for hook in self._hooks:
-            hook.remove()
+        self.unhook()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: save it beside the optimiser's own state.
@@ -175,8 +175,10 @@ class RankAllocator:
         """Go on from where `state_dict` was taken; the model's own values are not touched.
 
         Raises:
-            TokenGateError: it was taken from other layers, ranks or another schedule.
+            TokenGateError: it was taken from other layers, ranks or another schedule; or this
+                one is detached.
         """
+        self.check_hooked()
         for key in ("masks", "schedule", "sensitivity", "step", "uncertainty"):
             kind = int if key == "step" else dict
             if not isinstance(state, dict) or not isinstance(state.get(key), kind):

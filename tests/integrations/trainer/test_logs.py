@@ -67,7 +67,7 @@ def test_what_is_logged(tmp_path):
         else:
             assert "eval_sparsity" not in metrics
             assert "test_sparsity" not in predicted
-        assert not calls._OPEN
+        assert not calls.OPEN
 
 
 def test_an_evaluation_that_failed_is_no_part_of_the_next(tmp_path):

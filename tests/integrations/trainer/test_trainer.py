@@ -168,7 +168,7 @@ def test_an_interrupted_training_leaves_nothing_in_the_model(tmp_path, monkeypat
     for layer in tokengate.layers(model).values():
         assert layer.gate._unit is None
         assert not layer.gate.is_led
-    assert not calls._OPEN
+    assert not calls.OPEN
     assert not hooks(made.optimizer)
     reset()
     trained(tmp_path, model, TokenGateCallback(target_sparsity=0.5), max_steps=1)

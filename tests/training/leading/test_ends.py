@@ -149,10 +149,20 @@ def test_a_training_that_ends_before():
     schedule.end()
     train(model, optimizer, lambda model, x, step: model(x), 2)
     assert schedule.thresholds == settled
+    other = tokengate.SparsitySchedule(model, optimizer, 0.3, STEPS)
+    with one_sentence("has a SparsitySchedule already"):  # also with a state from its end
+        schedule.load_state_dict({**schedule.state_dict(), "step": STEPS + 2})
+    other.detach()
     model, optimizer, schedule = made(steps=2 * STEPS)
     train(model, optimizer, lambda model, x, step: model(x))
     schedule.end()
     assert is_led(model)
+    model, optimizer, schedule = made(steps=4 * STEPS)
+    train(model, optimizer, lambda model, x, step: model(x))
+    said = r"close 50% of .* step 24 of 96, where 40% were to be"
+    with pytest.warns(UnreachedSparsityWarning, match=said) as told:
+        schedule.end()
+    assert [each.filename for each in told] == [__file__]
 
 
 def test_what_is_loaded_of_another_model_breaks_nothing():
@@ -199,7 +209,5 @@ def test_what_was_detached_keeps_no_calls():
     model, optimizer, schedule = made()
     train(model, optimizer, lambda model, x, step: model(x), 16)
     assert schedule._calls in HEARERS
-    state = schedule.state_dict()
     schedule.detach()
-    schedule.load_state_dict(state)
     assert schedule._calls not in HEARERS

@@ -69,6 +69,17 @@ class LedGates:
             lead_no_more(gate)
             gate.count_alone()
 
+    def check_present(self, model: nn.Module) -> None:
+        """An error if one of them was taken out of `model`, or unpatched."""
+        here = set(model.modules())
+        gone = [name for name, gate in self.by_name.items() if gate not in here]
+        if gone:
+            raise TokenGateError(
+                f"a state was to be loaded into a SparsitySchedule whose gate of {gone[0]!r} is in "
+                f"this {type(model).__name__} no more: detach() it, make a new one for the gates "
+                "that are there, and load the state into that."
+            )
+
     def closed(self, seen: Tensor) -> Tensor:
         """The share that the thresholds close of what was seen, `(gates, BINS)`; all modules alike.
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from tokengate.gates.base import Gate
 from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
+from tokengate.training.hooked import Hooked
 from tokengate.training.leading.unreached import say_if_beyond
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOOKS: WeakSet[OptimizerHook] = WeakSet()
 
 
-class OptimizerHook:
+class OptimizerHook(Hooked):
     """Counts the steps of an optimiser, tells the schedule of them, and holds thresholds.
 
     It knows gates weakly, and the schedule until that ends, so that no optimiser keeps a model
@@ -36,6 +37,8 @@ class OptimizerHook:
         schedule: None where it does not lead.
     """
 
+    called = "SparsitySchedule"
+
     def __init__(
         self, optimizer: Optimizer, schedule: SparsitySchedule, gates: Iterable[Gate]
     ) -> None:
@@ -45,10 +48,10 @@ class OptimizerHook:
         self._held: WeakSet[Gate] = WeakSet()
         _HOOKS.add(self)
         self.begin(schedule, gates)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
         # Before what takes tau's gradient out of the optimiser's sight.
         hooks: Any = optimizer._optimizer_step_pre_hooks
-        hooks.move_to_end(self._handles[0].id, last=False)
+        hooks.move_to_end(self._hooks[0].id, last=False)
 
     def begin(self, schedule: SparsitySchedule, gates: Iterable[Gate]) -> None:
         """The schedule leads, and the thresholds of `gates` are held here and nowhere else."""
@@ -59,26 +62,15 @@ class OptimizerHook:
 
     def after_this_step(self, optimizer: Optimizer) -> None:
         """Let the schedule settle; only now, to come after whatever else changes the model then."""
-        for handle in self._handles[1:]:  # of an end that a training went back from
+        for handle in self._hooks[1:]:  # of an end that a training went back from
             handle.remove()
-        self._handles[1:] = [optimizer.register_step_post_hook(self._after_step)]
+        self._hooks[1:] = [optimizer.register_step_post_hook(self._after_step)]
 
     def end(self, last: int, holds: bool) -> None:
         """The schedule has ended, in step `last`; its thresholds stay, or are learned from here."""
         self.schedule, self._last = None, last
         if not holds:
             self._held.clear()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the schedule leads no more, but would if its training went back."""
-        return self.schedule is None and bool(self._handles)
-
-    def remove(self) -> None:
-        """Count no more, and hold nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     # Left out of graphs, as is what comes after a step: what it does changes from step to step.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

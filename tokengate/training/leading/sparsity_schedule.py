@@ -23,7 +23,7 @@ from tokengate.training.leading.moves import Moves
 from tokengate.training.leading.optimizer_hook import OptimizerHook
 from tokengate.training.leading.quantile_tracker import QuantileTracker
 from tokengate.training.leading.settling import settled
-from tokengate.training.leading.unreached import LastSteps, say_if_missed
+from tokengate.training.leading.unreached import LastSteps, say_if_early, say_if_missed
 from tokengate.training.wrapped_optimizers import NO_STEP, hooked_in
 
 # The share of a training in which the wanted sparsity rises to the target.
@@ -100,7 +100,7 @@ class SparsitySchedule:
         settle: bool = True,
     ) -> None:
         self.target = wanted_sparsity("target", target)
-        self.total_steps = count("total_steps", total_steps)
+        self._total_steps = count("total_steps", total_steps)
         self._warmup = count("warmup_steps", warmup_steps, least=0)
         self._rise = max(1.0, _RISE * (self.total_steps - self._warmup))
         self._last = self.total_steps
@@ -116,7 +116,7 @@ class SparsitySchedule:
         self._learns = learn_from is not None
         self._settles = switch("settle", settle) and not self._learns
         patched = require_layers(model, "SparsitySchedule")
-        self.per_layer = switch("per_layer", per_layer)
+        self._per_layer = switch("per_layer", per_layer)
         gates = gates_to_lead(model, patched, together=not self.per_layer)
         self._model, self._patched = model, {name: patched[name] for name in gates}
         if learn_from is not None:
@@ -144,6 +144,16 @@ class SparsitySchedule:
         self._calls = LastCalls(model, self._led.device)
         self._hook = OptimizerHook(inside, self, gates.values())
         self._keep_calls()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training; for others make a new one, and load this state."""
+        return self._total_steps
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer is led to the target."""
+        return self._per_layer
 
     @property
     def steps(self) -> int:
@@ -182,17 +192,20 @@ class SparsitySchedule:
     def detach(self) -> None:
         """Lead no more: the thresholds stay, and taus are trained if the optimiser has them."""
         self._end()
-        self._hook.remove()
+        self._hook.unhook()
 
-    @torch.no_grad()
     def end(self) -> None:
         """The training is over, if less than `total_steps` were taken, as where some were skipped.
 
-        What follows the last step is done now, if the share that was wanted is the target by then.
+        What follows the last step is done now, if the share that was wanted is the target by then;
+        else a warning says what it was.
         """
-        if self.steps >= self._warmup + self._rise and not self._learns:
+        if self.steps < self._warmup + self._rise:
+            say_if_early(self)
+        elif not self._learns:
             self._last = min(self._last, self.steps)
-            self._settle()
+            with torch.no_grad():
+                self._settle()
 
     def skip_step(self) -> None:
         """Forget what was counted for a step that is not taken: it is no part of the next one."""
@@ -216,14 +229,18 @@ class SparsitySchedule:
 
         Raises:
             TokenGateError: it is of other layers, of a schedule with another `per_layer`, or of an
-                earlier version; or this one has ended, and another leads its gates.
+                earlier version; or this one is detached, has ended and another leads its gates, or
+                these were taken out of the model.
         """
         check_state(state, self._led.by_name, self._log_thresholds)
-        if self._hook.has_ended and int(state["step"]) < self._planned:  # a training that goes back
+        self._hook.check_hooked()
+        self._led.check_present(self._model)
+        if self._hook.schedule is None:  # it has ended
             gates = gates_to_lead(self._model, self._patched, together=not self.per_layer)
-            self._led.begin(self)
-            self._hook.begin(self, gates.values())
-            self._last = self._planned
+            if int(state["step"]) < self._planned:  # a training that goes back
+                self._led.begin(self)
+                self._hook.begin(self, gates.values())
+                self._last = self._planned
         self._hook.steps, self._start = int(state["step"]), float(state["start"])
         self._led.load_state_dict(state["led"])
         self._log_thresholds.copy_(state["thresholds"])
