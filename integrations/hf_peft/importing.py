@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tokengate import TokenGateError, __version__, layers
+from tokengate import TokenGateError, __version__
 from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.adapters.folder import SavedAdapter
 from tokengate.adapters.loading import load_saved
@@ -19,6 +19,7 @@ from tokengate.integrations.hf_peft.format import held_twice, unlike_ours
 from tokengate.integrations.hf_peft.names import Names
 from tokengate.integrations.hf_peft.reading import PeftAdapter, read_peft
 from tokengate.layers.changing import Skipped, exclusive
+from tokengate.layers.named_adapters import adapter_names, check_name
 from tokengate.linears.linear_like import is_linear_like
 from tokengate.names import named_modules, named_parameters
 from tokengate.patching.wrappers import check_can_patch
@@ -26,8 +27,8 @@ from tokengate.patterns import Pattern
 
 
 @in_our_words(
+    same={"adapter_name": "name"},
     otherwise={
-        "adapter_name": "leave it out, import, tokengate.save, and name it in tokengate.load",
         "is_trainable": "leave it out, as what is imported is trainable",
     },
 )
@@ -36,6 +37,7 @@ def import_peft(
     model: nn.Module,
     folder: str | Path,
     *,
+    name: str | None = None,
     tau: float = 0.0,
     penalty: float = 1e-5,
     gate: bool = True,
@@ -52,9 +54,11 @@ def import_peft(
     an error leaves the model untouched.
 
     Args:
-        model: the base model, not patched, as PEFT had it; on the meta device the base's values
-            may come later, as after `tokengate.load`.
+        model: the base model, as PEFT had it; on the meta device the base's values may come later,
+            as after `tokengate.load`.
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: of the adapter, which comes beside those that the model has; without one, the model
+            has none.
         tau: of every layer, as in `patch`; so are `penalty` and `gate`.
         penalty: lambda of eq. 15.
         gate: False for the plain method.
@@ -71,21 +75,26 @@ def import_peft(
     non_negative("penalty", penalty)
     switch("gate", gate)
     check_can_patch(model, "import_peft")
-    if layers(model):
+    known = adapter_names(model)
+    if name is not None:
+        check_name(name)
+    if known and (name is None or name in known):
+        taken = "" if name is None else f", where {name!r} is the name of another adapter"
         raise TokenGateError(
-            f"import_peft was given a {type(model).__name__} that is patched already: call "
-            "tokengate.unpatch(model) first, or pass a new one."
+            f"import_peft was given a {type(model).__name__} that is patched already{taken}: pass "
+            "a name of its own, name=..., for one more adapter, call tokengate.unpatch(model) "
+            "first, or pass a new one."
         )
     adapter = read_peft(folder, model, experts)
     missing = _missing(model, adapter)
     if strict and missing:
-        name, reason = next(iter(missing.items()))
+        first, reason = next(iter(missing.items()))
         raise TokenGateError(
-            f"the adapter in {str(folder)!r} does not fit: {name!r} {reason}; pass the model "
+            f"the adapter in {str(folder)!r} does not fit: {first!r} {reason}; pass the model "
             "it was saved from, or strict=False to skip what does not fit."
         )
     saved = _as_saved(adapter, folder, tau, penalty if gate else None, leave_out=missing)
-    skipped = load_saved(model, saved, "import_peft", strict=strict)
+    skipped = load_saved(model, saved, "import_peft", name=name, strict=strict)
     return Skipped("import_peft", missing | skipped)
 
 

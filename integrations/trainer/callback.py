@@ -27,6 +27,7 @@ from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, 
 from tokengate.arguments import non_negative, switch
 from tokengate.integrations.callbacks import (
     Leading,
+    finish,
     refuse_allocation,
     resume,
     tau_numbers,
@@ -34,13 +35,12 @@ from tokengate.integrations.callbacks import (
 from tokengate.integrations.trainer.checkpoints import read_state, step_of, write_state
 from tokengate.integrations.trainer.engines import FSDP2, Engine, Zero, engine_of
 from tokengate.integrations.trainer.gradients import Gradients
-from tokengate.integrations.trainer.sparsity_logs import SparsityLogs, will_be_logged
+from tokengate.integrations.trainer.sparsity_logs import SparsityLogs, evaluated_at, will_be_logged
 from tokengate.integrations.trainer.surroundings import resumed_from, trainer_that_calls, unwrapped
 from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import in_processes, is_absent
-from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.scale_penalty import set_unit
 
 _log = logging.getLogger(__name__)
@@ -333,7 +333,9 @@ class TokenGateCallback(TrainerCallback):
             # Here, where all processes are, and not where one has failed.
             state_of(self._engine.optimizer)[KEY] = self._steps.state()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        say_if_early(self.sparsity_schedule, step_of(Path(best)) if best else None)
+        step = step_of(Path(best)) if best else None
+        with self._engine.values():
+            finish(self.sparsity_schedule, step, evaluated_at(state, step))
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:

@@ -155,6 +155,13 @@ def evaluated(logs: Mapping[str, Any]) -> str | None:
     return prefixes[0] if prefixes and prefixes[0] != "train" else None
 
 
+def evaluated_at(state: TrainerState, step: int | None) -> list[float]:
+    """The sparsity of each evaluation after a step, as it was logged."""
+    keys = [f"{evaluated(log)}_sparsity" for log in state.log_history]
+    found = zip(keys, state.log_history, strict=True)
+    return [log[key] for key, log in found if log.get("step") == step and key in log]
+
+
 def log_heatmap(callbacks: Iterable[Any], name: str, report: SparsityReport, step: int) -> None:
     """To the TensorBoard and the W&B callback among a Trainer's, if they are there.
 

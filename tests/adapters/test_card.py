@@ -9,6 +9,8 @@ from torch import nn
 
 import tokengate
 from tokengate import TokenGateError
+from tokengate.gates.registry import GATES
+from tokengate.methods.registry import METHODS
 
 
 def trained(**options):
@@ -39,6 +41,23 @@ def test_it_says_what_an_adapter_is(tmp_path):
     assert "Sparsity" not in card
     with pytest.raises(TokenGateError, match="report is a str"):
         tokengate.save(model, tmp_path / "mine", report="0.5")
+
+
+def test_it_says_what_is_to_be_registered_before_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS, "kinds", dict(METHODS.kinds))
+    monkeypatch.setattr(GATES, "kinds", dict(GATES.kinds))
+    tokengate.register("mine")(type("Mine", (tokengate.methods.LoRA,), {"__module__": "my_code"}))
+    gate = type("Narrow", (tokengate.TokenGate,), {"__module__": "my_code"})
+    tokengate.register_gate("narrow")(gate)
+    for options in ({}, {"method": "mine", "gate": "narrow"}):
+        tokengate.save(trained(**options), tmp_path / "mine")
+        card = (tmp_path / "mine" / "README.md").read_text()
+        for said in ("@tokengate.register('mine')", "@tokengate.register_gate('narrow')"):
+            assert (said in card) == bool(options)
+    for kinds, name in ((GATES.kinds, "narrow"), (METHODS.kinds, "mine")):
+        del kinds[name]
+        with one_sentence(repr(name), "import what registers it", "/mine"):
+            tokengate.load(Net(), tmp_path / "mine")
 
 
 def test_what_others_wrote_in_it_stays(tmp_path):

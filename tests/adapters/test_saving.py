@@ -311,7 +311,8 @@ def test_a_users_own_method(tmp_path, monkeypatch):
     assert torch.equal(other(X), model(X))
     assert same(values(other), values(model))
     del registry.METHODS.kinds["nested"]
-    refused(fresh(), tmp_path / "a", "unknown method 'nested'")
+    says = "import what registers it, by @tokengate.register('nested')"
+    refused(fresh(), tmp_path / "a", "made with method 'nested'", says)
 
 
 def test_options_that_json_cannot_hold_are_refused(tmp_path, monkeypatch):

@@ -284,13 +284,27 @@ def test_a_schedule_after_a_share_of_the_steps_and_with_its_end(pl, tmp_path, se
     assert trained == [True] * 8 + [False] * 8 * settle
 
 
-def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
+def stops(pl, step):
     class Stops(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step == 2
+            trainer.should_stop = trainer.global_step == step
 
+    return Stops()
+
+
+@pytest.mark.filterwarnings("ignore:SparsitySchedule was to close")
+def test_a_training_that_stops_after_the_target_is_settled(pl, tmp_path):
+    net, trained = patched(), []
+    net.register_forward_hook(lambda net, *_: trained.append(net.training))
     trainer = trainer_of(pl, callback(pl, target_sparsity=0.5), tmp_path)
-    trainer.callbacks.append(Stops())
+    trainer.callbacks.append(stops(pl, 16))
+    trainer.fit(module_of(pl, net), batches(20))
+    assert trained == [True] * 16 + [False] * 16
+
+
+def test_a_training_that_stops_before_the_target_is_told_of(pl, tmp_path):
+    trainer = trainer_of(pl, callback(pl, target_sparsity=0.5), tmp_path)
+    trainer.callbacks.append(stops(pl, 2))
     with pytest.warns(tokengate.errors.UnreachedSparsityWarning, match="step 2 of 8, where"):
         trainer.fit(module_of(pl, patched()), batches())
 

@@ -117,6 +117,40 @@ def test_rows_of_one_batch_are_what_they_are_apart(model, rows, dtype):
     assert torch.equal(run(model, x), run(alone("a").to(dtype), x))
 
 
+@pytest.mark.parametrize("in_use", ["a", "b"])
+@pytest.mark.parametrize("rows", ROWS[:2] + ROWS[3:])
+def test_a_recording_is_of_all_layers_that_a_row_is_modified_in(model, in_use, rows):
+    """Whatever is in use around it: a row counts as if it were alone, and what does not modify it
+    leaves it alone."""
+    apart = []
+    for i, name in enumerate(rows):
+        closed = {}
+        if name is not None:
+            single = alone(name)
+            with tokengate.record(single) as rec:
+                run(single, X[i : i + 1])
+            closed = rec.report().by_module
+        apart.append(closed)
+    names = {name for closed in apart for name in closed}
+    expected = {n: sum(closed.get(n, 1.0) for closed in apart) / len(rows) for n in names}
+    tokengate.use(model, in_use)
+    with tokengate.use(model, rows), tokengate.record(model) as rec:
+        run(model)
+    found = rec.report().by_module
+    called = {name: share for name, share in found.items() if share == share}
+    assert called == pytest.approx(expected)
+    assert set(found) - set(called) <= set(tokengate.layers(model))  # in use, and not called
+
+
+def test_a_recording_hears_what_is_put_in_use_within_it(model):
+    with tokengate.record(model) as rec, tokengate.use(model, "b"):
+        run(model)
+    with tokengate.use(model, "b"), tokengate.record(model) as expected:
+        run(model)
+    found, alone = rec.report().by_module, expected.report().by_module
+    assert {name: found[name] for name in alone} == alone
+
+
 def test_rows_while_another_or_none_is_in_use(model):
     expected = torch.cat([run(alone("a"), X[:2]), run(alone("c"), X[2:])])
     for name in ("b", None):

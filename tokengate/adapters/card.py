@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokengate.adapters.config import AdapterConfig, LayerConfig
 from tokengate.errors import listed, printable
 from tokengate.files.atomic_write import write_text
 from tokengate.files.regular import read_text
+from tokengate.gates.registry import GATES
+from tokengate.methods.registry import METHODS
 from tokengate.reports.report import SparsityReport
 
 CARD = "README.md"
@@ -97,8 +100,21 @@ def _loading(config: AdapterConfig, name: str) -> str:
     if config.base_values:
         values = listed(map(_plain, config.base_values), 3)
         said.append(f"# with the values that it was trained with of {values}")
+    said += map(_plain, _not_ours(config))
     said.append(f"tokengate.load(model, {name!r})  # a folder, or user/name on the Hub")
     return "\n".join(said)
+
+
+def _not_ours(config: AdapterConfig) -> Iterator[str]:
+    """What is to be registered before `load`, since this library does not."""
+    gates = {layer.gate for layer in config.layers.values() if layer.gate is not None}
+    methods = {layer.method for layer in config.layers.values()}
+    for registry, names in ((METHODS, methods), (GATES, gates)):
+        for name in sorted(names):
+            kind = registry.kinds.get(name)
+            if kind is None or not kind.__module__.startswith("tokengate."):
+                by = f"@tokengate.{registry.decorator}({name!r})"
+                yield f"# first import what registers {name!r}, by {by}"
 
 
 def _method(layer: LayerConfig) -> str:

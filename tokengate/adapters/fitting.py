@@ -42,11 +42,19 @@ _WITH_NEAREST = 8
 
 
 class Fit:
-    """What of an adapter fits a model; of a strict load, the first that does not is the error."""
+    """What of an adapter fits a model; of a strict load, the first that does not is the error.
+
+    Raises:
+        TokenGateError: nobody has registered here what it is made of.
+    """
 
     def __init__(self, saved: SavedAdapter, strict: bool) -> None:
         self.saved, self._strict = saved, strict
         self.misfits: dict[str, str] = {}
+        for config in saved.config.layers.values():
+            METHODS.check_saved(config.method, saved.folder)
+            if config.gate is not None:
+                GATES.check_saved(config.gate, saved.folder)
 
     def check_any(self, model: nn.Module, found: list[str]) -> None:
         """An error if nothing fits."""

@@ -22,10 +22,13 @@ class Registry(Generic[_Base]):
         base: that class.
         what: how it is called in sentences, and as an argument of `patch`.
         decorator: the public name of `register`.
+
+    Attributes:
+        kinds: the classes, by name.
     """
 
     def __init__(self, base: type[_Base], what: str, decorator: str) -> None:
-        self._base, self._what, self._decorator = base, what, decorator
+        self._base, self._what, self.decorator = base, what, decorator
         self.kinds: dict[str, type[_Base]] = {}
 
     def register(self, name: str) -> Callable[[_Kind], _Kind]:
@@ -36,14 +39,14 @@ class Registry(Generic[_Base]):
         """
         if not isinstance(name, str) or not name:
             raise TokenGateError(
-                f"{self._decorator} was given {brief(name)} as a name: decorate with "
-                f'@tokengate.{self._decorator}("my_{self._what}").'
+                f"{self.decorator} was given {brief(name)} as a name: decorate with "
+                f'@tokengate.{self.decorator}("my_{self._what}").'
             )
 
         def add(kind: _Kind) -> _Kind:
             if not (isinstance(kind, type) and issubclass(kind, self._base)):
                 raise TokenGateError(
-                    f"{self._decorator}({name!r}) was given {kind!r}: decorate a subclass of "
+                    f"{self.decorator}({name!r}) was given {kind!r}: decorate a subclass of "
                     f"tokengate.{self._base.__name__}."
                 )
             known = self.kinds.get(name)
@@ -70,6 +73,20 @@ class Registry(Generic[_Base]):
                 f"tokengate.{self._base.__name__}."
             )
         return self.kinds[name]
+
+    def check_saved(self, name: str, folder: object) -> None:
+        """An error if what an adapter's `folder` speaks of is not known here.
+
+        Raises:
+            TokenGateError: nobody has registered it in this process.
+        """
+        if spelled(name, self.kinds) is None:
+            raise TokenGateError(
+                f"the adapter in {str(folder)!r} was made with {self._what} {brief(name)}, which "
+                "is unknown here: before it is loaded, import what registers it, by "
+                f"@tokengate.{self.decorator}({brief(name)}); those known are "
+                f"{', '.join(sorted(self.kinds))}."
+            )
 
     def name_of(self, kind: type[_Base]) -> str | None:
         """The name by which `find` finds just this class; None if there is none."""

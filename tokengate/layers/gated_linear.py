@@ -127,7 +127,10 @@ class Gated(Swapped):
             self._reached = True
         told = self._told_of(input)
         adapter = self.adapter(told.choice) if isinstance(told.choice, str) else None
-        if adapter is None and not isinstance(told.choice, (Rows, Regional)):
+        several = isinstance(told.choice, (Rows, Regional)) and (
+            not told.choice.adapters or any(map(self.adapter, told.choice.adapters))
+        )
+        if adapter is None and not several:
             untouched: Tensor = super().forward(input, *args, **kwargs)
             return untouched
         x, factors = input, None

@@ -229,10 +229,13 @@ class Regional:
     Args:
         names: of the layers.
         regions: of each adapter, by its name.
+
+    Attributes:
+        adapters: their names.
     """
 
     def __init__(self, names: Mapping[nn.Module, str], regions: Mapping[str, Region]) -> None:
-        self.names, self.regions = names, regions
+        self.names, self.regions, self.adapters = names, regions, regions.keys()
 
     def of(
         self, layer: nn.Module, shape: torch.Size, states: Tensor, elsewhere: bool

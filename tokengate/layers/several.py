@@ -30,10 +30,14 @@ class Rows:
 
     Args:
         names: as many as the batch has rows.
+
+    Attributes:
+        adapters: the names, each once.
     """
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = list(names)
+        self.adapters = {name for name in self.names if name is not None}
         self._known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
 
     def of(self, input: Tensor, dim: int, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.gates.base import Gate
 from tokengate.reports.module_sparsity import ModuleSparsity
 from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.tables.sparsity_table import value
-from tokengate.sharding import in_processes
+from tokengate.sharding import in_processes, numbers_here
 
 # Of a layer's name and the shape of its S, for each group by name: which of these positions are in
 # it, a boolean tensor (B, T) of as many; or True for all of them, False for none.
@@ -50,6 +51,32 @@ def add_counts(so_far: dict[str, Tensor], more: dict[str, Tensor]) -> None:
     """Add one group's counts to those there are, module by module."""
     for name, counts in more.items():
         so_far[name] = so_far[name] + counts if name in so_far else counts
+
+
+def taus_of(
+    names: Mapping[str, list[str]],
+    parts: Mapping[str, tuple[Any, Gate | None]],
+    counted: Collection[str],
+) -> Taus:
+    """tau of every module that the report is of: a part of what is in use, or counted.
+
+    What only another adapter modifies, as that of a row, has no tau that were the module's.
+
+    Args:
+        names: of the modules that each layer is, in the model's order.
+        parts: what each layer has of the adapter in use, if it has any.
+        counted: the modules of which something was.
+    """
+    found: Taus = {}
+    for layer, modules in names.items():
+        if layer not in parts:
+            found |= {name: None for name in modules if name in counted}
+            continue
+        _, gate = parts[layer]
+        threshold = None if gate is None else gate.threshold
+        taus = [None] * len(modules) if threshold is None else numbers_here([threshold])
+        found |= dict(zip(modules, taus, strict=True))
+    return found
 
 
 def of_all_ranks(mine: Found, reduce: Any, asked: dict[str, bool]) -> list[Found]:

@@ -23,25 +23,24 @@ from tokengate.kernels.norms import ratios as ratios_of
 from tokengate.kernels.recomputation import is_computed_again
 from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.coverage import report_lost
-from tokengate.layers.patched import module_names, observers, require_layers
+from tokengate.layers.patched import all_layers, module_names, observers, require_layers
 from tokengate.reports.call_store import CallStore, KeptCalls
 from tokengate.reports.counting import (
     Counts,
     Details,
     Found,
     Groups,
-    Taus,
     add_counts,
     checked_groups,
     made_report,
     of_all_ranks,
+    taus_of,
 )
 from tokengate.reports.histogram import count_ratios
 from tokengate.reports.position_counts import PositionCounts
 from tokengate.reports.provenance import name_of_model, provenance
 from tokengate.reports.report import SparsityReport
 from tokengate.reports.samples import Sample, Samples, alike, only, within
-from tokengate.sharding import numbers_here
 
 # Bytes of positions and ratios that stay in memory, if `record` is not told otherwise: 256 MiB.
 _MEMORY = 2**28
@@ -68,9 +67,11 @@ class Recorder:
         memory: int | None = None,
         folder: Path | str | None = None,
     ) -> None:
-        self._layers = require_layers(model, "record")
+        in_use = require_layers(model, "record")
+        # Those, too, that other adapters modify, which rows, regions or a context within may use.
+        self._layers = all_layers(model)
         # Apart from the layers, which may have been unpatched when the report is made.
-        self._parts = {n: (layer.modification, layer.gate) for n, layer in self._layers.items()}
+        self._parts = {n: (layer.modification, layer.gate) for n, layer in in_use.items()}
         self._names = {n: module_names(n, layer) for n, layer in self._layers.items()}
         self._model = name_of_model(model)
         # Threads may have been given its context.
@@ -184,12 +185,7 @@ class Recorder:
 
     def _collect(self, reduce: bool | Any) -> Found:
         """What was counted, here or on all ranks, and the taus, or an error if nothing was."""
-        taus: Taus = {}
-        for n, (_, gate) in self._parts.items():
-            threshold = None if gate is None else gate.threshold
-            none = [None] * len(self._names[n])
-            numbers = none if threshold is None else numbers_here([threshold])
-            taus |= dict(zip(self._names[n], numbers, strict=True))
+        taus = taus_of(self._names, self._parts, self._counts.get(None, {}))
         found = [(self._counts, taus, self._details)]
         if reduce is not False:
             asked = {"positions": self._calls is not None, "ratios": self._asked_ratios}

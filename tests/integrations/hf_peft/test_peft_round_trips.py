@@ -8,7 +8,7 @@ import torch
 from drawing import many
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import away_from_initialisation
+from models import away_from_initialisation, one_sentence
 from peft_adapters import (
     IDS,
     METHODS,
@@ -56,6 +56,31 @@ def test_import(tmp_path, make, method, dtype):
         trained = {n for n, p in ours.named_parameters() if p.requires_grad}
         rest = {n for n in trained if ".modification." not in n and ".gate." not in n}
         assert rest == ({"classifier.weight", "classifier.bias"} if heads else set())
+
+
+@pytest.mark.parametrize("order", [("x", "y"), ("y", "x")])
+@pytest.mark.parametrize("make", MODELS)
+def test_import_of_several(tmp_path, make, order):
+    """Beside each other, by name, with layers that only one of them modifies."""
+    base, ours = base_of(make), base_of(make)
+    saved_by_peft(base, tmp_path / "x", "lora", TARGETS[make])
+    saved_by_peft(base, tmp_path / "y", "dora", TARGETS[make][:1])
+    for name in order:
+        import_peft(ours, tmp_path / name, name=name)
+    expected = {n: logits(loaded_by_peft(base_of(make), tmp_path / n)) for n in order}
+    for name in order:
+        with tokengate.use(ours, name):
+            close(logits(ours), expected[name], torch.float64)
+    with tokengate.use(ours, ["x", "y"]):
+        rows = torch.stack([expected["x"][0], expected["y"][1]])
+        close(logits(ours), rows, torch.float64)
+    for name in ("y", None):
+        with one_sentence("patched already", "name="):
+            import_peft(ours, tmp_path / "y", name=name)
+    with pytest.raises(tokengate.TokenGateError, match="did you mean name='y'"):
+        import_peft(ours, tmp_path / "y", adapter_name="y")
+    tokengate.unpatch(ours)
+    close(logits(ours), logits(base_of(make)), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -55,6 +55,23 @@ def same_files(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_beside_another_adapter(family, tmp_path):
+    model, targets, run = build(family)
+    theirs = saved_by_peft(
+        model, tmp_path / "theirs", targets=["q_proj"], target_parameters=targets
+    )
+    wanted = run(theirs)
+    model, _, run = build(family)
+    tokengate.patch(model, targets=["k_proj"])
+    base = run(model)
+    import_peft(model, tmp_path / "theirs", name="theirs")
+    close(run(model), base)
+    with tokengate.use(model, "theirs"):
+        close(run(model), wanted)
+    assert (wanted - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family, tmp_path):
     model, targets, run = build(family)
     plain, base = copy.deepcopy(model), run(model)

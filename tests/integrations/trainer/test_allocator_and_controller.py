@@ -1,5 +1,7 @@
 """AdaLoRA's penalty and allocator, and a wanted sparsity, as options of the callback."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -133,3 +135,59 @@ def test_a_model_from_before_the_target_is_told_of(tmp_path, how):
     with tokengate.record(made.model.eval()) as rec, torch.no_grad():
         made.model(torch.randint(1, 32, (64, 8)))
     assert rec.report().sparsity < 0.87
+
+
+def test_what_is_stopped_after_the_target_is_settled(tmp_path):
+    """As in the last step: the model is called again, in evaluation, with what it was given."""
+
+    class Stops(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == 20
+
+    for settle in (True, False):
+        callback = TokenGateCallback(target_sparsity=0.6, settle=settle)
+        made, _ = trainer(tmp_path, None, callback, more=[Stops()], max_steps=25)
+        trained = []
+        made.model.register_forward_hook(lambda model, *_, to=trained: to.append(model.training))
+        made.train()
+        assert made.state.global_step == 20
+        assert trained.count(False) == (trained.count(True) if settle else 0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("share", [0.5, 0.6])
+def test_a_best_checkpoint_that_closes_another_share_is_told_of(tmp_path, share, several):
+    """It has the thresholds that were followed up to it, whose share its evaluation counts."""
+
+    class Best(transformers.Trainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_first": -self.state.global_step}
+
+    class Follows(transformers.TrainerCallback):
+        """Thresholds that close this share, by bisection."""
+
+        def on_step_end(self, args, state, control, model, **_):
+            every = [Texts()[i] for i in range(64)]
+            batch = {key: torch.stack([each[key] for each in every]) for key in every[0]}
+            low, high = 0.0, 64.0
+            for _ in range(30 if state.global_step == 20 else 0):
+                middle = (low + high) / 2
+                for layer in tokengate.layers(model).values():
+                    layer.gate.tau.data.fill_(middle)
+                with torch.no_grad(), tokengate.record(model) as rec:
+                    model(**batch)
+                low, high = (middle, high) if rec.report().sparsity < share else (low, middle)
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "first", "save_steps": 20}
+    asked = {"eval_strategy": "steps", "eval_steps": 20, "save_strategy": "steps", "max_steps": 25}
+    callback = TokenGateCallback(target_sparsity=0.6)
+    data = {"a": Texts(), "b": Texts()} if several else Texts()
+    made, _ = trainer(
+        tmp_path, None, False, Best, [Follows(), callback], eval_dataset=data, **asked, **best
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", tokengate.errors.UnreachedSparsityWarning)
+        made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-20")
+    told = [str(each.message) for each in caught if "the model is that of" in str(each.message)]
+    assert ["step 20 of 25, which closed 50%" in each for each in told] == [True] * (share == 0.5)

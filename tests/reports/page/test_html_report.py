@@ -257,6 +257,10 @@ def test_words_of_decoded_tokens():
         (lambda: html_pages.text(log_prob=torch.ones(5).long()), ["log_prob", "floating-point"]),
         (lambda: html_pages.text(ratios={Q0: torch.ones(2)}), [Q0, "(2,)", "(5,)"]),
         (lambda: html_pages.text(words=[0, 1]), ["words", "2 numbers for 5 tokens"]),
+        (
+            lambda: html_pages.image(image=torch.zeros(3, 8, 8)),
+            ["a Tensor", "PNG or JPEG", "its path or its bytes"],
+        ),
         (lambda: html_pages.image(image=b"GIF89a"), ["GIF89a", "neither a PNG nor a JPEG"]),
         (lambda: html_pages.image(is_open={}), ["is_open={}", "no module"]),
         (lambda: html_pages.image(is_open=IS_OPEN), [Q0, "(5,)", "(rows, columns)"]),

@@ -213,7 +213,14 @@ def _level(ratios: Tensor) -> Tensor:
 
 
 def _content(image: bytes | str | os.PathLike[str]) -> bytes:
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, (str, os.PathLike)):
+        raise TokenGateError(
+            f"image= was given a {type(image).__name__}: save the picture as PNG or JPEG, as "
+            "torchvision.utils.save_image or PIL does, and pass its path or its bytes."
+        )
+    return Path(image).read_bytes()
 
 
 def _kind(content: bytes) -> str:

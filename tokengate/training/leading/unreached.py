@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,26 +107,37 @@ def say_if_beyond(steps: int, last: int) -> None:
         )
 
 
-def say_if_early(schedule: SparsitySchedule | None, step: int | None = None) -> None:
-    """A warning if the share that was wanted by then is not the target yet.
+def say_if_early(
+    schedule: SparsitySchedule, step: int | None = None, closed: Iterable[float] = ()
+) -> None:
+    """A warning if the share that was wanted by then is not the target yet, or was not closed.
 
     Args:
-        schedule: of a training that has ended, if it has one.
+        schedule: of a training that has ended.
         step: of which the model is, as of its best checkpoint; None for the last that was taken.
+        closed: the share that this model closed, in each evaluation; the nearest counts.
     """
-    if schedule is None:
-        return
-    step = schedule.steps if step is None else step
-    wanted = schedule.wanted_at(step)
-    if abs(wanted - schedule.target) > _NEAR:
-        warnings.warn(
-            f"a SparsitySchedule was to close {schedule.target:.0%} of the positions, and the "
-            f"model is that of step {step} of {schedule.total_steps}, where {wanted:.0%} were to "
-            "be: train to the end and keep a later one, ask for fewer steps, or call "
-            f"{_calibrate(schedule)}.",
-            UnreachedSparsityWarning,
-            stacklevel=3,
+    target, taken = schedule.target, schedule.steps if step is None else step
+    wanted = schedule.wanted_at(taken)
+    found = min(closed, key=lambda share: abs(share - target), default=target)
+    if abs(wanted - target) > _NEAR:
+        said = (
+            f"where {wanted:.0%} were to be: train to the end and keep a later one, ask for fewer "
+            "steps, or call"
         )
+    elif taken < schedule.total_steps and abs(found - target) > _NEAR:
+        said = (
+            f"which closed {found:.0%} when it was evaluated, as thresholds are followed until the "
+            "last step and settled there alone: settle those of the model that is kept by"
+        )
+    else:
+        return
+    warnings.warn(
+        f"a SparsitySchedule was to close {target:.0%} of the positions, and the model is that of "
+        f"step {taken} of {schedule.total_steps}, {said} {_calibrate(schedule)}.",
+        UnreachedSparsityWarning,
+        stacklevel=4,
+    )
 
 
 def say_if_replaced(schedule: SparsitySchedule | None, model: nn.Module) -> None:
