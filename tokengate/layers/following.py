@@ -98,7 +98,7 @@ def _told(
             end(running()[-1])
     outermost = not running()
     if outermost:
-        report_lost_of(module)
+        report_lost_of(module, stacklevel=8)
     call = what_is_said(module, followed.inside, followed.signature, args, kwargs)
     if torch.compiler.is_dynamo_compiling():  # which can break its graph in no `try`
         begin(call)
