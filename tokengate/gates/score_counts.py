@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokengate.gates.tally import by_sample, weights_of
+from tokengate.kernels.precision import finest_dtype
 
 # 32 bins to an octave, 2.2 % each, from 2^-64 to 2^32; before them one for what is smaller, 0 among
 # it, and behind them one for what is larger, infinite or no number, and so never closed.
@@ -26,8 +27,7 @@ _PARTS = 32
 
 def no_counts(device: torch.device) -> Tensor:
     """`(BINS,)`, of zeros; float64 where there is, so that sums are exact in any order."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(BINS, dtype=dtype, device=device)
+    return torch.zeros(BINS, dtype=finest_dtype(device), device=device)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tokengate.arguments import choice, function, in_our_words, share
 from tokengate.errors import TokenGateError, brief
+from tokengate.kernels.precision import finest_dtype
 from tokengate.layers.batches import apart, check_batches, evaluating, named, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
@@ -111,7 +112,7 @@ def drift(
                 )
             real = _real(model, batch, base) if base.dim() == 3 else None
             base, adapted = (each if real is None else each[real] for each in (base, adapted))
-            dtype = torch.float32 if base.device.type == "mps" else torch.float64
+            dtype = finest_dtype(base.device)
             both = base.flatten(0, -2), adapted.flatten(0, -2)
             for at in range(0, len(both[0]), _ROWS):
                 rows = (each[at : at + _ROWS].to(dtype) for each in both)
