@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokengate.adapters.config import SampleConfig
 from tokengate.adapters.weights import DTYPES
 from tokengate.layers.patched import layers
-from tokengate.linears.class_swap import Swapped
+from tokengate.linears.class_swap import own_class
 from tokengate.linears.linear_like import LinearLike, features_of, is_linear
 from tokengate.names import inside, joined, named_modules, named_parameters
 from tokengate.patching.heads import head, new_parameters
@@ -33,8 +33,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def class_name(model: nn.Module) -> str:
     """The class of the model under our own and what wraps it, with its module."""
-    model = inside(model)
-    kind = model._own_class if isinstance(model, Swapped) else type(model)
+    kind = own_class(inside(model))
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
