@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.adapters.config import SampleConfig
-from tokengate.adapters.weights import DTYPES
+from tokengate.adapters.weights import DTYPES, NAMES
 from tokengate.layers.patched import layers
 from tokengate.linears.class_swap import own_class
 from tokengate.linears.linear_like import LinearLike, features_of, is_linear
@@ -28,7 +28,6 @@ from tokengate.sharding import gathered, is_absent, is_flattened, is_sharded
 _SAMPLED = 64
 # What normalising layers of torch call the mean that they keep of what they have seen.
 RUNNING = "running_mean"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def class_name(model: nn.Module) -> str:
@@ -80,7 +79,7 @@ def samples(model: nn.Module) -> dict[str, SampleConfig]:
         listed = values.double().tolist()
         if all(map(math.isfinite, listed)):
             parameter = asked[name]
-            found[name] = SampleConfig(_NAMES[parameter.dtype], list(parameter.shape), listed)
+            found[name] = SampleConfig(NAMES[parameter.dtype], list(parameter.shape), listed)
     return found
 
 
@@ -127,7 +126,7 @@ def _sampled(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Te
     }
     found = {}
     for name, parameter in parameters.items():
-        if parameter.is_meta or id(parameter) in pieces or parameter.dtype not in _NAMES:
+        if parameter.is_meta or id(parameter) in pieces or parameter.dtype not in NAMES:
             continue
         if type(parameter.data) is not Tensor and not is_sharded(parameter):
             continue  # quantised, by torchao
