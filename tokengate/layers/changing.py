@@ -112,7 +112,7 @@ class _NotTheModel(TokenGateError, AttributeError):
     """What a model has was asked of what is none."""
 
 
-class Told:
+class Outcome:
     """What a function returns that changed a model in place: no model, as that of PEFT's would be.
 
     Asked for what a model has it says so.
@@ -136,7 +136,7 @@ class Told:
         )
 
 
-class Skipped(Told, dict[str, str]):
+class Skipped(Outcome, dict[str, str]):
     """What does not fit a model and was left out, and why."""
 
     def __init__(self, by: str, found: Mapping[str, str]) -> None:
