@@ -42,7 +42,7 @@ from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
 from tokengate.linears.experts import StackedLinear, some_experts
 from tokengate.methods.registry import METHODS
-from tokengate.names import named_parameters
+from tokengate.names import check_module, named_parameters
 from tokengate.patching.patch import asked_of
 from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patching.wrappers import check_gathered
@@ -92,8 +92,7 @@ def save(
             holds a model, or an adapter that is not ours.
         OSError: the folder cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"save was given a {type(model).__name__}: pass a torch.nn.Module.")
+    check_module("save", model)
     if name is not None:
         check_name(name)
     if report is not None and not isinstance(report, SparsityReport):
