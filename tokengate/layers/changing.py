@@ -25,8 +25,8 @@ def times_changed() -> int:
     return _times
 
 
-def changed() -> None:
-    """Once more."""
+def count_change() -> None:
+    """One did, once more."""
     global _times
     _times += 1
 
@@ -49,7 +49,7 @@ def changing(model: Any, asked: str) -> Iterator[None]:
         try:
             yield
         finally:
-            changed()
+            count_change()
 
 
 def exclusive(function: _Function) -> _Function:
