@@ -71,8 +71,8 @@ def samples(model: nn.Module) -> dict[str, SampleConfig]:
     And of running means. Every process of a sharded model must call it. What has no values here is
     left out.
     """
-    frozen = new_parameters(model) | head(model)
-    asked: dict[str, Tensor] = {n: p for n, p in frozen.items() if not p.requires_grad}
+    # Which is all that is new, where anything is.
+    asked: dict[str, Tensor] = {n: p for n, p in head(model).items() if not p.requires_grad}
     asked |= _running_means(model)
     found = {}
     for name, values in _sampled(model, asked).items():
