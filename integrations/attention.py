@@ -25,7 +25,7 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.layers.folded import folded
 from tokengate.linears.class_swap import Swapped, swap, swap_back
-from tokengate.names import named_modules
+from tokengate.names import check_module, named_modules
 from tokengate.patterns import as_patterns, matches, nearest, show
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -91,7 +91,7 @@ def merge_attention(model: _Model) -> _Model:
         TokenGateError: nothing in it is split, or a layer that would no longer be called is still
             patched or folded. Nothing was changed.
     """
-    _check_module("merge_attention", model)
+    check_module("merge_attention", model)
     split = [m for m in model.modules() if isinstance(m, SplitAttention)]
     encoders = [m for m in model.modules() if _NESTED_BEFORE in m.__dict__]
     if not split and not encoders:
@@ -264,11 +264,6 @@ class SplitAttention(Swapped, nn.MultiheadAttention):
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
 
-def _check_module(asked: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"{asked} was given a {type(model).__name__}: pass a torch.nn.Module.")
-
-
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, causal_without_mask: bool) -> None:
     if query.is_nested or key.is_nested or value.is_nested:
         raise TokenGateError(
@@ -307,7 +302,7 @@ def _additive(
 
 def _find(model: nn.Module, targets: Any) -> dict[str, nn.MultiheadAttention]:
     """The attentions that `targets` means, by their first names."""
-    _check_module("split_attention", model)
+    check_module("split_attention", model)
     kind = type(model).__name__
     # All names of a shared attention count, as in `tokengate.patch`.
     named = {

@@ -307,8 +307,8 @@ def _image_tokens(model: nn.Module, asked: str) -> list[int]:
 
 def _reachable(model: nn.Module, name: str) -> bool:
     owner, _, child = name.rpartition(".")
-    layer = type(submodule(model, name))
-    return not reads_weight(submodule(model, owner), child) and not returns_tuple(layer)
+    kind = type(submodule(model, name))
+    return not reads_weight(submodule(model, owner), child) and not returns_tuple(kind)
 
 
 def _unused(model: nn.Module) -> set[str]:

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
+
+from tokengate.errors import TokenGateError
 
 # By class: its library, and the attribute in which it holds what it wraps.
 _WRAPPERS = {
@@ -40,6 +43,12 @@ class Holder(nn.Module):
     def __init__(self, named: bool = False) -> None:
         super().__init__()
         self.named = named
+
+
+def check_module(asked: str, model: Any) -> None:
+    """An error, which names the function that was called, if what it was given is no module."""
+    if not isinstance(model, nn.Module):
+        raise TokenGateError(f"{asked} was given a {type(model).__name__}: pass a torch.nn.Module.")
 
 
 def inside(module: nn.Module) -> nn.Module:

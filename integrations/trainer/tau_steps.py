@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tokengate
 from tokengate import TokenGate, TokenGateError
+from tokengate.gates.optimizer_steps import is_infinite
 from tokengate.gates.registry import with_defaults
 from tokengate.integrations.live_logging import tau_scalars
 from tokengate.sharding import divided_as, gathered, is_sharded, numbers_here
@@ -169,7 +170,7 @@ class TauSteps:
         taken = {tau: tau.grad for tau in self.taus.values() if tau.grad is not None}
         if not taken or self._adam is None:
             return
-        if not self._skipped():
+        if not is_infinite(self._optimizer):
             if self._schedule:
                 now = float(self._group["lr"]) / float(self._group["initial_lr"])
                 self._adam.param_groups[0]["lr"] = self._lr * now
@@ -188,11 +189,6 @@ class TauSteps:
         for tau, gradient in self._taken.items():
             tau.grad = gradient
         self._taken = {}
-
-    def _skipped(self) -> bool:
-        # Told to fused optimisers alone; the others are not stepped when a step is skipped.
-        found = getattr(self._optimizer, "found_inf", None)
-        return found is not None and bool(found > 0)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed training goes on from; of what is divided, every process calls it."""

@@ -298,6 +298,12 @@ def test_what_was_not_quite_alike_is_folded_by_force_and_its_error_told():
     assert f"{measured:.2g}" in str(folding)
 
 
+def test_of_an_output_that_is_a_dict_the_error_is_of_its_logits():
+    model = mixed()
+    model.register_forward_hook(lambda *call: {"mask": torch.zeros(3, 5), "logits": call[-1]})
+    assert tokengate.fold(model, DATA, force=0.4).error > 1e-4
+
+
 def test_what_cannot_be_merged_is_kept_and_says_why():
     torch.manual_seed(0)
     model = Net()

@@ -52,8 +52,10 @@ REFUSE = {
 @pytest.mark.parametrize("then", NEXT)
 def test_whoever_comes_next_names_it_once(then, tmp_path):
     model, optimizer = replaced()
-    with pytest.warns(UnreachedLayerWarning, match=f"{HEAD} of this Net was patched.*a Linear st"):
+    said = f"{HEAD} of this Net was patched.*a Linear st"
+    with pytest.warns(UnreachedLayerWarning, match=said) as told:
         NEXT[then](model, optimizer, tmp_path)
+    assert told[0].filename == __file__
     silent(lambda: NEXT[then](model, optimizer, tmp_path))
 
 
@@ -183,8 +185,9 @@ def test_the_first_step_names_what_training_bypasses(how):
         loss = F.linear(model.body(X).tanh(), model.head.weight).sum()
     loss.backward()
     assert model.head.modification.B.grad is None
-    with pytest.warns(UnreachedLayerWarning, match=f"first step of this AdamW, {HEAD}"):
+    with pytest.warns(UnreachedLayerWarning, match=f"first step of this AdamW, {HEAD}") as told:
         optimizer.step()
+    assert told[0].filename == __file__
     loss = model.body(X).sum()
     loss.backward()
     silent(optimizer.step)

@@ -5,8 +5,10 @@ import re
 
 import torch
 from models import Net, away_from_initialisation, one_sentence
+from torch import nn
 
 import tokengate
+from tokengate.adapters.base_model import class_name
 from tokengate.reports.provenance import name_of_model
 
 
@@ -50,6 +52,14 @@ def test_a_folder_of_this_machine_is_not_named():
         model.config._name_or_path = path
         assert name_of_model(tokengate.patch(model, ["q_proj"])) == "Net mine"
         tokengate.unpatch(model)
+
+
+def test_a_model_of_classes_that_are_given_in_turn_has_its_own_name():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    said = name_of_model(model), class_name(model)
+    tokengate.patch(model, ["linear1"])  # its fast path is closed, and it is followed
+    assert (name_of_model(model), class_name(model)) == said
+    assert said[1] == "torch.nn.modules.transformer.TransformerEncoder"
 
 
 def test_a_report_of_an_earlier_version_says_nothing_of_it(tmp_path):

@@ -13,8 +13,9 @@ import tokengate
 from tokengate import TokenGateError
 from tokengate.errors import UnreachedSparsityWarning
 from tokengate.gates.positions import Positions
-from tokengate.gates.score_counts import FineCounts, count_scores, no_counts
+from tokengate.gates.score_counts import count_scores, no_counts
 from tokengate.kernels.change import Change
+from tokengate.training.seen_scores import SeenScores
 
 
 def patched(method="lora", **options):
@@ -155,7 +156,7 @@ def test_a_modification_that_does_nothing_stays_open():
 
 
 def test_memory_does_not_grow_with_the_data():
-    counts, sizes = FineCounts(), []
+    counts, sizes = SeenScores(), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         scores = 300 * 2 ** -torch.rand(5000, generator=generator)
@@ -171,10 +172,10 @@ def test_memory_does_not_grow_with_the_data():
 
 @given(st.lists(st.floats(-63, 31), min_size=1, max_size=50), st.integers(0, 1000))
 @settings(max_examples=many(25), deadline=None)
-def test_fine_counts_divide_the_bins_of_training(logs, seed):
+def test_seen_scores_divide_the_bins_of_training(logs, seed):
     scores = torch.tensor(logs, dtype=torch.float64).exp2()
     weights = torch.rand(len(logs), generator=torch.Generator().manual_seed(seed)).double()
-    counts, coarse = FineCounts(), no_counts(scores.device)
+    counts, coarse = SeenScores(), no_counts(scores.device)
     for one, weight in zip(scores.split(7), weights.split(7), strict=True):
         counts.add(one, weight)
     count_scores(coarse, scores, None)

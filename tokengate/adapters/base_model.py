@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.adapters.config import SampleConfig
-from tokengate.adapters.weights import DTYPES
+from tokengate.adapters.weights import DTYPES, NAMES
 from tokengate.layers.patched import layers
-from tokengate.linears.class_swap import Swapped
+from tokengate.linears.class_swap import own_class
 from tokengate.linears.linear_like import LinearLike, features_of, is_linear
 from tokengate.names import inside, joined, named_modules, named_parameters
 from tokengate.patching.heads import head, new_parameters
@@ -28,13 +28,11 @@ from tokengate.sharding import gathered, is_absent, is_flattened, is_sharded
 _SAMPLED = 64
 # What normalising layers of torch call the mean that they keep of what they have seen.
 RUNNING = "running_mean"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def class_name(model: nn.Module) -> str:
     """The class of the model under our own and what wraps it, with its module."""
-    model = inside(model)
-    kind = model._own_class if isinstance(model, Swapped) else type(model)
+    kind = own_class(inside(model))
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -73,15 +71,15 @@ def samples(model: nn.Module) -> dict[str, SampleConfig]:
     And of running means. Every process of a sharded model must call it. What has no values here is
     left out.
     """
-    frozen = new_parameters(model) | head(model)
-    asked: dict[str, Tensor] = {n: p for n, p in frozen.items() if not p.requires_grad}
+    # Which is all that is new, where anything is.
+    asked: dict[str, Tensor] = {n: p for n, p in head(model).items() if not p.requires_grad}
     asked |= _running_means(model)
     found = {}
     for name, values in _sampled(model, asked).items():
         listed = values.double().tolist()
         if all(map(math.isfinite, listed)):
             parameter = asked[name]
-            found[name] = SampleConfig(_NAMES[parameter.dtype], list(parameter.shape), listed)
+            found[name] = SampleConfig(NAMES[parameter.dtype], list(parameter.shape), listed)
     return found
 
 
@@ -128,7 +126,7 @@ def _sampled(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Te
     }
     found = {}
     for name, parameter in parameters.items():
-        if parameter.is_meta or id(parameter) in pieces or parameter.dtype not in _NAMES:
+        if parameter.is_meta or id(parameter) in pieces or parameter.dtype not in NAMES:
             continue
         if type(parameter.data) is not Tensor and not is_sharded(parameter):
             continue  # quantised, by torchao

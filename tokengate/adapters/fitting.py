@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from tokengate.adapters.other_patch import (
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate, PenalisedGate
 from tokengate.gates.registry import GATES, check_options
-from tokengate.gates.stacked import stacked
+from tokengate.gates.stacked import parts_beside
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.sliced_linear import Sliced, slices_of
 from tokengate.linears.accelerate_hooks import weights_present
@@ -151,10 +152,9 @@ class Fit:
             if name in parameters and parameters[name].dim() == 3
         }
         found: dict[str, nn.Module] = {}
-        owners = dict(named_modules(model))
+        names = {module: name for name, module in named_modules(model)}
         for module, own in stacked_projections(model, axes or None, divided_by(configs)).items():
-            prefix = next(name for name, owner in owners.items() if owner is module)
-            found |= {joined(prefix, name): each for name, each in own.items()}
+            found |= {joined(names[module], name): each for name, each in own.items()}
         return {name: each for name, each in found.items() if name in configs}
 
     def extras(
@@ -249,11 +249,7 @@ class Fit:
         config = self.saved.config.layers[name]
         try:
             with weights_present(whole(layer)):
-                if not isinstance(layer, StackedLinear):
-                    return _made_of(config, layer)
-                made = zip(*[_made_of(config, one) for one in layer.each()], strict=True)
-                modifications, gates = made
-                return stacked(modifications), gates[0] and stacked(gates, flat=True)
+                return parts_beside(layer, partial(_made_of, config))
         except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             raise TokenGateError(
                 f"the adapter in {str(self.saved.folder)!r} has options for {name!r} of which no "

@@ -93,7 +93,7 @@ def layer_table(layers: dict[str, dict[str, Any]]) -> str:
         groups.setdefault(kind, []).append(layer)
     head = ["projection", "method", "rank", "features", "layers", "parameters", "tau"]
     rows = [
-        [*kind, len(each), sum(layer["parameters"] for layer in each), _range(each)]
+        [*kind, len(each), sum(layer["parameters"] for layer in each), tau_range(_taus(each))]
         for kind, each in groups.items()
     ]
     if all(row[-1] is None for row in rows):
@@ -111,10 +111,6 @@ def _projection(name: str) -> str:
 def _taus(layers: Iterable[dict[str, Any]]) -> list[float]:
     own = (layer["tau"] for layer in layers if layer["tau"] is not None)
     return [tau for each in own for tau in (each if isinstance(each, list) else [each])]
-
-
-def _range(layers: Iterable[dict[str, Any]]) -> str | None:
-    return tau_range(_taus(layers))
 
 
 def tau_range(taus: list[float]) -> str | None:

@@ -26,6 +26,7 @@ from tokengate.layers.named_adapters import (
 )
 from tokengate.layers.patched import all_layers, require_layers
 from tokengate.linears.mixing import warn_of_mixing
+from tokengate.names import check_module
 from tokengate.patching.patch import install
 from tokengate.patching.wrappers import check_can_patch, check_gathered
 from tokengate.sharding import is_absent
@@ -84,8 +85,7 @@ def load(
             those of the model it was saved from; or what was random or of the head there, and not
             trained, has other values here.
     """
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"load was given a {type(model).__name__}: pass a torch.nn.Module.")
+    check_module("load", model)
     if name is not None:
         check_name(name)
     saved = read_adapter(local(folder, revision))

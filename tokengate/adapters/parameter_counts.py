@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from tokengate.errors import TokenGateError, brief
 from tokengate.gates.base import Gate
 from tokengate.linears.quantised import is_four_bit
 from tokengate.methods.base import Modification
+from tokengate.names import check_module
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def count(model: nn.Module) -> ParameterCounts:
     Raises:
         TokenGateError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"count was given {brief(model)}: pass a torch.nn.Module.")
+    check_module("count", model)
     sizes: dict[nn.Parameter, int] = {}
     modifications: set[nn.Parameter] = set()
     gates: set[nn.Parameter] = set()

@@ -29,7 +29,7 @@ from tokengate.adapters.folder import (
     with_digest,
 )
 from tokengate.adapters.other_patch import on_meta
-from tokengate.adapters.weights import DTYPES, all_finite
+from tokengate.adapters.weights import NAMES, all_finite
 from tokengate.arguments import in_our_words
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import make_folder, save_tensors, write_atomically, write_text
@@ -42,16 +42,13 @@ from tokengate.layers.named_adapters import check_name, reading
 from tokengate.layers.patched import all_layers, layers, own_parameters, require_layers
 from tokengate.linears.experts import StackedLinear, some_experts
 from tokengate.methods.registry import METHODS
-from tokengate.names import named_parameters
+from tokengate.names import check_module, named_parameters
 from tokengate.patching.patch import asked_of
 from tokengate.patching.slice_targets import slices_of_part
 from tokengate.patching.wrappers import check_gathered
 from tokengate.reports.provenance import version_of
 from tokengate.reports.report import SparsityReport
 from tokengate.sharding import gathered, is_divided, present
-
-# As safetensors names them in its files.
-_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @in_our_words(
@@ -95,8 +92,7 @@ def save(
             holds a model, or an adapter that is not ours.
         OSError: the folder cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(f"save was given a {type(model).__name__}: pass a torch.nn.Module.")
+    check_module("save", model)
     if name is not None:
         check_name(name)
     if report is not None and not isinstance(report, SparsityReport):
@@ -118,9 +114,7 @@ def _save(model: nn.Module, folder: Path, report: SparsityReport | None) -> None
         base_class=class_name(model),
         base_fingerprint=fingerprint(model),
         layers={name: _layer_config(name, layer) for name, layer in patched.items()},
-        tensors={
-            name: TensorConfig(_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()
-        },
+        tensors={name: TensorConfig(NAMES[t.dtype], list(t.shape)) for name, t in tensors.items()},
         targets=[_shown(call) for call in asked_of(model)],
         train=sorted(trained_beside(model, patched)),
         base_id=base_id,
@@ -199,7 +193,7 @@ def _whole(name: str, tensor: Tensor, caller: str) -> Tensor:
         raise TokenGateError(
             f"{caller} found no values of {name!r}, which is on the meta device: load it first."
         )
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in NAMES:
         raise TokenGateError(
             f"{caller} found {name!r} of dtype {tensor.dtype}: only floating-point values are "
             "saved, so keep others in a buffer with persistent=False."

@@ -31,6 +31,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # In bytes. safetensors writes no longer header; values are read in blocks of the second.
 _LONGEST_HEADER, _BLOCK = 100_000_000, 1 << 20

@@ -104,6 +104,11 @@ class Observer:
     change: Callable[[Tensor], None] | None = None
     experts: Callable[[int], Observer] | None = None
 
+    def hear(self, *call: Any, scores: Tensor | None) -> None:
+        """Tell of a call, if such are wanted; of its scores, if these are."""
+        if not self.trained or is_learnt_from():
+            self.tell(*call, *([scores] if self.scores else []))
+
     def of(self, expert: int) -> Observer:
         """Who is told of one expert of a layer that has several."""
         return self if self.experts is None else self.experts(expert)

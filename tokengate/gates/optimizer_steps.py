@@ -86,6 +86,12 @@ def once_there_are_gradients(
     return args, {**kwargs, "closure": compute}
 
 
+def is_infinite(optimizer: Any) -> bool:
+    """Whether a GradScaler has found a gradient that is; it steps fused optimisers all the same."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf > 0)
+
+
 # What torch makes of every `step`, which announces it.
 _ANNOUNCED = Optimizer.profile_hook_step(nothing).__code__
 

@@ -2,32 +2,27 @@
 
 Counts add up over micro-batches and ranks to the bit. So a quantile over all positions of a step
 takes no list of them, and no more memory for more positions. In training that is a tensor of all
-bins, which compiled code can write to; `FineCounts` divides each of the same bins, and has only
-those in which there is something.
+bins, which compiled code can write to; `training`'s `seen_scores` divides each of the same bins.
 """
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tokengate.gates.tally import by_sample, weights_of
+from tokengate.kernels.precision import finest_dtype
 
 # 32 bins to an octave, 2.2 % each, from 2^-64 to 2^32; before them one for what is smaller, 0 among
 # it, and behind them one for what is larger, infinite or no number, and so never closed.
-PER_OCTAVE, LOW, _OCTAVES = 32, -64, 96
-BINS = PER_OCTAVE * _OCTAVES + 2
-# Into how many each of them is divided where it is, 0.07 % each.
-_PARTS = 32
+PER_OCTAVE, LOW = 32, -64
+BINS = PER_OCTAVE * 96 + 2
 
 
 def no_counts(device: torch.device) -> Tensor:
     """`(BINS,)`, of zeros; float64 where there is, so that sums are exact in any order."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(BINS, dtype=dtype, device=device)
+    return torch.zeros(BINS, dtype=finest_dtype(device), device=device)
 
 
 @torch.no_grad()
@@ -40,65 +35,16 @@ def count_scores(into: Tensor, scores: Tensor, mask: Tensor | None) -> None:
         mask: `(B, T)`, 0 where a position is padding; None for none.
     """
     _, real = by_sample(scores == 0, mask)
-    index = _bins_of(scores.detach().to(into.dtype), PER_OCTAVE)
+    index = bins_of(scores.detach().to(into.dtype))
     into.index_add_(0, index.reshape(-1), weights_of(real).to(into.dtype).reshape(-1))
 
 
-def _bins_of(scores: Tensor, per_octave: int) -> Tensor:
-    place = ((scores.log2() - LOW) * per_octave).floor() + 1
-    last = per_octave * _OCTAVES + 1
+def bins_of(scores: Tensor, parts: int = 1) -> Tensor:
+    """The number of each score's bin, or of its part, of so many: `(...) -> (...)`."""
+    place = ((scores.log2() - LOW) * (parts * PER_OCTAVE)).floor() + 1
+    last = parts * (BINS - 2) + 1
     # What is no number, too, leaves a gate open.
     return place.nan_to_num(last, last, 0).clamp(0, last).long()
-
-
-_Place = TypeVar("_Place", float, Tensor)
-
-
-class FineCounts:
-    """The same in bins of 0.07 %, of which those are kept in which something was.
-
-    Attributes:
-        bins: which, `(K,)`, ascending; `FIRST` and `LAST` are for what is smaller, and larger.
-        weights: how much was seen in each, `(K,)`.
-        heaviest: the weight of one position.
-    """
-
-    FIRST, LAST = 0, _PARTS * PER_OCTAVE * _OCTAVES + 1
-
-    def __init__(self) -> None:
-        self.bins, self.weights = torch.zeros(0).long(), torch.zeros(0).double()
-        self.heaviest = 0.0
-
-    @property
-    def total(self) -> float:
-        """The weight of all that was seen."""
-        return self.weights.sum().item()
-
-    def add(self, scores: Tensor, weights: Tensor) -> None:
-        """Count scores >= 0, `(...)`, by their `weights`, `(...)`, on the CPU; 0 is nothing."""
-        some = weights > 0
-        new = _bins_of(scores[some].double(), _PARTS * PER_OCTAVE)
-        self.include(new, weights[some].double(), weights.max().item())
-
-    def include(self, bins: Tensor, weights: Tensor, heaviest: float) -> None:
-        """Count what was seen in `bins`, `(...)` both, of whose positions one weighs most."""
-        all_bins = torch.cat([self.bins, bins])
-        self.bins, at = all_bins.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        both = torch.cat([self.weights, weights])
-        self.weights = torch.zeros(len(self.bins)).double().index_add(0, at, both)
-        self.heaviest = max(self.heaviest, heaviest)
-
-    def share_below(self, score: float) -> float:
-        """The share that lies below a score, by the middles of bins."""
-        middles = self.score_at(self.bins + 0.5)
-        below = self.weights[(middles < score) & (self.bins < self.LAST)]
-        return below.sum().item() / self.total
-
-    @staticmethod
-    def score_at(place: _Place) -> _Place:
-        """The score so far into the bins, of which each is 1 wide."""
-        score: _Place = 2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW)
-        return score
 
 
 def shares_of(counts: Tensor) -> Tensor:

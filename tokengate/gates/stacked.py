@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
 from tokengate.linears.class_swap import Swapped, swap
+from tokengate.linears.experts import StackedLinear
 
 # What all of them add to, or are told alike.
 _SHARED = ("_seen", "_looked", "_unit")
@@ -100,6 +101,16 @@ def stacked(modules: Sequence[Any], flat: bool = False) -> Any:
     swap(first, Stacked)
     first.layers, first.flat = len(modules), flat
     return first
+
+
+def parts_beside(
+    layer: Any, make: Callable[[Any], tuple[nn.Module, nn.Module | None]]
+) -> tuple[Any, Any]:
+    """The modification and gate that are made beside a layer; of experts all of theirs, stacked."""
+    if not isinstance(layer, StackedLinear):
+        return make(layer)
+    modifications, gates = zip(*map(make, layer.each()), strict=True)
+    return stacked(modifications), None if gates[0] is None else stacked(gates, flat=True)
 
 
 def _views(module: Any, each: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokengate.kernels.precision import finest_dtype
+
 # Shares are rounded to multiples of it, so that up to 2^23 of them add up exactly in any order.
 _GRAIN = 2.0**-30
 
@@ -26,8 +28,7 @@ def weights_of(real: Tensor) -> Tensor:
 
     Padding weighs 0. In whole grains, so that their sums are exact.
     """
-    dtype = torch.float32 if real.device.type == "mps" else torch.float64
-    own = real.to(dtype)
+    own = real.to(finest_dtype(real.device))
     return (own / own.sum(1, keepdim=True).clamp(min=1) / _GRAIN).round() * _GRAIN
 
 
@@ -36,8 +37,7 @@ def tally(closed: Tensor, real: Tensor) -> Tensor:
 
     Of the real positions alone. Tallies add up.
     """
-    # MPS has no float64; its counts are exact up to 2^24.
-    dtype = torch.float32 if closed.device.type == "mps" else torch.float64
+    dtype = finest_dtype(closed.device)
     counts = real.sum(1, dtype=dtype)
     closed_counts = (closed & real).sum(1, dtype=dtype)
     # A sample of padding alone is none.

@@ -18,6 +18,11 @@ def trainable_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def finest_dtype(device: torch.device) -> torch.dtype:
+    """What has the most digits there: float64, or float32 on MPS, which counts to 2^24 exactly."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within this context what is computed keeps the dtypes that were chosen for it."""
     if autocasts(device):

@@ -100,6 +100,11 @@ def named(model: nn.Module, batch: Any) -> Mapping[str, Any]:
     return dict(zip(signature_of(inside(model)).names, given, strict=False))
 
 
+def part_of(output: Any, name: str, otherwise: Any = None) -> Any:
+    """What a model has returned by that name: of a dict its entry, else an attribute."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, otherwise)
+
+
 def check_batches(asked: str, batches: Any) -> Iterator[Any]:
     """They, one by one; else an error, which names the function that was called.
 

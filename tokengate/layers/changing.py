@@ -25,8 +25,8 @@ def times_changed() -> int:
     return _times
 
 
-def changed() -> None:
-    """Once more."""
+def count_change() -> None:
+    """One did, once more."""
     global _times
     _times += 1
 
@@ -64,7 +64,7 @@ def changing(model: Any, asked: str) -> Iterator[None]:
         try:
             yield
         finally:
-            changed()
+            count_change()
 
 
 def refuse_within(present: Collection[nn.Module], added: Iterable[nn.Module]) -> None:
@@ -143,7 +143,7 @@ class _NotTheModel(TokenGateError, AttributeError):
     """What a model has was asked of what is none."""
 
 
-class Told:
+class Outcome:
     """What a function returns that changed a model in place: no model, as that of PEFT's would be.
 
     Asked for what a model has it says so.
@@ -167,7 +167,7 @@ class Told:
         )
 
 
-class Skipped(Told, dict[str, str]):
+class Skipped(Outcome, dict[str, str]):
     """What does not fit a model and was left out, and why."""
 
     def __init__(self, by: str, found: Mapping[str, str]) -> None:

@@ -12,10 +12,9 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, listed
-from tokengate.gates.optimizer_steps import is_part
+from tokengate.gates.optimizer_steps import is_part, watch_steps
 from tokengate.layers.batches import apart, keeping_state
 from tokengate.layers.changing import exclusive
 from tokengate.layers.gated_linear import Gated
@@ -52,7 +51,7 @@ def watch(model: nn.Module) -> None:
     for module in model.modules():
         if SEEN in module.__dict__:
             module.__dict__[SEEN] = False
-    _watch_optimizers()
+    look_anew()
 
 
 @exclusive
@@ -115,7 +114,7 @@ def report_unreached(module: nn.Module) -> None:
         warnings.warn(
             f"in the first forward of this {type(module).__name__}, {_unreached(module, missed)}.",
             UnreachedLayerWarning,
-            stacklevel=4,
+            stacklevel=8,
         )
 
 
@@ -130,8 +129,8 @@ def report_lost(model: nn.Module) -> None:
         report_lost_of(root)
 
 
-def report_lost_of(root: nn.Module) -> None:
-    """The same of one module, if it was given to `patch`."""
+def report_lost_of(root: nn.Module, stacklevel: int = 6) -> None:
+    """The same of one module, if it was given to `patch`; by default at a step, or `record`."""
     if torch.compiler.is_compiling() or not is_root(root):
         return
     ROOTS.add(root)  # one that was copied or unpickled
@@ -139,7 +138,7 @@ def report_lost_of(root: nn.Module) -> None:
     if names != root.__dict__.get(NAMED, []):
         root.__dict__[NAMED] = names
         if names:
-            warnings.warn(f"{what_is_lost(root)}.", UnreachedLayerWarning, stacklevel=4)
+            warnings.warn(f"{what_is_lost(root)}.", UnreachedLayerWarning, stacklevel=stacklevel)
 
 
 def check_present(model: nn.Module, asked: str) -> None:
@@ -158,7 +157,6 @@ _LOOKED_AT: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
 _FIRST: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 # Of each model: {id of a parameter of a layer's: the layer's name}.
 _OWN: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
-_HANDLES: list[Any] = []
 
 
 def look_anew() -> None:
@@ -167,14 +165,8 @@ def look_anew() -> None:
     _OF_OPTIMIZER.clear()
 
 
-def _watch_optimizers() -> None:
-    look_anew()
-    if not _HANDLES:
-        _HANDLES.append(register_optimizer_step_post_hook(_at_step))
-
-
-def _at_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or not ROOTS or is_part(optimizer, kwargs):
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not ROOTS or is_part(optimizer, kwargs):
         return
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     seen = _LOOKED_AT.setdefault(optimizer, WeakSet())
@@ -232,7 +224,7 @@ def _report_untrained(
         warnings.warn(
             f"at the first step of this {type(optimizer).__name__}, {why}.",
             UnreachedLayerWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
     return bool(missed) or not frozen - trained.keys()
 
@@ -316,3 +308,6 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             layer._reached = flag
         for module in unseen:
             module.__dict__[SEEN] = False
+
+
+watch_steps(after=_after_step)

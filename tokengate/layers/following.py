@@ -124,7 +124,7 @@ def _told(
                 return _told(module, forward, args, kwargs)
     outermost = not running()
     if outermost:
-        report_lost_of(module)
+        report_lost_of(module, stacklevel=8)
     call = what_is_said(module, followed.inside, followed.signature, args, kwargs)
     if torch.compiler.is_dynamo_compiling():  # which can break its graph in no `try`
         begin(call)

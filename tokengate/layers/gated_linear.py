@@ -18,13 +18,14 @@ from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import without_bias
 from tokengate.kernels.norms import reshaped
-from tokengate.kernels.recomputation import MaskMemory, is_computed_again, is_learnt_from
+from tokengate.kernels.recomputation import MaskMemory, is_computed_again
 from tokengate.layers.calls import (
     DISABLED,
     RECORD,
     USE,
     awaits_backward,
     contexts,
+    fits,
     padding_of,
     said_of,
 )
@@ -163,8 +164,7 @@ class Gated(Swapped):
             seen, at = h.transpose(0, 1), self.samples_first(is_open)
             norms = norms and (reshaped(norms[0], Tensor.t), reshaped(norms[1], Tensor.t))
         for observer in observers:
-            if not observer.trained or is_learnt_from():
-                observer.tell(at, seen, mask, norms, *([scores] if observer.scores else []))
+            observer.hear(at, seen, mask, norms, scores=scores)
         if adapter is not None and adapter[1] is not None:
             adapter[1].count(scores, mask)
         return as_output(own, h, output)
@@ -251,10 +251,8 @@ class Gated(Swapped):
 
     def _fitting(self, mask: Tensor, out: Tensor) -> Tensor | None:
         mask = mask.to(out.device)  # of a model over several devices
-        if self._sequence_first:
-            return mask if out.shape[:-1] == mask.T.shape else None
-        flattened = out.dim() == 2 and len(out) == mask.numel()
-        return mask if flattened or out.shape[:-1] == mask.shape else None
+        swapped = self._sequence_first
+        return mask if (out.shape[:-1] == mask.T.shape if swapped else fits(mask, out)) else None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         refuse_rescaled(self, name, param, modifications_in(self))

@@ -303,8 +303,7 @@ def _window(module: nn.Module, bound: dict[str, Any]) -> Window | None:
         return None
     length = states.shape[1]
     cache = next((bound[n] for n in _CACHES if bound.get(n) is not None), None)
-    mask = bound.get("attention_mask")
-    real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    real = _padding(bound.get(_MASK))
     if cache is None:
         return Window(0, length, ids, bool(bound.get("use_cache")), None, real)
     start = length_of(cache, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from tokengate.kernels.change import Change
 from tokengate.kernels.eager import is_exported
 from tokengate.kernels.factors import Factors, Learn
 from tokengate.kernels.gated_sum import without_bias
-from tokengate.layers.calls import in_decoder
+from tokengate.layers.calls import USE, in_decoder, said_of
+from tokengate.layers.regions import Regional
 from tokengate.methods.base import Modification
 
 _BEAMS = (
@@ -91,6 +92,15 @@ class Told:
     mask: Tensor | None
     inside: Tensor | None
     parts: tuple[Tensor, ...]
+
+
+def refuse_several(asked: str, patched: Mapping[str, Any]) -> None:
+    """An error if rows or regions have adapters of their own here, where one is to be looked at."""
+    if any(isinstance(c, Rows | Regional) for m in patched.values() for c in said_of(m, USE)[-1:]):
+        raise TokenGateError(
+            f"{asked} was asked of a model whose rows have their own adapters: call "
+            "tokengate.use(model, name) first, with the one that is meant."
+        )
 
 
 def modified_by_rows(

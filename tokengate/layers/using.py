@@ -13,7 +13,7 @@ from torch import nn
 
 from tokengate.errors import TokenGateError, brief
 from tokengate.layers.calls import USE, contexts, enter, leave
-from tokengate.layers.changing import busy_elsewhere, changed
+from tokengate.layers.changing import busy_elsewhere, count_change
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import is_folded
 from tokengate.layers.gated_linear import Gated
@@ -179,7 +179,7 @@ class use:
                 for layer, own in before:
                     put_in_use(layer, own, instead_of=name)
                 raise
-            changed()
+            count_change()
 
 
 # Those that were made and not entered yet, by what owns their contexts.

@@ -39,6 +39,11 @@ class Swapped(nn.Module):
         return state
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Its class under all that it was given here."""
+    return _taken_apart(type(module))[1]
+
+
 def swap(module: nn.Module, given: type[Swapped]) -> None:
     """Put `given` before the class of `module`: its methods win, `super()` is the module's own."""
     become(module, swapped_class(given, type(module)))

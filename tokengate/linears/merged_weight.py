@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.linears.class_swap import Swapped, become
+from tokengate.linears.class_swap import become, own_class
 from tokengate.linears.dequantised import DequantisedLinear
 from tokengate.linears.linear_like import LinearLike, has_own_weight, write_rows
 from tokengate.linears.quantised import is_quantised
@@ -73,7 +73,7 @@ class _Dequantised(MergedWeight):
 
     def __init__(self, layer: Any, merged: Tensor) -> None:
         super().__init__(layer, nn.Parameter(merged, requires_grad=False))
-        self._own_class = layer._own_class if isinstance(layer, Swapped) else type(layer)
+        self._own_class = own_class(layer)
 
     def _read(self) -> Tensor:
         return self.layer.weight

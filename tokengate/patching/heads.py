@@ -84,8 +84,8 @@ def forget_new(model: nn.Module) -> None:
     model.__dict__.pop(_NEW, None)
 
 
-def warn_of_frozen(model: nn.Module, stacklevel: int = 4) -> None:
-    """Warn of what is new and stays frozen, by default at the line that called the caller."""
+def warn_of_frozen(model: nn.Module) -> None:
+    """Warn of what is new and stays frozen, at the line that called `patch`."""
     frozen = [name for name, p in new_parameters(model).items() if not p.requires_grad]
     if frozen:
         warnings.warn(
@@ -94,7 +94,7 @@ def warn_of_frozen(model: nn.Module, stacklevel: int = 4) -> None:
             'of the base has others, to which the adapter will not fit, so pass train="head", '
             "which trains and saves all that is new, unless you have given them values yourself.",
             FrozenHeadWarning,
-            stacklevel=stacklevel,
+            stacklevel=4,
         )
 
 

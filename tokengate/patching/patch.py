@@ -12,7 +12,7 @@ from tokengate.arguments import finite, in_our_words, non_negative
 from tokengate.errors import TokenGateError
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import check_options
-from tokengate.gates.stacked import stacked
+from tokengate.gates.stacked import parts_beside
 from tokengate.layers.changing import all_or_nothing, exclusive, refuse_within
 from tokengate.layers.coverage import look_anew, watch
 from tokengate.layers.folded import folded, marking_what_goes, unchanged_if_interrupted, unfold
@@ -33,7 +33,6 @@ from tokengate.layers.patched import (
 )
 from tokengate.layers.sliced_linear import put_on, take_off
 from tokengate.linears.accelerate_hooks import weights_present
-from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearLike, holder, whole
 from tokengate.linears.mixing import warn_of_mixing
 from tokengate.linears.slices import Slices
@@ -203,10 +202,7 @@ def _built(
         modification = build(kind, one, options)
         return modification, build_gate(gate, one, modification)
 
-    if not isinstance(layer, StackedLinear):
-        return both(layer)
-    modifications, gates = zip(*map(both, layer.each()), strict=True)
-    return stacked(modifications), None if gate is None else stacked(gates, flat=True)
+    return parts_beside(layer, both)
 
 
 def install(

@@ -14,7 +14,7 @@ from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import all_layers
 from tokengate.linears.by_name import is_from
-from tokengate.names import named_modules, named_parameters, with_wrappers
+from tokengate.names import check_module, named_modules, named_parameters, with_wrappers
 from tokengate.sharding import in_processes, is_flattened, is_sharded
 
 # Wrappers that took hold of the model's parameters or code, by class name, because importing
@@ -37,10 +37,7 @@ _HOLDING = ("DistributedDataParallel", "FSDP", "fully_shard")
 
 def check_can_patch(model: nn.Module, caller: str) -> None:
     """An error, which names the function that was called, if nothing may be patched now."""
-    if not isinstance(model, nn.Module):
-        raise TokenGateError(
-            f"{caller} was given a {type(model).__name__}: pass a torch.nn.Module."
-        )
+    check_module(caller, model)
     if torch.is_inference_mode_enabled():
         raise TokenGateError(
             f"{caller} was called under torch.inference_mode, where new parameters can never be "

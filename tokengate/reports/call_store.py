@@ -60,9 +60,9 @@ class CallStore:
         call = [_NONE] * _FIELDS
         call[_SHAPE] = self._number(tuple(is_open.shape))
         call[_BY_SAMPLE] = self._number(tuple(real.shape))
-        call[_OPEN] = self._write(content_of(_packed(both[0])))
+        call[_OPEN] = self._write(content_of(packed(both[0])))
         if not both[1].all():
-            bits = content_of(_packed(both[1]))
+            bits = content_of(packed(both[1]))
             digest = hashlib.blake2b(bits, digest_size=16).digest()
             if digest not in self._masks:
                 self._masks[digest] = self._write(bits)
@@ -182,10 +182,12 @@ class KeptCalls(Mapping[str, list[Tensor]]):
         return sum(1 for _ in self)  # list(self) would ask for the length
 
 
-def _packed(flags: Tensor) -> Tensor:
-    """Eight to a byte, the first the lowest: `(N,) -> (ceil(N / 8),)`."""
-    eights = nn.functional.pad(flags, (0, -len(flags) % 8)).view(-1, 8).to(torch.uint8)
-    return (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+def packed(flags: Tensor) -> Tensor:
+    """Eight to a byte, the first the lowest: `(..., N) -> (..., ceil(N / 8))`, on the CPU."""
+    padded = nn.functional.pad(flags, (0, -flags.shape[-1] % 8)).to(torch.uint8)
+    eights = torch.unflatten(padded, -1, (-1, 8)) << torch.arange(8, dtype=torch.uint8)
+    octets: Tensor = eights.sum(-1, dtype=torch.uint8)
+    return octets
 
 
 def content_of(tensor: Tensor) -> bytes:

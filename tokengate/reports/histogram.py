@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokengate.kernels.precision import finest_dtype
+
 #: Those of r: four to the octave from 2^-24 to 2^16, which is 19 % from one to the next.
 RATIO_EDGES = tuple(2.0 ** (quarter / 4) for quarter in range(-24 * 4, 16 * 4 + 1))
 _RATIO_EDGES = torch.tensor(RATIO_EDGES)
@@ -54,8 +56,7 @@ def count_ratios(ratios: Tensor | None, real: Tensor) -> Tensor:
 
     None, which was not measured, is nowhere. Counts add up.
     """
-    # MPS has no float64; its counts are exact up to 2^24.
-    dtype = torch.float32 if real.device.type == "mps" else torch.float64
+    dtype = finest_dtype(real.device)
     counts = torch.zeros(len(RATIO_EDGES) + 1, dtype=dtype, device=real.device)
     if ratios is None:
         return counts

@@ -16,10 +16,11 @@ from tokengate.arguments import count, unused
 from tokengate.errors import TokenGateError, brief
 from tokengate.files.atomic_write import write_text
 from tokengate.files.strict_json import read
-from tokengate.layers.patched import module_names, require_layers
+from tokengate.layers.patched import module_names
 from tokengate.reports.module_sparsity import LARGEST_TAU
 from tokengate.reports.report import SparsityReport, check_report
 from tokengate.sharding import numbers_here
+from tokengate.training.thresholds import with_threshold
 
 # One value for each step that was kept; None where there was none, or none that is finite.
 Course = list[float | None]
@@ -196,19 +197,11 @@ class History:
 
 
 def _gates(model: nn.Module) -> dict[str, Any]:
-    patched = require_layers(model, "History")
-    gates = {
+    return {
         own: layer.gate
-        for name, layer in patched.items()
-        if layer.gate is not None and layer.gate.threshold is not None
+        for name, (layer, _) in with_threshold("History", model).items()
         for own in module_names(name, layer)
     }
-    if not gates:
-        raise TokenGateError(
-            f"History was asked of a {type(model).__name__} whose layers have no gates with a "
-            "threshold: patch it with gate='threshold', 'firm' or 'fisher'."
-        )
-    return gates
 
 
 def _finite(number: Any) -> float | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokengate.gates.base import Gate
 from tokengate.gates.registry import GATES
-from tokengate.linears.class_swap import Swapped
+from tokengate.linears.class_swap import own_class
 from tokengate.methods.base import Modification
 from tokengate.methods.registry import METHODS
 from tokengate.names import inside
@@ -27,12 +27,11 @@ _LIBRARIES = (
 def name_of_model(model: nn.Module) -> str:
     """Its class, and the name that a hub has for it; of a folder of this machine the last part."""
     model = inside(model)
-    kind = model._own_class if isinstance(model, Swapped) else type(model)
     found = getattr(getattr(model, "config", None), "_name_or_path", None)
     name = found if isinstance(found, str) else ""
     if PurePath(name).is_absolute() or name.startswith((".", "~")):
         name = PurePath(name).name
-    return f"{kind.__name__} {name}".strip()
+    return f"{own_class(model).__name__} {name}".strip()
 
 
 def version_of(library: str) -> str:

@@ -16,8 +16,9 @@ from tokengate.files.atomic_write import write_text
 from tokengate.files.text_table import markdown_table, text_table
 from tokengate.reports.histogram import RATIO_EDGES, Histogram, histogram_of
 from tokengate.reports.module_sparsity import ModuleSparsity as ModuleSparsity
-from tokengate.reports.page.html_page import Shown, html_page
+from tokengate.reports.page.html_page import html_page
 from tokengate.reports.page.html_table import html_table
+from tokengate.reports.page.report_data import Shown
 from tokengate.reports.page.sample_views import PatchView, TokenView
 from tokengate.reports.picture import load_plots, picture
 from tokengate.reports.report_file import read_report, write_report

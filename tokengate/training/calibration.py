@@ -13,11 +13,12 @@ from tokengate.arguments import share, switch
 from tokengate.errors import TokenGateError, UnreachedSparsityWarning, listed
 from tokengate.gates.fisher import FisherGate
 from tokengate.layers.changing import exclusive
-from tokengate.layers.patched import module_names, require_layers
+from tokengate.layers.patched import module_names
 from tokengate.patching.wrappers import check_gathered
 from tokengate.training.leading.led_gates import refuse_mixed
 from tokengate.training.measuring import measure
 from tokengate.training.seen_scores import SeenScores, of_all_processes, percent
+from tokengate.training.thresholds import with_threshold
 
 
 @exclusive
@@ -80,17 +81,8 @@ def calibrate(
             then as they were.
     """
     share("sparsity", sparsity)
-    gated = {
-        name: (layer, layer.gate.threshold)
-        for name, layer in require_layers(model, "calibrate").items()
-        if layer.gate is not None and layer.gate.threshold is not None
-    }
+    gated = with_threshold("calibrate", model)
     check_gathered(model, "calibrate", "calibrate the model before it is wrapped")
-    if not gated:
-        raise TokenGateError(
-            f"calibrate was asked of a {type(model).__name__} whose layers have no gates with a "
-            "threshold: patch it with gate='threshold', 'firm' or 'fisher'."
-        )
     gates = {name: layer.gate for name, (layer, _) in gated.items() if layer.gate is not None}
     if led := [repr(name) for name, gate in gates.items() if gate.is_led]:
         raise TokenGateError(

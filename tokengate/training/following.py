@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UnreachedLayerWarning, brief
 from tokengate.gates.living import any_led, tau_of
-from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
+from tokengate.gates.optimizer_steps import Arguments, is_infinite, once_there_are_gradients
 from tokengate.layers.patched import require_layers
 from tokengate.training.hooked import Hooked
 from tokengate.training.param_groups import slope, tau_rule
@@ -239,9 +239,8 @@ class Following(Hooked):
             return
         # A step that calls its parent class's, or another optimiser's, is announced twice.
         gradients, self._gradients = self._gradients, {}
-        # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if gradients and not (found_inf is not None and bool(found_inf > 0)):
+        if gradients and not is_infinite(optimizer):
+            # A fused optimiser is stepped by a GradScaler on scaled gradients.
             self._move(gradients, getattr(optimizer, "grad_scale", None))
         self._say_if_none(optimizer, gradients)
         self._put_back()

@@ -14,11 +14,10 @@ from tokengate.gates.deciding import Observer
 from tokengate.gates.tally import by_sample, weights_of
 from tokengate.kernels.norms import Norms, reshaped
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.calls import RECORD, USE, in_context, said_of
+from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import observers
-from tokengate.layers.regions import Regional
-from tokengate.layers.several import Rows
+from tokengate.layers.several import refuse_several
 
 # What is told of one call of a layer: the norms of m and of w, what each position weighs, and its
 # score for the gate if that is wanted, all of them (B, T). The real positions of a sample weigh 1
@@ -49,11 +48,7 @@ def measure(
             numbers that are not finite at a real one.
     """
     batches = check_batches(asked, batches)
-    if any(isinstance(c, Rows | Regional) for m in patched.values() for c in said_of(m, USE)[-1:]):
-        raise TokenGateError(
-            f"{asked} was asked of a model whose rows have their own adapters: call "
-            "tokengate.use(model, name) first, with the one that is meant."
-        )
+    refuse_several(asked, patched)
     watchers, unseen = watching(asked, patched, listeners, scores)
     with evaluating(model), in_context(RECORD, watchers):
         for batch in batches:

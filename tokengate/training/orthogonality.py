@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,8 +46,12 @@ def orthogonality(model: nn.Module) -> Tensor:
     Raises:
         TokenGateError: no layer of the model has an AdaLoRA.
     """
+    return _distance(adalora_layers(model, "orthogonality").values())
+
+
+def _distance(modifications: Iterable[AdaLoRA]) -> Tensor:
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
-    for modification in adalora_layers(model, "orthogonality").values():
+    for modification in modifications:
         P, Q = gathered(modification.P), gathered(modification.Q)
         with without_autocast(P.device):  # 16 bits would round what is nearly orthogonal to it
             grams = [P.mT @ P, Q @ Q.mT]
@@ -66,7 +71,7 @@ def penalty_gradients(model: nn.Module, weight: float) -> tuple[Tensor, dict[nn.
     own = adalora_layers(model, "orthogonality").values()
     factors = [p for modification in own for p in (modification.P, modification.Q)]
     with torch.enable_grad():
-        distance = orthogonality(model)
+        distance = _distance(own)
         gradients = torch.autograd.grad(weight * distance, factors)
     return distance.detach(), dict(zip(factors, gradients, strict=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import count, share
 from tokengate.errors import TokenGateError
-from tokengate.gates.optimizer_steps import Arguments, once_there_are_gradients
+from tokengate.gates.optimizer_steps import Arguments, is_infinite, once_there_are_gradients
 from tokengate.sharding import divided_as, gathered
 from tokengate.training.hooked import Hooked
 from tokengate.training.importance import Importance
@@ -257,12 +257,11 @@ class RankAllocator(Hooked):
         return once_there_are_gradients(args, kwargs, lambda: self._read_gradients(optimizer))
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        # A fused optimiser is stepped by a GradScaler on scaled gradients, and on infinite ones.
-        found_inf = getattr(optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf > 0)
+        self._skipped = is_infinite(optimizer)
         step = self.steps + 1
         if self._skipped or step > self._last:
             return
+        # A fused optimiser is stepped by a GradScaler on scaled gradients.
         reached = self._importance.read(getattr(optimizer, "grad_scale", None))
         if not reached:
             raise TokenGateError(

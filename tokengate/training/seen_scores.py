@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tokengate.gates.score_counts import FineCounts
+from tokengate.gates.score_counts import BINS, LOW, PER_OCTAVE, bins_of
 from tokengate.kernels.norms import Norms
 from tokengate.sharding import in_processes
 
+# Into how many parts each bin of training is divided, 0.07 % each.
+_PARTS = 32
 # How far from the share asked for is not worth a word.
 _NEAR = 0.1
 
+_Place = TypeVar("_Place", float, Tensor)
 
-class SeenScores(FineCounts):
-    """The scores of one layer, of one expert or of all."""
+
+class SeenScores:
+    """The scores of one layer, of one expert or of all, in bins: those in which something was.
+
+    Attributes:
+        bins: which, `(K,)`, ascending; `FIRST` and `LAST` are for what is smaller, and larger.
+        weights: how much was seen in each, `(K,)`.
+        heaviest: the weight of one position.
+    """
+
+    FIRST, LAST = 0, _PARTS * (BINS - 2) + 1
+
+    def __init__(self) -> None:
+        self.bins, self.weights = torch.zeros(0).long(), torch.zeros(0).double()
+        self.heaviest = 0.0
 
     @classmethod
     def of(cls, several: Iterable[SeenScores]) -> SeenScores:
         """What all have seen."""
         found = cls()
         for each in several:
-            found.include(each.bins, each.weights, each.heaviest)
+            found._include(each.bins, each.weights, each.heaviest)
         return found
 
     @classmethod
@@ -31,12 +48,31 @@ class SeenScores(FineCounts):
         """What all have seen, each of them as much."""
         found = cls()
         for each in several:
-            found.include(each.bins, each.weights / each.total, each.heaviest / each.total)
+            found._include(each.bins, each.weights / each.total, each.heaviest / each.total)
         return found
+
+    def _include(self, bins: Tensor, weights: Tensor, heaviest: float) -> None:
+        """Count what was seen in `bins`, `(...)` both, of whose positions one weighs most."""
+        all_bins = torch.cat([self.bins, bins])
+        self.bins, at = all_bins.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        both = torch.cat([self.weights, weights])
+        self.weights = torch.zeros(len(self.bins)).double().index_add(0, at, both)
+        self.heaviest = max(self.heaviest, heaviest)
+
+    def add(self, scores: Tensor, weights: Tensor) -> None:
+        """Count scores >= 0, `(...)`, by their `weights`, `(...)`, on the CPU; 0 is nothing."""
+        some = weights > 0
+        new = bins_of(scores[some].double(), _PARTS)
+        self._include(new, weights[some].double(), weights.max().item())
 
     def listen(self, of_m: Norms, of_w: Norms, weights: Tensor, scores: Tensor) -> None:
         """One call's, as `measure` tells them."""
         self.add(scores.cpu(), weights.cpu())
+
+    @property
+    def total(self) -> float:
+        """The weight of all that was seen."""
+        return self.weights.sum().item()
 
     def moved(self) -> bool:
         """Whether r was above 0 anywhere."""
@@ -59,6 +95,18 @@ class SeenScores(FineCounts):
         around = torch.cat([at[:1] - 2, at, at[-1:] + 2])
         between = (around[nearest] + around[nearest + 1] + 1).item() / 2
         return self.score_at(between), closed[nearest].item()
+
+    @staticmethod
+    def score_at(place: _Place) -> _Place:
+        """The score so far into the bins, of which each is 1 wide."""
+        score: _Place = 2.0 ** ((place - 1) / (_PARTS * PER_OCTAVE) + LOW)
+        return score
+
+    def share_below(self, score: float) -> float:
+        """The share that lies below a score, by the middles of bins."""
+        middles = self.score_at(self.bins + 0.5)
+        below = self.weights[(middles < score) & (self.bins < self.LAST)]
+        return below.sum().item() / self.total
 
     def miss(self, share: float) -> str | None:
         """What keeps `threshold` from `share`, and where that leaves it; None if nothing does."""

@@ -20,7 +20,7 @@ from tokengate.arguments import positive, switch
 from tokengate.errors import TokenGateError, brief
 from tokengate.gates.firm import FirmGate
 from tokengate.layers.batches import check_batches, evaluating, run
-from tokengate.layers.changing import Told, changing, exclusive
+from tokengate.layers.changing import Outcome, changing, exclusive
 from tokengate.layers.experts.folded_experts import experts_as_folded
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.folded import (
@@ -41,7 +41,7 @@ from tokengate.reports.report import SparsityReport
 from tokengate.sharding import is_sharded, numbers_here
 
 
-class Folding(Told):
+class Folding(Outcome):
     """What `fold` did; print it for a table.
 
     Attributes:

@@ -14,6 +14,7 @@ from tokengate.adapters.folding.deciding import FoldedLayer
 from tokengate.adapters.weights import all_finite
 from tokengate.errors import TokenGateError
 from tokengate.kernels.gated_sum import without_bias
+from tokengate.kernels.precision import finest_dtype
 from tokengate.layers.sliced_linear import take_off
 from tokengate.linears.dequantised import compute_dtype, product_error
 from tokengate.linears.experts import StackedLinear
@@ -55,8 +56,7 @@ def merged_weights(
 
 def merged_weight_of(name: str, layer: Any, safe: bool) -> tuple[Tensor, float]:
     """W0 + M's matrix, in W0's dtype and layout, and how far its outputs are from the layer's."""
-    # MPS has nothing finer than float32.
-    dtype = torch.float32 if layer.weight.device.type == "mps" else torch.float64
+    dtype = finest_dtype(layer.weight.device)
     with _constants():
         W0 = torch.cat([block.to(dtype) for block in row_blocks(layer)])
         training = layer.modification.training

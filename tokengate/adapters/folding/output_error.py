@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokengate.errors import TokenGateError
-from tokengate.layers.batches import evaluating, run
+from tokengate.layers.batches import evaluating, part_of, run
 from tokengate.layers.folded import unfolded
 
 
@@ -38,8 +38,7 @@ def _first(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     values = list(output.values()) if isinstance(output, Mapping) else output
-    logits = getattr(output, "logits", None)
-    for value in (logits, *values):
+    for value in (part_of(output, "logits"), *values):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
             return value
     raise TokenGateError(

@@ -255,7 +255,6 @@ class _Call:
         """Tell observers and the gate, expert by expert, of its positions."""
         if not (self.observers or self.counts):
             return
-        told = [observer for observer in self.observers if not observer.trained or is_learnt_from()]
         for expert in experts:
             own, of = rows, found
             if groups is not None:
@@ -263,9 +262,8 @@ class _Call:
                 pick = partial(torch.index_select, dim=0, index=of_expert)
                 own, of = rows.at(of_expert), _each(found, pick)
             of, real = self._at_positions(own, of)
-            for observer in told:
-                scores = [of.scores] if observer.scores else []
-                observer.of(expert).tell(of.is_open, of.h, real, of.norms, *scores)
+            for observer in self.observers:
+                observer.of(expert).hear(of.is_open, of.h, real, of.norms, scores=of.scores)
             if self.counts and self.parts is None:
                 cast(Gate, self.adapters[0][1]).count(of.scores, real)
 

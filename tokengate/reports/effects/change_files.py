@@ -18,11 +18,10 @@ from tokengate.files.atomic_write import write_atomically
 from tokengate.files.text_table import size
 from tokengate.gates.deciding import Observer
 from tokengate.layers.batches import check_batches, evaluating, named, run
-from tokengate.layers.calls import RECORD, USE, in_context, said_of
+from tokengate.layers.calls import RECORD, in_context
 from tokengate.layers.gated_linear import Gated
 from tokengate.layers.patched import require_layers
-from tokengate.layers.regions import Regional
-from tokengate.layers.several import Rows
+from tokengate.layers.several import refuse_several
 from tokengate.linears.experts import StackedLinear
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
 from tokengate.reports.call_store import content_of
@@ -95,11 +94,7 @@ def export_changes(
             f"export_changes was asked for {brief(held[0])}, which are experts, whose M(x) is of "
             "the rows that are routed to each and of no (B, T): pass modules= without it."
         )
-    if any(isinstance(c, Rows | Regional) for m in chosen.values() for c in said_of(m, USE)[-1:]):
-        raise TokenGateError(
-            "export_changes was asked of a model whose rows have their own adapters: call "
-            "tokengate.use(model, name) first, with the one that is meant."
-        )
+    refuse_several("export_changes", chosen)
     files: list[Path] = []
     left = count("limit", limit)
     for i, batch in enumerate(batches):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.layers.batches import part_of
 
 # Positions whose distributions are in float32 at once.
 _CHUNK = 64
@@ -80,7 +81,7 @@ def effect_of(
 
 def logits_of(output: Any, asked: str) -> Tensor:
     """Of what a model returned: its `logits`, or itself."""
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+    found = part_of(output, "logits", output)
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or found.dim() < 3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tokengate.arguments import choice, function, in_our_words, share
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import apart, check_batches, evaluating, named, run
+from tokengate.kernels.precision import finest_dtype
+from tokengate.layers.batches import apart, check_batches, evaluating, named, part_of, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 from tokengate.names import inside
@@ -111,7 +112,7 @@ def drift(
                 )
             real = _real(model, batch, base) if base.dim() == 3 else None
             base, adapted = (each if real is None else each[real] for each in (base, adapted))
-            dtype = torch.float32 if base.device.type == "mps" else torch.float64
+            dtype = finest_dtype(base.device)
             both = base.flatten(0, -2), adapted.flatten(0, -2)
             for at in range(0, len(both[0]), _ROWS):
                 rows = (each[at : at + _ROWS].to(dtype) for each in both)
@@ -166,7 +167,7 @@ def _configured(model: nn.Module, name: str) -> Any:
 
 
 def _part(output: Any, name: str) -> Tensor | None:
-    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    found = part_of(output, name)
     return found if isinstance(found, Tensor) else None
 
 

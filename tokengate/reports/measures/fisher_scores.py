@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokengate.arguments import function
 from tokengate.errors import TokenGateError, brief
-from tokengate.layers.batches import apart, check_batches, keeping_state, run
+from tokengate.layers.batches import apart, check_batches, keeping_state, part_of, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
 
@@ -111,7 +111,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         TokenGateError: it returns none.
     """
     output = run(model, batch)
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    found = part_of(output, "loss", output)
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise TokenGateError(
             f"{type(model).__name__} returned no loss, but {brief(output)}: pass batches with "

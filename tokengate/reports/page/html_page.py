@@ -5,30 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
 from tokengate.errors import TokenGateError, brief, printable
-from tokengate.reports.module_sparsity import ModuleSparsity
-from tokengate.reports.page.report_data import report_data
+from tokengate.reports.page.report_data import Shown, report_data
 from tokengate.reports.page.sample_views import PatchView, TokenView
 from tokengate.reports.tables.sparsity_table import places
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One report, as the page has it."""
-
-    name: str
-    """What it is called beside another one."""
-    modules: Mapping[str, ModuleSparsity]
-    averages: Mapping[str, float | None]
-    """Its "sparsity", "std" and "token_sparsity"."""
-    about: Mapping[str, str]
 
 
 def html_page(

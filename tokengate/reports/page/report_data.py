@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from tokengate.reports.histogram import RATIO_EDGES
 from tokengate.reports.module_sparsity import ModuleSparsity
@@ -13,18 +14,19 @@ from tokengate.reports.tables.sparsity_table import mean, value
 _PLACES = 96
 
 
-class _Report(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def modules(self) -> Mapping[str, ModuleSparsity]: ...
-    @property
-    def averages(self) -> Mapping[str, float | None]: ...
-    @property
-    def about(self) -> Mapping[str, str]: ...
+@dataclass(frozen=True)
+class Shown:
+    """One report, as the page has it."""
+
+    name: str
+    """What it is called beside another one."""
+    modules: Mapping[str, ModuleSparsity]
+    averages: Mapping[str, float | None]
+    """Its "sparsity", "std" and "token_sparsity"."""
+    about: Mapping[str, str]
 
 
-def report_data(report: _Report, places: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def report_data(report: Shown, places: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """For the page's JSON: a list has an entry for each of `places`, None of what it has not.
 
     Args:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokengate.errors import TokenGateError, brief
+from tokengate.reports.call_store import content_of, packed
 from tokengate.reports.page.words import numbered, words_of
 from tokengate.reports.tables.sparsity_table import value
 
@@ -95,7 +95,7 @@ class TokenView:
             return None
         unknown = torch.full((len(self.tokens),), torch.nan)
         rows = [_level(self.ratios.get(name, unknown)) for name in self.is_open]
-        return base64.b64encode(bytes(torch.cat(rows).tolist())).decode()
+        return _in_base64(torch.cat(rows))
 
 
 @dataclass(frozen=True)
@@ -240,13 +240,10 @@ def _positions(
     return {
         "length": len(real),
         "modules": [numbers[name] for name in is_open],
-        "open": _packed(stacked),
-        "real": _packed(real.cpu()[None]),
+        "open": _in_base64(packed(stacked)),
+        "real": _in_base64(packed(real.cpu())),
     }
 
 
-def _packed(rows: Tensor) -> str:
-    """Booleans (M, T) in base64: rows of whole bytes, the first position in the lowest bit."""
-    padded = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).reshape(-1, 8)
-    octets = (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-    return base64.b64encode(bytes(octets.tolist())).decode()
+def _in_base64(octets: Tensor) -> str:
+    return base64.b64encode(content_of(octets)).decode()
