@@ -108,7 +108,7 @@ class StillGatedWarning(_OneLine, UserWarning):
 
 
 class UnenteredContextWarning(_OneLine, UserWarning):
-    """A context such as `record(model)` was made, and never entered by `with`."""
+    """A context such as `record(model)` was never entered by `with`, or does not hold of a copy."""
 
 
 class KernelsWarning(_OneLine, UserWarning):

@@ -9,7 +9,7 @@ import torch
 from models import Net, one_sentence
 
 import tokengate
-from tokengate.errors import LeftOutWarning
+from tokengate.errors import LeftOutWarning, UselessGateWarning
 
 MAKE = {
     "SparsitySchedule": lambda model, optimizer: tokengate.SparsitySchedule(
@@ -73,6 +73,27 @@ def test_a_copy_leads_nothing_and_says_so(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         copy.deepcopy(leader)
+
+
+def test_copies_of_led_gates_that_are_trained_are_told_of():
+    """As where nobody holds the schedule: the optimizer's hook has it, and goes in no copy."""
+    model, optimizer, schedule = made("SparsitySchedule")
+    for copied in (copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))):
+        other = copied(copied([model, optimizer]))
+        train(*other)
+        train(*other)
+        with pytest.warns(UselessGateWarning, match=r"2 gates, .* copies of ones that a Sparsity"):
+            train(*other)
+        train(*other)
+    led = copy.deepcopy([model, optimizer])
+    again = MAKE["SparsitySchedule"](*led)
+    again.detach()
+    for _ in range(3):
+        train(*led)
+    schedule.detach()
+    free = copy.deepcopy([model, optimizer])
+    for _ in range(3):
+        train(*free)
 
 
 @pytest.mark.parametrize("name", MAKE)

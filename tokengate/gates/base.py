@@ -62,6 +62,8 @@ class Gate(KeepsFloat32):
     s: float | None = None
     relative: bool = False
     """Whether s is a share of the median of r in each step, as `total_steps` sets it."""
+    # Whether it is a copy of one that a schedule led, which leads no copy.
+    _was_led: bool = False
     # Its threshold at first.
     _first: float = 0.0
     # What its group of an optimiser was to have then: tau's learning rate alpha * s, betas and eps.
@@ -135,6 +137,9 @@ class Gate(KeepsFloat32):
     def is_led(self) -> bool:
         """Whether a `SparsitySchedule` sets its threshold at present."""
         return leader_of(self) is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_was_led": self._was_led or self.is_led}
 
     @property
     def counts_scores(self) -> bool:

@@ -38,6 +38,7 @@ def forget_holders() -> None:
 def lead(gate: Gate, leader: object) -> None:
     """From now on `leader` sets the threshold of `gate`, as long as it lives."""
     _leaders[gate] = weakref.ref(leader)
+    gate._was_led = False
 
 
 def lead_no_more(gate: Gate) -> None:

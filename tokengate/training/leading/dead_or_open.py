@@ -129,6 +129,14 @@ def _tell_of_unled(optimizer: Optimizer) -> None:
     found = _layers_of(held)
     moved = [la for la in found if not held.isdisjoint(map(id, la.modification.parameters()))]
     gates = dict.fromkeys(layer.gate for layer in moved)
+    copies = [g for g in gates if g and g._was_led and not g.is_led and g not in _TOLD_OF]
+    if copies:
+        _tell(
+            optimizer,
+            copies,
+            "and are copies of ones that a SparsitySchedule led, which leads no copy: make one for "
+            "this model and optimizer, and load the state_dict() of the other there",
+        )
     led = [gate for gate in gates if isinstance(gate, LedGate) and gate.trained]
     unled = [g for g in led if not g.is_led and g not in _TOLD_OF]
     if unled:
