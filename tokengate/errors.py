@@ -108,7 +108,7 @@ class StillGatedWarning(_OneLine, UserWarning):
 
 
 class UnenteredContextWarning(_OneLine, UserWarning):
-    """A context such as `record(model)` was never entered by `with`, or does not hold of a copy."""
+    """`record(model)` or its like was never entered by `with`, or does not hold of what runs."""
 
 
 class KernelsWarning(_OneLine, UserWarning):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tokengate.kernels.factors import Factors
 from tokengate.kernels.gated_sum import blocks, without_bias
 from tokengate.kernels.norms import Norms, accumulation_dtype, norms
-from tokengate.kernels.precision import in_own_dtypes
+from tokengate.kernels.precision import finest_dtype, in_own_dtypes
 
 # Elements of a product that takes no longer than to start the operations it saves.
 _SMALL = 2**14
@@ -40,8 +40,7 @@ def norms_of_product(z: Tensor, up: Tensor) -> Norms:
 
 def norm_from_gram(z: Tensor, up: Tensor) -> Tensor:
     """||up z_i||, `(..., r), (C, r) -> (...)`, which has gradients: 0 where it is 0."""
-    wide = torch.float32 if z.device.type == "mps" else torch.float64  # which mps has not
-    square, _ = _from_gram(z, up, wide)
+    square, _ = _from_gram(z, up, finest_dtype(z.device))
     some = ~(square <= 0)  # a NaN stays one
     return torch.where(some, square, 1).sqrt().where(some, 0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from tokengate.errors import TokenGateError
+from tokengate.errors import UnenteredContextWarning
 from tokengate.kernels.recomputation import is_in_hook
 from tokengate.layers.calls import (
     LEFT,
@@ -159,10 +160,13 @@ def _missing(module: nn.Module) -> Sequence[Context]:
     held = [c for _, c in before if c is not None and OPEN.get(id(c)) is c]
     left = [kind for kind, c in before if c not in held and kind != RECORD]
     if left:
-        raise TokenGateError(
+        warnings.warn(
             f"this {type(module).__name__} was called in a hook of backward, as by a loss that "
             f"embeds again (GradCache, sentence-transformers' Cached...), and tokengate.{left[0]}, "
-            "which its forward before was in, has ended: call backward within the same block."
+            "which its last forward without gradients was in, has ended: if that was the loss's, "
+            "call backward within the same block.",
+            UnenteredContextWarning,
+            stacklevel=2,
         )
     return held
 

@@ -10,7 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from tokengate.gates.base import Gate
-from tokengate.gates.optimizer_steps import Arguments, is_part, once_there_are_gradients
+from tokengate.gates.optimizer_steps import (
+    Arguments,
+    is_infinite,
+    is_part,
+    once_there_are_gradients,
+)
 from tokengate.training.hooked import Hooked
 from tokengate.training.leading.unreached import say_if_beyond
 
@@ -82,11 +87,8 @@ class OptimizerHook(Hooked):
         step = self.steps
 
         def look() -> None:
-            # A fused optimiser is stepped by a GradScaler on infinite gradients, too.
-            found_inf = getattr(optimizer, "found_inf", None)
-            infinite = found_inf is not None and bool(found_inf > 0)
             # Of a closure's calls the first counts, and the others in no other step.
-            if self.steps == step and not infinite:
+            if self.steps == step and not is_infinite(optimizer):
                 self.steps += 1
                 if self.schedule is not None:
                     self.schedule._look(optimizer)

@@ -16,6 +16,7 @@ from tokengate.gates.score_counts import (
     share_at,
     shares_of,
 )
+from tokengate.kernels.precision import finest_dtype
 
 # By which powers of its number a step is weighed: of so many steps so far that is an average over
 # the last half, quarter, tenth and 28th. And by which one how far each of these was off.
@@ -53,7 +54,7 @@ class QuantileTracker:
     """
 
     def __init__(self, series: int, device: torch.device, weights: Tensor | None = None) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.dtype = finest_dtype(device)
         self._weights = None if weights is None else weights.to(self.dtype).unsqueeze(-1)
         self._powers = torch.tensor(_POWERS, dtype=self.dtype, device=device).unsqueeze(-1)
         zeros = torch.zeros(len(_POWERS), series, dtype=self.dtype, device=device)
