@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from tokengate import SparsitySchedule, TokenGateError
 from tokengate.arguments import count, non_negative, share, switch, unused, wanted_sparsity
-from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.param_groups import tau_rule
 
 _ASKED = "TokenGateCallback"
@@ -82,24 +81,6 @@ class Leading:
         return SparsitySchedule(
             model, optimizer, self.target, steps, warmup_steps=warmup, settle=settle
         )
-
-
-def finish(
-    schedule: SparsitySchedule | None, step: int | None = None, closed: Iterable[float] = ()
-) -> None:
-    """A training has ended, if before its last step: settle it, or say what is not as asked.
-
-    Args:
-        schedule: that has led it, if one has.
-        step: of the checkpoint that the model went back to, whose gates stay as they were
-            evaluated; None if it is as the last step that was taken has left it.
-        closed: the share that this checkpoint closed, in each of its evaluations.
-    """
-    if schedule is None:
-        return
-    if step is None:
-        schedule.end()
-    say_if_early(schedule, step, closed)
 
 
 def refuse_allocation(allocation: Mapping[str, Any]) -> None:

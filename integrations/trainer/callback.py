@@ -27,7 +27,6 @@ from tokengate import History, RankAllocator, SparsityReport, SparsitySchedule, 
 from tokengate.arguments import non_negative, switch
 from tokengate.integrations.callbacks import (
     Leading,
-    finish,
     refuse_allocation,
     resume,
     tau_numbers,
@@ -41,6 +40,7 @@ from tokengate.integrations.trainer.tau_steps import KEY, TauSteps, state_of
 from tokengate.layers.patched import require_layers
 from tokengate.methods.adalora import AdaLoRA
 from tokengate.sharding import in_processes, is_absent
+from tokengate.training.leading.unreached import say_if_early
 from tokengate.training.scale_penalty import set_unit
 
 _log = logging.getLogger(__name__)
@@ -333,9 +333,12 @@ class TokenGateCallback(TrainerCallback):
             # Here, where all processes are, and not where one has failed.
             state_of(self._engine.optimizer)[KEY] = self._steps.state()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        step = step_of(Path(best)) if best else None
-        with self._engine.values():
-            finish(self.sparsity_schedule, step, evaluated_at(state, step))
+        schedule, step = self.sparsity_schedule, step_of(Path(best)) if best else None
+        if schedule is not None:
+            if best is None:
+                with self._engine.values():
+                    schedule.end()  # of a training that is stopped early
+            say_if_early(schedule, step, evaluated_at(state, step))
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:

@@ -136,7 +136,7 @@ def say_if_early(
         f"a SparsitySchedule was to close {target:.0%} of the positions, and the model is that of "
         f"step {taken} of {schedule.total_steps}, {said} {_calibrate(schedule)}.",
         UnreachedSparsityWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
