@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from tokengate.arguments import switch, unused
 from tokengate.contexts import Waiting
 from tokengate.errors import TokenGateError
-from tokengate.layers.calls import RESTRICT, enter, leave
+from tokengate.layers.calls import RESTRICT, Context, enter, in_context, leave
 from tokengate.layers.folded import folded
 from tokengate.layers.patched import all_layers, may_be_idle
-from tokengate.layers.regions import Region, valid_where
+from tokengate.layers.regions import After, Region, valid_where
 from tokengate.patterns import Pattern, as_patterns, matches, nearest, show
+
+# What a restriction says: of each layer its name, and its region.
+Said: TypeAlias = Mapping[nn.Module, tuple[str, Region]]
 
 
 class restrict(Waiting):
@@ -72,20 +76,43 @@ class restrict(Waiting):
                     "sees the positions that are routed there: restrict other layers, "
                     "{'pattern': mask}, or pass a function (name, shape) -> mask."
                 )
-        self._regions: Mapping[nn.Module, tuple[str, Region]] = {
-            patched[name]: (name, each) for name, each in regions.items()
-        }
+        self._regions: Said = {patched[name]: (name, each) for name, each in regions.items()}
         self._called, self._waits = "restrict", True
 
     def __enter__(self) -> None:
         self._waits = False
-        # What a region has seen belongs to this context, also where others enter the same object.
-        anew = {region: region.anew() for _, region in self._regions.values()}
-        regions = {layer: (name, anew[each]) for layer, (name, each) in self._regions.items()}
-        enter(RESTRICT, regions, self, windows=True)
+        enter(RESTRICT, _anew(self._regions), self, windows=True)
 
     def __exit__(self, *error: object) -> None:
         leave(self)
+
+
+def _anew(regions: Said) -> Said:
+    """What a region has seen belongs to one context, also where others enter the same object."""
+    anew = {region: region.anew() for _, region in regions.values()}
+    return {layer: (name, anew[region]) for layer, (name, region) in regions.items()}
+
+
+def kept(context: Context) -> Said | None:
+    """What a restriction says, for `said_again`; None of functions, which may say something else.
+
+    Of its masks these are copies.
+    """
+    copies: dict[Region, Region] = {}
+    for _, region in context.layers.values():
+        if isinstance(region.where, Tensor):
+            if region not in copies:
+                copies[region] = Region(region.where.clone(), region.new)
+        elif isinstance(region.where, After):
+            copies[region] = region
+        else:
+            return None
+    return {layer: (name, copies[region]) for layer, (name, region) in context.layers.items()}
+
+
+def said_again(regions: Said) -> AbstractContextManager[None]:
+    """Within this context what was `kept` holds once more."""
+    return in_context(RESTRICT, _anew(regions), windows=True)
 
 
 def _by_layer(where: Any, names: list[str], new: bool) -> dict[str, Region]:

@@ -111,6 +111,22 @@ def test_a_resumed_training_ends_as_one_that_went_on():
     assert resumed(saved=False) not in (thresholds(), thresholds(settle=False))
 
 
+def test_a_resumed_training_does_not_call_again_what_was_restricted_before():
+    """It would be without the restriction, of which no state knows."""
+    mask = (torch.arange(10) < 5).expand(16, -1)
+
+    def restricted(model, x, step):
+        with tokengate.restrict(model, mask):
+            return model(x)
+
+    kept = []
+    for call in (restricted, lambda model, x, step: model(x)):
+        model, optimizer, schedule = made()
+        train(model, optimizer, call, 16)
+        kept.append(len(schedule.state_dict()["calls"]["steps"]))
+    assert kept == [0, 16]
+
+
 @pytest.mark.parametrize("options", [{}, {"settle": False}, {"learn_from": 0.8}])
 def test_a_training_that_goes_back_from_its_end_ends_as_before(options):
     """As after a loss that went up, in the same process."""

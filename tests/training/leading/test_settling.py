@@ -120,20 +120,45 @@ def test_as_followed_where_calls_tell_less(call):
     assert thresholds(call) == thresholds(call, settle=False)
 
 
-def test_as_followed_within_restrictions_that_are_no_more():
+def around_all(settle=True):
+    model, optimizer, schedule = made(settle=settle)
+    with tokengate.restrict(model, HALF):
+        train(model, optimizer, lambda model, x, step: model(x))
+    return list(schedule.thresholds.values())
+
+
+def around_each(where):
+    """A call, within a restriction of its own."""
+
     def restricted(model, x, step):
-        with tokengate.restrict(model, HALF):
+        with tokengate.restrict(model, where(step)):
             return model(x)
 
-    assert thresholds(restricted) == thresholds(restricted, settle=False)
-    # One around all of the training still holds.
-    found = []
-    for settle in (False, True):
-        model, optimizer, schedule = made(settle=settle)
-        with tokengate.restrict(model, HALF):
-            train(model, optimizer, lambda model, x, step: model(x))
-        found.append(schedule.thresholds)
-    assert found[0] != found[1]
+    return restricted
+
+
+def test_each_call_is_made_again_within_its_own_restriction():
+    each = around_each(lambda step: HALF)
+    assert around_all() != around_all(settle=False)
+    assert thresholds(each) == around_all()
+    masks = torch.rand(STEPS, *HALF.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    written = torch.empty_like(HALF)
+    others = thresholds(around_each(lambda step: masks[step]))
+    assert others != thresholds(each)
+    assert others == thresholds(around_each(lambda step: written.copy_(masks[step])))
+
+
+def test_as_followed_within_what_cannot_be_said_again():
+    each = around_each(lambda step: lambda name, shape: HALF)
+    assert thresholds(each) == thresholds(each, settle=False) != thresholds()
+
+    def ends(model, x, step):
+        # What holds at the end was not around the others.
+        if step == STEPS - 1:
+            tokengate.restrict(model, HALF).__enter__()
+        return model(x)
+
+    assert thresholds(ends) == thresholds(ends, settle=False)
 
 
 @pytest.mark.parametrize("steps", [LEAST - 1, LEAST])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tokengate.kernels.recomputation import is_learnt_from
-from tokengate.layers.calls import RECORD, Context, contexts, running
+from tokengate.layers.calls import RECORD, RESTRICT, Context, contexts, running
 from tokengate.layers.following import HEARERS
+from tokengate.layers.restriction import Said, kept, said_again
 from tokengate.names import inside, named_modules
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
@@ -31,14 +33,20 @@ class _Call:
         module: what was called, by its name in the model.
         given: copies of its arguments by position and by keyword.
         autocast: the dtype of an autocast around it, or None.
-        around: the contexts around it, and what others had put in the place of the module's
-            forward; None for whichever there will be.
+        around: the contexts around it, and what is said again of each that has ended by then; None
+            if that can't be.
+        forward: what others had put in the place of the module's, as Lightning on several devices
+            does for the time of a call, to have its training step called.
+        resumed: whether it is of a training before this one; then what is around it, and the
+            forward, are whichever there will be.
     """
 
     module: str
     given: tuple[tuple[Any, ...], dict[str, Any]]
     autocast: torch.dtype | None
-    around: tuple[tuple[Context, ...], Any] | None
+    around: dict[Context, Said | None]
+    forward: Any = None
+    resumed: bool = False
 
     @cached_property
     def samples(self) -> int:
@@ -97,10 +105,12 @@ class LastCalls:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         try:
             given = _each(_copied, (args, kwargs))
+            around = {c: kept(c) if c.kind == RESTRICT else None for c in _holding()}
         except (TypeError, RuntimeError):  # of what is no plain tensor, or memory
             self._lacks = True
         else:
-            self._now.append(_Call(self._names[module], given, dtype, _around(module)))
+            forward = vars(module).get("forward")
+            self._now.append(_Call(self._names[module], given, dtype, around, forward))
             held = sum(call.bytes for calls in (*self._steps, self._now) for call in calls)
             self._lacks = held > _MOST
         if self._lacks:
@@ -160,32 +170,48 @@ class LastCalls:
     def again(self) -> list[list[Callable[[], Any]]]:
         """What makes those of each step once more, from the first on; none if not all is known.
 
-        Or if contexts were around one that are no more, or its module has another forward.
+        Or if contexts were around one that have ended and can't be entered again, or hold now and
+        were not, or its module has another forward.
         """
         if self._lacks or not all(self._is_as_it_was(c) for calls in self._steps for c in calls):
             return []
         return [[self._maker(call) for call in calls] for calls in self._steps]
 
     def _is_as_it_was(self, call: _Call) -> bool:
-        return call.around is None or call.around == _around(self._modules[call.module])
+        holding = _holding()
+        before = call.resumed or (
+            vars(self._modules[call.module]).get("forward") == call.forward
+            and call.around.keys() >= set(holding)
+        )
+        return before and all(
+            said is not None or context in holding for context, said in call.around.items()
+        )
 
     def _maker(self, call: _Call) -> Callable[[], Any]:
         args, kwargs = call.given
         on = call.autocast is not None
 
         def make() -> Any:
+            holding = _holding()
+            ended = [s for context, s in call.around.items() if s and context not in holding]
             # What an autocast around the step has cast is of before it.
-            kind = self._device.type
-            with torch.autocast(kind, call.autocast, enabled=on, cache_enabled=False):
+            autocast = torch.autocast(
+                self._device.type, call.autocast, enabled=on, cache_enabled=False
+            )
+            with ExitStack() as stack, autocast:
+                for said in ended:
+                    stack.enter_context(said_again(said))
                 return self._modules[call.module](*args, **kwargs)
 
         return make
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, but for what is around calls."""
+        """All of it, but for what is around calls, and calls in contexts that have ended."""
+        holding = _holding()
         steps = [
             [(c.module, *c.given, c.autocast, self._are_here(c)) for c in calls]
             for calls in self._steps
+            if all(context in holding for call in calls for context in call.around)
         ]
         return {"steps": steps, "lacks": self._lacks}
 
@@ -208,16 +234,12 @@ class LastCalls:
             moves = isinstance(value, Tensor) and next(are_here)
             return value.to(self._device) if moves else value
 
-        return _Call(module, _each(placed, (args, kwargs)), autocast, None)
+        return _Call(module, _each(placed, (args, kwargs)), autocast, {}, resumed=True)
 
 
-def _around(module: nn.Module) -> tuple[tuple[Context, ...], Any]:
-    """What holds here and says what layers do; and the forward that others have put in.
-
-    As Lightning on several devices does for the time of a call, to have its training step called.
-    """
-    holding = tuple(context for context in contexts() if context.kind != RECORD)
-    return holding, vars(module).get("forward")
+def _holding() -> tuple[Context, ...]:
+    """The contexts that hold here, and say what layers do."""
+    return tuple(context for context in contexts() if context.kind != RECORD)
 
 
 def _each(do: Callable[[Any], Any], value: Any) -> Any:

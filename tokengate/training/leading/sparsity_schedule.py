@@ -77,8 +77,9 @@ class SparsitySchedule:
         settle: False for thresholds that stay as they were followed, so that the model is not
             called. They do also where that would tell less: where calls were made by a function
             that is compiled, took other things than plain tensors, or 256 MiB of them, were within
-            other contexts, as of `restrict`, or with another forward, as Lightning's of several
-            devices; and where they are few, or change in the course of the training.
+            a `use` that has ended, or a `restrict` by a function, or with another forward, as
+            Lightning's of several devices; and where they are few, or change in the course of the
+            training.
 
     Raises:
         TokenGateError: no layer has a gate with a threshold; something else leads them already;
