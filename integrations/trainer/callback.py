@@ -333,12 +333,13 @@ class TokenGateCallback(TrainerCallback):
             # Here, where all processes are, and not where one has failed.
             state_of(self._engine.optimizer)[KEY] = self._steps.state()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        schedule, step = self.sparsity_schedule, step_of(Path(best)) if best else None
-        if schedule is not None:
-            if best is None:
-                with self._engine.values():
-                    schedule.end()  # of a training that is stopped early
+        schedule = self.sparsity_schedule
+        if schedule is not None and best is not None:
+            step = step_of(Path(best))
             say_if_early(schedule, step, evaluated_at(state, step))
+        elif schedule is not None:
+            with self._engine.values():
+                schedule.end()  # of a training that is stopped early
         self.end_training(context["model"])
 
     def end_training(self, model: nn.Module) -> None:
