@@ -102,7 +102,7 @@ def kept(context: Context) -> Said | None:
     for _, region in context.layers.values():
         if isinstance(region.where, Tensor):
             if region not in copies:
-                copies[region] = Region(region.where.clone(), region.new)
+                copies[region] = Region(region.where.detach().clone(), region.new)
         elif isinstance(region.where, After):
             copies[region] = region
         else:

@@ -148,6 +148,16 @@ def test_each_call_is_made_again_within_its_own_restriction():
     assert others == thresholds(around_each(lambda step: written.copy_(masks[step])))
 
 
+def test_of_a_mask_that_is_trained_values_are_kept_and_no_graph():
+    """It would hold what each of the last steps has computed for it."""
+    model, optimizer, schedule = made()
+    weights = torch.zeros(HALF.shape, requires_grad=True)
+    train(model, optimizer, around_each(lambda step: weights.sigmoid()), 16)
+    (said,) = [said for call in schedule._calls._steps[0] for said in call.around.values()]
+    masks = [region.where for _, region in said.values()]
+    assert [(mask.mean().item(), mask.requires_grad) for mask in masks] == [(0.5, False)] * 2
+
+
 def test_as_followed_within_what_cannot_be_said_again():
     each = around_each(lambda step: lambda name, shape: HALF)
     assert thresholds(each) == thresholds(each, settle=False) != thresholds()
