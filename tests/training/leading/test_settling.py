@@ -148,6 +148,18 @@ def test_each_call_is_made_again_within_its_own_restriction():
     assert others == thresholds(around_each(lambda step: written.copy_(masks[step])))
 
 
+def test_what_was_around_another_model_does_not_count():
+    """As a teacher, which answers as its base beside what is trained."""
+    teacher = tokengate.patch(Net(), "all-linear", rank=1)
+
+    def beside(model, x, step):
+        with tokengate.disabled(teacher):
+            return model(x) + 0 * teacher(x).detach()
+
+    assert thresholds() != thresholds(settle=False)
+    assert thresholds(beside) == thresholds()
+
+
 def test_of_a_mask_that_is_trained_values_are_kept_and_no_graph():
     """It would hold what each of the last steps has computed for it."""
     model, optimizer, schedule = made()

@@ -105,7 +105,7 @@ class LastCalls:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         try:
             given = _each(_copied, (args, kwargs))
-            around = {c: kept(c) if c.kind == RESTRICT else None for c in _holding()}
+            around = {c: kept(c) if c.kind == RESTRICT else None for c in self._holding()}
         except (TypeError, RuntimeError):  # of what is no plain tensor, or memory
             self._lacks = True
         else:
@@ -177,8 +177,13 @@ class LastCalls:
             return []
         return [[self._maker(call) for call in calls] for calls in self._steps]
 
+    def _holding(self) -> tuple[Context, ...]:
+        """The contexts that hold here, and say what layers of this model do."""
+        said = (context for context in contexts() if context.kind != RECORD)
+        return tuple(c for c in said if not self._names.keys().isdisjoint(c.layers))
+
     def _is_as_it_was(self, call: _Call) -> bool:
-        holding = _holding()
+        holding = self._holding()
         before = call.resumed or (
             vars(self._modules[call.module]).get("forward") == call.forward
             and call.around.keys() >= set(holding)
@@ -192,7 +197,7 @@ class LastCalls:
         on = call.autocast is not None
 
         def make() -> Any:
-            holding = _holding()
+            holding = self._holding()
             ended = [s for context, s in call.around.items() if s and context not in holding]
             # What an autocast around the step has cast is of before it.
             autocast = torch.autocast(
@@ -207,7 +212,7 @@ class LastCalls:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, but for what is around calls, and calls in contexts that have ended."""
-        holding = _holding()
+        holding = self._holding()
         steps = [
             [(c.module, *c.given, c.autocast, self._are_here(c)) for c in calls]
             for calls in self._steps
@@ -235,11 +240,6 @@ class LastCalls:
             return value.to(self._device) if moves else value
 
         return _Call(module, _each(placed, (args, kwargs)), autocast, {}, resumed=True)
-
-
-def _holding() -> tuple[Context, ...]:
-    """The contexts that hold here, and say what layers do."""
-    return tuple(context for context in contexts() if context.kind != RECORD)
 
 
 def _each(do: Callable[[Any], Any], value: Any) -> Any:
