@@ -51,6 +51,23 @@ def test_it_is_refused_and_nothing_has_changed(kind, method, how):
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_it_is_told_from_other_changes_in_all_dtypes(dtype):
+    """Products are rounded; what is trained further or was quantised points elsewhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64)).eval().to(dtype)
+    model[1].running_var.uniform_(0.1, 4)
+    away_from_initialisation(tokengate.patch(model, ["0"], rank=2))
+    with one_sentence("M(x)"):
+        fuse_linear_bn_eval(model[0], model[1])
+    weight = model[0].weight.detach()
+    for around in (0.005, 0.01, 0.02, 0.03, 0.04):
+        other = weight + around * weight.std() * torch.randn(64, 16).to(dtype)
+        model[0].weight = nn.Parameter(other, requires_grad=False)
+        model[0].weight = nn.Parameter(weight, requires_grad=False)
+    model[0].weight = nn.Parameter(weight.to(torch.float8_e4m3fn).to(dtype), requires_grad=False)
+
+
 @pytest.mark.parametrize("kind", FUSE)
 def test_what_it_names_does(kind):
     model, x = made(kind, gate=False)

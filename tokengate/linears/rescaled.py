@@ -42,16 +42,17 @@ def _is_rescaled(layer: nn.Module, own: Tensor, given: Tensor) -> bool:
         return False
     if not (own.is_floating_point() and given.is_floating_point()):
         return False
-    before, after = (_some_rows(layer, each) for each in (own, given.to(own.device)))
+    before, after = (_some_rows(layer, each) for each in (own, given))
     if before.shape[1] == 1:  # which has no direction
         return False
     squares = before.square().sum(-1, keepdim=True)
     factors = torch.where(squares > 0, (before * after).sum(-1, keepdim=True) / squares, 1)
-    rounding = 4 * max(torch.finfo(each.dtype).eps for each in (own, given))
+    # Half of it is what a product is rounded by at most, and half what a cast is.
+    rounding = max(torch.finfo(each.dtype).eps for each in (own, given))
     off = (after - factors * before).norm() > rounding * after.norm()
     return not off and bool(((factors - 1).abs() > _FAR).any())
 
 
 def _some_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     rows = weight.T if is_transposed(layer) else weight.flatten(1)
-    return rows[:: max(1, len(rows) // _ROWS)].float()
+    return rows[:: max(1, len(rows) // _ROWS)].cpu().double()
