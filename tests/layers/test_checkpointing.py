@@ -243,6 +243,19 @@ def test_a_hook_computes_within_what_its_forward_was_in(within):
     model(x).sum().backward()
 
 
+def test_a_hook_computes_without_what_was_around_another_model():
+    """As a teacher, whose answers come of its base; and one in force does not stand for its own."""
+    model, other = patched("lora", None)[0].eval(), patched("lora", None)[0]
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    with tokengate.disabled(other):
+        loss = embedded_in_backward(model, x)
+    loss.backward()
+    with tokengate.disabled(model):
+        loss = embedded_in_backward(model, x)
+    with tokengate.disabled(other), pytest.warns(UnenteredContextWarning, match="has ended"):
+        loss.backward()
+
+
 def within_its_own(model, around, x):
     with around():
         return model(x)

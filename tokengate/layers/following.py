@@ -117,7 +117,7 @@ def _told(
         if _was_interrupted(module):
             while running():
                 end(running()[-1])
-        missing = [] if running() else _missing(module)
+        missing = [] if running() else _missing(module, followed.inside)
         if missing:
             with contextlib.ExitStack() as stack:
                 for each in missing:
@@ -144,17 +144,19 @@ def _told(
     return output
 
 
-def _missing(module: nn.Module) -> Sequence[Context]:
+def _missing(module: nn.Module, inside: frozenset[nn.Module]) -> Sequence[Context]:
     """The contexts that a call in a hook of backward is not in, and the forward before it was.
 
-    It computes the same again, and may do so in another thread, that of its device.
+    It computes the same again, and may do so in another thread, that of its device. Those that are
+    about no layer `inside` of the module are another model's.
     """
+    here = [context for context in contexts() if not inside.isdisjoint(context.layers)]
     if not is_in_hook():
-        found = [] if torch.is_grad_enabled() else [(c.kind, ref(c)) for c in contexts()]
+        found = [] if torch.is_grad_enabled() else [(c.kind, ref(c)) for c in here]
         if found or module in _AROUND:
             _AROUND[module] = found
         return ()
-    around, here = _AROUND.get(module, ()), contexts()
+    around = _AROUND.get(module, ())
     fewer = Counter(kind for kind, _ in around) - Counter(context.kind for context in here)
     before = [(kind, c()) for kind, c in around if kind in fewer and c() not in here]
     held = [c for _, c in before if c is not None and OPEN.get(id(c)) is c]
