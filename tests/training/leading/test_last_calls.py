@@ -66,6 +66,20 @@ def test_an_evaluation_with_gradients_takes_no_memory(monkeypatch):
     assert last not in HEARERS
 
 
+def test_masks_of_restrictions_take_of_the_same_memory(monkeypatch):
+    x = given(0)
+    monkeypatch.setattr(last_calls, "_MOST", 10 * x.nbytes)
+    last = kept([])
+    model = last._modules[""]
+    masks = {name: torch.rand(x.shape[:2]) for name in ("first", "last")}  # x.nbytes / 6 each
+    for step in range(8):
+        assert len(last.again()) == step
+        with tokengate.restrict(model, masks):
+            model(x)
+        last.step()
+    assert last.again() == []
+
+
 def test_memory_that_is_short(monkeypatch):
     def short(value):
         raise torch.OutOfMemoryError

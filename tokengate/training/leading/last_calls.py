@@ -20,7 +20,8 @@ from tokengate.layers.restriction import Said, kept, said_again
 from tokengate.names import inside, named_modules
 
 # The calls of so many of the last steps are kept at most, and of no more than have so many samples,
-# or bytes of inputs; but always of the least number, or none if these have more than may be held.
+# or bytes of inputs and masks; but always of the least number, or none if these have more than may
+# be held.
 STEPS, LEAST = 128, 8
 _SAMPLES, _BYTES, _MOST = 512, 2**26, 2**28
 
@@ -54,7 +55,9 @@ class _Call:
 
     @cached_property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in _tensors(self.given))
+        said = (each for each in self.around.values() if each)
+        masks = {region.where for each in said for _, region in each.values()}
+        return sum(t.nbytes for t in _tensors([self.given, *masks]))
 
 
 class LastCalls:
