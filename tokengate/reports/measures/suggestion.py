@@ -65,7 +65,8 @@ def suggest(
         train: likewise, what else is to be trained, as a new head.
         loss: of a model and a batch; by default what the model returns as `loss`.
         steps: of an untrained model's run, 32 by default.
-        lr: of Adam in it, at first, 1e-2 by default.
+        lr: of Adam in it, at first, 1e-2 by default; best that of the training, far from which it
+            names worse layers.
 
     Returns:
         Full names in the model's order.
