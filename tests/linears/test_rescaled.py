@@ -101,6 +101,9 @@ def test_other_weights_are_taken():
         "there": nn.Parameter(other.weight.detach().clone() * 2),
         "of another shape": nn.Parameter(torch.ones(3, 6)),
         "of ones": nn.Parameter(torch.ones(8, 6)),
+        "all of it": nn.Parameter(torch.ones(8, 6) / 2),
+        "zeros": nn.Parameter(torch.zeros(8, 6)),
+        "after zeros": nn.Parameter(torch.ones(8, 6)),
     }
     for weight in given.values():
         layer.weight = weight

@@ -11,14 +11,14 @@ from tokengate.errors import TokenGateError
 from tokengate.linears.linear_like import is_transposed
 from tokengate.sharding import is_absent, local_part
 
-# About so many rows tell; and from which factor on one is scaled, and not rounded.
+# About so many rows tell; and from which difference of factors on they are scaled, not rounded.
 _ROWS, _FAR = 64, 1e-2
 
 
 def refuse_rescaled(
     layer: nn.Module, name: str, given: Tensor | None, modifications: Iterable[nn.Module]
 ) -> None:
-    """An error if a patched layer is given its own weight with other lengths of its rows.
+    """An error if a patched layer is given its own weight with its rows scaled by various factors.
 
     Whoever does so means its output, and reads in its weight what that is. A modification that
     still has a part of zeros, as a new one, changes nothing yet, and is trained beside what it is
@@ -45,12 +45,15 @@ def _is_rescaled(layer: nn.Module, own: Tensor, given: Tensor) -> bool:
     before, after = (_some_rows(layer, each) for each in (own, given))
     if before.shape[1] == 1:  # which has no direction
         return False
-    squares = before.square().sum(-1, keepdim=True)
-    factors = torch.where(squares > 0, (before * after).sum(-1, keepdim=True) / squares, 1)
+    some = before.any(-1)
+    if not some.any():
+        return False
+    before, after = before[some], after[some]
+    factors = torch.linalg.vecdot(before, after) / before.square().sum(-1)
     # Half of it is what a product is rounded by at most, and half what a cast is.
     rounding = max(torch.finfo(each.dtype).eps for each in (own, given))
-    off = (after - factors * before).norm() > rounding * after.norm()
-    return not off and bool(((factors - 1).abs() > _FAR).any())
+    off = (after - factors.unsqueeze(-1) * before).norm() > rounding * after.norm()
+    return not off and bool(factors.max() - factors.min() > _FAR)
 
 
 def _some_rows(layer: nn.Module, weight: Tensor) -> Tensor:
