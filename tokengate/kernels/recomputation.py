@@ -101,7 +101,7 @@ def is_in_hook() -> bool:
     So do losses that keep embeddings alone of their forward (GradCache; sentence-transformers'
     `Cached...`): they compute without gradients at first, and again in a hook.
     """
-    return _in_backward() and torch.is_grad_enabled() and not (is_computed_again() or is_trial())
+    return _in_backward() and is_learnt_from()
 
 
 def _in_backward() -> bool:

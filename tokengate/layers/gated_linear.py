@@ -62,7 +62,16 @@ _PARTS = ("modification", "gate", "adapters")
 _LASTING = ("_memory", "_sequence_first", "_adapters", "_in_use")
 
 
-class Gated(Swapped):
+class Patched(Swapped):
+    """What has modifications inside: those of all adapters of a layer, or of its slices."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        modifications = (each for each in self.modules() if isinstance(each, Modification))
+        refuse_rescaled(self, name, param, modifications)  # which seldom asks for them
+        super().register_parameter(name, param)
+
+
+class Gated(Patched):
     """h = W0 x + S M(x) + b (eq. 2), `(..., in_features) -> (..., out_features)`.
 
     Never constructed: `patch` gives an existing linear layer this class and two children, so
@@ -254,10 +263,6 @@ class Gated(Swapped):
         swapped = self._sequence_first
         return mask if (out.shape[:-1] == mask.T.shape if swapped else fits(mask, out)) else None
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        refuse_rescaled(self, name, param, modifications_in(self))
-        super().register_parameter(name, param)
-
     def _kept_by_copies(self, state: Any) -> Any:
         kinds = [kind for kind in (USE, DISABLED) if said_of(self, kind)]
         if kinds:
@@ -286,11 +291,6 @@ class GatedLinear(Gated, nn.Linear):
     """What an `nn.Linear` becomes; other kinds of linear layers become a class made for them."""
 
     _own_class = nn.Linear
-
-
-def modifications_in(layer: nn.Module) -> list[Modification]:
-    """Those of all adapters of a patched layer, or of its slices."""
-    return [module for module in layer.modules() if isinstance(module, Modification)]
 
 
 def _moved(modification: Modification) -> bool:

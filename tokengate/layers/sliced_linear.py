@@ -10,16 +10,15 @@ from tokengate.gates.base import Gate
 from tokengate.layers.calls import DISABLED, said_of
 from tokengate.layers.experts.gated_experts import GatedExperts
 from tokengate.layers.experts.owner import hold, let_go
-from tokengate.layers.gated_linear import Gated, attach, detach, modifications_in
-from tokengate.linears.class_swap import Swapped, swap, swap_back
+from tokengate.layers.gated_linear import Gated, Patched, attach, detach
+from tokengate.linears.class_swap import swap, swap_back
 from tokengate.linears.experts import StackedLinear
 from tokengate.linears.linear_like import LinearLike, LinearSlice
-from tokengate.linears.rescaled import refuse_rescaled
 from tokengate.linears.slices import Slices
 from tokengate.methods.base import Modification
 
 
-class Sliced(Swapped):
+class Sliced(Patched):
     """`(..., in_features) -> (..., out_features)`, of which each patched slice is a child.
 
     Never constructed: `patch` gives an existing linear layer this class. The outputs of the other
@@ -35,10 +34,6 @@ class Sliced(Swapped):
         parts = {part.name: part(input, slices.take(out, part.name)) for part in patched}
         on = any(not said_of(part, DISABLED) for part in patched)
         return slices.put(out, parts) if on else out
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        refuse_rescaled(self, name, param, modifications_in(self))
-        super().register_parameter(name, param)
 
 
 class SlicedLinear(Sliced, nn.Linear):
