@@ -128,21 +128,22 @@ class Lab:
             if (s := Settings(**one["settings"])).knob is not None
             and replace(s, lr=settings.lr, knob=None, seed=0) == settings
         ]  # fmt: skip
-        if known:  # of another rate: begin where that ended
-            start = min(known, key=self._miss).knob
-        tried: dict[float, float] = {}
-        knob = start
-        for _ in range(SEARCHES):
-            sparsity = self.run(replace(settings, knob=knob))["sparsity"]["validation"]
-            yield
-            tried[knob] = sparsity
-            if abs(sparsity - settings.sparsity) <= NEAR:
-                break
-            knob = _next(tried, settings.sparsity, step)
-        return replace(settings, knob=min(tried, key=lambda k: abs(tried[k] - settings.sparsity)))
+        # An interrupted search goes on; one at another rate begins where the last one ended.
+        tried = {s.knob: self._closed(s) for s in known if (s.lr, s.seed) == (settings.lr, 0)}
+        if known:
+            start = min(known, key=lambda s: abs(self._closed(s) - s.sparsity)).knob
 
-    def _miss(self, settings: Settings) -> float:
-        return abs(self.run(settings)["sparsity"]["validation"] - settings.sparsity)
+        def miss(knob: float) -> float:
+            return abs(tried[knob] - settings.sparsity)
+
+        while len(tried) < SEARCHES and min(map(miss, tried), default=1.0) > NEAR:
+            knob = _next(tried, settings.sparsity, step) if tried else start
+            tried[knob] = self._closed(replace(settings, knob=knob))
+            yield
+        return replace(settings, knob=min(tried, key=miss))
+
+    def _closed(self, settings: Settings) -> float:
+        return self.run(settings)["sparsity"]["validation"]
 
 
 def _next(tried: dict[float, float], target: float, step: float) -> float:

@@ -135,7 +135,7 @@ def _targets(
         case "suggest":
             batches = list(itertools.islice(task.batches(settings.seed, settings.rows), 16))
             options = {"targets": names, "train": list(task.head), "loss": task.loss}
-            return tokengate.suggest(model, batches, kept, **options)
+            return tokengate.suggest(model, batches, kept, lr=settings.lr, **options)
     return names
 
 

@@ -82,6 +82,25 @@ def test_a_knob_is_searched_at_every_rate_until_the_validation_part_has_the_spar
     assert len(example.done) < len(first) + 3 * 2 + 2  # the other rates begin where that ended
 
 
+def test_a_search_is_gone_on_with_and_one_that_has_ended_is_not(example, tmp_path, monkeypatch):
+    cell = cell_of(example, "threshold", seeds=1, tuned=False)
+    steps = example.Lab(tmp_path, tmp_path).cell(cell)
+    next(steps), next(steps)
+    interrupted = list(example.done)
+    everything(example.Lab(tmp_path, tmp_path), cell)
+    together = list(example.done)
+    example.done.clear()
+    everything(example.Lab(tmp_path / "whole", tmp_path / "whole"), cell)
+    assert len(interrupted) == 2 < len(together)
+    assert example.done == together
+    example.done.clear()
+    everything(example.Lab(tmp_path, tmp_path), cell)
+    assert example.done == []
+    monkeypatch.setattr(example, "NEAR", 0.0)  # it ends after so many, near or not
+    everything(example.Lab(tmp_path, tmp_path), cell)
+    assert len(together) + len(example.done) == example.SEARCHES
+
+
 @pytest.mark.parametrize(
     ("tried", "wanted"),
     [
