@@ -95,7 +95,26 @@ def table(cells: dict[Settings, Row], task: str, **fixed: Any) -> str:
         lines.append(line(variant.label, row, plain, digits))
         if name == "ungated":
             lines.append(scaled(row, digits))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + held(cells, plain, replace(base, sparsity=wanted["sparsity"]))
+
+
+def held(cells: dict[Settings, Row], plain: Row, base: Settings) -> str:
+    """What the layers that `suggest` named have of the scores of the ungated runs, in words."""
+    row = cells.get(replace(base, variant="suggest"))
+    named: list[float] = []
+    best: list[float] = []
+    for seed in row.runs.keys() & plain.runs.keys() if row else ():
+        names, scores = row.runs[seed]["named"], plain.runs[seed]["fisher"]
+        ordered = sorted(scores.values(), reverse=True)
+        named.append(sum(scores[name] for name in names) / sum(ordered))
+        best.append(sum(ordered[: len(names)]) / sum(ordered))
+    if not named:
+        return ""
+    return (
+        f"\nThe layers that `suggest` named have {spread(named, '.2f')} of the ungated runs' "
+        f"`fisher_scores`; those with the highest {spread(best, '.2f')}, and layers drawn by lot "
+        f"{1 - base.sparsity:.2g}.\n"
+    )
 
 
 def line(label: str, row: Row, plain: Row, digits: int) -> str:

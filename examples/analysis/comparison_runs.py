@@ -92,9 +92,10 @@ def perform(task: Task, settings: Settings, plain: dict[str, Any] | None) -> dic
     variant = VARIANTS[settings.variant]
     model = task.model(settings.seed)
     torch.manual_seed(settings.seed)
+    targets = _targets(task, model, settings, plain)
     tokengate.patch(
         model,
-        _targets(task, model, settings, plain),
+        targets,
         settings.method,
         rank=max(1, round(variant.share * settings.rank)),
         gate=variant.gate,
@@ -114,6 +115,8 @@ def perform(task: Task, settings: Settings, plain: dict[str, Any] | None) -> dic
         batches = list(task.batches(settings.seed, settings.rows))[-16:]
         found["fisher"] = tokengate.fisher_scores(model, batches, task.loss)
     found["layers"] = len(tokengate.layers(model))
+    if variant.left_out:
+        found["named"] = targets
     found["seconds"] = time.process_time() - began
     return found
 
@@ -133,7 +136,8 @@ def _targets(
             assert plain is not None
             return tokengate.select(plain["fisher"], kept, by="fisher")
         case "suggest":
-            batches = list(itertools.islice(task.batches(settings.seed, settings.rows), 16))
+            every = task.batches(settings.seed, settings.rows)
+            batches = list(itertools.islice(every, task.steps // 4))
             options = {"targets": names, "train": list(task.head), "loss": task.loss}
             return tokengate.suggest(model, batches, kept, lr=settings.lr, **options)
     return names

@@ -137,9 +137,10 @@ class Clothes(Task):
         return found
 
     def model(self, seed: int) -> nn.Module:
+        model = copy.deepcopy(self.backbone)  # which draws when it is made
         torch.manual_seed(seed)
-        self.backbone.reset_classifier(10)
-        return copy.deepcopy(self.backbone)
+        model.reset_classifier(10)
+        return model
 
     def targets(self, model: nn.Module) -> list[str]:
         return vision.roles(model, *vision.ROLES)

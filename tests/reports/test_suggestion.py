@@ -157,6 +157,21 @@ def test_a_loss_of_nothing_that_is_patched():
             tokengate.fisher_scores(model, batches(), loss)
 
 
+@pytest.mark.parametrize(("rows", "steps"), [(3, 32), (40, 40)])
+def test_every_batch_is_trained_on_and_few_again_and_again(rows, steps):
+    """Of more than 32 the rest was measured alone."""
+    given = [(*batch, place) for place, batch in enumerate(batches(rows))]
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch[-1])
+        return of_net(model, batch)
+
+    tokengate.suggest(Net(), given, loss=loss)
+    measured = list(range(rows))  # the loss before and after, and the scores
+    assert seen == measured + [step % rows for step in range(steps)] + 2 * measured
+
+
 @pytest.mark.parametrize("asked", [{"targets": ["fc1"]}, {"train": "head"}], ids=str)
 def test_options_of_a_bare_model_are_refused_of_a_patched_one(asked):
     model = tokengate.patch(Net(), "all-linear", rank=2, gate=False)

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 for needed in ("matplotlib", "sklearn", "timm", "tqdm", "transformers"):
     pytest.importorskip(needed, reason="the examples extra is not installed")
 
+FISHER = {"a": 3.0, "b": 2.0, "c": 4.0, "d": 0.5, "e": 0.5}
+
 
 @pytest.fixture
 def example(monkeypatch):
@@ -25,7 +27,7 @@ def example(monkeypatch):
     def perform(task, settings, plain):
         """Best at a rate of its own; closes more, and costs more, the higher its knob is."""
         module.done.append(settings)
-        best = {"ungated": 0.12, "fisher": 0.03, "threshold": 0.03}[settings.variant]
+        best = {"ungated": 0.12}.get(settings.variant, 0.03)
         closed = settings.sparsity
         if settings.knob is not None:
             closed = 1 / (1 + 10 ** (-settings.knob - 5 - settings.lr))
@@ -34,7 +36,13 @@ def example(monkeypatch):
         found = {"score": {"validation": score, "test": score + 0.5}, "drift": 1 - closed / 2}
         scaled = [{"scale": 0.8, "validation": score, "test": score + 0.6, "drift": 0.5}]
         sparsity = {"validation": closed, "test": closed}
-        return {**found, "sparsity": sparsity, "scaled": scaled, "fisher": {"a": 1.0}}
+        return {
+            **found,
+            "sparsity": sparsity,
+            "scaled": scaled,
+            "fisher": FISHER,
+            "named": ["a", "b"],
+        }
 
     monkeypatch.setattr(module, "perform", perform)
     return module
@@ -117,7 +125,7 @@ def test_the_next_knob(example, tried, wanted):
 
 def test_tables_and_pictures(example, tmp_path, monkeypatch, capsys):
     lab = example.Lab(tmp_path, tmp_path)
-    for variant in ("ungated", "threshold", "fisher"):
+    for variant in ("ungated", "threshold", "fisher", "suggest"):
         everything(lab, cell_of(example, variant, seeds=3))
     page = tmp_path / "page.md"
     marks = example.comparison_results.BEGIN, example.comparison_results.END
@@ -126,16 +134,21 @@ def test_tables_and_pictures(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["comparison.py", *options])
     example.main()
     text = (tmp_path / "tables.md").read_text()
-    rows = [line for line in text.split("a rate tuned for each")[1].splitlines() if "|" in line]
+    tuned = text.split("a rate tuned for each")[1]
+    rows = [line for line in tuned.splitlines() if "|" in line]
+    assert "have 0.50 (0.00) of the ungated runs'" in tuned
+    assert "those with the highest 0.70 (0.00), and layers drawn by lot 0.4." in tuned
     # 2.5 + 0.01 seed at its own rate; differences are within a seed.
     assert rows[2:] == [
         "| ungated | 2.510 (0.010) |  | 0.0 (0.0) | 1.000 (0.000) | 0.12 | 3 |",
         "| ungated, 0.8 M(x) at test | 2.610 (0.010) | +0.100 (0.000) | 0.0 | 0.500 (0.000) "
         "| 0.12 | 3 |",
         rows[4],
+        rows[5],
         "| fisher | 2.570 (0.010) | +0.060 (0.000) | 60.0 (0.0) | 0.700 (0.000) | 0.03 | 3 |",
     ]
-    assert rows[4].startswith("| threshold, lambda tuned | 2.6")
+    assert rows[4].startswith("| layers left out (suggest) | 2.570")
+    assert rows[5].startswith("| threshold, lambda tuned | 2.6")
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     assert "stale" not in page.read_text()

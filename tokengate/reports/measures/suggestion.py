@@ -25,7 +25,7 @@ from tokengate.reports.measures.fisher_scores import (
 from tokengate.reports.selection import check_fraction, select
 from tokengate.training.wrapped_optimizers import Follower
 
-_RANK = 8
+_RANK, _STEPS = 8, 32
 # Learning rates of the short run, as shares of the one asked for, until the loss falls.
 _CALMER = (1.0, 0.25, 0.0625)
 
@@ -50,21 +50,22 @@ def suggest(
     `fisher_scores`: one backward pass for each batch. Of one that is untrained, or not patched at
     all (then it has LoRA of rank 8, ungated, for as long as this takes), M(x) is 0, and closing it
     would change nothing: so what is to be trained is, for some steps of Adam, one batch after the
-    other, and is put back afterwards. That run is short, and its `lr` a guess: a quarter of it, and
-    a sixteenth, are tried where the loss has not fallen. It has to be: on a small LLaMA, of the
-    scores' sum that the best 40 % of the layers had after 136 steps, those had 0.37 to 0.52 that
-    gradients name before the first step, by several rules; 0.89 those after 16 steps, 0.96 those
-    after 32. Nothing is left behind, no gradient and no random number, also none that `loss` draws.
+    other, and is put back afterwards. Its `lr` is a guess: a quarter of it, and a sixteenth, are
+    tried where the loss has not fallen. That run has to be, and to see enough: where few batches
+    come again and again, a new head learns them by heart, and what is named is hardly better than
+    chance (docs/which_layers.md). Nothing is left behind, no gradient and no random number, also
+    none that `loss` draws.
 
     Args:
         model: patched or not.
-        batches: a few, of what the model is called with, labels among it; or of what `loss` wants.
+        batches: of what the model is called with, labels among it, or of what `loss` wants; of an
+            untrained model best about a quarter of a training's.
         fraction: the share of layers to name, in (0, 1]; see `select`.
         targets: of a model that is not patched, the layers to choose from, as `patch` takes them;
             None for "all-linear".
         train: likewise, what else is to be trained, as a new head.
         loss: of a model and a batch; by default what the model returns as `loss`.
-        steps: of an untrained model's run, 32 by default.
+        steps: of an untrained model's run; by default one for each batch, and 32 at least.
         lr: of Adam in it, at first, 1e-2 by default; best that of the training, far from which it
             names worse layers.
 
@@ -77,7 +78,9 @@ def suggest(
             of the layers, or does not fall.
     """
     check_fraction(fraction)
-    run = count("steps", 32 if steps is None else steps), positive("lr", 1e-2 if lr is None else lr)
+    if steps is not None:
+        count("steps", steps)
+    rate = positive("lr", 1e-2 if lr is None else lr)
     is_patched = bool(all_layers(model))
     if is_patched and (targets is not None or train):
         name, value = ("train", train) if targets is None else ("targets", targets)
@@ -98,7 +101,8 @@ def suggest(
                 torch.manual_seed(0)
                 patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
         try:
-            with _trained_a_little(model, batches, loss, *run):
+            run = steps or max(_STEPS, len(batches))
+            with _trained_a_little(model, batches, loss, run, rate):
                 scores = scores_of("suggest", model, batches, loss)
         finally:
             if not is_patched:
