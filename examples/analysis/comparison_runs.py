@@ -139,7 +139,7 @@ def _targets(
             every = task.batches(settings.seed, settings.rows)
             batches = list(itertools.islice(every, task.steps // 4))
             options = {"targets": names, "train": list(task.head), "loss": task.loss}
-            return tokengate.suggest(model, batches, kept, lr=settings.lr, **options)
+            return tokengate.suggest(model, batches, kept, **options)
     return names
 
 

@@ -1,5 +1,6 @@
 """What `suggest` is not: a training of the user's, or advice about what was not the cause."""
 
+import copy
 import warnings
 
 import pytest
@@ -167,9 +168,34 @@ def test_every_batch_is_trained_on_and_few_again_and_again(rows, steps):
         seen.append(batch[-1])
         return of_net(model, batch)
 
-    tokengate.suggest(Net(), given, loss=loss)
+    tokengate.suggest(Net(), given, loss=loss, lr=1e-3)
     measured = list(range(rows))  # the loss before and after, and the scores
     assert seen == measured + [step % rows for step in range(steps)] + 2 * measured
+
+
+@pytest.mark.parametrize(("far", "lowest"), [(0.003, 6.25e-4), (0.03, 1e-2)])
+def test_without_a_rate_that_is_taken_which_learns_most(far, lowest):
+    """It was the first at which the loss fell at all, however little."""
+    torch.manual_seed(0)
+    base = Net()
+    asked = [(x, (base(x) + far * torch.randn(2, 5, 3)).detach()) for x, _ in batches()]
+
+    def named(lr=None):
+        after = []
+
+        def loss(model, batch):
+            value = (model(batch[0]) - batch[1]).square().mean()
+            if not torch.is_grad_enabled():
+                after.append(value.item())
+            return value
+
+        names = tokengate.suggest(copy.deepcopy(base), asked, 0.25, loss=loss, lr=lr, steps=9)
+        return names, sum(after[2:])
+
+    found = {lr: named(lr) for lr in (lowest, 2.5e-3)}
+    assert found[lowest][1] < found[2.5e-3][1]
+    assert found[lowest][0] != found[2.5e-3][0]
+    assert named()[0] == found[lowest][0]
 
 
 @pytest.mark.parametrize("asked", [{"targets": ["fc1"]}, {"train": "head"}], ids=str)

@@ -26,8 +26,8 @@ from tokengate.reports.selection import check_fraction, select
 from tokengate.training.wrapped_optimizers import Follower
 
 _RANK, _STEPS = 8, 32
-# Learning rates of the short run, as shares of the one asked for, until the loss falls.
-_CALMER = (1.0, 0.25, 0.0625)
+# The first learning rate of the short run where none is asked for, and shares of it to try besides.
+_LR, _CALMER = 1e-2, (1.0, 0.25, 0.0625)
 
 
 def suggest(
@@ -50,11 +50,10 @@ def suggest(
     `fisher_scores`: one backward pass for each batch. Of one that is untrained, or not patched at
     all (then it has LoRA of rank 8, ungated, for as long as this takes), M(x) is 0, and closing it
     would change nothing: so what is to be trained is, for some steps of Adam, one batch after the
-    other, and is put back afterwards. Its `lr` is a guess: a quarter of it, and a sixteenth, are
-    tried where the loss has not fallen. That run has to be, and to see enough: where few batches
-    come again and again, a new head learns them by heart, and what is named is hardly better than
-    chance (docs/which_layers.md). Nothing is left behind, no gradient and no random number, also
-    none that `loss` draws.
+    other, and is put back afterwards. That run has to be, at a rate that learns, and to see enough:
+    where few batches come again and again, a new head learns them by heart, and what is named is
+    hardly better than chance (docs/which_layers.md). Nothing is left behind, no gradient and no
+    random number, also none that `loss` draws.
 
     Args:
         model: patched or not.
@@ -66,8 +65,9 @@ def suggest(
         train: likewise, what else is to be trained, as a new head.
         loss: of a model and a batch; by default what the model returns as `loss`.
         steps: of an untrained model's run; by default one for each batch, and 32 at least.
-        lr: of Adam in it, at first, 1e-2 by default; best that of the training, far from which it
-            names worse layers.
+        lr: of Adam in it, as the training's; a quarter of it, and a sixteenth, are tried where the
+            loss does not fall. By default it is run at each of 1e-2, 2.5e-3 and 6.25e-4, and the
+            scores are those of the lowest loss.
 
     Returns:
         Full names in the model's order.
@@ -80,7 +80,8 @@ def suggest(
     check_fraction(fraction)
     if steps is not None:
         count("steps", steps)
-    rate = positive("lr", 1e-2 if lr is None else lr)
+    if lr is not None:
+        positive("lr", lr)
     is_patched = bool(all_layers(model))
     if is_patched and (targets is not None or train):
         name, value = ("train", train) if targets is None else ("targets", targets)
@@ -102,7 +103,7 @@ def suggest(
                 patch(model, chosen, "lora", rank=_RANK, gate=False, train=train)
         try:
             run = steps or max(_STEPS, len(batches))
-            with _trained_a_little(model, batches, loss, run, rate):
+            with _trained_a_little(model, batches, loss, run, lr):
                 scores = scores_of("suggest", model, batches, loss)
         finally:
             if not is_patched:
@@ -112,9 +113,10 @@ def suggest(
 
 @contextlib.contextmanager
 def _trained_a_little(
-    model: nn.Module, batches: list[Any], loss: Loss, steps: int, lr: float
+    model: nn.Module, batches: list[Any], loss: Loss, steps: int, lr: float | None
 ) -> Iterator[None]:
     """Within this context, all that is trained but gates is some steps away, and the loss lower."""
+    rates = [share * (lr or _LR) for share in _CALMER]
     gates = [layer.gate for layer in all_layers(model).values() if layer.gate is not None]
     of_gates = {id(p) for gate in gates for p in gate.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in of_gates]
@@ -129,14 +131,17 @@ def _trained_a_little(
         with keeping_state(model):
             model.eval()
             check_finite("suggest", before := _mean(model, batches, loss))
-            for share in _CALMER:
-                _train(model, trained, itertools.islice(itertools.cycle(batches), steps), loss,
-                       share * lr)  # fmt: skip
+            lowest, values = before, []
+            for rate in rates:
+                again = itertools.islice(itertools.cycle(batches), steps)
+                _train(model, trained, again, loss, rate)
                 after = _mean(model, batches, loss)
-                if after < before:
-                    break
+                if after < lowest:
+                    lowest, values = after, [p.detach().clone() for p in trained]
                 _put_back(trained, kept)
-            else:
+                if values and lr is not None:
+                    break
+            if not values:
                 found = f"went from {before:.4g} to {after:.4g}: pass a smaller lr"
                 if after == before:
                     found = (
@@ -144,9 +149,11 @@ def _trained_a_little(
                         "left to be learned: patch with tau=0, pass a larger lr"
                     )
                 raise TokenGateError(
-                    f"suggest trained for {steps} steps at lr={lr:g} and less, and the loss "
+                    f"suggest trained for {steps} steps at lr={rates[0]:g} and less, and the loss "
                     f"{found}, or train the model some steps by yourself before."
                 )
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.detach().copy_(value)
         yield
     finally:
         _put_back(trained, kept)
