@@ -130,6 +130,23 @@ def test_a_gate_that_does_nothing_is_told_of_once(options, words):
     assert path[-1] in (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("start", "steps", "words"),
+    [(2.0, 64, "closes no position"), (-5.0, 16, "closes all"), (-60.0, 16, "closes all")],
+)
+def test_a_gate_without_a_threshold_that_does_nothing_is_told_of_once(start, steps, words):
+    """As it will decide in evaluation; of a start of -60 nothing gets a gradient."""
+    model = made(gate="sigmoid", gate_options={"start": start})
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4))
+    train(model, optimizer, steps - 1)
+    told = rf"after {steps} steps of AdamW SigmoidGate, .* {words}.* in the 2 layers.*'start': 0"
+    with pytest.warns(UselessGateWarning, match=told):
+        train(model, optimizer, 1)
+    train(model, optimizer, 5)
+    mixed = made(gate="sigmoid", gate_options={"start": 0.0})
+    train(mixed, torch.optim.AdamW(tokengate.param_groups(mixed, lr=1e-4)), 70)
+
+
 def test_a_dead_layer_beside_one_that_lives_is_told_of():
     """As where an adapter of fewer layers was loaded: the living one excused it for good."""
     model = made(tau=0.01)

@@ -219,9 +219,10 @@ def test_micro_batches_are_one_step(gate):
     torch.testing.assert_close(*ends, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("stop", [5, 15])
 @pytest.mark.parametrize("gate", ["threshold", "firm", "fisher", "learned"])
-def test_resumed_to_the_bit(gate, stop):
+def test_resumed_to_the_bit(gate, stop, model_first):
     options = {"learn_from": 0.5} if gate == "learned" else {}
     kind = "threshold" if gate == "learned" else gate
 
@@ -240,8 +241,11 @@ def test_resumed_to_the_bit(gate, stop):
     saved = copy.deepcopy([part.state_dict() for part in parts])
     assert not all(map(torch.equal, saved[0].values(), expected.values()))
     model, optimizer = made()
-    model.load_state_dict(saved[0])  # before the schedule is made, as a Trainer does
+    if model_first:  # as a Trainer does
+        model.load_state_dict(saved[0])
     schedule = tokengate.SparsitySchedule(model, optimizer, 0.6, 20, **options)
+    if not model_first:
+        model.load_state_dict(saved[0])
     for part, state in zip((optimizer, schedule), saved[1:], strict=True):
         part.load_state_dict(state)
     train(model, optimizer, 20 - stop, start=stop)

@@ -75,6 +75,8 @@ class Gate(KeepsFloat32):
     _seen: Tensor | None = None
     # Likewise, where somebody only looks: not in compiled code, which would be compiled anew.
     _looked: Tensor | None = None
+    closes_below: ClassVar[float | None] = None
+    """The score below which it closes in evaluation, if it has no threshold, but decides by one."""
     # What `scale_penalty` sets: what the loss is multiplied by, in the gradients that a gate sees.
     _unit: Tensor | None = None
     skipped: int = 0
@@ -166,9 +168,13 @@ class Gate(KeepsFloat32):
                 setattr(self, name, None)
 
     def _zeros(self, name: str) -> Tensor:
-        """One of its `_counts`, beside its threshold."""
-        assert self.threshold is not None
-        return no_counts(self.threshold.device)
+        """One of its `_counts`, beside what it has."""
+        return no_counts(self._place())
+
+    def _place(self) -> torch.device:
+        """Where it is."""
+        own = self.threshold
+        return next(iter(self._kept())).device if own is None else own.device
 
     def scores(self, positions: Positions) -> Tensor:
         """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""
@@ -223,7 +229,7 @@ class Gate(KeepsFloat32):
         super()._apply(fn, recurse)
         # What is counted is no buffer, and follows them to another device: from 0, as in each step.
         on = {name: own for name in self._counts if (own := getattr(self, name)) is not None}
-        if self.threshold is not None and {t.device for t in on.values()} - {self.threshold.device}:
+        if on and {t.device for t in on.values()} - {self._place()}:
             self.count_in(*on)
         return self
 

@@ -35,6 +35,8 @@ class SigmoidGate(PenalisedGate):
         TokenGateError: a number is not finite, or `penalty` negative.
     """
 
+    closes_below = 1.0
+
     def __init__(self, linear: nn.Linear, *, start: float = 2.0, penalty: float = 1e-5) -> None:
         super().__init__(linear)
         self.penalty = penalty
@@ -44,13 +46,21 @@ class SigmoidGate(PenalisedGate):
 
     def weights(self, positions: Positions) -> Tensor:
         """a, `(...)`."""
-        x = positions.x
-        logits = F.linear(x, self.v.to(x.dtype).unsqueeze(0)).squeeze(-1)
-        logits = logits.to(positions.dtype) + self.c.to(positions.dtype)
+        logits = self._logits(positions)
         if not self.training:
             return ~(logits < 0)  # a NaN leaves the gate open, as in eq. 4
         p: Tensor = applied(_Entropy, torch.sigmoid(logits), self.pull(), positions.mask)
         return p
+
+    def scores(self, positions: Positions) -> Tensor:
+        """p / (1 - p), `(...)`."""
+        with torch.no_grad():
+            return self._logits(positions).exp()
+
+    def _logits(self, positions: Positions) -> Tensor:
+        x = positions.x
+        logits = F.linear(x, self.v.to(x.dtype).unsqueeze(0)).squeeze(-1)
+        return logits.to(positions.dtype) + self.c.to(positions.dtype)
 
 
 class _Entropy(torch.autograd.Function):

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokengate.errors import TokenGateError, UselessGateWarning
 from tokengate.gates.base import Gate, LedGate
-from tokengate.gates.living import leader_of, living, tau_of
+from tokengate.gates.living import held_by, leader_of, living, tau_of
 from tokengate.gates.optimizer_steps import watch_steps
 from tokengate.gates.score_counts import no_counts, share_below
 from tokengate.layers.gated_linear import Gated
@@ -44,8 +45,13 @@ _REMEDY = (
     "have a wanted share closed by tokengate.SparsitySchedule, or pass total_steps= to "
     "param_groups and no s"
 )
+_OTHERS = (
+    "have it begin elsewhere, by gate_options= as {'start': 0}, take a larger lr or more steps, or "
+    "have a wanted share closed by another gate and tokengate.SparsitySchedule"
+)
 
-Own = list[tuple[nn.Parameter, Gate]]
+# What it closes below, and whose that is.
+Own = list[tuple[Tensor, Gate]]
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
@@ -60,14 +66,18 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         _refuse_stillborn(optimizer)
     if optimizer in _TOLD or not (step in _LOOKS or step + 1 in _LOOKS):
         return
-    own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
-    if not own:
-        return
-    if step in _LOOKS:
-        _look(optimizer, own, step)
-    for tau, gate in own:
-        if not gate.relative:  # which counts at every step
-            gate._looked = no_counts(tau.device) if step + 1 in _LOOKS else None
+    taus: Own = [(tau, gate) for tau, gate in moved_by(optimizer) if not gate.is_led]
+    others: Own = [
+        (torch.tensor([gate.closes_below], device=gate._place()), gate)
+        for gate in dict.fromkeys(gate for gate, _ in held_by(optimizer))
+        if gate.closes_below is not None
+    ]
+    for own in (taus, others):
+        if own and step in _LOOKS and optimizer not in _TOLD:
+            _look(optimizer, own, step)
+        for limit, gate in own:
+            if not gate.relative:  # which counts at every step
+                gate._looked = no_counts(limit.device) if step + 1 in _LOOKS else None
 
 
 def _moves(group: dict[str, Any]) -> bool:
@@ -203,9 +213,13 @@ def _look(optimizer: Optimizer, own: Own, step: int) -> None:
     else:
         return
     _TOLD.add(optimizer)
+    gate = own[0][1]
+    what, remedy = f"tau, up to {largest:.2g},", _REMEDY
+    if gate.closes_below is not None:
+        what, remedy = f"{type(gate).__name__}, in evaluation,", _OTHERS
     warnings.warn(
-        f"after {step} steps of {type(optimizer).__name__} tau, up to {largest:.2g}, {found} "
-        f"the {len(closed)} layers with a gate: {_REMEDY}.",
+        f"after {step} steps of {type(optimizer).__name__} {what} {found} the {len(closed)} layers "
+        f"with a gate: {remedy}.",
         UselessGateWarning,
         stacklevel=6,
     )

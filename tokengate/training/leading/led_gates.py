@@ -45,6 +45,8 @@ class LedGates:
         # What E[||g||^2] is measured in; 0 before anything was.
         self.unit = self.called.new_zeros(())
         self._found = [local_part(threshold).detach().clone() for threshold in self.thresholds]
+        # What it has given each; no number at first.
+        self._written = torch.full_like(sizes, torch.nan)
         # Whether a threshold was trained, loaded or calibrated, of each; all ranks must ask.
         changed = (
             any(t > 0 and not math.isclose(t, gate._first, rel_tol=1e-6) for t in found.tolist())
@@ -98,17 +100,20 @@ class LedGates:
 
     def write(self, log_values: Tensor) -> None:
         """Give each the threshold 2^value, or all the same: `(gates,)` or `(1,)`."""
-        values = log_values.exp2().expand(len(self.by_name))
+        self._written = log_values.exp2().expand(len(self.by_name)).clone()
         with torch.no_grad():
-            for threshold, value in zip(self.thresholds, values, strict=True):
+            for threshold, value in zip(self.thresholds, self._written, strict=True):
                 own = local_part(threshold)
                 if own.numel():  # else another rank has it
                     own.copy_(value)
 
     def restore(self) -> None:
-        """The thresholds as they were found."""
-        for threshold, found in zip(self.thresholds, self._found, strict=True):
-            local_part(threshold).data.copy_(found)
+        """The thresholds as they were found, but for those that are loaded since."""
+        written = zip(self.thresholds, self._found, self._written, strict=True)
+        for threshold, found, value in written:
+            own = local_part(threshold).data
+            if bool((own == value.to(own)).all()):
+                own.copy_(found)
 
     def forget(self) -> None:
         """What was counted and fed since the last step."""

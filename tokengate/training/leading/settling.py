@@ -24,6 +24,8 @@ from tokengate.training.seen_scores import SeenScores, of_all_processes
 # How many pairs of parts that go one way more than the other are no chance, and what is too small a
 # change to matter.
 _PAIRS, _SMALL = 20, 0.02
+# How often the calls are made at most.
+_PASSES = 4
 
 
 @dataclass
@@ -31,14 +33,16 @@ class Settled:
     """What was found.
 
     Attributes:
-        thresholds: one of each layer, or one for all.
+        thresholds: one of each layer, or one for all; None for those that there are.
         closed: the share that they close of what these have shown.
         error: its standard error, as parts of the steps differ.
+        moved: by how much what each layer closes changes with them, on average.
     """
 
-    thresholds: list[float]
+    thresholds: list[float] | None
     closed: float
-    error: float
+    error: float = 0.0
+    moved: float = 0.0
 
 
 def settled(
@@ -47,14 +51,17 @@ def settled(
     steps: Sequence[Sequence[Callable[[], Any]]],
     share: float,
     now: Tensor,
+    write: Callable[[Tensor], None],
 ) -> Settled | None:
-    """The thresholds that close a `share` when the calls of `steps` are made again, in evaluation.
+    """Have thresholds close a `share` when the calls of `steps` are made again, in evaluation.
 
     What a schedule follows are scores of a model that goes on changing, and with everybody's
-    dropout; this is of the model that there is in the end, as it will be evaluated.
+    dropout; this is of the model that there is in the end, as it will be evaluated. Where layers
+    close elsewhere than before, later ones see other inputs: then the calls are made once more.
 
-    None where that would tell less: of few steps, of such that leave out a layer, or whose data
-    change in the course of a training, which is followed better. Every rank must ask.
+    They stay where that would tell less: of few steps, of such that leave out a layer, when nothing
+    is returned, or whose data change in the course of a training, which is followed better. Every
+    rank must ask.
 
     Args:
         model: what is trained, with gates as they are `now`.
@@ -62,7 +69,31 @@ def settled(
         steps: what makes the calls of each, the last one last.
         share: of the positions.
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
+        write: gives the gates such.
     """
+    found = None
+    for _ in range(_PASSES):
+        told = _told(model, patched, steps, share, now)
+        if told is None:
+            break
+        found = told
+        if found.thresholds is None:
+            break
+        now = now.new_tensor(found.thresholds)
+        write(now)
+        if found.moved < _SMALL / 2:
+            break
+    return found
+
+
+def _told(
+    model: nn.Module,
+    patched: Mapping[str, Gated],
+    steps: Sequence[Sequence[Callable[[], Any]]],
+    share: float,
+    now: Tensor,
+) -> Settled | None:
+    """What one pass tells, of gates as they are `now`."""
     fewest = int(_over_ranks([len(steps)], now, "min")[0])
     if fewest < LEAST:
         return None
@@ -71,21 +102,30 @@ def settled(
     if not _called_again(model, patched, steps[-fewest:], seen, now):
         return None
     whole = [of_all_processes({own: seen[own].whole() for own in each}) for each in names.values()]
-    groups = [[own for own in each.values() if own.total] for each in whole]
-    if len(now) == 1:
-        groups = [[each for group in groups for each in group]]
+    some = [[own for own in each.values() if own.total] for each in whole]
+    groups = some if len(now) > 1 else [[own for group in some for own in group]]
     found = [
         # Of experts that were given no token the threshold stays.
         SeenScores.together(group).threshold(share) if group else (before, share)
         for group, before in zip(groups, now.tolist(), strict=True)
     ]
     thresholds, closes = map(list, zip(*found, strict=True))
-    each_own = zip(names.values(), thresholds * (len(names) // len(thresholds)), strict=True)
-    shares = [seen[own].closed_by(threshold) for each, threshold in each_own for own in each]
-    off = torch.tensor(_over_ranks(_off(shares).tolist(), now, "mean"))
+    moved = [
+        abs(own.share_below(new) - own.share_below(before))
+        for group, new, before in zip(groups, thresholds, now.tolist(), strict=True)
+        for own in group
+    ]
+
+    def shares(of: list[float]) -> list[list[float]]:
+        each_own = zip(names.values(), of * (len(names) // len(of)), strict=True)
+        return [seen[own].closed_by(threshold) for each, threshold in each_own for own in each]
+
+    off = torch.tensor(_over_ranks(_off(shares(thresholds)).tolist(), now, "mean"))
     if _trends(off):
-        return None
-    return Settled(thresholds, sum(closes) / len(closes), float(off.std()) / LEAST**0.5)
+        late = torch.tensor(shares(now.tolist()), dtype=torch.float64)[:, -LEAST // 4 :]
+        return Settled(None, _over_ranks([float(late.nanmean(-1).nanmean())], now, "mean")[0])
+    error = float(off.std()) / LEAST**0.5
+    return Settled(thresholds, sum(closes) / len(closes), error, sum(moved) / len(moved))
 
 
 def _called_again(
@@ -178,5 +218,5 @@ def _say_why(problem: Exception, steps: int) -> None:
         f"{brief(str(problem))}), so that they are those that it followed: pass settle=False, or "
         "set them by tokengate.calibrate.",
         UnreachedSparsityWarning,
-        stacklevel=9,
+        stacklevel=10,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokengate.arguments import count, in_our_words, share, switch, wanted_sparsity
 from tokengate.errors import TokenGateError, brief
@@ -295,14 +295,16 @@ class SparsitySchedule:
             return
         again, now = self._calls.again(), self._log_thresholds.exp2()
         self._end()  # also where what follows is interrupted
-        found = settled(self._model, self._patched, again, self.target, now)
+        found = settled(self._model, self._patched, again, self.target, now, self._lead_to)
         if found is None:
             told = float(self._tracker.share_below(self._log_thresholds))
             say_if_missed(self, self._recent.closed(told, self.target), 0.0)
         else:
-            self._log_thresholds = now.new_tensor(found.thresholds).log2()
-            self._led.write(self._log_thresholds)
             say_if_missed(self, found.closed, 2 * found.error)
+
+    def _lead_to(self, thresholds: Tensor) -> None:
+        self._log_thresholds = thresholds.log2()
+        self._led.write(self._log_thresholds)
 
     def _end(self) -> None:
         self._calls.end()
