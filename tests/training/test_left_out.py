@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from models import Net, away_from_initialisation
+from torch import nn
 
 import tokengate
 from tokengate.errors import LeftOutWarning
@@ -91,6 +92,24 @@ def test_an_optimizer_that_is_made_anew_in_each_phase_is_waited_for(waits):
                 if waits:
                     second.step()
     assert [each.category for each in told] == ([] if waits else [LeftOutWarning])
+
+
+@pytest.mark.parametrize("learn_from", [None, 0.5])
+def test_taus_that_a_schedule_sets_are_not_left_out(learn_from):
+    """It was said that nothing moves them; where they are learned afterwards that is so."""
+    torch.manual_seed(0)
+    model = tokengate.patch(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), "all-linear", rank=2)
+    optimizer = torch.optim.SGD(tokengate.param_groups(model, lr=0.1)[:1], momentum=0.9)
+    tokengate.SparsitySchedule(model, optimizer, 0.5, 20, learn_from=learn_from)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+    found = [str(each.message) for each in told if each.category is LeftOutWarning]
+    assert len(found) == (learn_from is not None)
+    assert all("leaves out '0.gate.tau', '1.gate.tau'" in each for each in found)
 
 
 def unpatched(model, folder):

@@ -69,6 +69,24 @@ def test_layers_that_see_what_others_close():
     assert [*rec.report().by_module.values()] == pytest.approx([0.6] * 8, abs=0.01)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.4, -0.4, -1.1, -1.5])
+def test_thresholds_that_change_what_tells_them(slope, monkeypatch):
+    """At -1.1 each pass went beyond as far as it had come: .674 was closed of .71 in the end."""
+
+    def told(model, patched, steps, share, now):
+        """By layers that close so much more, or less, for a threshold that is not 1."""
+        own = 1 + slope * (now.item() - 1)
+        return settling.Settled(
+            [own], share, was=share + now.item() - 1, moved=abs(own - now).item()
+        )
+
+    monkeypatch.setattr(settling, "_told", told)
+    written = []
+    found = settling.settled(nn.Module(), {}, [], 0.5, torch.tensor([1.2]), written.append)
+    assert written[-1].item() == pytest.approx(1, abs=0.03)
+    assert found.closed == pytest.approx(0.5, abs=0.03)
+
+
 def test_what_stays_as_followed_is_told_of_as_it_closes(monkeypatch):
     """As where data change: the pass has seen what that closes in evaluation."""
     monkeypatch.setattr(settling, "_trends", lambda off: True)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokengate.errors import LeftOutWarning, listed
+from tokengate.gates.living import leader_of
 from tokengate.gates.optimizer_steps import is_part, watch_steps
 from tokengate.layers.changing import times_changed
 from tokengate.layers.folded import folded, taken_out
@@ -96,11 +97,19 @@ def _ids(optimizer: Optimizer) -> set[int]:
 def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
     """What is wrong with an optimiser of these parameters, of which others hold some, in words."""
     patched, kind = layers(model), type(model).__name__
+    # What a schedule sets, unless it is to be learned after that.
+    led = {
+        id(layer.gate.threshold)
+        for layer in patched.values()
+        if layer.gate is not None
+        and layer.gate.is_led
+        and not getattr(leader_of(layer.gate), "_learns", False)
+    }
     left = [
         f"{name}.{part}"
         for name, layer in patched.items()
         for part, p in layer.named_parameters()
-        if p.requires_grad and p.grad is not None and id(p) not in held
+        if p.requires_grad and p.grad is not None and id(p) not in held | led
     ]
     if left:
         yield (

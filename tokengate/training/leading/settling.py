@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class Settled:
         thresholds: one of each layer, or one for all; None for those that there are.
         closed: the share that they close of what these have shown.
         error: its standard error, as parts of the steps differ.
-        moved: by how much what each layer closes changes with them, on average.
+        was: the share that those before closed of it.
+        moved: by how much what each layer closes changes, on average.
     """
 
     thresholds: list[float] | None
     closed: float
     error: float = 0.0
+    was: float = torch.nan
     moved: float = 0.0
 
 
@@ -71,19 +73,27 @@ def settled(
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
         write: gives the gates such.
     """
-    found = None
+    nearest: tuple[Tensor, Settled] | None = None
+    moved = torch.inf
     for _ in range(_PASSES):
         told = _told(model, patched, steps, share, now)
-        if told is None:
+        if told is None or told.thresholds is None:
+            if nearest is None:
+                return told
             break
-        found = told
-        if found.thresholds is None:
-            break
-        now = now.new_tensor(found.thresholds)
+        own = now.new_tensor(told.thresholds)
+        if told.moved < _SMALL / 2:
+            write(own)
+            return told
+        if nearest is None or told.moved < nearest[1].moved:
+            nearest = now, replace(told, closed=told.was)
+        # Half of the way where whole ones go beyond and come back.
+        now = (now * own).sqrt() if told.moved > moved / 2 else own
+        moved = told.moved
         write(now)
-        if found.moved < _SMALL / 2:
-            break
-    return found
+    assert nearest is not None
+    write(nearest[0])
+    return nearest[1]
 
 
 def _told(
@@ -110,11 +120,15 @@ def _told(
         for group, before in zip(groups, now.tolist(), strict=True)
     ]
     thresholds, closes = map(list, zip(*found, strict=True))
-    moved = [
-        abs(own.share_below(new) - own.share_below(before))
-        for group, new, before in zip(groups, thresholds, now.tolist(), strict=True)
-        for own in group
-    ]
+    with_each = zip(groups, thresholds, now.tolist(), strict=True)
+    changes = torch.tensor(
+        [
+            [own.share_below(before), own.share_below(new)]
+            for group, new, before in with_each
+            for own in group
+        ]
+    )
+    was, moved = float(changes[:, 0].mean()), float(changes.diff(dim=1).abs().mean())
 
     def shares(of: list[float]) -> list[list[float]]:
         each_own = zip(names.values(), of * (len(names) // len(of)), strict=True)
@@ -125,7 +139,7 @@ def _told(
         late = torch.tensor(shares(now.tolist()), dtype=torch.float64)[:, -LEAST // 4 :]
         return Settled(None, _over_ranks([float(late.nanmean(-1).nanmean())], now, "mean")[0])
     error = float(off.std()) / LEAST**0.5
-    return Settled(thresholds, sum(closes) / len(closes), error, sum(moved) / len(moved))
+    return Settled(thresholds, sum(closes) / len(closes), error, was, moved)
 
 
 def _called_again(
