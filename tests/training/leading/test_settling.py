@@ -13,7 +13,6 @@ from places import EXAMPLES
 from torch import nn
 
 import tokengate
-from tokengate.errors import UnreachedSparsityWarning
 from tokengate.training.leading import settling
 from tokengate.training.leading.last_calls import LEAST
 
@@ -75,10 +74,9 @@ def test_thresholds_that_change_what_tells_them(slope, monkeypatch):
 
     def told(model, patched, steps, share, now):
         """By layers that close so much more, or less, for a threshold that is not 1."""
-        own = 1 + slope * (now.item() - 1)
-        return settling.Settled(
-            [own], share, was=share + now.item() - 1, moved=abs(own - now).item()
-        )
+        off = now.item() - 1
+        own = 1 + slope * off
+        return settling.Settled([own], share, 0.0, share + off, abs(own - now.item()))
 
     monkeypatch.setattr(settling, "_told", told)
     written = []
@@ -87,13 +85,11 @@ def test_thresholds_that_change_what_tells_them(slope, monkeypatch):
     assert found.closed == pytest.approx(0.5, abs=0.03)
 
 
-def test_what_stays_as_followed_is_told_of_as_it_closes(monkeypatch):
-    """As where data change: the pass has seen what that closes in evaluation."""
+def test_data_that_seem_to_change_by_chance(monkeypatch):
+    """What was followed stayed, though it closed .53 of .6 to the end."""
     monkeypatch.setattr(settling, "_trends", lambda off: True)
-    with pytest.warns(UnreachedSparsityWarning, match="was to close 50%.*ended with") as told:
-        model, _ = trained(make=lambda: Net(0.5))
-    assert abs(closed(model) - 0.5) > 0.03
-    assert len(told) == 1
+    model, _ = trained(make=lambda: Net(0.5))
+    assert closed(model) == pytest.approx(0.5, abs=0.02)
 
 
 def test_nothing_else_is_changed():

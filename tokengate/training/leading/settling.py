@@ -24,8 +24,8 @@ from tokengate.training.seen_scores import SeenScores, of_all_processes
 # How many pairs of parts that go one way more than the other are no chance, and what is too small a
 # change to matter.
 _PAIRS, _SMALL = 20, 0.02
-# How often the calls are made at most.
-_PASSES = 4
+# How often the calls are made at most, and what is too small a change to make them once more.
+_PASSES, _SAME = 4, 0.01
 
 
 @dataclass
@@ -33,18 +33,20 @@ class Settled:
     """What was found.
 
     Attributes:
-        thresholds: one of each layer, or one for all; None for those that there are.
+        thresholds: one of each layer, or one for all.
         closed: the share that they close of what these have shown.
         error: its standard error, as parts of the steps differ.
         was: the share that those before closed of it.
         moved: by how much what each layer closes changes, on average.
+        stays: whether the data change, and those before are nearer in the end.
     """
 
-    thresholds: list[float] | None
+    thresholds: list[float]
     closed: float
-    error: float = 0.0
-    was: float = torch.nan
-    moved: float = 0.0
+    error: float
+    was: float
+    moved: float
+    stays: bool = False
 
 
 def settled(
@@ -61,9 +63,9 @@ def settled(
     dropout; this is of the model that there is in the end, as it will be evaluated. Where layers
     close elsewhere than before, later ones see other inputs: then the calls are made once more.
 
-    They stay where that would tell less: of few steps, of such that leave out a layer, when nothing
-    is returned, or whose data change in the course of a training, which is followed better. Every
-    rank must ask.
+    They stay, and nothing is returned, where that would tell less: of few steps, of such that leave
+    out a layer, or whose data change in the course of a training, if what was followed is nearer in
+    the end. Every rank must ask.
 
     Args:
         model: what is trained, with gates as they are `now`.
@@ -73,27 +75,24 @@ def settled(
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
         write: gives the gates such.
     """
-    nearest: tuple[Tensor, Settled] | None = None
-    moved = torch.inf
+    last: Settled | None = None
+    tried: list[tuple[Tensor, Settled]] = []
     for _ in range(_PASSES):
         told = _told(model, patched, steps, share, now)
-        if told is None or told.thresholds is None:
-            if nearest is None:
-                return told
-            break
+        if told is None or (told.stays and last is None):
+            return last
         own = now.new_tensor(told.thresholds)
-        if told.moved < _SMALL / 2:
+        if told.moved < _SAME:
             write(own)
             return told
-        if nearest is None or told.moved < nearest[1].moved:
-            nearest = now, replace(told, closed=told.was)
+        tried.append((now, told))
         # Half of the way where whole ones go beyond and come back.
-        now = (now * own).sqrt() if told.moved > moved / 2 else own
-        moved = told.moved
+        beyond = last is not None and told.moved > last.moved / 2
+        now, last = (now * own).sqrt() if beyond else own, told
         write(now)
-    assert nearest is not None
-    write(nearest[0])
-    return nearest[1]
+    nearest, told = min(tried, key=lambda each: each[1].moved)
+    write(nearest)
+    return replace(told, closed=told.was)
 
 
 def _told(
@@ -134,12 +133,14 @@ def _told(
         each_own = zip(names.values(), of * (len(names) // len(of)), strict=True)
         return [seen[own].closed_by(threshold) for each, threshold in each_own for own in each]
 
-    off = torch.tensor(_over_ranks(_off(shares(thresholds)).tolist(), now, "mean"))
-    if _trends(off):
-        late = torch.tensor(shares(now.tolist()), dtype=torch.float64)[:, -LEAST // 4 :]
-        return Settled(None, _over_ranks([float(late.nanmean(-1).nanmean())], now, "mean")[0])
-    error = float(off.std()) / LEAST**0.5
-    return Settled(thresholds, sum(closes) / len(closes), error, was, moved)
+    def off(of: list[float]) -> Tensor:
+        return torch.tensor(_over_ranks(_off(shares(of)).tolist(), now, "mean"))
+
+    closed, parts = sum(closes) / len(closes), off(thresholds)
+    in_the_end = closed + _end(parts)
+    as_they_are = was + _end(off(now.tolist()))
+    stays = _trends(parts) and abs(as_they_are - share) <= abs(in_the_end - share)
+    return Settled(thresholds, closed, float(parts.std()) / LEAST**0.5, was, moved, stays)
 
 
 def _called_again(
@@ -213,6 +214,12 @@ def _trends(off: Tensor) -> bool:
     later = (off - off.unsqueeze(-1)).triu(1).sign().sum().abs()
     first, last = off.chunk(2)
     return bool((later >= _PAIRS) & ((last.mean() - first.mean()).abs() > _SMALL))
+
+
+def _end(off: Tensor) -> float:
+    """Where the line through `off`, `(parts,)`, of mean 0, has come to in the end."""
+    x = torch.arange(len(off)) - (len(off) - 1) / 2
+    return float((x * off).sum() / x.square().sum()) * len(off) / 2
 
 
 def _over_ranks(values: Sequence[float], like: Tensor, how: str) -> list[float]:
