@@ -284,6 +284,22 @@ def test_a_modification_of_nothing_is_infinitely_large():
     assert tokengate.select({"1": 5.0, **norms.relative}, keep="highest") == ["0"]
 
 
+def test_of_numbers_that_grow_with_importance_the_highest_are_kept():
+    """Without keep= the layers that mattered least were named."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tokengate.patch(model, "all-linear", rank=1, gate=False)
+    away_from_initialisation(model)
+    model[0].modification.B.data.mul_(100)
+    x = torch.randn(1, 3, 2)
+    norms = tokengate.modification_norms(model, [x])
+    scores = tokengate.fisher_scores(model, [x], lambda model, x: model(x).square().sum())
+    for numbers in (norms.relative, norms.absolute, scores):
+        highest = [max(numbers, key=numbers.get)]
+        assert tokengate.select(numbers) == highest
+        assert tokengate.select(numbers, keep="lowest") == [min(numbers, key=numbers.get)]
+        assert tokengate.select(dict(numbers)) != highest  # of which nothing is known
+
+
 def test_padding_does_not_count():
     model, batch, alone = padded_bert(gate=False)
     padded = tokengate.modification_norms(model, [batch])

@@ -258,3 +258,24 @@ def test_reentrant_checkpoints_are_told_of(name):
         bare = Checkpointed(reentrant=True)
         with one_sentence("suggest found reentrant"):
             tokengate.suggest(bare, batches(), loss=of_net)
+
+
+@pytest.mark.parametrize("asked", [tokengate.suggest, tokengate.drift, tokengate.calibrate])
+def test_labels_that_a_model_does_not_take(asked):
+    """Torch said what it missed, but not that tokengate had given the labels, too."""
+    model = Net() if asked is tokengate.suggest else tokengate.patch(Net(), "all-linear", rank=2)
+    with pytest.raises(TypeError, match=r"Net with the 2 parts of a batch: .*loss="):
+        asked(model, batches())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_and_errors_that_are_not_of_that(parts):
+    kind = ZeroDivisionError if parts == 2 else RuntimeError
+
+    class Fails(Net):
+        def forward(self, x, y=None):
+            raise kind("its own")
+
+    model = tokengate.patch(Fails(), "all-linear", rank=2)
+    with pytest.raises(kind, match=r"^its own$"):
+        tokengate.drift(model, [batches()[0][:parts]])

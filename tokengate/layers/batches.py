@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +88,22 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (list, tuple)):
-        return model(*batch)
+        try:
+            return model(*batch)
+        except (TypeError, RuntimeError) as problem:
+            # A kind of its own, as no memory, says what it is.
+            if type(problem) in (TypeError, RuntimeError) and len(batch) > 1:
+                problem.args = (f"{problem} ({_by_position(model, batch)})",)
+            raise
     return model(batch)
+
+
+def _by_position(model: nn.Module, batch: Sequence[Any]) -> str:
+    return (
+        f"tokengate called {type(model).__name__} with the {len(batch)} parts of a batch: where "
+        "labels are among them that it does not take, pass its inputs alone, as in "
+        "[x for x, y in loader], or a loss= of model and batch where there is one"
+    )
 
 
 def named(model: nn.Module, batch: Any) -> Mapping[str, Any]:

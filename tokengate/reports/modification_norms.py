@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokengate.kernels.norms import Norms, ratios, times
 from tokengate.layers.patched import module_names, require_layers
+from tokengate.reports.selection import Importance
 from tokengate.training.measuring import measure
 
 
@@ -31,7 +32,7 @@ def modification_norms(model: nn.Module, batches: Iterable[Any]) -> Modification
     """The average sizes of M(x_i) in every patched layer (section 5 of the gate's paper):
 
         norms = tokengate.modification_norms(model, loader)
-        targets = tokengate.select(norms.relative, keep="highest")
+        targets = tokengate.select(norms.relative)
 
     One pass in evaluation mode, gated or not; gates act as they are, and M(x_i) counts at the
     positions they leave unmodified, too. Norms are of outputs, not of weights: they depend on the
@@ -52,8 +53,8 @@ def modification_norms(model: nn.Module, batches: Iterable[Any]) -> Modification
     measure("modification_norms", model, patched, listeners, batches)
     means = {name: mean for name, mean in means.items() if mean.samples}  # not idle experts
     return ModificationNorms(
-        {name: mean.relative / mean.samples for name, mean in means.items()},
-        {name: mean.absolute / mean.samples for name, mean in means.items()},
+        Importance((name, mean.relative / mean.samples) for name, mean in means.items()),
+        Importance((name, mean.absolute / mean.samples) for name, mean in means.items()),
     )
 
 

@@ -15,6 +15,10 @@ from tokengate.reports.report import SparsityReport
 _NORMS = {"norm_relative": "relative", "norm_abs": "absolute"}
 
 
+class Importance(dict[str, float]):
+    """A number for each module that is the higher the more it matters, as sparsity is not."""
+
+
 def select(
     report: SparsityReport | Mapping[str, float],
     fraction: float = 0.5,
@@ -35,8 +39,8 @@ def select(
     |---|---|
     | S_low | `select(report, fraction)` |
     | S_high | `select(report, fraction, keep="highest")` |
-    | norm_relative | `select(norms.relative, fraction, keep="highest")` |
-    | norm_abs | `select(norms.absolute, fraction, keep="highest")` |
+    | norm_relative | `select(norms.relative, fraction)` |
+    | norm_abs | `select(norms.absolute, fraction)` |
     | random | `select(report, fraction, by="random", seed=...)` |
 
     and beside them, with `scores = fisher_scores(model, batches)`, what the loss itself says,
@@ -55,8 +59,9 @@ def select(
             least one.
         by: "sparsity" (eq. 23); "fisher", where the numbers are `fisher_scores`; or "random", which
             draws the modules.
-        keep: "lowest" or "highest"; by default the highest of "fisher", else the lowest. Of modules
-            with equal numbers the first are kept.
+        keep: "lowest" or "highest"; by default the highest of what `fisher_scores` and
+            `modification_norms` return, and of "fisher", else the lowest. Of modules with equal
+            numbers the first are kept.
         seed: for "random": every seed is another draw.
 
     Returns:
@@ -78,7 +83,7 @@ def select(
         )
     by = choice("by", by, ("sparsity", "fisher", "random"))
     if keep is None:
-        keep = "highest" if by == "fisher" else "lowest"
+        keep = "highest" if by == "fisher" or isinstance(report, Importance) else "lowest"
     keep = choice("keep", keep, ("lowest", "highest"))
     if by == "random":
         draw = random.Random(count("seed", seed, least=0))

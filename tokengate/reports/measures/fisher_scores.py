@@ -15,6 +15,7 @@ from tokengate.errors import TokenGateError, brief
 from tokengate.layers.batches import apart, check_batches, keeping_state, part_of, run
 from tokengate.layers.patched import require_layers
 from tokengate.layers.restriction import restrict
+from tokengate.reports.selection import Importance
 
 #: The loss of a model on a batch, a tensor of one element with gradients.
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -71,7 +72,7 @@ def scores_of(asked: str, model: nn.Module, batches: Iterable[Any], loss: Loss) 
             f"{asked} found a loss that hangs on no patched layer: compute it, with gradients, of "
             "what the model returns."
         )
-    return {name: total / count for name, total in sums.items()}
+    return Importance((name, total / count) for name, total in sums.items())
 
 
 def checked(loss: Loss | None) -> Loss:
