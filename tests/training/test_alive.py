@@ -147,6 +147,31 @@ def test_a_gate_without_a_threshold_that_does_nothing_is_told_of_once(start, ste
     train(mixed, torch.optim.AdamW(tokengate.param_groups(mixed, lr=1e-4)), 70)
 
 
+class Inner(tokengate.Gate):
+    """Whose parameters are those of a module inside of it."""
+
+    closes_below = 0.5
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.decides = nn.Linear(linear.in_features, 1)
+
+    def weights(self, positions):
+        return self.decides(positions.x).squeeze(-1).sigmoid()
+
+    def scores(self, positions):
+        return self.weights(positions).detach() + 1
+
+
+def test_a_gate_with_modules_inside_is_looked_at_likewise():
+    """It was a StopIteration out of the optimiser's step."""
+    model = made(gate=Inner)
+    optimizer = torch.optim.AdamW(tokengate.param_groups(model, lr=1e-4))
+    train(model, optimizer, 63)
+    with pytest.warns(UselessGateWarning, match="64 steps of AdamW Inner, .* closes no position"):
+        train(model, optimizer, 1)
+
+
 def test_a_dead_layer_beside_one_that_lives_is_told_of():
     """As where an adapter of fewer layers was loaded: the living one excused it for good."""
     model = made(tau=0.01)

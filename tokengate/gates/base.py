@@ -174,7 +174,7 @@ class Gate(KeepsFloat32):
     def _place(self) -> torch.device:
         """Where it is."""
         own = self.threshold
-        return next(iter(self._kept())).device if own is None else own.device
+        return next(self.parameters()).device if own is None else own.device
 
     def scores(self, positions: Positions) -> Tensor:
         """What `weights` compares with `threshold`, `(...)` and >= 0, as constants: here r."""

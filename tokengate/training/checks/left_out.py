@@ -97,8 +97,8 @@ def _ids(optimizer: Optimizer) -> set[int]:
 def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
     """What is wrong with an optimiser of these parameters, of which others hold some, in words."""
     patched, kind = layers(model), type(model).__name__
-    # What a schedule sets, unless it is to be learned after that.
-    led = {
+    # What a schedule sets, unless it is to be learned after that, is moved as well.
+    held = held | {
         id(layer.gate.threshold)
         for layer in patched.values()
         if layer.gate is not None
@@ -109,7 +109,7 @@ def _found(model: nn.Module, held: set[int], own: set[int]) -> Iterator[str]:
         f"{name}.{part}"
         for name, layer in patched.items()
         for part, p in layer.named_parameters()
-        if p.requires_grad and p.grad is not None and id(p) not in held | led
+        if p.requires_grad and p.grad is not None and id(p) not in held
     ]
     if left:
         yield (

@@ -46,8 +46,8 @@ _REMEDY = (
     "param_groups and no s"
 )
 _OTHERS = (
-    "have it begin elsewhere, by gate_options= as {'start': 0}, take a larger lr or more steps, or "
-    "have a wanted share closed by another gate and tokengate.SparsitySchedule"
+    "have it begin elsewhere, by gate_options= (of a sigmoid {'start': 0}), take a larger lr or "
+    "more steps, or have a wanted share closed by another gate and tokengate.SparsitySchedule"
 )
 
 # What it closes below, and whose that is.

@@ -196,10 +196,11 @@ class LastCalls:
         )
 
     def _maker(self, call: _Call) -> Callable[[], Any]:
-        args, kwargs = call.given
         on = call.autocast is not None
 
         def make() -> Any:
+            # A call may change what it is given, and is not the last.
+            args, kwargs = _each(_copied, call.given)
             holding = self._holding()
             ended = [s for context, s in call.around.items() if s and context not in holding]
             # What an autocast around the step has cast is of before it.

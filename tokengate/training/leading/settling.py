@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def settled(
     close elsewhere than before, later ones see other inputs: then the calls are made once more.
 
     They stay, and nothing is returned, where that would tell less: of few steps, of such that leave
-    out a layer, or whose data change in the course of a training, if what was followed is nearer in
-    the end. Every rank must ask.
+    out a layer or fail, or whose data change in the course of a training, if what was followed is
+    nearer in the end. Every rank must ask.
 
     Args:
         model: what is trained, with gates as they are `now`.
@@ -75,21 +76,24 @@ def settled(
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
         write: gives the gates such.
     """
-    last: Settled | None = None
     tried: list[tuple[Tensor, Settled]] = []
+    step, moved = torch.zeros_like(now), torch.inf
     for _ in range(_PASSES):
         told = _told(model, patched, steps, share, now)
-        if told is None or (told.stays and last is None):
-            return last
+        if told is None or (told.stays and not tried):
+            break
         own = now.new_tensor(told.thresholds)
         if told.moved < _SAME:
             write(own)
             return told
         tried.append((now, told))
+        turns, step = bool((own - now).sign() @ step.sign() < 0), own - now
         # Half of the way where whole ones go beyond and come back.
-        beyond = last is not None and told.moved > last.moved / 2
-        now, last = (now * own).sqrt() if beyond else own, told
+        now = (now * own).sqrt() if turns and told.moved > moved / 2 else own
+        moved = told.moved
         write(now)
+    if not tried:
+        return None
     nearest, told = min(tried, key=lambda each: each[1].moved)
     write(nearest)
     return replace(told, closed=told.was)
@@ -113,21 +117,20 @@ def _told(
     whole = [of_all_processes({own: seen[own].whole() for own in each}) for each in names.values()]
     some = [[own for own in each.values() if own.total] for each in whole]
     groups = some if len(now) > 1 else [[own for group in some for own in group]]
+    # Of experts that were given no token the threshold stays.
+    together = [SeenScores.together(group) if group else None for group in groups]
     found = [
-        # Of experts that were given no token the threshold stays.
-        SeenScores.together(group).threshold(share) if group else (before, share)
-        for group, before in zip(groups, now.tolist(), strict=True)
+        (before, share, share)
+        if each is None
+        else (*each.threshold(share), each.share_below(before))
+        for each, before in zip(together, now.tolist(), strict=True)
     ]
-    thresholds, closes = map(list, zip(*found, strict=True))
-    with_each = zip(groups, thresholds, now.tolist(), strict=True)
-    changes = torch.tensor(
-        [
-            [own.share_below(before), own.share_below(new)]
-            for group, new, before in with_each
-            for own in group
-        ]
-    )
-    was, moved = float(changes[:, 0].mean()), float(changes.diff(dim=1).abs().mean())
+    thresholds, closes, closed_before = map(list, zip(*found, strict=True))
+    moved = [
+        abs(own.share_below(new) - own.share_below(before))
+        for group, new, before in zip(groups, thresholds, now.tolist(), strict=True)
+        for own in group
+    ] or [0.0]
 
     def shares(of: list[float]) -> list[list[float]]:
         each_own = zip(names.values(), of * (len(names) // len(of)), strict=True)
@@ -136,11 +139,10 @@ def _told(
     def off(of: list[float]) -> Tensor:
         return torch.tensor(_over_ranks(_off(shares(of)).tolist(), now, "mean"))
 
-    closed, parts = sum(closes) / len(closes), off(thresholds)
-    in_the_end = closed + _end(parts)
-    as_they_are = was + _end(off(now.tolist()))
+    closed, was, parts = fmean(closes), fmean(closed_before), off(thresholds)
+    in_the_end, as_they_are = closed + _end(parts), was + _end(off(now.tolist()))
     stays = _trends(parts) and abs(as_they_are - share) <= abs(in_the_end - share)
-    return Settled(thresholds, closed, float(parts.std()) / LEAST**0.5, was, moved, stays)
+    return Settled(thresholds, closed, float(parts.std()) / LEAST**0.5, was, fmean(moved), stays)
 
 
 def _called_again(

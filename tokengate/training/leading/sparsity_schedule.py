@@ -48,7 +48,8 @@ class SparsitySchedule:
     small M(x) that of the others would close for good. After the last step the thresholds are set
     once more, and stay: the model is called again, in evaluation, with what it was called with in
     the last 8 to 128 steps, of which copies are kept meanwhile, and in checkpoints (512 samples, or
-    64 MiB), and tells what closes the target.
+    64 MiB), and tells what closes the target; up to four times, as what one layer closes changes
+    what others see.
 
     Positions count as in eq. 23: those of a sample weigh 1 together, those of a layer as those of
     another; padding, and what `restrict` leaves out, does not. Counts add up exactly over
@@ -79,7 +80,7 @@ class SparsitySchedule:
             that is compiled, took other things than plain tensors, or 256 MiB of them, were within
             a `use` that has ended, or a `restrict` by a function, or with another forward, as
             Lightning's of several devices; and where they are few, or change in the course of the
-            training.
+            training and what was followed is nearer in the end.
 
     Raises:
         TokenGateError: no layer has a gate with a threshold; something else leads them already;
