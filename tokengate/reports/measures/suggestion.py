@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from tokengate.training.wrapped_optimizers import Follower
 _RANK, _STEPS = 8, 32
 # The first learning rate of the short run where none is asked for, and shares of it to try besides.
 _LR, _CALMER = 1e-2, (1.0, 0.25, 0.0625)
+
+# Of each parameter a copy, and the gradient that it had.
+_Values: TypeAlias = list[tuple[Tensor, Tensor | None]]
 
 
 def suggest(
@@ -126,22 +129,22 @@ def _trained_a_little(
             "modifications are 0: set requires_grad_(True) on their parameters, or pass the model "
             "that was trained."
         )
-    kept: list[tuple[Tensor, Tensor | None]] = [(p.detach().clone(), p.grad) for p in trained]
+    kept, learned = _values(trained), None
     try:
         with keeping_state(model):
             model.eval()
             check_finite("suggest", before := _mean(model, batches, loss))
-            lowest, values = before, []
+            lowest = before
             for rate in rates:
                 again = itertools.islice(itertools.cycle(batches), steps)
                 _train(model, trained, again, loss, rate)
                 after = _mean(model, batches, loss)
                 if after < lowest:
-                    lowest, values = after, [p.detach().clone() for p in trained]
+                    lowest, learned = after, _values(trained)
                 _put_back(trained, kept)
-                if values and lr is not None:
+                if learned and lr is not None:
                     break
-            if not values:
+            if learned is None:
                 found = f"went from {before:.4g} to {after:.4g}: pass a smaller lr"
                 if after == before:
                     found = (
@@ -152,8 +155,7 @@ def _trained_a_little(
                     f"suggest trained for {steps} steps at lr={rates[0]:g} and less, and the loss "
                     f"{found}, or train the model some steps by yourself before."
                 )
-        for parameter, value in zip(trained, values, strict=True):
-            parameter.detach().copy_(value)
+        _put_back(trained, learned)
         yield
     finally:
         _put_back(trained, kept)
@@ -178,8 +180,12 @@ def _train(
         optimizer.step()
 
 
+def _values(trained: list[nn.Parameter]) -> _Values:
+    return [(p.detach().clone(), p.grad) for p in trained]
+
+
 @torch.no_grad()
-def _put_back(trained: list[nn.Parameter], kept: list[tuple[Tensor, Tensor | None]]) -> None:
+def _put_back(trained: list[nn.Parameter], kept: _Values) -> None:
     for parameter, (value, gradient) in zip(trained, kept, strict=True):
         parameter.copy_(value)
         parameter.grad = gradient
