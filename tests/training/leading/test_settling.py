@@ -83,7 +83,9 @@ def test_thresholds_that_change_what_tells_them(slope, monkeypatch):
 
     monkeypatch.setattr(settling, "_told", told)
     written = []
-    found = settling.settled(nn.Module(), {}, [], 0.5, torch.tensor([1.2]), written.append)
+    found = settling.settled(
+        nn.Module(), {}, [[]] * LEAST, 0.5, torch.tensor([1.2]), written.append
+    )
     assert written[-1].item() == pytest.approx(1, abs=0.03)
     assert found.closed == pytest.approx(0.5, abs=0.03)
 
@@ -117,7 +119,7 @@ def test_what_was_followed_stays_where_a_later_pass_fails(fails_in, monkeypatch)
     told = iter([*found[: fails_in - 1], None])
     monkeypatch.setattr(settling, "_told", lambda *_: next(told))
     written = []
-    end = settling.settled(nn.Module(), {}, [], 0.5, torch.tensor([1.0]), written.append)
+    end = settling.settled(nn.Module(), {}, [[]] * LEAST, 0.5, torch.tensor([1.0]), written.append)
     assert written[0].item() != written[-1].item() == 1.0
     assert end.closed == 0.7
 

@@ -76,10 +76,13 @@ def settled(
         now: the thresholds, `(layers,)`, or `(1,)` for one of all.
         write: gives the gates such.
     """
+    fewest = int(_over_ranks([len(steps)], now, "min")[0])
+    if fewest < LEAST:
+        return None
     tried: list[tuple[Tensor, Settled]] = []
     step, moved = torch.zeros_like(now), torch.inf
     for _ in range(_PASSES):
-        told = _told(model, patched, steps, share, now)
+        told = _told(model, patched, steps[-fewest:], share, now)
         if told is None or (told.stays and not tried):
             break
         own = now.new_tensor(told.thresholds)
@@ -107,12 +110,9 @@ def _told(
     now: Tensor,
 ) -> Settled | None:
     """What one pass tells, of gates as they are `now`."""
-    fewest = int(_over_ranks([len(steps)], now, "min")[0])
-    if fewest < LEAST:
-        return None
     names = {name: module_names(name, layer) for name, layer in patched.items()}
     seen = {own: _InParts() for each in names.values() for own in each}
-    if not _called_again(model, patched, steps[-fewest:], seen, now):
+    if not _called_again(model, patched, steps, seen, now):
         return None
     whole = [of_all_processes({own: seen[own].whole() for own in each}) for each in names.values()]
     some = [[own for own in each.values() if own.total] for each in whole]
